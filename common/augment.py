@@ -1,0 +1,530 @@
+"""Augments a batch of uint8 tiles where it lies, on CPU or CUDA, with a draw of its own for every tile.
+
+torchvision's v2 transforms draw one set of parameters for a whole batch, and its PIL path costs worker
+processes. Here each augmentation is a pair: `draw_…` draws the parameters of every tile, always on the CPU
+and always from the caller's generator, and a second function applies them to the batch. CPU and CUDA runs
+therefore draw the same values, and the host knows which tile gets which operation without waiting for the
+device.
+
+Images are uint8 (N, 3, H, W) throughout. Results lie in channels_last memory; inputs are never changed.
+"""
+
+import difflib
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+Augmentation = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
+
+# Operation: TrivialAugmentWide's magnitude at its first and its last of 31 bins (Müller & Hutter 2021,
+# arXiv:2103.10158), AutoAugment's at its first and its last of 10 (Cubuk et al. 2019, arXiv:1805.09501), and
+# whether a fair coin makes it negative; as in torchvision. None: not among the operations drawn.
+RANGES: dict[str, tuple[tuple[float, float] | None, tuple[float, float] | None, bool]] = {
+    "Identity": ((0.0, 0.0), None, False),
+    "ShearX": ((0.0, 0.99), (0.0, 0.3), True),
+    "ShearY": ((0.0, 0.99), None, True),
+    "TranslateX": ((0.0, 32.0), None, True),
+    "TranslateY": ((0.0, 32.0), None, True),
+    "Rotate": ((0.0, 135.0), (0.0, 30.0), True),
+    "Brightness": ((0.0, 0.99), None, True),
+    "Color": ((0.0, 0.99), (0.0, 0.9), True),
+    "Contrast": ((0.0, 0.99), (0.0, 0.9), True),
+    "Sharpness": ((0.0, 0.99), (0.0, 0.9), True),
+    "Posterize": ((8.0, 2.0), (8.0, 4.0), False),
+    "Solarize": ((1.0, 0.0), (1.0, 0.0), False),
+    "AutoContrast": ((0.0, 0.0), (0.0, 0.0), False),
+    "Equalize": ((0.0, 0.0), (0.0, 0.0), False),
+    "Invert": (None, (0.0, 0.0), False),
+}
+OPERATIONS = tuple(RANGES)
+WIDE_BINS = 31
+AUTO_BINS = 10
+
+# The 25 sub-policies: two operations in order, each with its probability and its magnitude's bin.
+IMAGENET_POLICY = (
+    (("Posterize", 0.4, 8), ("Rotate", 0.6, 9)),
+    (("Solarize", 0.6, 5), ("AutoContrast", 0.6, 0)),
+    (("Equalize", 0.8, 0), ("Equalize", 0.6, 0)),
+    (("Posterize", 0.6, 7), ("Posterize", 0.6, 6)),
+    (("Equalize", 0.4, 0), ("Solarize", 0.2, 4)),
+    (("Equalize", 0.4, 0), ("Rotate", 0.8, 8)),
+    (("Solarize", 0.6, 3), ("Equalize", 0.6, 0)),
+    (("Posterize", 0.8, 5), ("Equalize", 1.0, 0)),
+    (("Rotate", 0.2, 3), ("Solarize", 0.6, 8)),
+    (("Equalize", 0.6, 0), ("Posterize", 0.4, 6)),
+    (("Rotate", 0.8, 8), ("Color", 0.4, 0)),
+    (("Rotate", 0.4, 9), ("Equalize", 0.6, 0)),
+    (("Equalize", 0.0, 0), ("Equalize", 0.8, 0)),
+    (("Invert", 0.6, 0), ("Equalize", 1.0, 0)),
+    (("Color", 0.6, 4), ("Contrast", 1.0, 8)),
+    (("Rotate", 0.8, 8), ("Color", 1.0, 2)),
+    (("Color", 0.8, 8), ("Solarize", 0.8, 7)),
+    (("Sharpness", 0.4, 7), ("Invert", 0.6, 0)),
+    (("ShearX", 0.6, 5), ("Equalize", 1.0, 0)),
+    (("Color", 0.4, 0), ("Equalize", 0.6, 0)),
+    (("Equalize", 0.4, 0), ("Solarize", 0.2, 4)),
+    (("Solarize", 0.6, 5), ("AutoContrast", 0.6, 0)),
+    (("Invert", 0.6, 0), ("Equalize", 1.0, 0)),
+    (("Color", 0.6, 4), ("Contrast", 1.0, 8)),
+    (("Equalize", 0.8, 0), ("Equalize", 0.6, 0)),
+)
+
+ERASE_PROBABILITY = 0.1
+ERASE_AREA = (0.02, 0.33)
+ERASE_RATIO = (0.3, 3.3)
+# torchvision erases to 0 after normalisation; with mean .5 and std .5 that is mid-grey.
+ERASE_GREY = 128
+
+# Optical density of each dye in red, green and blue: haematoxylin, eosin and the remainder, DAB
+# (Ruifrok & Johnston 2001, "Quantification of histochemical staining by color deconvolution").
+STAIN_VECTORS = torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]]).double()
+# Each dye's concentration is scaled by 1 ± .2 and shifted by ± .05; hue turns by ± 10°.
+STAIN_SCALE = 0.2
+STAIN_SHIFT = 0.05
+STAIN_HUE = math.radians(10.0)
+
+CHANNEL_PROBABILITY = 0.9
+CHANNEL_SHIFT = 0.15 * 255
+CHANNEL_GAIN = 0.15
+
+ZOOM_LIMIT = 1.25
+
+
+def _uniform(size: tuple[int, ...], low: float, high: float, generator: torch.Generator) -> torch.Tensor:
+    return torch.rand(size, generator=generator, dtype=torch.float64) * (high - low) + low
+
+
+def _take(images: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The images of these numbers, copied, in channels_last memory."""
+    rows = images.permute(0, 2, 3, 1).contiguous()
+    return rows.index_select(0, index.to(images.device, non_blocking=True)).permute(0, 3, 1, 2)
+
+
+def _by_kind(
+    images: torch.Tensor,
+    kind: torch.Tensor,
+    parameter: torch.Tensor,
+    apply: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Replace the images of each kind by `apply(kind, those images, their parameters)`, keeping their order.
+
+    `kind` is an integer (N,) tensor on the CPU, so that the sizes of the groups are known on the host.
+    """
+    order = kind.argsort()
+    grouped, parameter = _take(images, order), parameter[order]
+    start = 0
+    for number, count in enumerate(kind.bincount().tolist()):
+        if count:
+            part = grouped[start : start + count]
+            part.copy_(apply(number, part, parameter[start : start + count]))
+        start += count
+    return _take(grouped, order.argsort())
+
+
+# Flips and quarter turns
+
+
+def draw_flips(count: int, generator: torch.Generator) -> torch.Tensor:
+    """Views 0 … 3 of `dihedral`, int64 (count,): each of the two flips with probability ½, independently."""
+    return torch.randint(4, (count,), generator=generator)
+
+
+def draw_dihedral(count: int, generator: torch.Generator) -> torch.Tensor:
+    """Views 0 … 7 of `dihedral`, int64 (count,), uniformly."""
+    return torch.randint(8, (count,), generator=generator)
+
+
+def _dihedral_view(images: torch.Tensor, view: int) -> torch.Tensor:
+    if view & 4:
+        images = images.transpose(2, 3)
+    return images.flip([axis for bit, axis in ((1, 3), (2, 2)) if view & bit])
+
+
+def dihedral(images: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
+    """Turn or flip image i to its view `view[i]`, the same uint8 (N, 3, H, W).
+
+    A view is a number of three bits: bit 4 swaps rows and columns first, then bit 1 flips left and right, and
+    bit 2 flips top and bottom. These are the 8 symmetries of the square; 0 changes nothing.
+
+    Raises ValueError for views outside 0 … 7, and for a swap where H is not W.
+    """
+    if len(view) and not 0 <= int(view.min()) <= int(view.max()) <= 7:
+        raise ValueError(f"views are 0 … 7, not {int(view.min())} … {int(view.max())}")
+    if images.shape[2] != images.shape[3] and bool((view >= 4).any()):
+        raise ValueError(f"quarter turns need square tiles, not {images.shape[2]} × {images.shape[3]}")
+    return _by_kind(images, view, view, lambda number, part, _: _dihedral_view(part, number))
+
+
+def dihedral_views(images: torch.Tensor) -> torch.Tensor:
+    """All 8 views of `dihedral` in order, (8, N, 3, H, W), for test-time averaging; any dtype.
+
+    Raises ValueError where H is not W.
+    """
+    if images.shape[2] != images.shape[3]:
+        raise ValueError(f"quarter turns need square tiles, not {images.shape[2]} × {images.shape[3]}")
+    return torch.stack([_dihedral_view(images, view) for view in range(8)])
+
+
+# The operations of TrivialAugment and AutoAugment
+
+
+@lru_cache(maxsize=4096)
+def _sources(name: str, magnitude: float, height: int, width: int, device: torch.device) -> torch.Tensor:
+    """For each pixel of the moved tile the number of the pixel that comes there, int64 (H · W,).
+
+    Pixels count from 1, row by row; 0 stands for outside. The table is what torchvision itself makes of a
+    tile of pixel numbers: roundings at ties are its own, and CUDA runs move pixels exactly as CPU runs do.
+    """
+    from torchvision.transforms.v2 import functional
+
+    numbers = torch.arange(1.0, height * width + 1).view(1, height, width)
+    moved: torch.Tensor
+    if name == "Rotate":
+        moved = functional.rotate(numbers, angle=magnitude)
+    elif name.startswith("Shear"):
+        degrees = math.degrees(math.atan(magnitude))
+        shear = [degrees, 0.0] if name == "ShearX" else [0.0, degrees]
+        moved = functional.affine(numbers, angle=0.0, translate=[0, 0], scale=1.0, shear=shear, center=[0, 0])
+    else:
+        shift = [int(magnitude), 0] if name == "TranslateX" else [0, int(magnitude)]
+        moved = functional.affine(numbers, angle=0.0, translate=shift, scale=1.0, shear=[0.0, 0.0])
+    return moved.flatten().to(device, torch.int64)
+
+
+def _move(images: torch.Tensor, name: str, magnitude: torch.Tensor) -> torch.Tensor:
+    """Shear, shift or rotate: nearest pixel, black outside."""
+    count, _, height, width = images.shape
+    # Pixel 0 of each tile is the black one that `_sources` points to from outside.
+    pixels = F.pad(images.permute(0, 2, 3, 1).flatten(1, 2), (0, 0, 1, 0))
+    sources = torch.stack([_sources(name, m, height, width, images.device) for m in magnitude.tolist()])
+    sources += torch.arange(count, device=images.device).unsqueeze(1) * pixels.shape[1]
+    moved = pixels.flatten(0, 1).index_select(0, sources.flatten())
+    return moved.view(count, height, width, 3).permute(0, 3, 1, 2)
+
+
+def _grey(images: torch.Tensor) -> torch.Tensor:
+    """Luma (ITU-R 601) of float images in whole grey levels, (N, 1, H, W)."""
+    red, green, blue = images.unbind(1)
+    return red.mul(0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114).floor_().unsqueeze(1)
+
+
+def _blend(images: torch.Tensor, other: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
+    """`ratio` of the float images, in place, and 1 − `ratio` of the other, beyond the images if above 1."""
+    return images.mul_(ratio.float()).addcmul_(other, (1.0 - ratio).float()).clamp_(0, 255)
+
+
+def _sharpness(images: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
+    """Blend with the 3 × 3 mean whose centre counts five times; the outermost pixels stay."""
+    if min(images.shape[2:]) <= 2:
+        return images
+    rows = images[:, :, :-2] + images[:, :, 1:-1] + images[:, :, 2:]
+    inner = images[:, :, 1:-1, 1:-1]
+    box = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
+    blurred = box.add_(inner, alpha=4.0).div_(13.0).round_()
+    inner.copy_(inner.addcmul(blurred.sub_(inner), (1.0 - ratio).float()).clamp_(0, 255))
+    return images
+
+
+def _auto_contrast(images: torch.Tensor) -> torch.Tensor:
+    """Stretch each channel of each image to 0 … 255; a channel of one value stays."""
+    channels = images.flatten(2).float()
+    low, high = channels.amin(2, keepdim=True), channels.amax(2, keepdim=True)
+    flat = low == high
+    step = (high - low).mul_(1.0 / 255).masked_fill_(flat, 1.0)
+    return channels.sub_(low.masked_fill_(flat, 0.0)).div_(step).clamp_(0, 255).view(images.shape)
+
+
+def _equalize(images: torch.Tensor) -> torch.Tensor:
+    """Spread each channel's histogram evenly, in Pillow's integer arithmetic."""
+    values = images.flatten(2).long()
+    ones = torch.ones((), dtype=torch.int32, device=images.device)
+    histogram = ones.new_zeros(*values.shape[:2], 256).scatter_add_(2, values, ones.expand(values.shape))
+    below = histogram.cumsum(2) - histogram
+    # The brightest value present is left out: it is to become 255.
+    step = below.gather(2, values.amax(2, keepdim=True)) // 255
+    lookup = ((below + step // 2) // step.clamp(min=1)).clamp_(max=255)
+    # Too few pixels for even one a step: the channel stays.
+    lookup = torch.where(step == 0, torch.arange(256, device=images.device), lookup)
+    return lookup.to(torch.uint8).gather(2, values).view(images.shape)
+
+
+def _operate(number: int, images: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
+    """One operation; `magnitude` is a CPU float64 (N,). The result is uint8, or float 0 … 255 to truncate."""
+    name = OPERATIONS[number]
+    if name.startswith(("Shear", "Translate", "Rotate")):
+        return _move(images, name, magnitude)
+    strength = magnitude.view(-1, 1, 1, 1).to(images.device, non_blocking=True)
+    ratio = 1.0 + strength
+    match name:
+        case "Brightness":
+            return images.float().mul_(ratio.float()).clamp_(0, 255)
+        case "Color":
+            colours = images.float()
+            return _blend(colours, _grey(colours), ratio)
+        case "Contrast":
+            colours = images.float()
+            return _blend(colours, _grey(colours).mean((2, 3), keepdim=True), ratio)
+        case "Sharpness":
+            return _sharpness(images.float(), ratio)
+        case "Posterize":
+            # The mask keeps the highest `strength` of 8 bits.
+            return images & (255 << (8 - strength.long())).to(torch.uint8)
+        case "Solarize":
+            return torch.where(images >= (255 * strength).float(), ~images, images)
+        case "AutoContrast":
+            return _auto_contrast(images)
+        case "Equalize":
+            return _equalize(images)
+        case "Invert":
+            return ~images
+        case _:
+            return images
+
+
+def apply_operations(images: torch.Tensor, operation: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
+    """Apply `OPERATIONS[operation[s, i]]` with `magnitude[s, i]` to image i, step s after step.
+
+    `operation` is int64 (steps, N) and `magnitude` float64 (steps, N), both on the CPU. The numerics are
+    torchvision's v2 functional operations' on uint8 tensors, with nearest interpolation and black fill.
+    """
+    for kind, strength in zip(operation, magnitude, strict=True):
+        images = _by_kind(images, kind, strength, _operate)
+    return images
+
+
+def _magnitudes(column: Literal[0, 1], bins: int) -> torch.Tensor:
+    """The magnitude of each operation at each bin of a column of `RANGES`, float64 (operations, bins)."""
+    # float32 first: torchvision takes its magnitudes out of float32 tables.
+    ends = [row[column] or (0.0, 0.0) for row in RANGES.values()]
+    table = torch.stack([torch.linspace(first, last, bins) for first, last in ends])
+    bits = OPERATIONS.index("Posterize")
+    table[bits] = table[bits].round()
+    return table.double()
+
+
+WIDE_MAGNITUDES, AUTO_MAGNITUDES = _magnitudes(0, WIDE_BINS), _magnitudes(1, AUTO_BINS)
+WIDE_OPERATIONS = torch.tensor([i for i, (wide, _, _) in enumerate(RANGES.values()) if wide])
+SIGNED = torch.tensor([signed for _, _, signed in RANGES.values()])
+# (2, 25) each: one row for the first operations of the sub-policies, one for the second.
+_COLUMNS = [list(zip(*step, strict=True)) for step in zip(*IMAGENET_POLICY, strict=True)]
+POLICY_OPERATIONS = torch.tensor([[OPERATIONS.index(name) for name in names] for names, _, _ in _COLUMNS])
+POLICY_PROBABILITIES = torch.tensor([chances for _, chances, _ in _COLUMNS], dtype=torch.float64)
+POLICY_BINS = torch.tensor([bins for _, _, bins in _COLUMNS])
+
+
+def _give_signs(
+    operation: torch.Tensor, magnitude: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    negative = SIGNED[operation] & (torch.rand(operation.shape, generator=generator) < 0.5)
+    return operation, torch.where(negative, -magnitude, magnitude)
+
+
+def draw_trivial_augment(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Operation and magnitude of TrivialAugmentWide for `apply_operations`, int64 and float64 (1, count).
+
+    The operation is uniform over 14, the magnitude over 31 bins, the sign fair where there is one.
+    """
+    operation = WIDE_OPERATIONS[torch.randint(len(WIDE_OPERATIONS), (1, count), generator=generator)]
+    magnitude_bin = torch.randint(WIDE_BINS, (1, count), generator=generator)
+    return _give_signs(operation, WIDE_MAGNITUDES[operation, magnitude_bin], generator)
+
+
+def draw_auto_augment(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Operation and magnitude of AutoAugment for `apply_operations`, int64 and float64 (2, count): two steps.
+
+    The sub-policy is uniform over the 25 of `IMAGENET_POLICY`. Each of its two operations takes place with
+    its own probability (else it is Identity), with a fair sign where there is one.
+    """
+    policy = torch.randint(len(IMAGENET_POLICY), (count,), generator=generator)
+    happens = torch.rand(2, count, generator=generator, dtype=torch.float64) < POLICY_PROBABILITIES[:, policy]
+    operation = torch.where(happens, POLICY_OPERATIONS[:, policy], OPERATIONS.index("Identity"))
+    return _give_signs(operation, AUTO_MAGNITUDES[operation, POLICY_BINS[:, policy]], generator)
+
+
+# Random erasing
+
+
+def draw_erasing(count: int, height: int, width: int, generator: torch.Generator) -> torch.Tensor:
+    """Top, left, height and width of each tile's erased rectangle, int64 (count, 4); all 0 for none.
+
+    Random erasing (Zhong et al. 2017, arXiv:1708.04896) as torchvision's RandomErasing, with probability .1:
+    the area is uniform, the ratio of height to width log-uniform, and of ten attempts the first that is
+    smaller than the tile both ways counts.
+    """
+    area = height * width * _uniform((count, 10), *ERASE_AREA, generator)
+    low, high = (math.log(ratio) for ratio in ERASE_RATIO)
+    ratio = _uniform((count, 10), low, high, generator).exp()
+    sizes = torch.stack([(area * ratio).sqrt().round(), (area / ratio).sqrt().round()], dim=2)
+    limits = torch.tensor([height, width])
+    fits = (sizes < limits).all(2)
+    # argmax gives the first of equals, here the first attempt that fits.
+    size = sizes[torch.arange(count), fits.int().argmax(1)].long()
+    corner = (_uniform((count, 2), 0.0, 1.0, generator) * (limits - size + 1)).long()
+    happens = fits.any(1) & (torch.rand(count, generator=generator) < ERASE_PROBABILITY)
+    return torch.cat([corner, size], dim=1) * happens.unsqueeze(1)
+
+
+def erase(images: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    """Fill rectangle `boxes[i]` (top, left, height, width; CPU) of image i with mid-grey, 128."""
+    result = images.clone(memory_format=torch.channels_last)
+    for number in boxes[:, 2].nonzero().flatten().tolist():
+        top, left, height, width = boxes[number].tolist()
+        result[number, :, top : top + height, left : left + width] = ERASE_GREY
+    return result
+
+
+# Stain, channels, scale
+
+
+def draw_stain(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scale and shift of the dyes, (count, 3) each, and hue's turn in radians (count,): uniform float64."""
+    scale = _uniform((count, 3), 1.0 - STAIN_SCALE, 1.0 + STAIN_SCALE, generator)
+    shift = _uniform((count, 3), -STAIN_SHIFT, STAIN_SHIFT, generator)
+    return scale, shift, _uniform((count,), -STAIN_HUE, STAIN_HUE, generator)
+
+
+def _turn_about_grey(angle: torch.Tensor) -> torch.Tensor:
+    """Rotations of colour space about its grey axis, (N, 3, 3) for angles (N,): Rodrigues' formula."""
+    axis = 1.0 / math.sqrt(3.0)
+    cross = torch.tensor([[0.0, -axis, axis], [axis, 0.0, -axis], [-axis, axis, 0.0]], dtype=angle.dtype)
+    sine, cosine = angle.sin().view(-1, 1, 1), angle.cos().view(-1, 1, 1)
+    return torch.eye(3, dtype=angle.dtype) + sine * cross + (1.0 - cosine) * (cross @ cross)
+
+
+def stain(images: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, hue: torch.Tensor) -> torch.Tensor:
+    """Stain the uint8 (N, 3, H, W) tiles as another laboratory might, within one grey level of the formula.
+
+    Optical density −ln((v + 1) / 256) is split into haematoxylin, eosin and a remainder; each concentration
+    is multiplied by `scale` (N, 3) and increased by `shift` (N, 3) (Tellez et al. 2019, arXiv:1902.06543;
+    colour deconvolution by Ruifrok & Johnston 2001). Then the density turns by `hue` (N,) radians about the
+    grey axis, which is the hue of the HSD model (van der Laak et al. 2000). Scale and hue leave white as it
+    is; a shift tints it slightly. All three are float64 on the CPU.
+    """
+    turn = _turn_about_grey(hue)
+    # Splitting, scaling, mixing and turning are linear: together one 3 × 3 matrix and one offset a tile.
+    mix = turn @ STAIN_VECTORS.T
+    matrix = (mix * scale.unsqueeze(1)) @ STAIN_VECTORS.T.inverse()
+    offset = mix @ shift.unsqueeze(2)
+    density = images.flatten(2).float().add_(1.0).div_(256.0).log_()
+    matrix, offset = (m.float().to(images.device, non_blocking=True) for m in (matrix, offset))
+    # `density` is minus the density, and so is the result.
+    stained = torch.baddbmm(-offset, matrix, density).exp_().mul_(256.0).sub_(1.0)
+    return _to_uint8(stained.view(images.shape))
+
+
+def _to_uint8(values: torch.Tensor) -> torch.Tensor:
+    levels = values.round_().clamp_(0, 255).to(torch.uint8)
+    return levels.contiguous(memory_format=torch.channels_last)
+
+
+def draw_channels(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shift in grey levels and gain of every channel, float64 (count, 3); 0 and 1 in a tenth of the tiles."""
+    happens = torch.rand(count, 1, generator=generator) < CHANNEL_PROBABILITY
+    shift = _uniform((count, 3), -CHANNEL_SHIFT, CHANNEL_SHIFT, generator)
+    gain = _uniform((count, 3), 1.0 - CHANNEL_GAIN, 1.0 + CHANNEL_GAIN, generator)
+    return shift * happens, torch.where(happens, gain, 1.0)
+
+
+def shift_channels(images: torch.Tensor, shift: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+    """Channel c of image i becomes (value + shift[i, c]) · gain[i, c], rounded and clipped to uint8."""
+    shift, gain = (v.float()[:, :, None, None].to(images.device, non_blocking=True) for v in (shift, gain))
+    return _to_uint8(images.float().add_(shift).mul_(gain))
+
+
+def draw_zoom(count: int, generator: torch.Generator) -> torch.Tensor:
+    """Zoom factors 0.8 … 1.25, float64 (count,), log-uniform so that in and out are equally likely."""
+    limit = math.log(ZOOM_LIMIT)
+    return _uniform((count,), -limit, limit, generator).exp()
+
+
+def _zoom_weights(factor: torch.Tensor, size: int) -> torch.Tensor:
+    """(N, size, size) float32: how much of each old row goes into each new row, linearly interpolated."""
+    old = torch.arange(size, dtype=torch.float64)
+    source = (old + 0.5 - size / 2) / factor.unsqueeze(1) + size / 2
+    # Beyond an edge the tile continues as its mirror image.
+    source = source.abs()
+    source = (size - (size - source).abs() - 0.5).clamp(0, size - 1)
+    return (1.0 - (source.unsqueeze(2) - old).abs()).clamp_(min=0.0).float()
+
+
+def zoom(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Magnify image i about its centre by `factor[i]`, bilinearly, mirrored beyond the edges.
+
+    Equals `F.grid_sample(…, padding_mode="reflection", align_corners=False)` within one grey level. `factor`
+    is float64 (N,) on the CPU, at least 0.5.
+    """
+    height, width = images.shape[2:]
+    rows = _zoom_weights(factor, height).to(images.device, non_blocking=True).unsqueeze(1)
+    columns = _zoom_weights(factor, width).to(images.device, non_blocking=True).unsqueeze(1)
+    # Bilinear interpolation on an upright grid is two matrix products, faster than four gathers a pixel.
+    planes = images.contiguous().float()
+    return _to_uint8(rows @ planes @ columns.mT)
+
+
+# The augmentations by name
+
+
+def _step(
+    draw: Callable[[int, torch.Generator], torch.Tensor | tuple[torch.Tensor, ...]],
+    apply: Callable[..., torch.Tensor],
+) -> Augmentation:
+    def step(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        drawn = draw(len(images), generator)
+        return apply(images, *(drawn if isinstance(drawn, tuple) else (drawn,)))
+
+    return step
+
+
+def _erase(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return erase(images, draw_erasing(len(images), images.shape[2], images.shape[3], generator))
+
+
+_flip, _dihedral = _step(draw_flips, dihedral), _step(draw_dihedral, dihedral)
+_stain, _zoom = _step(draw_stain, stain), _step(draw_zoom, zoom)
+
+PARTS: dict[str, tuple[Augmentation, ...]] = {
+    "none": (),
+    "auto": (_flip, _step(draw_auto_augment, apply_operations), _erase),
+    "ta_wide": (_flip, _step(draw_trivial_augment, apply_operations), _erase),
+    "dihedral": (_dihedral,),
+    "stain": (_dihedral, _stain, _zoom),
+    "flip": (_flip,),
+    "erase": (_erase,),
+    "channel": (_step(draw_channels, shift_channels),),
+    "scale": (_zoom,),
+}
+
+AUGMENTATIONS: tuple[str, ...] = tuple(PARTS)
+
+
+def build_augmentation(names: str) -> Augmentation:
+    """The augmentation of a comma-joined list such as "ta_wide,stain", applied left to right.
+
+    It takes uint8 (N, 3, H, W) images on any device and a CPU `torch.Generator`, from which it makes every
+    draw, and returns images of the same shape, dtype, device and memory format (channels_last or contiguous).
+    Its input is not changed; "none" returns the input itself. "dihedral" and "stain" need square tiles.
+
+    Raises ValueError naming an unknown part and the closest known name, or "none" joined with others.
+    """
+    chosen = names.split(",")
+    for name in chosen:
+        if name not in PARTS:
+            (closest,) = difflib.get_close_matches(name, PARTS, n=1, cutoff=0.0)
+            known = ", ".join(AUGMENTATIONS)
+            raise ValueError(f"unknown augmentation {name!r}: did you mean {closest!r}? There are {known}")
+    if "none" in chosen and len(chosen) > 1:
+        raise ValueError(f"'none' cannot be joined with other augmentations: {names!r}")
+    steps = [step for name in chosen for step in PARTS[name]]
+
+    def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        result = images
+        for step in steps:
+            result = step(result, generator)
+        in_channels_last = images.is_contiguous(memory_format=torch.channels_last)
+        return result if in_channels_last or result is images else result.contiguous()
+
+    return augment

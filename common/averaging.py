@@ -1,0 +1,51 @@
+"""Averages that make short runs judgeable: an EMA of the weights, BatchNorm statistics measured afresh."""
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+REFERENCE_STEPS = 1000
+
+
+class ExponentialMovingAverage:
+    """A copy of a network whose weights follow the trained ones slowly.
+
+    `decay` is meant for a run of 1,000 steps and is scaled to the run's length, so that a run of any length
+    averages over the same share of itself (0.99: about its last tenth); torchvision's references scale theirs
+    by batch and epochs likewise. Early on the average follows faster: at step t the decay is at most
+    (1 + t) / (10 + t), as in TensorFlow's ExponentialMovingAverage.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, n_steps: int) -> None:
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        self.decay = decay ** (REFERENCE_STEPS / n_steps)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Move the average towards `model` after step `step`, counted from 0."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for averaged, trained in zip(self.model.parameters(), model.parameters(), strict=True):
+            averaged.lerp_(trained, 1 - decay)
+
+
+@torch.no_grad()
+def reestimate_batchnorm(model: nn.Module, inputs: Iterable[torch.Tensor]) -> None:
+    """Replace every BatchNorm layer's running statistics by their mean over `inputs`, (N, 3, H, W) float32.
+
+    The running statistics of MobileNetV3 (momentum 0.01) lag hundreds of steps behind the weights, those of
+    averaged weights belong to no step at all. All other layers stay in eval mode: dropout draws nothing.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean over the batches
+        norm.train()
+    for batch in inputs:
+        model(batch)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.eval()

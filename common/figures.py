@@ -1,0 +1,102 @@
+"""The figures of a run as PNG files: a curve over the epochs and a confusion matrix.
+
+Importing this module loads matplotlib, so callers import it when they draw. A figure is drawn on its own
+Agg canvas, without pyplot: it needs no display and leaves no state behind. The same input gives the same
+bytes with the same versions of matplotlib and its libraries, and a file appears complete or not at all.
+"""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import style
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from numpy.typing import NDArray
+
+from common.files import atomic_path
+
+# Two of Okabe and Ito's colours, told apart with any colour vision (https://jfly.uni-koeln.de/color/).
+BLUE, VERMILLION = "#0072B2", "#D55E00"
+# A report shows a figure 700 pixels wide: 6.4 inches at 150 dots leave room for sharper screens.
+STYLE: dict[str, Any] = {
+    "figure.dpi": 150,
+    "savefig.dpi": 150,
+    "figure.constrained_layout.use": True,
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E5E5E5",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+}
+
+
+def curve(path: Path, values: Sequence[float], *, ylabel: str, title: str, best_epoch: int | None = None) -> None:
+    """Draw one value an epoch against the epoch's number, the first being 1, into the PNG file `path`.
+
+    A value that is not finite leaves a gap. `best_epoch`, if given, is the number of the epoch whose
+    weights were selected; it is marked and named in the legend. Raises ValueError where there is no value
+    or no such epoch.
+    """
+    if not 1 <= (best_epoch or 1) <= len(values):
+        raise ValueError(f"there is no epoch {best_epoch or 1} among {len(values)} values")
+    heights = np.asarray(values, dtype=np.float64)
+    heights[~np.isfinite(heights)] = np.nan
+    epochs = np.arange(1, len(heights) + 1)
+    with style.context(["default", STYLE]):
+        figure = Figure(figsize=(6.4, 4))
+        axes = figure.add_subplot()
+        axes.plot(epochs, heights, color=BLUE, marker="o", markersize=4)
+        axes.set(title=_wrap(title, 75), xlabel="Epoch", ylabel=ylabel, xlim=(0.5, len(heights) + 0.5))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10, min_n_ticks=1))
+        if best_epoch is not None:
+            label = f"selected: epoch {best_epoch} ({heights[best_epoch - 1]:.4g})"
+            axes.axvline(best_epoch, color=VERMILLION, linestyle="--", linewidth=1)
+            axes.plot(best_epoch, heights[best_epoch - 1], "D", color=VERMILLION, markersize=7, label=label)
+            axes.legend()
+        _save(figure, path)
+
+
+def confusion(path: Path, matrix: NDArray[Any], class_names: Sequence[str], *, title: str) -> None:
+    """Draw a (C, C) matrix of tile counts, rows the true classes, into the PNG file `path`.
+
+    A cell shows its count, and by its colour the share of its row: of the true class's tiles. Raises
+    ValueError where the matrix is not square or the names are not one a class.
+    """
+    if matrix.shape != (len(class_names), len(class_names)):
+        raise ValueError(f"a matrix of shape {matrix.shape} does not fit {len(class_names)} class names")
+    # A class without tiles has an empty row, whose shares are 0 and not 0/0.
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    names = [_wrap(name, 16) for name in class_names]
+    with style.context(["default", STYLE, {"axes.grid": False}]):
+        figure = Figure(figsize=(6.4, 5.8))
+        axes = figure.add_subplot()
+        image = axes.imshow(shares, cmap="viridis", vmin=0, vmax=1)
+        for (row, column), count in np.ndenumerate(matrix):
+            # Black is the more legible ink on viridis' bright half, white on its dark half.
+            ink = "black" if shares[row, column] > 0.5 else "white"
+            axes.text(column, row, f"{count:,}", ha="center", va="center", color=ink, fontsize=8)
+        axes.set(title=_wrap(title, 75), xlabel="Predicted class", ylabel="True class")
+        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        bar = figure.colorbar(image, shrink=0.8, format=PercentFormatter(1))
+        bar.set_label("Share of the true class's tiles")
+        _save(figure, path)
+
+
+def _wrap(text: str, width: int) -> str:
+    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=True)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Write the PNG without matplotlib's version in it."""
+    FigureCanvasAgg(figure)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Software": None})

@@ -1,0 +1,49 @@
+"""The networks: torchvision's classification models, by name, for tiles of any size."""
+
+from functools import cache
+
+import torch
+from torch import nn
+
+from common.errors import UsageError
+
+
+@cache
+def model_names() -> list[str]:
+    """The names that `build_model` takes: torchvision's classification models, quantised ones left out."""
+    from torchvision import models
+
+    return list(models.list_models(module=models))
+
+
+def build_model(model_name: str, num_classes: int, size: int) -> nn.Module:
+    """A freshly initialised network for `size`-pixel tiles; its weights come from torch's global generator.
+
+    The caller seeds (`torch.manual_seed`). Takes (N, 3, size, size) float32, returns logits (N, num_classes).
+
+    Raises UsageError where the network cannot take tiles of this size.
+    """
+    from torchvision import models
+
+    options: dict[str, object] = {}
+    if model_name in ("googlenet", "inception_v3"):
+        # Their auxiliary heads need tiles of 224 and 299 pixels.
+        options = {"aux_logits": False, "init_weights": True}
+    elif model_name.startswith("vit_"):
+        # Its position embeddings are made for one size.
+        options = {"image_size": size}
+    try:
+        model: nn.Module = models.get_model(model_name, weights=None, num_classes=num_classes, **options)
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, size, size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise UsageError(
+            f"--model_name {model_name} cannot take tiles of {size} pixels ({str(error).splitlines()[0]}): "
+            "choose a larger --size or another model"
+        ) from error
+    return model.train()
+
+
+def normalise(images: torch.Tensor) -> torch.Tensor:
+    """uint8 (N, 3, H, W) in 0..255 to float32 in -1..1, the coursework's mean .5 and std .5."""
+    return images.float().div_(127.5).sub_(1.0)

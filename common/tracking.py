@@ -1,0 +1,262 @@
+"""The records of one run: files under runs/<run_id>/, with W&B as a sink for the same numbers."""
+
+import csv
+import importlib.metadata
+import json
+import netrc
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import urllib.parse
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.config import BOOKKEEPING_KEYS, TrainingConfig
+from common.data import Dataset
+from common.errors import Fault, UsageError
+from common.files import atomic_path, write_json
+
+WANDB_PROJECT = "hw1"  # the coursework's
+WANDB_PATIENCE = 60.0  # seconds to wait for its server at the start and at the end of a run
+REPOSITORY = Path(__file__).resolve().parent.parent
+TITLES = {"task1": "Task 1", "task3": "Task 3"}
+AXIS_LABELS = {
+    "train/loss": "training loss (cross-entropy, nats)",
+    "validate/auc": "validation AUC (mean of the classes, one against the rest)",
+    "validate/acc": "validation ACC (share of tiles)",
+}
+VERSIONED = ("torch", "torchvision", "numpy", "medmnist", "wandb", "matplotlib")
+
+
+class Run:
+    """One run's folders, and its W&B run.
+
+    `folder` is output_dir/runs/<run_id>, `checkpoints` is output_dir/checkpoints/<run_id>. summary.json is
+    written last: a folder that has one is a finished run.
+    """
+
+    def __init__(self, task: str, config: TrainingConfig, dataset: Dataset, device_name: str) -> None:
+        """Open the run and write config.json.
+
+        Raises UsageError where the run is finished already, was started with another configuration, or is
+        to be resumed and has no checkpoint.
+        """
+        self.task = task
+        self.run_id = config.run_id
+        self.dataset = dataset
+        self.title = f"{TITLES[task]} · {config.model_name} · {dataset.title} · seed {config.seed}"
+        self.output_dir = config.output_dir
+        self.folder = config.output_dir / "runs" / config.run_id
+        self.checkpoints = config.output_dir / "checkpoints" / config.run_id
+        self.figures = config.output_dir / "fig" / task
+        if (self.folder / "summary.json").exists():
+            raise UsageError(f"run {config.run_id} is finished already ({self.folder}): use another --run_id")
+        if config.resume and not (self.checkpoints / "last.pt").exists():
+            raise UsageError(f"--resume: run {config.run_id} has no checkpoint in {self.checkpoints}")
+        fresh = not (self.folder / "config.json").exists()
+        if not fresh:
+            self._check_same(config)
+        self.facts = {
+            "task": task,
+            "run_id": config.run_id,
+            "dataset": dataset.title,
+            "synthetic": dataset.name == "phantom",
+            "data_fingerprint": dataset.fingerprint,
+            "tiles": {split: len(getattr(dataset, split)) for split in ("train", "val", "test")},
+            "device": device_name,
+        }
+        if fresh:
+            write_json(
+                self.folder / "config.json",
+                {
+                    "config": config.as_dict(),
+                    **self.facts,
+                    "command": shlex.join(sys.argv),
+                    "commit": _commit(),
+                    "started": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "python": platform.python_version(),
+                    "platform": platform.platform(),
+                    "versions": {name: importlib.metadata.version(name) for name in VERSIONED},
+                },
+            )
+        self._wandb = _start_wandb(task, config, self.facts)
+        print(f"run {config.run_id}: {dataset.title} on {device_name}; records in {self.folder}")
+
+    def _check_same(self, config: TrainingConfig) -> None:
+        before = read_json(self.folder / "config.json")["config"]
+        now = config.as_dict()
+        differing = [
+            f"{name} was {before.get(name)}"
+            for name in now
+            if name not in BOOKKEEPING_KEYS and before.get(name) != now[name]
+        ]
+        if differing:
+            raise UsageError(
+                f"run {config.run_id} was started with another configuration ({', '.join(differing)}): "
+                "use that one or another --run_id"
+            )
+
+    def log_epoch(self, history: Sequence[Mapping[str, float]]) -> None:
+        """Write history.csv whole and pass its last row on to W&B and to the terminal."""
+        with atomic_path(self.folder / "history.csv") as temporary, open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, history[-1].keys(), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(history)
+        row = dict(history[-1])
+        self._send(lambda run: run.log(row))
+        print(
+            f"epoch {row['epoch']:3.0f}  train/loss {row['train/loss']:.4f}  "
+            + "  ".join(f"{name} {row[name]:.4f}" for name in row if name.startswith("validate/"))
+            + f"  {row['tiles_per_second']:,.0f} tiles/s  {row['seconds']:.1f} s",
+            flush=True,
+        )
+
+    def save_scores(self, **arrays: np.ndarray) -> None:
+        """Write scores.npz: logits (N, C) float32 and targets (N,) int64 of the scored splits."""
+        with atomic_path(self.folder / "scores.npz") as temporary:
+            np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
+
+    def finish(self, history: Sequence[Mapping[str, float]], summary: Mapping[str, Any]) -> None:
+        """Draw the figures, write summary.json, pass both on to W&B, and say the result."""
+        figures = self._draw(history, summary)
+        names = {name: path.name for name, path in figures.items()}
+        write_json(self.folder / "summary.json", {**self.facts, **summary, "figures": names})
+        self._send(lambda run: self._send_results(run, summary, figures))
+        self._send(lambda run: run.finish())
+        for weights in ("best", "last"):
+            auc, acc = summary[weights]["auc"], summary[weights]["acc"]
+            print(
+                f"{weights} weights (epoch {summary[weights]['epoch']}), {summary[weights]['n']:,} test tiles: "
+                f"test/auc {auc['value']:.4f} (95 % {auc['low']:.4f} to {auc['high']:.4f})  "
+                f"test/acc {acc['value']:.4f} (95 % {acc['low']:.4f} to {acc['high']:.4f})"
+            )
+        print(f"{self.title}; records in {self.folder}, figures:")
+        for path in figures.values():
+            print(f"  {path}")
+
+    def _draw(self, history: Sequence[Mapping[str, float]], summary: Mapping[str, Any]) -> dict[str, Path]:
+        from common import figures  # matplotlib: half a second that training need not wait for
+
+        paths = {}
+        for column in ("train/loss", "validate/auc", "validate/acc"):
+            paths[column] = self.figures / f"{self.run_id}-{column.replace('/', '-')}.png"
+            figures.curve(
+                paths[column],
+                [row[column] for row in history],
+                ylabel=AXIS_LABELS[column],
+                title=self.title,
+                best_epoch=summary["best"]["epoch"],
+            )
+        paths["test/confusion"] = self.figures / f"{self.run_id}-confusion.png"
+        figures.confusion(
+            paths["test/confusion"],
+            np.array(summary["best"]["confusion_matrix"]),
+            self.dataset.class_names,
+            title=self.title,
+        )
+        return paths
+
+    def _send_results(self, run: Any, summary: Mapping[str, Any], figures: Mapping[str, Path]) -> None:
+        import wandb
+
+        run.summary.update({name: summary[name] for name in ("test/auc", "test/acc")})
+        names = list(self.dataset.class_names)
+        matrix = summary["best"]["confusion_matrix"]
+        rows = [[name, *counts] for name, counts in zip(names, matrix, strict=True)]
+        run.log({name: wandb.Image(str(path)) for name, path in figures.items()})
+        run.log({"test/confusion": wandb.Table(columns=["true \\ predicted", *names], data=rows)})
+
+    def _send(self, action: Callable[[Any], None]) -> None:
+        """Do something with W&B's run; whatever fails there costs the W&B run, never ours."""
+        if self._wandb is None:
+            return
+        try:
+            action(self._wandb)
+        except Exception as error:  # W&B raises many types, and none of them may end a training run
+            print(f"W&B stopped ({_first_line(error)}); the local records go on", file=sys.stderr)
+            self._wandb = None
+
+
+def wandb_mode(asked: str) -> str:
+    """Resolve `auto`: $WANDB_MODE, else online where an API key is configured, else offline."""
+    if asked != "auto":
+        return asked
+    if os.environ.get("WANDB_MODE") in ("online", "offline", "disabled"):
+        return os.environ["WANDB_MODE"]
+    return "online" if _has_wandb_key() else "offline"
+
+
+def _has_wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:  # where `wandb login` keeps the key
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host or "") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _start_wandb(task: str, config: TrainingConfig, facts: Mapping[str, Any]) -> Any:
+    """A W&B run, or None where W&B is disabled or cannot start."""
+    mode = wandb_mode(config.wandb)
+    if mode == "disabled":
+        return None
+    import wandb  # a second of import that a disabled run does not pay for
+
+    settings = wandb.Settings(
+        silent=True,
+        console="off",
+        save_code=False,
+        x_disable_stats=True,
+        init_timeout=WANDB_PATIENCE,
+        finish_timeout=WANDB_PATIENCE,
+        finish_timeout_raises=False,
+    )
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    for attempt in (mode, "offline"):
+        try:
+            run = wandb.init(
+                project=WANDB_PROJECT,
+                id=config.run_id,
+                job_type=task,
+                config={**config.as_dict(), **facts},
+                dir=str(config.output_dir),
+                mode=attempt,  # type: ignore[arg-type]
+                resume="allow",
+                settings=settings,
+            )
+        except Exception as error:  # W&B raises many types, and none of them may end a training run
+            print(f"W&B {attempt} failed ({_first_line(error)})", file=sys.stderr)
+            wandb.teardown()  # else its service holds the run's id, and the second attempt is refused
+            continue
+        run.define_metric("*", step_metric="epoch")
+        print(f"W&B: {attempt}, project {WANDB_PROJECT}, run {run.url or run.dir}")
+        return run
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _commit() -> str | None:
+    """The repository's commit, with `-dirty` where tracked files differ; None outside a checkout."""
+    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def read_json(path: Path) -> Any:
+    """The content of a record; Fault where it is missing or torn."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Fault(f"{path}: not a readable record ({_first_line(error)})") from error

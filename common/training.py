@@ -1,0 +1,415 @@
+"""The one training loop: fit a network, keep its best and last weights, score the test split once."""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from common import checkpoint, metrics
+from common.augment import build_augmentation, dihedral_views
+from common.averaging import ExponentialMovingAverage, reestimate_batchnorm
+from common.config import TrainingConfig
+from common.data import Dataset, DeviceTiles
+from common.errors import Fault, UsageError
+from common.mixing import Mixed, mix
+from common.models import normalise
+from common.tracking import Run
+
+EVALUATION_BATCH = 512
+BATCHNORM_TILES = 2048  # enough for statistics good to a few percent, at a small part of an epoch's cost
+HISTORY_COLUMNS = (
+    "epoch",
+    "train/loss",
+    "validate/loss",
+    "validate/auc",
+    "validate/acc",
+    "lr",
+    "tiles_per_second",
+    "seconds",
+)
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where the network computes, and in which precision its matrix products run."""
+
+    device: torch.device
+    dtype: torch.dtype  # float32, or bfloat16 under autocast
+
+    @classmethod
+    def of(cls, device: str, precision: str) -> "Compute":
+        """Resolve the keys `device` and `precision`; UsageError where CUDA is asked for and absent."""
+        if device == "cuda" and not torch.cuda.is_available():
+            raise UsageError("--device cuda: PyTorch sees no CUDA device here; use --device cpu or auto")
+        name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        bf16 = precision == "bf16" or (
+            precision == "auto" and name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        )
+        return cls(torch.device(name), torch.bfloat16 if bf16 else torch.float32)
+
+    @property
+    def name(self) -> str:
+        """The device in words, as records carry it."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"CPU, {torch.get_num_threads()} threads"
+
+    def autocast(self) -> torch.autocast:
+        """The context of a forward pass; off in float32."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A split's logits (N, C) float32 and targets (N,) int64, in the split's own order."""
+
+    logits: np.ndarray
+    targets: np.ndarray
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """Softmax of the logits, (N, C) float64."""
+        return metrics.softmax(self.logits)
+
+    def summary(self, split: str) -> dict[str, float]:
+        """Loss (mean cross-entropy), AUC and ACC under the coursework's keys, such as `validate/auc`."""
+        loss = F.cross_entropy(torch.from_numpy(self.logits), torch.from_numpy(self.targets)).item()
+        probabilities = self.probabilities
+        return {
+            f"{split}/loss": loss,
+            f"{split}/auc": metrics.auc(probabilities, self.targets),
+            f"{split}/acc": metrics.accuracy(probabilities, self.targets),
+        }
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What `fit` returns: copies of the best and the last judged weights, and how they came about.
+
+    Judged weights are those that validation sees: the EMA where there is one.
+    """
+
+    best: dict[str, torch.Tensor]
+    last: dict[str, torch.Tensor]
+    best_epoch: int
+    history: list[dict[str, float]]
+    stopped: str  # why training ended
+
+
+def derived_seed(seed: int, epoch: int, purpose: str) -> int:
+    """A seed of its own for each epoch and purpose, so that a run can be resumed at any epoch."""
+    entropy = [seed, epoch, *purpose.encode()]
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def generator(seed: int, epoch: int, purpose: str) -> torch.Generator:
+    """A CPU generator seeded by `derived_seed`: a GPU run shuffles and augments as a CPU run does."""
+    return torch.Generator().manual_seed(derived_seed(seed, epoch, purpose))
+
+
+def batches(n_tiles: int, batch_size: int, shuffle: torch.Generator | None = None) -> list[torch.Tensor]:
+    """Cut 0..n_tiles-1 into batches of int64 indices, each index exactly once, shuffled if asked.
+
+    The fewest batches that `batch_size` allows, equal in size up to one tile: a last batch of a few leftover
+    tiles would spoil BatchNorm's running statistics, and of a single tile could not be trained on at all.
+    """
+    order = torch.randperm(n_tiles, generator=shuffle) if shuffle else torch.arange(n_tiles)
+    n_batches = max(1, min(math.ceil(n_tiles / batch_size), n_tiles // 2))
+    return list(order.tensor_split(n_batches))
+
+
+def learning_rate_factor(step: int, steps_per_epoch: int, config: TrainingConfig) -> float:
+    """The factor of lr at `step`: a linear warm-up to 1, then half a cosine to `lr_min` at the last step.
+
+    Warm-up after Goyal et al. 2017, cosine after Loshchilov & Hutter 2017, both by the step.
+    """
+    warmup = config.lr_warmup_epochs * steps_per_epoch
+    if step < warmup:
+        return config.lr_warmup_decay + (1 - config.lr_warmup_decay) * step / warmup
+    progress = (step - warmup) / max(1, config.n_epochs * steps_per_epoch - 1 - warmup)
+    return config.lr_min + (1 - config.lr_min) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """The fused optimiser that the configuration names, over every trainable parameter.
+
+    Parameters of one dimension (norm layers' and biases) form a group of their own with `norm_weight_decay`.
+    """
+    norm_decay = config.weight_decay if config.norm_weight_decay is None else config.norm_weight_decay
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": norm_decay},
+    ]
+    optimizers: dict[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    optimizer: torch.optim.Optimizer
+    optimizer = optimizers[config.optimizer](groups, lr=config.lr, amsgrad=config.amsgrad, fused=True)
+    return optimizer
+
+
+def train_one_epoch(
+    model: nn.Module,
+    tiles: DeviceTiles,
+    optimizer: torch.optim.Optimizer,
+    epoch: int,
+    config: TrainingConfig,
+    compute: Compute,
+    average: ExponentialMovingAverage | None = None,
+) -> float:
+    """One pass over the training tiles; returns the mean loss a tile. `epoch` counts from 1.
+
+    The loss stays on the device: it is read once a second, for the progress bar and to stop a run whose
+    loss is no longer finite (Fault), and once at the end.
+    """
+    model.train()
+    augment = build_augmentation(config.augmentation)
+    draws = generator(config.seed, epoch, "augment")
+    torch.manual_seed(derived_seed(config.seed, epoch, "dropout"))
+    parts = batches(len(tiles), config.batch_size, generator(config.seed, epoch, "shuffle"))
+    total = torch.zeros((), device=compute.device)
+    seen = 0
+    looked = time.monotonic()
+    with _bar(f"epoch {epoch}/{config.n_epochs}", len(tiles)) as bar:
+        for step, part in enumerate(parts, start=(epoch - 1) * len(parts)):
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * learning_rate_factor(step, len(parts), config)
+            images, targets = tiles.batch(part.to(tiles.index_device, non_blocking=True))
+            inputs = normalise(augment(images, draws))
+            mixed = mix(inputs, draws, config.mixup_alpha, config.cutmix_alpha)
+            with compute.autocast():
+                loss = _loss(model(mixed.inputs), targets, mixed, config.label_smoothing)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            if average:
+                average.update(model, step)
+            total += loss.detach() * len(part)
+            seen += len(part)
+            bar.update(len(part))
+            if time.monotonic() - looked > 1:
+                bar.set_postfix(loss=f"{_finite(total, epoch) / seen:.3f}")
+                looked = time.monotonic()
+        return _finite(total, epoch) / seen
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, tiles: DeviceTiles, compute: Compute, tta: bool = False) -> Evaluation:
+    """The logits of every tile, in order, from the model in eval mode; Fault where they are not finite.
+
+    With `tta` the logits are the logarithm of the mean probability over the tile's 8 dihedral views.
+    """
+    model.eval()
+    logits, targets = [], []
+    with _bar("evaluate", len(tiles)) as bar:
+        for part in batches(len(tiles), EVALUATION_BATCH):
+            images, labels = tiles.batch(part.to(tiles.index_device, non_blocking=True))
+            with compute.autocast():
+                if tta:
+                    views = [model(normalise(view)).float().log_softmax(1) for view in dihedral_views(images)]
+                    logits.append(torch.stack(views).logsumexp(0) - math.log(len(views)))
+                else:
+                    logits.append(model(normalise(images)).float())
+            targets.append(labels)
+            bar.update(len(part))
+    scores = torch.cat(logits)
+    if not scores.isfinite().all():
+        raise Fault("the network's outputs are no longer finite; lower --lr")
+    return Evaluation(scores.cpu().numpy(), torch.cat(targets).cpu().numpy())
+
+
+def fit(model: nn.Module, dataset: Dataset, config: TrainingConfig, compute: Compute, run: Run) -> Fitted:
+    """Train for the configured epochs, or on from the run's last checkpoint, and keep the best weights.
+
+    After each epoch best.pt (if the epoch is the best so far), last.pt and history.csv are written whole, so
+    that a kill loses at most the epoch in progress.
+    """
+    model.to(compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    train = DeviceTiles(dataset.train, compute.device)
+    val = DeviceTiles(dataset.val, compute.device)
+    optimizer = build_optimizer(model, config)
+    average = None
+    if config.ema_decay:
+        steps = config.n_epochs * len(batches(len(train), config.batch_size))
+        average = ExponentialMovingAverage(model, config.ema_decay, steps)
+    judged = average.model if average else model
+    last_path, best_path = run.checkpoints / "last.pt", run.checkpoints / "best.pt"
+    history: list[dict[str, float]] = []
+    if last_path.exists():
+        saved = checkpoint.load(last_path)
+        model.load_state_dict(saved["state_dict"])
+        judged.load_state_dict(saved["judged_state_dict"])
+        optimizer.load_state_dict(saved["optimizer"])
+        history = saved["history"]
+        print(f"continuing run {run.run_id} after epoch {len(history)}")
+    while not (stopped := reason_to_stop(history, config)):
+        started = time.perf_counter()
+        epoch = len(history) + 1
+        loss = train_one_epoch(model, train, optimizer, epoch, config, compute, average)
+        trained = time.perf_counter() - started
+        if average or config.reestimate_batchnorm:
+            reestimate_batchnorm(judged, _clean_inputs(train, config.seed))
+        row = {
+            "epoch": epoch,
+            "train/loss": loss,
+            **evaluate(judged, val, compute).summary("validate"),
+            "lr": optimizer.param_groups[0]["lr"],
+            "tiles_per_second": len(train) / trained,
+            "seconds": time.perf_counter() - started,
+        }
+        history.append({column: row[column] for column in HISTORY_COLUMNS})
+        if best_epoch(history, config.select_on) == epoch:
+            checkpoint.save(best_path, _best_content(judged, dataset, config, epoch))
+        checkpoint.save(
+            last_path,
+            {
+                "state_dict": model.state_dict(),
+                "judged_state_dict": judged.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "history": history,
+                "config": config.as_dict(),
+            },
+        )
+        run.log_epoch(history)
+    best = best_epoch(history, config.select_on)
+    print(f"training ended: {stopped}; best epoch {best} by {config.select_on}")
+    best_weights = checkpoint.load(best_path)["state_dict"]
+    return Fitted(best_weights, checkpoint.copy_weights(judged), best, history, stopped)
+
+
+def best_epoch(history: list[dict[str, float]], select_on: str) -> int:
+    """The number of the epoch with the least error by `select_on`, the first of equals; or the last epoch."""
+    if select_on == "last":
+        return len(history)
+    errors = [_error(row, select_on) for row in history]
+    return errors.index(min(errors)) + 1
+
+
+def reason_to_stop(history: list[dict[str, float]], config: TrainingConfig) -> str:
+    """Why training is over, or an empty string while it goes on.
+
+    Early stopping counts the epochs since the error last fell by the fraction `early_stopping_delta`. It is a
+    fraction because ACC saturates: from .98 on, no epoch gains .01 twice. Epochs of the warm-up do not count.
+    With `select_on=last` the validation loss is watched.
+    """
+    if len(history) >= config.n_epochs:
+        return f"all {config.n_epochs} epochs done"
+    if config.early_stopping_patience is None:
+        return ""
+    metric = "validate/loss" if config.select_on == "last" else config.select_on
+    reference, reference_epoch = math.inf, config.lr_warmup_epochs
+    for epoch, row in enumerate(history, start=1):
+        error = _error(row, metric)
+        if error < reference * (1 - config.early_stopping_delta):
+            reference, reference_epoch = error, max(epoch, config.lr_warmup_epochs)
+    if len(history) - reference_epoch < config.early_stopping_patience:
+        return ""
+    return (
+        f"early stopping after epoch {len(history)}: none since epoch {reference_epoch} cut the error by "
+        f"{metric} by {config.early_stopping_delta:.0%}"
+    )
+
+
+def score_test_split(
+    model: nn.Module, fitted: Fitted, dataset: Dataset, config: TrainingConfig, compute: Compute, run: Run
+) -> dict[str, Any]:
+    """Score the test tiles once, with the best weights and with the last ones; write scores.npz.
+
+    Returns the content of summary.json but for the run's own facts. The model is left with its best weights.
+    """
+    started = time.perf_counter()
+    test = DeviceTiles(dataset.test, compute.device)
+    scores: dict[str, Evaluation] = {}
+    model.load_state_dict(fitted.last)
+    scores["last"] = evaluate(model, test, compute)
+    model.load_state_dict(fitted.best)
+    scores["best"] = evaluate(model, test, compute)
+    if config.tta:
+        scores["tta"] = evaluate(model, test, compute, tta=True)
+    val = evaluate(model, DeviceTiles(dataset.val, compute.device), compute)
+    run.save_scores(
+        **{f"{name}_logits": evaluation.logits for name, evaluation in scores.items()},
+        targets=scores["best"].targets,
+        validate_logits=val.logits,
+        validate_targets=val.targets,
+    )
+    described = {name: _described(evaluation, dataset.class_names) for name, evaluation in scores.items()}
+    epochs = {"best": fitted.best_epoch, "tta": fitted.best_epoch, "last": len(fitted.history)}
+    return {
+        "test/auc": described["best"]["auc"]["value"],
+        "test/acc": described["best"]["acc"]["value"],
+        **{name: {"epoch": epochs[name], **described[name]} for name in described},
+        "validate": fitted.history[fitted.best_epoch - 1],
+        "select_on": config.select_on,
+        "stopped": fitted.stopped,
+        "wall_seconds": sum(row["seconds"] for row in fitted.history) + time.perf_counter() - started,
+    }
+
+
+def _described(scores: Evaluation, class_names: tuple[str, ...]) -> dict[str, Any]:
+    probabilities, targets = scores.probabilities, scores.targets
+    per_class = metrics.auc_per_class(probabilities, targets)
+    return {
+        "n": len(targets),
+        "auc": vars(metrics.auc_estimate(probabilities, targets)),
+        "acc": vars(metrics.accuracy_estimate(probabilities, targets)),
+        "expected_calibration_error": metrics.expected_calibration_error(probabilities, targets),
+        "auc_per_class": {
+            name: None if math.isnan(value) else value
+            for name, value in zip(class_names, per_class.tolist(), strict=True)
+        },
+        "confusion_matrix": metrics.confusion_matrix(probabilities, targets).tolist(),
+    }
+
+
+def _error(row: dict[str, float], metric: str) -> float:
+    """What selection minimises: the loss, or what AUC or ACC lack to 1; NaN counts as worst."""
+    error = row[metric] if metric == "validate/loss" else 1 - row[metric]
+    return math.inf if math.isnan(error) else error
+
+
+def _best_content(model: nn.Module, dataset: Dataset, config: TrainingConfig, epoch: int) -> dict[str, Any]:
+    return {
+        "state_dict": model.state_dict(),
+        "epoch": epoch,
+        "model_name": config.model_name,
+        "class_names": list(dataset.class_names),
+        "dataset": dataset.title,
+        "size": dataset.size,
+    }
+
+
+def _clean_inputs(tiles: DeviceTiles, seed: int) -> Iterator[torch.Tensor]:
+    """The same random training tiles each time, not augmented, as BatchNorm re-estimation takes them."""
+    order = torch.randperm(len(tiles), generator=generator(seed, 0, "batchnorm"))[:BATCHNORM_TILES]
+    for part in torch.split(order, EVALUATION_BATCH):
+        images, _ = tiles.batch(part.to(tiles.index_device))
+        yield normalise(images)
+
+
+def _loss(logits: torch.Tensor, targets: torch.Tensor, mixed: Mixed, label_smoothing: float) -> torch.Tensor:
+    """Mean cross-entropy, each tile's own label and its partner's weighted by their shares."""
+    if mixed.partners is None:
+        return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+    own, partners = (
+        F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="none")
+        for labels in (targets, targets[mixed.partners])
+    )
+    return (mixed.shares * own + (1 - mixed.shares) * partners).mean()
+
+
+def _finite(total: torch.Tensor, epoch: int) -> float:
+    loss = float(total)
+    if not math.isfinite(loss):
+        raise Fault(f"the loss became {loss} in epoch {epoch}; lower --lr. The epoch before is kept in last.pt")
+    return loss
+
+
+def _bar(description: str, n_tiles: int) -> Any:
+    return tqdm(total=n_tiles, desc=description, unit=" tiles", leave=False, disable=None, dynamic_ncols=True)

@@ -1,0 +1,43 @@
+"""Task 1: ResNet-18 from scratch on PathMNIST.
+
+    python task1.py                            # a GPU box: downloads the 64-pixel PathMNIST (1.2 GB) once
+    python task1.py --dataset pathmnist-mini   # a CPU: 800 real tiles of 28 pixels, under a minute
+    python task1.py --dataset phantom --size 28   # a CPU without any data: generated tiles, two minutes
+
+The coursework's recipe: torchvision's ResNet-18, Adam 1e-3, batch 64, 5 epochs, cosine, no augmentation. The
+coursework reports test AUC 0.980 and test ACC 0.895 for it on the full PathMNIST at 64 pixels, one seed.
+
+Leaves runs/<run_id>/ (config.json, history.csv, summary.json, scores.npz), checkpoints/<run_id>/ (best.pt,
+last.pt) and four figures in fig/task1/. Killed? The same command with the same --run_id goes on.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from common.config import TrainingConfig, run_script
+from common.data import load_dataset
+from common.models import build_model
+from common.tracking import Run
+from common.training import Compute, fit, score_test_split
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task1Config(TrainingConfig):
+    """The coursework's recipe for Task 1 is the training loop's default."""
+
+
+def main(config: Task1Config) -> None:
+    """Configuration → data → model → fit → test → record → figures."""
+    compute = Compute.of(config.device, config.precision)
+    torch.manual_seed(config.seed)
+    dataset = load_dataset(config.dataset, config.size, config.data_root, config.phantom_tiles)
+    model = build_model(config.model_name, len(dataset.class_names), config.size)
+    run = Run("task1", config, dataset, compute.name)
+    fitted = fit(model, dataset, config, compute, run)
+    summary = score_test_split(model, fitted, dataset, config, compute, run)
+    run.finish(fitted.history, summary)
+
+
+if __name__ == "__main__":
+    run_script(main, Task1Config)

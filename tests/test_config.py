@@ -1,0 +1,131 @@
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from common.config import Config, TrainingConfig, parse
+from common.errors import UsageError
+
+
+def read(*arguments: str) -> TrainingConfig:
+    return parse(TrainingConfig, arguments, "")
+
+
+def test_every_spelling_of_a_key_is_read() -> None:
+    for arguments in (
+        ["--batch_size=32"],
+        ["--batch-size=32"],
+        ["--batch_size", "32"],
+        ["--batch-size", "32"],
+    ):
+        assert read(*arguments).batch_size == 32
+
+
+def test_values_as_a_wandb_agent_passes_them() -> None:
+    config = read("--lr=0.0019976195957370426", "--batch_size=512.0", "--resume=False", "--run_id=a1b2c3d4")
+    assert (config.lr, config.batch_size, config.resume) == (0.0019976195957370426, 512, False)
+
+
+def test_a_bare_flag_is_true() -> None:
+    assert read("--resume", "--run_id", "x").resume is True
+
+
+def test_the_wandb_agents_run_id_is_taken_only_under_an_agent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_RUN_ID", "fromagent")
+    assert read().run_id != "fromagent"
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
+    assert read().run_id == "fromagent"
+
+
+def test_fresh_run_ids_differ() -> None:
+    assert len({read().run_id for _ in range(20)}) == 20
+    assert len(read().run_id) == 8
+
+
+def test_size_follows_the_data_set() -> None:
+    assert read().size == 64
+    assert read("--dataset", "pathmnist-mini").size == 28
+    assert read("--dataset", "phantom", "--size", "128").size == 128
+
+
+def test_data_root_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATHMNIST_ROOT", "/somewhere")
+    assert read().data_root == Path("/somewhere")
+    monkeypatch.delenv("PATHMNIST_ROOT")
+    assert read().data_root == Path.home() / ".medmnist"
+    assert read("--data_root=here").data_root == Path("here")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batchsize=3"], "unknown key --batchsize; did you mean --batch_size?"),
+        (["extra"], "unknown key extra; --help lists the keys"),
+        (["--batch_size=0"], "--batch_size 0: must be at least 2"),
+        (["--batch_size=many"], "'many' is not a whole number"),
+        (["--batch_size=1.5"], "'1.5' is not a whole number"),
+        (["--batch_size"], "--batch_size: expected one argument"),
+        (["--lr=0"], "--lr 0.0: must be above 0"),
+        (["--lr=-1"], "--lr -1.0: must be above 0"),
+        (["--lr=nan"], "--lr nan: must be a finite number"),
+        (["--lr=inf"], "--lr inf: must be a finite number"),
+        (["--lr=fast"], "'fast' is not a number"),
+        (["--lr_min=1.5"], "--lr_min 1.5: must be at least 0 and at most 1"),
+        (["--n_epochs=0"], "--n_epochs 0: must be at least 1"),
+        (["--seed=-1"], "--seed -1: must be at least 0"),
+        (["--resume=perhaps"], "'perhaps' is neither True nor False"),
+        (["--resume"], "--resume needs --run_id"),
+        (["--size=32"], "--size 32: choose from 28, 64, 128, 224"),
+        (["--dataset=pathmnst"], "--dataset pathmnst: choose from pathmnist, pathmnist-mini, phantom; did you"),
+        (["--dataset=pathmnist-mini", "--size=64"], "--size 64: pathmnist-mini exists at 28 pixels only"),
+        (["--phantom_tiles=3"], "--phantom_tiles 3: must be at least 45"),
+        (["--device=tpu"], "--device tpu: choose from auto, cpu, cuda"),
+        (["--precision=fp16"], "--precision fp16: choose from auto, fp32, bf16"),
+        (["--run_id=../x"], "--run_id ../x: a run id names files"),
+        (["--model_name=resnet19"], "--model_name resnet19: torchvision has no classification model of this"),
+        (["--model_name=mobilenetv3_large"], "did you mean mobilenet_v3_large?"),
+        (["--select_on=test/acc"], "--select_on test/acc: choose from"),
+    ],
+)
+def test_impossible_values_are_refused_in_one_line(arguments: list[str], message: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        read(*arguments)
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_configuration_made_in_python_is_checked_too() -> None:
+    with pytest.raises(UsageError, match="--lr -1"):
+        TrainingConfig(lr=-1)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TrainingConfig().lr = 1.0  # type: ignore[misc]
+
+
+def test_usage_error_is_one_line_exit_2_and_writes_nothing(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "task1.py", "--lrr=1", f"--output_dir={tmp_path}"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "task1.py: unknown key --lrr; did you mean --lr?\n"
+    assert done.stdout == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_explains_every_key_with_its_default() -> None:
+    done = subprocess.run([sys.executable, ROOT / "task1.py", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    for field in dataclasses.fields(TrainingConfig):
+        assert f"--{field.name} " in done.stdout
+        assert field.metadata["description"][:20] in " ".join(done.stdout.split())
+    assert "(default: 0.001)" in done.stdout
+
+
+def test_as_dict_is_plain_data_of_every_key() -> None:
+    values = Config().as_dict()
+    assert set(values) == {field.name for field in dataclasses.fields(Config)}
+    assert all(isinstance(value, str | int | float | bool) for value in values.values())

@@ -1,0 +1,484 @@
+import http.server
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from common import data
+from common.data import DeviceTiles, load_dataset
+from common.errors import Fault, UsageError
+
+COUNTS = {"train": 1200, "val": 30, "test": 7180}  # enough for pathmnist-mini's indices to exist
+REAL_TILES = Path(os.environ.get("PATHMNIST_ROOT", "/nowhere"), "pathmnist_mini.npz")
+
+
+def official_arrays(counts: dict[str, int], size: int = 28) -> dict[str, np.ndarray]:
+    """Arrays of the official layout; a tile's bytes tell its index."""
+    arrays = {}
+    for split, count in counts.items():
+        index = np.arange(count)
+        images = np.zeros((count, size, size, 3), np.uint8)
+        images[:, 0, 0, 0], images[:, 0, 0, 1] = index % 251, index // 251
+        arrays[f"{split}_images"] = images
+        arrays[f"{split}_labels"] = (index % 9).astype(np.uint8)[:, None]
+    return arrays
+
+
+def write_official(root: Path, monkeypatch: pytest.MonkeyPatch, arrays: dict[str, Any] | None = None) -> Path:
+    """A small pathmnist.npz that passes for the official one: its counts and MD5 are made the expected ones."""
+    root.mkdir(parents=True, exist_ok=True)
+    path = root / "pathmnist.npz"
+    np.savez_compressed(path, **(arrays or official_arrays(COUNTS)))
+    monkeypatch.setattr(data, "OFFICIAL_COUNTS", COUNTS)
+    md5 = data._md5(path)
+    monkeypatch.setattr(data, "_official_address", lambda size: ("http://127.0.0.1:9/pathmnist.npz", md5))
+    return path
+
+
+def no_build(*arguments: Any) -> str:
+    raise AssertionError("the arrays were built again")
+
+
+def test_names_and_addresses_are_medmnists() -> None:
+    from medmnist import INFO
+
+    info = INFO["pathmnist"]
+    assert list(data.class_names()) == [info["label"][str(label)] for label in range(9)]
+    assert info["n_samples"] == data.OFFICIAL_COUNTS
+    for size, suffix in ((28, ""), (64, "_64"), (128, "_128"), (224, "_224")):
+        assert data._official_address(size) == (info[f"url{suffix}"], info[f"MD5{suffix}"])
+        assert data._official_name(size) == f"pathmnist{suffix}.npz"
+        assert f"/{data._official_name(size)}?" in info[f"url{suffix}"]
+
+
+def test_a_file_of_the_official_layout_and_counts_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = data.OFFICIAL_COUNTS
+    write_official(tmp_path, monkeypatch, official_arrays(counts))
+    monkeypatch.setattr(data, "OFFICIAL_COUNTS", counts)
+    dataset = load_dataset("pathmnist", 28, tmp_path)
+    assert dataset.title == "PathMNIST (89,996 training tiles, 28 px)"
+    assert (len(dataset.train), len(dataset.val), len(dataset.test)) == (89_996, 10_004, 7_180)
+    assert dataset.train.images.shape == (89_996, 3, 28, 28)
+    assert dataset.train.images.dtype == torch.uint8
+    assert dataset.train.images.is_contiguous(memory_format=torch.channels_last)
+    assert dataset.train.labels.dtype == torch.int64
+    tile = dataset.train.images[50_000]
+    assert (int(tile[0, 0, 0]), int(tile[1, 0, 0])) == (50_000 % 251, 50_000 // 251)
+    assert int(dataset.train.labels[50_000]) == 50_000 % 9
+
+
+def test_a_later_start_maps_the_arrays_and_needs_the_file_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_official(tmp_path, monkeypatch)
+    first = load_dataset("pathmnist", 28, tmp_path)
+    monkeypatch.setattr(data, "_unpack_official", no_build)
+    again = load_dataset("pathmnist", 28, tmp_path)
+    assert torch.equal(first.test.images, again.test.images)
+    assert first.fingerprint == again.fingerprint == data._md5(path)
+    path.unlink()
+    assert torch.equal(load_dataset("pathmnist", 28, tmp_path).val.images, first.val.images)
+
+
+def test_another_file_is_unpacked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_official(tmp_path, monkeypatch)
+    load_dataset("pathmnist", 28, tmp_path)
+    arrays = official_arrays(COUNTS)
+    arrays["val_images"] += 1
+    write_official(tmp_path, monkeypatch, arrays)
+    assert load_dataset("pathmnist", 28, tmp_path).val.images.min() == 1
+
+
+def flip_a_byte(folder: Path) -> None:
+    with open(folder / "train_images.npy", "r+b") as file:
+        file.seek(500_000)
+        file.write(b"\x77")
+
+
+def truncate(folder: Path) -> None:
+    os.truncate(folder / "train_images.npy", 500_000)
+
+
+def tear_meta(folder: Path) -> None:
+    (folder / "meta.json").write_text('{"version": 1, ')
+
+
+def remove_labels(folder: Path) -> None:
+    (folder / "val_labels.npy").unlink()
+
+
+@pytest.mark.parametrize("damage", [flip_a_byte, truncate, tear_meta, remove_labels])
+def test_damaged_arrays_are_built_anew(
+    damage: Callable[[Path], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_official(tmp_path, monkeypatch)
+    whole = load_dataset("pathmnist", 28, tmp_path).train.images.clone()
+    damage(tmp_path / "pathmnist.arrays")
+    assert torch.equal(load_dataset("pathmnist", 28, tmp_path).train.images, whole)
+    assert "is damaged or outdated; building it anew" in capsys.readouterr().err
+
+
+def test_a_data_root_that_cannot_be_written_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "root"
+    write_official(root, monkeypatch)
+    root.chmod(0o555)
+    try:
+        first = load_dataset("pathmnist", 28, root)
+        assert [path.name for path in root.iterdir()] == ["pathmnist.npz"]
+        monkeypatch.setattr(data, "_unpack_official", no_build)
+        assert torch.equal(load_dataset("pathmnist", 28, root).val.images, first.val.images)
+    finally:
+        root.chmod(0o755)
+
+
+def load_in_a_process(root: str, barrier: Any, results: Any) -> None:
+    barrier.wait()
+    dataset = load_dataset("phantom", 28, Path(root), phantom_tiles=90)
+    results.put(int(dataset.train.images.sum()))
+
+
+def test_processes_that_build_at_once_share_one_whole_folder(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(4), context.Queue()
+    workers = [context.Process(target=load_in_a_process, args=(str(tmp_path), barrier, results)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    sums = {results.get(timeout=60) for _ in workers}
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    assert len(sums) == 1
+    assert [path.suffix for path in tmp_path.iterdir() if not path.name.startswith(".")] == [".arrays"]
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("exploded",)
+
+
+def without(name: str) -> dict[str, np.ndarray]:
+    return {key: array for key, array in official_arrays(COUNTS).items() if key != name}
+
+
+def changed(name: str, array: np.ndarray) -> dict[str, np.ndarray]:
+    return {**official_arrays(COUNTS), name: array}
+
+
+FOREIGN = {
+    "missing array": (without("val_labels"), "no array val_labels in it"),
+    "wrong type": (
+        changed("val_images", np.zeros((30, 28, 28, 3), np.float32)),
+        "val_images is float32 (30, 28, 28, 3), should be uint8 (30, 28, 28, 3)",
+    ),
+    "wrong size": (
+        changed("test_images", np.zeros((7180, 32, 32, 3), np.uint8)),
+        "test_images is uint8 (7180, 32, 32, 3), should be uint8 (7180, 28, 28, 3)",
+    ),
+    "wrong count": (
+        changed("train_labels", np.zeros((7, 1), np.uint8)),
+        "train_labels is uint8 (7, 1), should be uint8 (1200, 1)",
+    ),
+    "label out of range": (
+        changed("val_labels", np.full((30, 1), 9, np.uint8)),
+        "val_labels has 30 labels up to 9, should have 30 from 0 to 8",
+    ),
+    "pickled objects": (
+        changed("val_labels", np.array([[Bomb()]] * 30, dtype=object)),
+        "val_labels is object (30, 1)",
+    ),
+    "column order": (
+        changed("train_images", np.asfortranarray(official_arrays(COUNTS)["train_images"])),
+        "train_images is stored column by column",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_a_foreign_file_is_refused_with_what_was_found_and_the_remedy(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrays, found = FOREIGN[case]
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "root"
+    path = write_official(root, monkeypatch, arrays)
+    with pytest.raises(Fault) as fault:
+        load_dataset("pathmnist", 28, root)
+    assert_tells_everything(str(fault.value), path, found)
+    assert not (tmp_path / "exploded").exists()
+    assert not list(root.glob("*.arrays"))
+
+
+def assert_tells_everything(message: str, path: Path, found: str) -> None:
+    assert message.startswith(f"{path}: ")
+    assert found in message
+    assert f"by hand into {path.parent}" in message
+    assert "http" in message
+    assert "--dataset phantom" in message
+    assert "\n" not in message
+
+
+def cut_short(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def not_a_zip(path: Path) -> None:
+    path.write_bytes(pickle.dumps(list(range(1000))))
+
+
+def damaged_data(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        offset = archive.getinfo("train_images.npy").header_offset
+    with open(path, "r+b") as file:
+        file.seek(offset + 2000)
+        file.write(b"\x00" * 64)
+
+
+@pytest.mark.parametrize(
+    ("damage", "found"),
+    [
+        (cut_short, "not a whole npz file"),
+        (empty, "not a whole npz file, 0 bytes"),
+        (not_a_zip, "not a whole npz file"),
+        (damaged_data, "its MD5 is"),
+    ],
+)
+def test_a_damaged_file_is_refused(
+    damage: Callable[[Path], None], found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_official(tmp_path, monkeypatch)
+    damage(path)
+    with pytest.raises(Fault) as fault:
+        load_dataset("pathmnist", 28, tmp_path)
+    assert_tells_everything(str(fault.value), path, found)
+    assert path.exists()
+    assert not list(tmp_path.glob("*.arrays"))
+
+
+def test_damage_that_no_md5_guards_against_is_found_when_unpacking(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_official(tmp_path, monkeypatch)
+    damaged_data(path)
+    md5 = data._md5(path)
+    monkeypatch.setattr(data, "_official_address", lambda size: ("http://127.0.0.1:9/", md5))
+    with pytest.raises(Fault, match=r"pathmnist\.npz: (not a whole npz file|train_images)"):
+        load_dataset("pathmnist", 28, tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ download
+
+
+class FileServer:
+    """Serves one file on loopback; `ranges` lists what was asked for, `resumable` honours it."""
+
+    def __init__(self, content: bytes, resumable: bool = True, cut: int = 0) -> None:
+        self.ranges: list[str | None] = []
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def log_message(self, *arguments: Any) -> None:
+                pass
+
+            def do_GET(self) -> None:
+                asked = self.headers.get("Range")
+                outer.ranges.append(asked)
+                start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and resumable else 0
+                if start >= len(content):
+                    self.send_error(416)
+                    return
+                self.send_response(206 if start else 200)
+                self.send_header("Content-Length", str(len(content) - start))
+                self.end_headers()
+                # The first answer may end after `cut` bytes, as a failing connection does.
+                end = start + cut if cut and len(outer.ranges) == 1 else len(content)
+                self.wfile.write(content[start:end])
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/pathmnist.npz"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def content() -> bytes:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **official_arrays(COUNTS))
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch, content: bytes) -> Iterator[Callable[..., FileServer]]:
+    servers = []
+
+    def start(**options: Any) -> FileServer:
+        server = FileServer(content, **options)
+        servers.append(server)
+        md5 = data.hashlib.md5(content).hexdigest()
+        monkeypatch.setattr(data, "OFFICIAL_COUNTS", COUNTS)
+        monkeypatch.setattr(data, "_official_address", lambda size: (server.url, md5))
+        monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
+        return server
+
+    yield start
+    for server in servers:
+        server.server.shutdown()
+        server.server.server_close()
+
+
+def test_a_missing_file_is_downloaded_once(
+    tmp_path: Path, serve: Callable[..., FileServer], content: bytes
+) -> None:
+    server = serve()
+    load_dataset("pathmnist", 28, tmp_path / "new")
+    load_dataset("pathmnist", 28, tmp_path / "new")
+    assert server.ranges == [None]
+    assert (tmp_path / "new" / "pathmnist.npz").read_bytes() == content
+
+
+def test_a_broken_connection_is_resumed(tmp_path: Path, serve: Callable[..., FileServer], content: bytes) -> None:
+    server = serve(cut=1000)
+    load_dataset("pathmnist", 28, tmp_path)
+    assert server.ranges == [None, "bytes=1000-"]
+    assert (tmp_path / "pathmnist.npz").read_bytes() == content
+
+
+@pytest.mark.parametrize("resumable", [True, False])
+def test_an_earlier_part_is_completed_or_replaced(
+    resumable: bool, tmp_path: Path, serve: Callable[..., FileServer], content: bytes
+) -> None:
+    server = serve(resumable=resumable)
+    (tmp_path / "pathmnist.npz.part").write_bytes(content[:2000])
+    load_dataset("pathmnist", 28, tmp_path)
+    assert server.ranges == ["bytes=2000-"]
+    assert (tmp_path / "pathmnist.npz").read_bytes() == content
+    assert not (tmp_path / "pathmnist.npz.part").exists()
+
+
+def test_a_part_that_is_already_whole_is_taken(
+    tmp_path: Path, serve: Callable[..., FileServer], content: bytes
+) -> None:
+    serve()
+    (tmp_path / "pathmnist.npz.part").write_bytes(content)
+    load_dataset("pathmnist", 28, tmp_path)
+    assert (tmp_path / "pathmnist.npz").read_bytes() == content
+
+
+def test_a_download_of_the_wrong_md5_is_dropped(
+    tmp_path: Path, serve: Callable[..., FileServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve()
+    monkeypatch.setattr(data, "_official_address", lambda size: (server.url, "0" * 32))
+    with pytest.raises(Fault) as fault:
+        load_dataset("pathmnist", 28, tmp_path)
+    assert_tells_everything(str(fault.value), tmp_path / "pathmnist.npz", f"not {'0' * 32}")
+    assert not list(tmp_path.glob("pathmnist*"))
+
+
+def test_without_network_one_line_tells_what_to_do(tmp_path: Path, serve: Callable[..., FileServer]) -> None:
+    server = serve()
+    server.server.shutdown()
+    server.server.server_close()
+    with pytest.raises(Fault) as fault:
+        load_dataset("pathmnist", 28, tmp_path)
+    assert_tells_everything(str(fault.value), tmp_path / "pathmnist.npz", "refused")
+
+
+# ------------------------------------------------------------------------------- pathmnist-mini and phantom
+
+
+def test_mini_is_cut_out_of_the_official_file_by_the_index_lists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_official(tmp_path, monkeypatch)
+    dataset = load_dataset("pathmnist-mini", 28, tmp_path)
+    assert dataset.title == "pathmnist-mini (800 training tiles, 28 px)"
+    indices = {
+        split: getattr(dataset, split).images[:, 0, 0, 0].int()
+        + 251 * getattr(dataset, split).images[:, 1, 0, 0].int()
+        for split in ("train", "val", "test")
+    }
+    assert indices["train"].tolist() == list(range(800))
+    assert indices["val"].tolist() == list(range(800, 1000))
+    assert indices["test"].tolist() == np.loadtxt(data.MINI_TEST_INDEX, dtype=int).tolist()
+    assert torch.equal(dataset.test.labels, indices["test"].long() % 9)
+
+
+@pytest.mark.skipif(not REAL_TILES.exists(), reason="needs real tiles: pathmnist_mini.npz in $PATHMNIST_ROOT")
+def test_the_real_mini_file_has_the_carried_indices_and_known_class_counts() -> None:
+    before = {path.name for path in REAL_TILES.parent.iterdir()}
+    dataset = load_dataset("pathmnist-mini", 28, REAL_TILES.parent)
+    with np.load(REAL_TILES, allow_pickle=False) as arrays:
+        assert np.array_equal(arrays["test_index"], np.loadtxt(data.MINI_TEST_INDEX, dtype=int))
+        assert np.array_equal(arrays["test_images"], dataset.test.images.permute(0, 2, 3, 1))
+    assert dataset.train.labels.bincount().tolist() == [87, 96, 87, 110, 70, 123, 60, 72, 95]
+    assert dataset.val.labels.bincount().tolist() == [19, 23, 20, 30, 21, 22, 22, 19, 24]
+    assert dataset.test.labels.bincount().tolist() == [102, 54, 18, 42, 78, 42, 59, 19, 85]
+    if not REAL_TILES.parent.stat().st_mode & 0o222:
+        assert before == {path.name for path in REAL_TILES.parent.iterdir()}
+
+
+def test_mini_without_any_file_names_both_choices(tmp_path: Path) -> None:
+    with pytest.raises(Fault) as fault:
+        load_dataset("pathmnist-mini", 28, tmp_path)
+    for part in ("pathmnist_mini.npz", "official pathmnist.npz", str(tmp_path), "--dataset phantom", "https://"):
+        assert part in str(fault.value)
+    with pytest.raises(UsageError, match="28 pixels only"):
+        load_dataset("pathmnist-mini", 64, tmp_path)
+
+
+def test_the_phantom_is_generated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = load_dataset("phantom", 28, tmp_path, phantom_tiles=90)
+    assert (len(first.train), len(first.val), len(first.test)) == (90, 10, 18)
+    assert first.title == "phantom (90 training tiles, 28 px)"
+    assert "phantom" in first.fingerprint
+    monkeypatch.setattr(data, "_generate_phantom", no_build)
+    again = load_dataset("phantom", 28, tmp_path, phantom_tiles=90)
+    assert torch.equal(first.train.images, again.train.images)
+    assert json.loads(next(tmp_path.glob("*.arrays/meta.json")).read_text())["fingerprint"] == first.fingerprint
+
+
+def test_a_data_root_that_is_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "root").write_text("not a folder")
+    with pytest.raises(UsageError, match="not a folder"):
+        load_dataset("phantom", 28, tmp_path / "root", phantom_tiles=45)
+
+
+def test_batches_are_the_tiles_asked_for(tiny: data.Dataset) -> None:
+    tiles = DeviceTiles(tiny.train, torch.device("cpu"))
+    indices = torch.tensor([5, 0, 5, 100])
+    images, labels = tiles.batch(indices)
+    assert len(tiles) == len(tiny.train)
+    assert torch.equal(images, tiny.train.images[indices])
+    assert torch.equal(labels, tiny.train.labels[indices])
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert images.dtype == torch.uint8
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("share", [0.6, 0.0])
+def test_tiles_come_to_the_gpu_resident_or_from_the_host(
+    share: float, tiny: data.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "RESIDENT_SHARE", share)
+    tiles = DeviceTiles(tiny.train, torch.device("cuda"))
+    assert tiles.index_device.type == ("cuda" if share else "cpu")
+    indices = torch.tensor([5, 0, 5, 100])
+    images, labels = tiles.batch(indices.to(tiles.index_device))
+    assert images.device.type == labels.device.type == "cuda"
+    assert torch.equal(images.cpu(), tiny.train.images[indices])

@@ -1,0 +1,251 @@
+"""The measures against medmnist's, sklearn's and scipy's, and the intervals against simulation."""
+
+import math
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from medmnist.evaluator import getACC, getAUC
+from scipy.special import softmax as scipy_softmax
+from scipy.stats import binomtest
+from sklearn.metrics import confusion_matrix as sklearn_confusion_matrix
+
+from common import metrics
+
+
+def draw(seed, tiles, classes=9, signal=1.0, decimals=None):
+    """Scores that know the true class as well as `signal` says, every class present."""
+    generator = np.random.default_rng(seed)
+    targets = np.concatenate([np.arange(classes), generator.integers(classes, size=tiles - classes)])
+    logits = generator.normal(size=(tiles, classes)) + signal * np.eye(classes)[targets]
+    probabilities = metrics.softmax(logits)
+    return (probabilities if decimals is None else probabilities.round(decimals)), targets
+
+
+def one_hot(predictions, classes=9):
+    return np.eye(classes)[predictions]
+
+
+TARGETS = draw(0, 500)[1]
+SCORES = {
+    "large": draw(1, 7180),
+    "float32": (draw(2, 400)[0].astype(np.float32), draw(2, 400)[1]),
+    "two classes": draw(3, 60, classes=2),
+    "tied": draw(4, 500, decimals=1),
+    "constant": (np.full((500, 9), 1 / 9), TARGETS),
+    "perfect": (one_hot(TARGETS), TARGETS),
+    "always wrong": (one_hot((TARGETS + 1) % 9), TARGETS),
+    "one-hot": (one_hot(draw(5, 500)[0].argmax(axis=1)), draw(5, 500)[1]),
+    "smallest": (np.array([[0.2, 0.8], [0.2, 0.8]]), np.array([0, 1])),
+    "uint8 targets": (draw(6, 300, classes=40)[0], draw(6, 300, classes=40)[1].astype(np.uint8)),
+}
+
+
+@pytest.mark.parametrize("case", SCORES)
+def test_auc_and_accuracy_equal_medmnist_evaluator(case):
+    probabilities, targets = SCORES[case]
+    expected_auc = getAUC(targets[:, None], probabilities, "multi-class")
+    expected_accuracy = getACC(targets[:, None], probabilities, "multi-class")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert metrics.auc(probabilities, targets) == pytest.approx(expected_auc, abs=1e-9)
+        assert metrics.auc_estimate(probabilities, targets).value == metrics.auc(probabilities, targets)
+    assert metrics.accuracy(probabilities, targets) == pytest.approx(expected_accuracy, abs=1e-12)
+    assert metrics.accuracy_estimate(probabilities, targets).value == metrics.accuracy(probabilities, targets)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32), st.integers(2, 5), st.integers(0, 40), st.integers(0, 3), st.floats(-2, 4))
+def test_any_scores_agree_with_medmnist_and_lie_in_their_intervals(seed, classes, more, decimals, signal):
+    probabilities, targets = draw(seed, classes + more, classes, signal, decimals)
+    expected = getAUC(targets, probabilities, "multi-class")
+    for estimate, value in (
+        (metrics.auc_estimate(probabilities, targets), expected),
+        (metrics.accuracy_estimate(probabilities, targets), getACC(targets, probabilities, "multi-class")),
+    ):
+        assert estimate.value == pytest.approx(value, abs=1e-9)
+        assert 0 <= estimate.low <= estimate.value <= estimate.high <= 1
+
+
+@pytest.mark.parametrize("case", SCORES)
+def test_confusion_matrix_has_true_classes_as_rows(case):
+    probabilities, targets = SCORES[case]
+    matrix = metrics.confusion_matrix(probabilities, targets)
+    classes = range(probabilities.shape[1])
+    expected = sklearn_confusion_matrix(targets, probabilities.argmax(axis=1), labels=classes)
+    assert matrix.dtype == np.int64
+    np.testing.assert_array_equal(matrix, expected)
+
+
+def test_softmax_equals_scipys_and_survives_huge_logits():
+    logits = np.random.default_rng(0).normal(scale=5, size=(50, 9))
+    np.testing.assert_allclose(metrics.softmax(logits), scipy_softmax(logits, axis=1), rtol=1e-12)
+    huge = metrics.softmax(np.array([[60000, -60000, 60000]], dtype=np.float16))
+    assert huge.dtype == np.float64
+    np.testing.assert_array_equal(huge, [[0.5, 0, 0.5]])
+
+
+@pytest.mark.parametrize("logits", [np.zeros(3), np.array([[0, np.nan]]), np.array([[0, np.inf]])])
+def test_softmax_refuses_what_has_no_probabilities(logits):
+    with pytest.raises(ValueError, match="logits"):
+        metrics.softmax(logits)
+
+
+def test_absent_classes_are_named_and_left_out_of_the_mean():
+    probabilities, targets = draw(7, 200)
+    keep = (targets != 3) & (targets != 8)
+    probabilities, targets = probabilities[keep], targets[keep]
+    per_class = metrics.auc_per_class(probabilities, targets)
+    assert np.flatnonzero(np.isnan(per_class)).tolist() == [3, 8]
+    expected = np.delete(per_class, [3, 8]).mean()
+    for measure in (metrics.auc, lambda *pair: metrics.auc_estimate(*pair).value):
+        with pytest.warns(UserWarning, match=r"class 3, 8 .*other 7 of 9") as caught:
+            assert measure(probabilities, targets) == pytest.approx(expected, abs=1e-12)
+        assert len(caught) == 1
+        assert caught[0].filename == __file__
+    # The absent classes' columns play no part in the interval either.
+    fewer = np.delete(probabilities, [3, 8], axis=1)
+    renumbered = targets - (targets > 3)
+    with pytest.warns(UserWarning, match="no AUC"):
+        estimate = metrics.auc_estimate(probabilities, targets)
+    assert estimate == metrics.auc_estimate(fewer, renumbered)
+
+
+def test_a_single_class_has_no_auc():
+    probabilities, targets = draw(8, 30)[0], np.full(30, 4)
+    assert np.isnan(metrics.auc_per_class(probabilities, targets)).all()
+    with pytest.warns(UserWarning, match="other 0 of 9"):
+        assert math.isnan(metrics.auc(probabilities, targets))
+    with pytest.warns(UserWarning, match="other 0 of 9"):
+        estimate = metrics.auc_estimate(probabilities, targets)
+    assert all(math.isnan(number) for number in (estimate.value, estimate.low, estimate.high))
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "targets", "message"),
+    [
+        (np.ones(3), np.zeros(3, dtype=int), "shapes"),
+        (np.ones((3, 2)), np.zeros((3, 1), dtype=int), "shapes"),
+        (np.ones((3, 2)), np.zeros(4, dtype=int), "shapes"),
+        (np.ones((0, 2)), np.zeros(0, dtype=int), "nothing to measure"),
+        (np.array([[0.5, np.nan]]), np.zeros(1, dtype=int), "NaN or infinity"),
+        (np.array([[0.5, np.inf]]), np.zeros(1, dtype=int), "NaN or infinity"),
+        (np.ones((1, 2)), np.zeros(1), "integers"),
+        (np.ones((2, 2)), np.array([0, 2]), "0 … 1, not 0 … 2"),
+        (np.ones((2, 2)), np.array([-1, 1]), "0 … 1, not -1 … 1"),
+    ],
+)
+@pytest.mark.parametrize(
+    "measure",
+    [
+        metrics.auc_per_class,
+        metrics.auc,
+        metrics.accuracy,
+        metrics.confusion_matrix,
+        metrics.expected_calibration_error,
+        metrics.accuracy_estimate,
+        metrics.auc_estimate,
+    ],
+)
+def test_every_measure_refuses_bad_input(measure, probabilities, targets, message):
+    with pytest.raises(ValueError, match=message):
+        measure(probabilities, targets)
+
+
+def test_calibration_error_worked_by_hand():
+    # Two bins. (0, ½] holds one right tile of confidence 0.5: the upper edge belongs to the bin. (½, 1]
+    # holds 0.7 wrong, 0.9 right, 1.0 right: |2 − 2.6|. Together (0.5 + 0.6) / 4.
+    top = np.array([0.5, 0.7, 0.9, 1.0])
+    probabilities = np.stack([top, 1 - top], axis=1)
+    targets = np.array([0, 1, 0, 0])
+    assert metrics.expected_calibration_error(probabilities, targets, bins=2) == pytest.approx(0.275)
+    # In one bin over- and underconfidence cancel: |3 − 3.1| / 4.
+    assert metrics.expected_calibration_error(probabilities, targets, bins=1) == pytest.approx(0.025)
+
+
+def test_calibration_error_vanishes_for_calibrated_scores_and_grows_for_confident_ones():
+    generator = np.random.default_rng(9)
+    probabilities = metrics.softmax(2 * generator.normal(size=(50_000, 9)))
+    targets = (generator.random((50_000, 1)) > probabilities.cumsum(axis=1)).sum(axis=1).clip(max=8)
+    assert metrics.expected_calibration_error(probabilities, targets) < 0.01
+    sharper = probabilities**3 / (probabilities**3).sum(axis=1, keepdims=True)
+    assert metrics.expected_calibration_error(sharper, targets) > 0.1
+
+
+def test_calibration_error_refuses_logits_and_no_bins():
+    targets = np.array([0, 1])
+    with pytest.raises(ValueError, match="sum to 1"):
+        metrics.expected_calibration_error(np.array([[2.0, -1.0], [0.3, 0.7]]), targets)
+    with pytest.raises(ValueError, match="sum to 1"):
+        metrics.expected_calibration_error(np.full((2, 2), 0.4), targets)
+    with pytest.raises(ValueError, match="bins"):
+        metrics.expected_calibration_error(np.full((2, 2), 0.5), targets, bins=0)
+
+
+@pytest.mark.parametrize(("right", "tiles"), [(0, 7), (1, 7), (81, 263), (6750, 7180), (7180, 7180)])
+def test_accuracy_interval_is_wilsons(right, tiles):
+    targets = (np.arange(tiles) < right).astype(int)
+    probabilities = one_hot(np.ones(tiles, dtype=int), classes=2)
+    estimate = metrics.accuracy_estimate(probabilities, targets)
+    expected = binomtest(right, tiles).proportion_ci(0.95, method="wilson")
+    assert estimate.value == right / tiles
+    assert (estimate.low, estimate.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def delong_interval(scores, positive):
+    """The paper's variance for one AUC, by comparing every pair, and its interval on the logit scale."""
+    wins = np.sign(scores[positive][:, None] - scores[~positive]) / 2 + 0.5
+    area = wins.mean()
+    variance = wins.mean(axis=1).var(ddof=1) / positive.sum() + wins.mean(axis=0).var(ddof=1) / (~positive).sum()
+    ends = np.log(area / (1 - area)) + np.array([-1, 1]) * 1.959964 * np.sqrt(variance) / (area * (1 - area))
+    return 1 / (1 + np.exp(-ends))
+
+
+@pytest.mark.parametrize("decimals", [None, 1])
+def test_two_classes_have_the_classical_delong_interval(decimals):
+    first, targets = draw(10, 80, classes=2, decimals=decimals)
+    estimate = metrics.auc_estimate(first, targets)
+    assert (estimate.low, estimate.high) == pytest.approx(delong_interval(first[:, 0], targets == 0), abs=1e-6)
+
+
+def test_auc_interval_agrees_with_the_bootstrap():
+    probabilities, targets = draw(11, 1200, signal=1.5)
+    generator = np.random.default_rng(12)
+    draws = generator.integers(len(targets), size=(600, len(targets)))
+    areas = [metrics.auc(probabilities[rows], targets[rows]) for rows in draws]
+    estimate = metrics.auc_estimate(probabilities, targets)
+    assert estimate.high - estimate.low == pytest.approx(2 * metrics.Z * np.std(areas), rel=0.1)
+    np.testing.assert_allclose((estimate.low, estimate.high), np.quantile(areas, [0.025, 0.975]), atol=0.003)
+
+
+@pytest.mark.parametrize("signal", [1.0, 3.0])
+def test_auc_interval_covers_the_truth_95_times_in_100(signal):
+    truth = metrics.auc(*draw(13, 200_000, signal=signal))
+    estimates = [metrics.auc_estimate(*draw(seed, 300, signal=signal)) for seed in range(600)]
+    coverage = np.mean([estimate.low <= truth <= estimate.high for estimate in estimates])
+    assert coverage == pytest.approx(0.95, abs=0.025)
+
+
+@pytest.mark.parametrize(
+    ("scores", "low", "high"),
+    [
+        (np.eye(3), 10 / 13.8415, 1),
+        (np.full((3, 3), 1 / 3), 0.2366, 0.7634),
+        (-np.eye(3), 0, 3.8415 / 13.8415),
+    ],
+)
+def test_without_variance_the_auc_interval_is_wilsons_for_the_rarest_class(scores, low, high):
+    # Worked by hand for the 10 tiles of class 1: n / (n + z²) at 1, and ½ ± ½ z / √(n + z²) at ½.
+    targets = np.repeat([0, 1, 2], [20, 10, 30])
+    estimate = metrics.auc_estimate(scores[targets], targets)
+    assert (estimate.low, estimate.high) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_importing_the_module_brings_in_neither_scipy_nor_sklearn():
+    code = "import sys, common.metrics; print({'scipy', 'sklearn', 'torch', 'medmnist'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"

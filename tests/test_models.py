@@ -1,0 +1,44 @@
+import pytest
+import torch
+
+from common.errors import UsageError
+from common.models import build_model, model_names, normalise
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_large", "googlenet", "vit_b_32"])
+def test_models_take_small_tiles_and_give_one_logit_a_class(name: str) -> None:
+    model = build_model(name, 9, 64)
+    assert model.training
+    assert model.eval()(torch.zeros(2, 3, 64, 64)).shape == (2, 9)
+
+
+def test_the_global_seed_decides_the_weights() -> None:
+    def first_weights(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return next(build_model("resnet18", 9, 28).parameters()).detach()
+
+    assert torch.equal(first_weights(1), first_weights(1))
+    assert not torch.equal(first_weights(1), first_weights(2))
+
+
+@pytest.mark.parametrize(("name", "size"), [("alexnet", 28), ("vit_b_16", 28), ("inception_v3", 64)])
+def test_a_model_that_cannot_take_the_tiles_is_refused_in_one_line(name: str, size: int) -> None:
+    with pytest.raises(UsageError, match=rf"--model_name {name} cannot take tiles of {size} pixels") as refused:
+        build_model(name, 9, size)
+    assert "\n" not in str(refused.value)
+
+
+def test_only_classification_models_are_listed() -> None:
+    assert {"resnet18", "mobilenet_v3_large", "efficientnet_b0"} <= set(model_names())
+    assert not any("fcn" in name or "rcnn" in name or "r3d" in name for name in model_names())
+
+
+def test_normalise_maps_bytes_to_minus_one_to_one_and_keeps_the_memory_format() -> None:
+    images = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(2, 3, 16, 16)
+    images = images.contiguous(memory_format=torch.channels_last)
+    before = images.clone()
+    inputs = normalise(images)
+    assert inputs.dtype == torch.float32
+    assert inputs.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(inputs, (images / 255 - 0.5) / 0.5)
+    assert torch.equal(images, before)

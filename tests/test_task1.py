@@ -1,0 +1,143 @@
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import task1
+from common import checkpoint
+from common.config import parse
+from common.errors import UsageError
+from common.metrics import accuracy, auc, softmax
+from common.models import build_model
+
+
+def run_task1(*arguments: str) -> None:
+    task1.main(parse(task1.Task1Config, arguments, ""))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, phantom_root: Path) -> Path:
+    """The output folder of a finished run `r` on a small phantom."""
+    output = tmp_path_factory.mktemp("output")
+    run_task1(
+        "--dataset=phantom",
+        "--size=28",
+        "--phantom_tiles=90",
+        "--n_epochs=2",
+        "--run_id=r",
+        "--wandb=disabled",
+        f"--data_root={phantom_root}",
+        f"--output_dir={output}",
+    )
+    return output
+
+
+def test_the_recipe_is_the_courseworks() -> None:
+    config = task1.Task1Config()
+    assert (config.model_name, config.optimizer, config.lr, config.batch_size) == ("resnet18", "adam", 1e-3, 64)
+    assert (config.n_epochs, config.lr_min, config.size) == (5, 0, 64)
+
+
+def test_a_run_leaves_its_records_checkpoints_and_figures_and_nothing_else(finished: Path) -> None:
+    files = {str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file()}
+    assert files == {
+        "runs/r/config.json",
+        "runs/r/history.csv",
+        "runs/r/summary.json",
+        "runs/r/scores.npz",
+        "checkpoints/r/best.pt",
+        "checkpoints/r/last.pt",
+        "fig/task1/r-train-loss.png",
+        "fig/task1/r-validate-auc.png",
+        "fig/task1/r-validate-acc.png",
+        "fig/task1/r-confusion.png",
+    }
+
+
+def test_the_records_agree_with_one_another(finished: Path) -> None:
+    summary = json.loads((finished / "runs/r/summary.json").read_text())
+    with open(finished / "runs/r/history.csv", newline="") as file:
+        history = list(csv.DictReader(file))
+    assert [row["epoch"] for row in history] == ["1", "2"]
+    assert summary["dataset"] == "phantom (90 training tiles, 28 px)"
+    assert summary["synthetic"] is True
+    with np.load(finished / "runs/r/scores.npz", allow_pickle=False) as scores:
+        assert scores["best_logits"].shape == (18, 9)
+        for weights in ("best", "last"):
+            probabilities = softmax(scores[f"{weights}_logits"])
+            described = summary[weights]
+            assert described["n"] == 18
+            assert described["acc"]["value"] == accuracy(probabilities, scores["targets"])
+            assert described["auc"]["value"] == auc(probabilities, scores["targets"])
+            for measure in ("acc", "auc"):
+                interval = described[measure]
+                assert 0 <= interval["low"] <= interval["value"] <= interval["high"] <= 1
+            assert np.sum(described["confusion_matrix"]) == 18
+    assert summary["test/acc"] == summary["best"]["acc"]["value"]
+    assert summary["test/auc"] == summary["best"]["auc"]["value"]
+    best = history[summary["best"]["epoch"] - 1]
+    assert float(best["validate/acc"]) == max(float(row["validate/acc"]) for row in history)
+    assert summary["validate"]["validate/acc"] == float(best["validate/acc"])
+    assert summary["last"]["epoch"] == 2
+    assert summary["wall_seconds"] >= sum(float(row["seconds"]) for row in history)
+
+
+def test_the_best_checkpoint_is_a_plain_torchvision_network(finished: Path) -> None:
+    saved = checkpoint.load(finished / "checkpoints/r/best.pt")
+    build_model(saved["model_name"], len(saved["class_names"]), saved["size"]).load_state_dict(saved["state_dict"])
+
+
+def test_a_finished_run_is_not_overwritten(finished: Path, phantom_root: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    with pytest.raises(UsageError, match="run r is finished already"):
+        run_task1(
+            "--dataset=phantom",
+            "--size=28",
+            "--phantom_tiles=90",
+            "--run_id=r",
+            f"--data_root={phantom_root}",
+            f"--output_dir={finished}",
+        )
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+
+
+def test_without_the_data_the_command_ends_with_one_line_and_writes_nothing(tmp_path: Path) -> None:
+    # A proxy that refuses every connection stands for a machine without network.
+    environment = {**os.environ, "HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    done = subprocess.run(
+        [
+            sys.executable,
+            ROOT / "task1.py",
+            f"--data_root={tmp_path / 'data'}",
+            f"--output_dir={tmp_path / 'out'}",
+        ],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    message = done.stderr.strip().splitlines()[-1]
+    for part in ("task1.py: ", "pathmnist_64.npz", "https://", str(tmp_path / "data"), "--dataset phantom"):
+        assert part in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(
+    not Path(os.environ.get("PATHMNIST_ROOT", "/nowhere"), "pathmnist_mini.npz").exists(),
+    reason="needs real tiles: pathmnist_mini.npz in $PATHMNIST_ROOT",
+)
+def test_real_tiles_are_learnt(tmp_path: Path) -> None:
+    run_task1(
+        "--dataset=pathmnist-mini", "--n_epochs=4", "--run_id=r", "--wandb=disabled", f"--output_dir={tmp_path}"
+    )
+    summary = json.loads((tmp_path / "runs/r/summary.json").read_text())
+    assert summary["dataset"] == "pathmnist-mini (800 training tiles, 28 px)"
+    assert summary["best"]["n"] == 499
+    assert summary["test/auc"] > 0.75

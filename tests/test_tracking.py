@@ -1,0 +1,157 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from common.config import TrainingConfig
+from common.data import Dataset
+from common.errors import Fault
+from common.tracking import Run, read_json, wandb_mode
+
+KEY = "a" * 40
+ROW = {
+    "epoch": 1,
+    "train/loss": 1.0,
+    "validate/loss": 1.0,
+    "validate/auc": 0.5,
+    "validate/acc": 0.5,
+    "lr": 0.1,
+    "tiles_per_second": 100.0,
+    "seconds": 1.0,
+}
+
+
+def test_auto_mode_is_online_exactly_where_a_key_is_configured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+    assert wandb_mode("auto") == "offline"
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    assert wandb_mode("auto") == "online"
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert wandb_mode("auto") == "offline"
+    assert wandb_mode("disabled") == "disabled"
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.delenv("WANDB_API_KEY")
+    (tmp_path / "netrc").write_text(f"machine api.wandb.ai login user password {KEY}\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert wandb_mode("auto") == "online"
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert wandb_mode("auto") == "offline"
+
+
+def test_config_json_tells_where_a_run_came_from(tiny: Dataset, tmp_path: Path) -> None:
+    Run("task1", TrainingConfig(output_dir=tmp_path, run_id="r", seed=7), tiny, "a device")
+    content = json.loads((tmp_path / "runs" / "r" / "config.json").read_text())
+    assert content["config"]["seed"] == 7
+    assert content["config"]["output_dir"] == str(tmp_path)
+    assert content["tiles"] == {"train": 130, "val": 45, "test": 63}
+    assert content["data_fingerprint"] == "tiny"
+    assert content["synthetic"] is True
+    assert content["device"] == "a device"
+    assert {"torch", "torchvision", "numpy", "medmnist"} <= content["versions"].keys()
+    assert "phantom" in content["dataset"]
+    assert content["commit"] is None or len(content["commit"].split("-")[0]) == 40
+
+
+def test_history_is_one_row_an_epoch_with_full_precision(tiny: Dataset, tmp_path: Path) -> None:
+    run = Run("task1", TrainingConfig(output_dir=tmp_path, run_id="r"), tiny, "cpu")
+    run.log_epoch([ROW])
+    run.log_epoch([ROW, {**ROW, "epoch": 2, "train/loss": 1 / 3}])
+    lines = (run.folder / "history.csv").read_text().splitlines()
+    assert lines[0] == "epoch,train/loss,validate/loss,validate/auc,validate/acc,lr,tiles_per_second,seconds"
+    assert len(lines) == 3
+    assert float(lines[2].split(",")[1]) == 1 / 3
+
+
+def test_a_torn_record_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"config": ')
+    with pytest.raises(Fault, match=r"config\.json: not a readable record"):
+        read_json(tmp_path / "config.json")
+
+
+def track(output_dir: Path, body: str) -> "subprocess.CompletedProcess[str]":
+    """Run `body` in a process of its own: W&B is on, `open_run()` waits 3 seconds for its server."""
+    script = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from conftest import coloured_tiles
+from test_tracking import KEY, ROW
+from wandb_server import WandbServer
+from common import tracking
+from common.config import TrainingConfig
+from common.data import Dataset
+
+tracking.WANDB_PATIENCE = 3.0
+
+def open_run():
+    tiles = coloured_tiles(9, 28, 0)
+    tiny = Dataset("phantom", 28, tuple("abcdefghi"), tiles, tiles, tiles, "tiny")
+    config = TrainingConfig(output_dir=tracking.Path({str(output_dir)!r}), run_id="r")
+    return tracking.Run("task1", config, tiny, "cpu")
+
+def finish(run):
+    run.log_epoch([ROW])
+    run._send(lambda wandb_run: wandb_run.finish())
+    print("finished")
+
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "WANDB_MODE"}
+    return subprocess.run(
+        [sys.executable, "-c", script + body],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_offline_says_so_and_keeps_a_wandb_run(tmp_path: Path) -> None:
+    done = track(tmp_path, "finish(open_run())")
+    assert done.returncode == 0, done.stderr
+    assert "W&B: offline" in done.stdout
+    assert list((tmp_path / "wandb").glob("offline-run-*-r/run-r.wandb"))
+
+
+def test_a_run_goes_online_where_a_key_is_configured(tmp_path: Path) -> None:
+    body = """
+with WandbServer() as server:
+    os.environ.update(WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url)
+    run = open_run()
+    print("asked:", *server.operations)
+"""
+    done = track(tmp_path, body)
+    assert "W&B: online" in done.stdout
+    assert "UpsertBucket" in done.stdout
+
+
+def test_an_unreachable_server_leaves_an_offline_run(tmp_path: Path) -> None:
+    body = """
+with WandbServer() as server:
+    os.environ.update(WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url)
+finish(open_run())
+"""
+    done = track(tmp_path, body)
+    assert done.returncode == 0, done.stderr
+    assert "W&B online failed" in done.stderr
+    assert "W&B: offline" in done.stdout
+    assert "finished" in done.stdout
+
+
+def test_a_server_that_dies_in_mid_run_does_not_harm_the_run(tmp_path: Path) -> None:
+    body = """
+with WandbServer() as server:
+    os.environ.update(WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url)
+    run = open_run()
+finish(run)
+"""
+    done = track(tmp_path, body)
+    assert done.returncode == 0, done.stderr
+    assert "W&B: online" in done.stdout
+    assert "finished" in done.stdout
+    assert (tmp_path / "runs" / "r" / "history.csv").exists()

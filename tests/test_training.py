@@ -1,0 +1,316 @@
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from common import checkpoint, training
+from common.config import TrainingConfig
+from common.data import Dataset, DeviceTiles
+from common.errors import Fault, UsageError
+from common.models import build_model
+from common.tracking import Run
+from common.training import (
+    Compute,
+    Evaluation,
+    Fitted,
+    batches,
+    best_epoch,
+    build_optimizer,
+    evaluate,
+    fit,
+    learning_rate_factor,
+    reason_to_stop,
+)
+
+MODEL = "shufflenet_v2_x0_5"  # small and quick; has BatchNorm
+CPU = Compute(torch.device("cpu"), torch.float32)
+
+
+def train(dataset: Dataset, folder: Path, **keys: Any) -> tuple[Fitted, torch.nn.Module, Run]:
+    """`fit` on the tiny data set with a small network."""
+    settings: dict[str, Any] = {
+        "dataset": "phantom",
+        "size": 28,
+        "n_epochs": 3,
+        "batch_size": 32,
+        "run_id": "r",
+    }
+    config = TrainingConfig(**{**settings, "output_dir": folder, **keys})
+    torch.manual_seed(config.seed)
+    model = build_model(config.model_name, 9, 28)
+    run = Run("task1", config, dataset, CPU.name)
+    return fit(model, dataset, config, CPU, run), model, run
+
+
+def without_timings(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [
+        {name: value for name, value in row.items() if name not in ("seconds", "tiles_per_second")}
+        for row in history
+    ]
+
+
+def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_training_learns(tiny: Dataset, tmp_path: Path) -> None:
+    fitted, _, _ = train(tiny, tmp_path, n_epochs=5, lr=0.01, reestimate_batchnorm=True)
+    history = fitted.history
+    assert history[-1]["train/loss"] < 0.5 * history[0]["train/loss"]
+    assert max(row["validate/acc"] for row in history) > 0.8
+    assert [row["epoch"] for row in history] == [1, 2, 3, 4, 5]
+    assert fitted.stopped == "all 5 epochs done"
+
+
+def test_the_same_seed_gives_the_same_history_and_weights(tiny: Dataset, tmp_path: Path) -> None:
+    one, _, _ = train(tiny, tmp_path / "one", seed=3)
+    torch.rand(7)  # whatever else drew from the global generator must not matter
+    two, _, _ = train(tiny, tmp_path / "two", seed=3)
+    other, _, _ = train(tiny, tmp_path / "other", seed=4)
+    assert without_timings(one.history) == without_timings(two.history)
+    assert_same_weights(one.last, two.last)
+    assert_same_weights(one.best, two.best)
+    assert without_timings(one.history) != without_timings(other.history)
+
+
+def test_resume_after_a_stop_gives_the_same_weights(
+    tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _, _ = train(tiny, tmp_path / "whole", n_epochs=4)
+    original = training.train_one_epoch
+
+    def killed(*arguments: Any) -> float:
+        if arguments[3] == 3:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(training, "train_one_epoch", killed)
+        train(tiny, tmp_path / "parts", n_epochs=4)
+    parts, _, _ = train(tiny, tmp_path / "parts", n_epochs=4, resume=True)
+    assert without_timings(whole.history) == without_timings(parts.history)
+    assert whole.best_epoch == parts.best_epoch
+    assert_same_weights(whole.last, parts.last)
+    assert_same_weights(whole.best, parts.best)
+
+
+def test_the_best_weights_are_kept_and_tested_not_the_last(
+    tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: dict[int, dict[str, torch.Tensor]] = {}
+    accuracies = {1: 0.3, 2: 0.9, 3: 0.5}
+    original = Evaluation.summary
+
+    def pretended(self: Evaluation, split: str) -> dict[str, float]:
+        return {**original(self, split), "validate/acc": accuracies[len(kept)]}
+
+    original_epoch = training.train_one_epoch
+
+    def noted(model: torch.nn.Module, *rest: Any) -> float:
+        loss = original_epoch(model, *rest)
+        kept[rest[2]] = checkpoint.copy_weights(model)
+        return loss
+
+    monkeypatch.setattr(Evaluation, "summary", pretended)
+    monkeypatch.setattr(training, "train_one_epoch", noted)
+    fitted, model, run = train(tiny, tmp_path)
+    assert fitted.best_epoch == 2
+    assert_same_weights(fitted.best, kept[2])
+    assert_same_weights(fitted.last, kept[3])
+    saved = checkpoint.load(run.checkpoints / "best.pt")
+    assert saved["epoch"] == 2
+    assert_same_weights(saved["state_dict"], kept[2])
+    assert_same_weights(checkpoint.load(run.checkpoints / "last.pt")["state_dict"], kept[3])
+
+    config = TrainingConfig(n_epochs=3, output_dir=tmp_path, run_id="r")
+    summary = training.score_test_split(model, fitted, tiny, config, CPU, run)
+    model.load_state_dict(kept[2])
+    scores = evaluate(model, DeviceTiles(tiny.test, CPU.device), CPU)
+    assert summary["best"]["epoch"] == 2
+    assert summary["last"]["epoch"] == 3
+    assert summary["test/acc"] == np.mean(scores.logits.argmax(1) == scores.targets)
+    with np.load(run.folder / "scores.npz", allow_pickle=False) as arrays:
+        np.testing.assert_array_equal(arrays["best_logits"], scores.logits)
+        np.testing.assert_array_equal(arrays["targets"], tiny.test.labels)
+        assert not np.array_equal(arrays["last_logits"], scores.logits)
+
+
+@pytest.mark.parametrize(
+    ("select_on", "best"),
+    [("validate/acc", 2), ("validate/auc", 1), ("validate/loss", 3), ("last", 4)],
+)
+def test_selection_follows_its_metric_and_keeps_the_first_of_equals(select_on: str, best: int) -> None:
+    rows = [(0.9, 0.5, 2.0), (0.8, 0.7, math.nan), (0.9, 0.7, 1.0), (0.7, 0.1, 1.0)]
+    history = [dict(zip(("validate/auc", "validate/acc", "validate/loss"), row, strict=True)) for row in rows]
+    assert best_epoch(history, select_on) == best
+
+
+def stopping_epoch(accuracies: list[float], **keys: Any) -> int:
+    """The number of epochs after which training on these validation accuracies ends."""
+    config = TrainingConfig(n_epochs=len(accuracies), **keys)
+    history = [{"validate/acc": accuracy, "validate/loss": 1 - accuracy} for accuracy in accuracies]
+    return next(n for n in range(1, len(history) + 1) if reason_to_stop(history[:n], config))
+
+
+def test_early_stopping_waits_for_patience_and_sees_small_gains_near_one() -> None:
+    flat = [0.5, 0.6, 0.6, 0.59, 0.6, 0.6, 0.6]
+    assert stopping_epoch(flat) == 7
+    assert stopping_epoch(flat, early_stopping_patience=3) == 5
+    # Each epoch halves the error, though from .98 on ACC gains less than the coursework's delta of .01.
+    rising = [0.96, 0.98, 0.99, 0.995, 0.9975, 0.99875]
+    assert stopping_epoch(rising, early_stopping_patience=2, early_stopping_delta=0.01) == 6
+    # An error that falls by less than the asked share is no improvement, however often it falls.
+    creeping = [0.5, 0.501, 0.502, 0.503, 0.504]
+    assert stopping_epoch(creeping, early_stopping_patience=3, early_stopping_delta=0.01) == 4
+    assert stopping_epoch(creeping, early_stopping_patience=3) == 5
+
+
+def test_early_stopping_does_not_count_the_warm_up() -> None:
+    late = [0.5, 0.4, 0.4, 0.4, 0.6, 0.6, 0.6, 0.6]
+    assert stopping_epoch(late, early_stopping_patience=2) == 3
+    assert stopping_epoch(late, early_stopping_patience=2, lr_warmup_epochs=3) == 7
+    assert stopping_epoch(late, early_stopping_patience=2, lr_warmup_epochs=3, select_on="last") == 7
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+    tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = training.normalise
+    calls = []
+
+    def poisoned(images: torch.Tensor) -> torch.Tensor:
+        calls.append(len(images))
+        # The second epoch's first step; an epoch is 5 steps and an evaluation.
+        return original(images) * (math.nan if len(calls) == 7 else 1)
+
+    monkeypatch.setattr(training, "normalise", poisoned)
+    with pytest.raises(Fault, match="the loss became nan in epoch 2; lower --lr"):
+        train(tiny, tmp_path)
+    saved = checkpoint.load(tmp_path / "checkpoints" / "r" / "last.pt")
+    assert len(saved["history"]) == 1
+    assert all(value.isfinite().all() for value in saved["state_dict"].values())
+
+
+def test_a_run_is_continued_only_with_its_own_configuration(tiny: Dataset, tmp_path: Path) -> None:
+    train(tiny, tmp_path, n_epochs=1)
+    with pytest.raises(UsageError, match=r"another configuration \(lr was 0.001\)"):
+        train(tiny, tmp_path, n_epochs=1, lr=0.5)
+
+
+def test_resume_without_a_checkpoint_is_refused(tiny: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="run r has no checkpoint"):
+        train(tiny, tmp_path, resume=True)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("n_tiles", "batch_size"), [(130, 32), (129, 32), (33, 32), (45, 2), (2, 64), (64, 2)])
+def test_every_tile_is_drawn_once_an_epoch_in_batches_of_one_size(n_tiles: int, batch_size: int) -> None:
+    parts = batches(n_tiles, batch_size, torch.Generator().manual_seed(0))
+    assert sorted(torch.cat(parts).tolist()) == list(range(n_tiles))
+    sizes = {len(part) for part in parts}
+    assert min(sizes) >= 2
+    assert max(sizes) - min(sizes) <= 1
+    assert max(sizes) <= max(batch_size, 3)
+
+
+def test_every_epoch_is_shuffled_differently() -> None:
+    orders = [
+        torch.cat(batches(100, 10, training.generator(seed, epoch, "shuffle"))).tolist()
+        for seed in (0, 1)
+        for epoch in (1, 2)
+    ]
+    assert len({tuple(order) for order in orders}) == 4
+
+
+def test_the_learning_rate_falls_along_a_half_cosine() -> None:
+    config = TrainingConfig(n_epochs=10, lr_min=0.1)
+    factors = [learning_rate_factor(step, 10, config) for step in range(100)]
+    assert factors[0] == 1
+    assert factors[49] + factors[50] == pytest.approx(1.1)
+    assert factors[99] == pytest.approx(0.1)
+    assert factors == sorted(factors, reverse=True)
+    constant = TrainingConfig(n_epochs=10, lr_min=1.0)
+    assert {learning_rate_factor(step, 10, constant) for step in range(100)} == {1}
+
+
+def test_the_warm_up_rises_in_a_straight_line_to_the_peak() -> None:
+    config = TrainingConfig(n_epochs=10, lr_min=0.1, lr_warmup_epochs=2, lr_warmup_decay=0.1)
+    factors = [learning_rate_factor(step, 10, config) for step in range(100)]
+    np.testing.assert_allclose(np.diff(factors[:21]), 0.9 / 20)
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[20] == 1 == max(factors)
+    assert factors[99] == pytest.approx(0.1)
+
+
+def test_norms_and_biases_are_decayed_apart() -> None:
+    model = build_model(MODEL, 9, 28)
+    config = TrainingConfig(weight_decay=0.3, norm_weight_decay=0.0, optimizer="adamw", amsgrad=True)
+    groups = build_optimizer(model, config).param_groups
+    decays = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    assert len(decays) == len(list(model.parameters()))
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            is_matrix = isinstance(module, torch.nn.Conv2d | torch.nn.Linear) and name == "weight"
+            assert decays[id(parameter)] == (0.3 if is_matrix else 0.0)
+    assert all(group["amsgrad"] for group in groups)
+    same = build_optimizer(model, TrainingConfig(weight_decay=0.3)).param_groups
+    assert {group["weight_decay"] for group in same} == {0.3}
+
+
+def test_evaluation_is_in_order_in_eval_mode_and_counts_every_tile(
+    tiny: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build_model(MODEL, 9, 28)
+    monkeypatch.setattr(training, "EVALUATION_BATCH", 7)
+    before = checkpoint.copy_weights(model)
+    one = evaluate(model, DeviceTiles(tiny.test, CPU.device), CPU)
+    monkeypatch.setattr(training, "EVALUATION_BATCH", 63)
+    other = evaluate(model, DeviceTiles(tiny.test, CPU.device), CPU)
+    np.testing.assert_allclose(one.logits, other.logits, atol=1e-5)
+    np.testing.assert_array_equal(one.targets, tiny.test.labels)
+    assert_same_weights(before, checkpoint.copy_weights(model))
+
+
+def test_summary_of_an_evaluation_is_that_of_its_logits() -> None:
+    logits = np.log(np.array([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.3, 0.6, 0.1], [0.1, 0.2, 0.7]], np.float32))
+    summary = Evaluation(logits, np.array([0, 1, 0, 2])).summary("validate")
+    assert summary["validate/acc"] == 0.75
+    assert summary["validate/loss"] == pytest.approx(-np.mean(np.log([0.7, 0.8, 0.3, 0.7])))
+    assert summary["validate/auc"] == 1.0
+
+
+def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match="--device cuda: PyTorch sees no CUDA device"):
+        Compute.of("cuda", "auto")
+    assert Compute.of("auto", "auto") == CPU
+    assert Compute.of("cpu", "bf16").dtype == torch.bfloat16
+
+
+def test_bf16_is_close_to_fp32(tiny: Dataset) -> None:
+    torch.manual_seed(0)
+    model = build_model(MODEL, 9, 28)
+    tiles = DeviceTiles(tiny.val, CPU.device)
+    full = evaluate(model, tiles, CPU).logits
+    half = evaluate(model, tiles, dataclasses.replace(CPU, dtype=torch.bfloat16)).logits
+    assert half.dtype == np.float32
+    assert 0 < np.abs(full - half).max() < 0.1 * np.abs(full).max()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_training_on_cuda_agrees_with_the_cpu(tiny: Dataset, tmp_path: Path) -> None:
+    on_cpu, _, _ = train(tiny, tmp_path, n_epochs=1, run_id="cpu")
+    config = TrainingConfig(
+        size=28, model_name=MODEL, n_epochs=1, batch_size=32, output_dir=tmp_path, run_id="gpu"
+    )
+    torch.manual_seed(config.seed)
+    model = build_model(config.model_name, 9, 28)
+    compute = Compute.of("cuda", "fp32")
+    on_gpu = fit(model, tiny, config, compute, Run("task1", config, tiny, compute.name))
+    losses = [fitted.history[0]["train/loss"] for fitted in (on_cpu, on_gpu)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)

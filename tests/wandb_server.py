@@ -1,0 +1,71 @@
+"""A loopback stand-in for the part of W&B's API that a run or an agent talks to."""
+
+import gzip
+import http.server
+import json
+import threading
+from collections.abc import Callable
+from typing import Any
+
+Answer = Callable[[str, dict[str, Any]], dict[str, Any] | None]
+
+
+class WandbServer:
+    """Answers GraphQL operations by `answer(operation, variables)`, else as an empty project would.
+
+    Use as a context manager; `operations` lists what was asked, `url` goes into WANDB_BASE_URL.
+    """
+
+    def __init__(self, answer: Answer = lambda operation, variables: None) -> None:
+        self.operations: list[str] = []
+        self.answer = answer
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def log_message(self, *arguments: Any) -> None:
+                pass
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers.get("content-length", 0)))
+                if self.headers.get("content-encoding") == "gzip":
+                    body = gzip.decompress(body)
+                data = outer.reply(json.loads(body)) if self.path == "/graphql" else {}
+                reply = json.dumps({"data": data}).encode()
+                self.send_response(200)
+                self.send_header("content-type", "application/json")
+                self.send_header("content-length", str(len(reply)))
+                self.end_headers()
+                self.wfile.write(reply)
+
+            do_GET = do_PUT = do_POST
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+
+    def reply(self, request: dict[str, Any]) -> dict[str, Any]:
+        operation = request.get("operationName") or request["query"].split("(")[0].split()[-1]
+        variables = request.get("variables") or {}
+        self.operations.append(operation)
+        answered = self.answer(operation, variables)
+        if answered is not None:
+            return answered
+        project = {"id": "P", "name": "hw1", "entity": {"id": "E", "name": "me"}}
+        if operation == "UpsertBucket":
+            bucket = {"id": "B", "name": variables["name"], "displayName": variables["name"], "config": "{}"}
+            return {"upsertBucket": {"bucket": {**bucket, "project": project}, "inserted": True}}
+        if operation == "RunResumeStatus":
+            return {"model": {**project, "bucket": None}}
+        return {}
+
+    def close(self) -> None:
+        """Refuse all further connections."""
+        self._server.shutdown()
+        self._server.server_close()
+
+    def __enter__(self) -> "WandbServer":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
