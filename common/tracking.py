@@ -27,9 +27,9 @@ WANDB_PATIENCE = 60.0  # seconds to wait for its server at the start and at the 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TITLES = {"task1": "Task 1", "task3": "Task 3"}
 AXIS_LABELS = {
-    "train/loss": "training loss (cross-entropy, nats)",
-    "validate/auc": "validation AUC (mean of the classes, one against the rest)",
-    "validate/acc": "validation ACC (share of tiles)",
+    "train/loss": "Training loss (cross-entropy, nats)",
+    "validate/auc": "Validation AUC (mean over classes, one vs rest)",
+    "validate/acc": "Validation ACC (share of tiles)",
 }
 VERSIONED = ("torch", "torchvision", "numpy", "medmnist", "wandb", "matplotlib")
 

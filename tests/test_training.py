@@ -314,3 +314,21 @@ def test_training_on_cuda_agrees_with_the_cpu(tiny: Dataset, tmp_path: Path) -> 
     on_gpu = fit(model, tiny, config, compute, Run("task1", config, tiny, compute.name))
     losses = [fitted.history[0]["train/loss"] for fitted in (on_cpu, on_gpu)]
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def test_tta_averages_the_probabilities_of_the_eight_views_and_so_ignores_the_tiles_orientation(
+    tiny: Dataset,
+) -> None:
+    torch.manual_seed(0)
+    model = build_model("resnet18", 9, 28)
+    tiles = DeviceTiles(tiny.val, CPU.device)
+    images = tiny.val.images
+    views = [turned for k in range(4) for turned in (images.rot90(k, (2, 3)), images.rot90(k, (2, 3)).flip(3))]
+    model.eval()
+    with torch.no_grad():
+        expected = torch.stack([model(training.normalise(view)).softmax(1) for view in views]).mean(0)
+    averaged = evaluate(model, tiles, CPU, tta=True)
+    np.testing.assert_allclose(averaged.probabilities, expected, atol=1e-5)
+    turned = DeviceTiles(dataclasses.replace(tiny.val, images=images.rot90(1, (2, 3))), CPU.device)
+    np.testing.assert_allclose(evaluate(model, turned, CPU, tta=True).logits, averaged.logits, atol=1e-4)
+    assert np.abs(evaluate(model, turned, CPU).logits - evaluate(model, tiles, CPU).logits).max() > 1e-3

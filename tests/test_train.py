@@ -1,0 +1,124 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import train
+from common.config import parse
+from common.errors import UsageError
+from common.metrics import softmax
+
+COURSEWORK = {
+    "amsgrad": False,
+    "augmentation": "ta_wide",
+    "batch_size": 512,
+    "early_stopping_delta": 0.01,
+    "early_stopping_patience": 3,
+    "label_smoothing": 0.1,
+    "lr": 0.0019976195957370426,
+    "lr_min": 0.1,
+    "lr_warmup_decay": 0.1,
+    "lr_warmup_epochs": 2,
+    "model_name": "mobilenet_v3_large",
+    "n_epochs": 20,
+    "weight_decay": 1.0640579453275e-06,
+}
+
+
+def read(*arguments: str) -> train.TrainConfig:
+    return parse(train.TrainConfig, arguments, "")
+
+
+def differing(one: train.TrainConfig, other: train.TrainConfig) -> dict[str, Any]:
+    ignored = ("run_id", "ablation")
+    before, after = one.as_dict(), other.as_dict()
+    return {name: after[name] for name in after if name not in ignored and after[name] != before[name]}
+
+
+def test_the_defaults_are_the_courseworks_configuration() -> None:
+    values = read().as_dict()
+    assert {name: values[name] for name in COURSEWORK} == COURSEWORK
+    assert values["optimizer"] == "adamw"
+    off = ("ema_decay", "mixup_alpha", "cutmix_alpha", "tta", "norm_weight_decay")
+    assert not any(values[name] for name in off)
+
+
+def test_pathmnist_mini_brings_the_short_data_recipe_which_keys_override() -> None:
+    config = read("--dataset=pathmnist-mini")
+    assert config.n_epochs * -(-800 // config.batch_size) >= 1000
+    assert differing(read(), config) == {
+        "dataset": "pathmnist-mini",
+        "size": 28,
+        **train.RECIPES["pathmnist-mini"],
+    }
+    assert read("--dataset=pathmnist-mini", "--n_epochs=3").n_epochs == 3
+
+
+@pytest.mark.parametrize("ablation", train.ABLATIONS)
+def test_an_ablation_changes_what_its_row_says_and_nothing_else(ablation: str) -> None:
+    for dataset in ("phantom", "pathmnist-mini"):
+        config = read(f"--dataset={dataset}", f"--ablation={ablation}")
+        assert differing(read(f"--dataset={dataset}"), config) == train.ABLATIONS[ablation]
+
+
+def test_every_ablation_differs_from_every_other() -> None:
+    rows = [sorted(changes.items(), key=str) for changes in train.ABLATIONS.values()]
+    assert all(one != other for index, one in enumerate(rows) for other in rows[:index])
+
+
+def test_a_key_may_not_undo_its_ablation() -> None:
+    with pytest.raises(
+        UsageError, match="--augmentation auto: --ablation without_augmentation sets this key itself"
+    ):
+        read("--ablation=without_augmentation", "--augmentation=auto")
+    with pytest.raises(UsageError, match="did you mean with_ema"):
+        read("--ablation=with_emma")
+
+
+def test_a_technique_is_switched_off_as_a_sweep_writes_it() -> None:
+    assert read("--early_stopping_patience=None").early_stopping_patience is None
+    assert (
+        read("--early_stopping_patience=None", "--ablation=without_early_stopping").early_stopping_patience is None
+    )
+    with pytest.raises(UsageError, match="--early_stopping_patience 0: must be at least 1"):
+        read("--early_stopping_patience=0")
+    with pytest.raises(UsageError, match="stain"):
+        read("--augmentation=stian")
+
+
+def test_every_technique_at_once_runs_and_reports_tta_beside_the_plain_score(
+    tmp_path: Path, phantom_root: Path
+) -> None:
+    train.main(
+        read(
+            "--dataset=phantom",
+            "--size=28",
+            "--phantom_tiles=90",
+            "--model_name=shufflenet_v2_x0_5",
+            "--n_epochs=2",
+            "--batch_size=32",
+            "--augmentation=ta_wide,stain",
+            "--mixup_alpha=0.2",
+            "--cutmix_alpha=1",
+            "--ema_decay=0.99",
+            "--norm_weight_decay=0",
+            "--amsgrad=True",
+            "--tta",
+            "--select_on=validate/loss",
+            "--run_id=r",
+            f"--data_root={phantom_root}",
+            f"--output_dir={tmp_path}",
+        )
+    )
+    summary = json.loads((tmp_path / "runs/r/summary.json").read_text())
+    assert summary["task"] == "task3"
+    assert summary["tta"]["epoch"] == summary["best"]["epoch"]
+    assert summary["test/acc"] == summary["best"]["acc"]["value"]
+    with np.load(tmp_path / "runs/r/scores.npz", allow_pickle=False) as scores:
+        plain, averaged = softmax(scores["best_logits"]), softmax(scores["tta_logits"])
+        assert summary["tta"]["acc"]["value"] == np.mean(averaged.argmax(1) == scores["targets"])
+        assert summary["best"]["acc"]["value"] == np.mean(plain.argmax(1) == scores["targets"])
+        assert not np.allclose(plain, averaged)
+    assert len(list((tmp_path / "fig/task3").glob("r-*.png"))) == 4
