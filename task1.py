@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from common.config import TrainingConfig, run_script
-from common.data import load_dataset
+from common.data import class_names, load_dataset
 from common.models import build_model
 from common.tracking import Run
 from common.training import Compute, fit, score_test_split
@@ -28,11 +28,11 @@ class Task1Config(TrainingConfig):
 
 
 def main(config: Task1Config) -> None:
-    """Configuration → data → model → fit → test → record → figures."""
+    """Configuration → model → data → fit → test → records and figures."""
     compute = Compute.of(config.device, config.precision)
     torch.manual_seed(config.seed)
+    model = build_model(config.model_name, len(class_names()), config.size)
     dataset = load_dataset(config.dataset, config.size, config.data_root, config.phantom_tiles)
-    model = build_model(config.model_name, len(dataset.class_names), config.size)
     run = Run("task1", config, dataset, compute.name)
     fitted = fit(model, dataset, config, compute, run)
     summary = score_test_split(model, fitted, dataset, config, compute, run)

@@ -335,11 +335,19 @@ def _with_underscores(argument: str) -> str:
 def run_script(main: Callable[[C], None], config_class: type[C]) -> None:
     """Parse the command line, call `main`, and turn an expected error into one line and an exit status."""
     description = sys.modules[main.__module__].__doc__ or ""
+    name = Path(sys.argv[0]).name
+    again = ""
     try:
-        main(parse(config_class, sys.argv[1:], description))
+        config = parse(config_class, sys.argv[1:], description)
+        again = f"; the same command with --run_id={config.run_id} goes on"
+        main(config)
     except (UsageError, Fault) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        print(f"{name}: {what}{again}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        print(f"{name}: interrupted{again}", file=sys.stderr)
         sys.exit(130)

@@ -114,15 +114,17 @@ def generator(seed: int, epoch: int, purpose: str) -> torch.Generator:
     return torch.Generator().manual_seed(derived_seed(seed, epoch, purpose))
 
 
-def batches(n_tiles: int, batch_size: int, shuffle: torch.Generator | None = None) -> list[torch.Tensor]:
-    """Cut 0..n_tiles-1 into batches of int64 indices, each index exactly once, shuffled if asked.
+def batches(
+    n_tiles: int, batch_size: int, device: torch.device, shuffle: torch.Generator | None = None
+) -> list[torch.Tensor]:
+    """Cut 0..n_tiles-1 into batches of int64 indices on `device`, each index once, shuffled if asked.
 
     The fewest batches that `batch_size` allows, equal in size up to one tile: a last batch of a few leftover
     tiles would spoil BatchNorm's running statistics, and of a single tile could not be trained on at all.
     """
     order = torch.randperm(n_tiles, generator=shuffle) if shuffle else torch.arange(n_tiles)
     n_batches = max(1, min(math.ceil(n_tiles / batch_size), n_tiles // 2))
-    return list(order.tensor_split(n_batches))
+    return list(order.to(device).tensor_split(n_batches))
 
 
 def learning_rate_factor(step: int, steps_per_epoch: int, config: TrainingConfig) -> float:
@@ -172,7 +174,8 @@ def train_one_epoch(
     augment = build_augmentation(config.augmentation)
     draws = generator(config.seed, epoch, "augment")
     torch.manual_seed(derived_seed(config.seed, epoch, "dropout"))
-    parts = batches(len(tiles), config.batch_size, generator(config.seed, epoch, "shuffle"))
+    shuffle = generator(config.seed, epoch, "shuffle")
+    parts = batches(len(tiles), config.batch_size, tiles.index_device, shuffle)
     total = torch.zeros((), device=compute.device)
     seen = 0
     looked = time.monotonic()
@@ -180,7 +183,7 @@ def train_one_epoch(
         for step, part in enumerate(parts, start=(epoch - 1) * len(parts)):
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * learning_rate_factor(step, len(parts), config)
-            images, targets = tiles.batch(part.to(tiles.index_device, non_blocking=True))
+            images, targets = tiles.batch(part)
             inputs = normalise(augment(images, draws))
             mixed = mix(inputs, draws, config.mixup_alpha, config.cutmix_alpha)
             with compute.autocast():
@@ -208,8 +211,8 @@ def evaluate(model: nn.Module, tiles: DeviceTiles, compute: Compute, tta: bool =
     model.eval()
     logits, targets = [], []
     with _bar("evaluate", len(tiles)) as bar:
-        for part in batches(len(tiles), EVALUATION_BATCH):
-            images, labels = tiles.batch(part.to(tiles.index_device, non_blocking=True))
+        for part in batches(len(tiles), EVALUATION_BATCH, tiles.index_device):
+            images, labels = tiles.batch(part)
             with compute.autocast():
                 if tta:
                     views = [model(normalise(view)).float().log_softmax(1) for view in dihedral_views(images)]
@@ -236,7 +239,7 @@ def fit(model: nn.Module, dataset: Dataset, config: TrainingConfig, compute: Com
     optimizer = build_optimizer(model, config)
     average = None
     if config.ema_decay:
-        steps = config.n_epochs * len(batches(len(train), config.batch_size))
+        steps = config.n_epochs * len(batches(len(train), config.batch_size, train.index_device))
         average = ExponentialMovingAverage(model, config.ema_decay, steps)
     judged = average.model if average else model
     last_path, best_path = run.checkpoints / "last.pt", run.checkpoints / "best.pt"

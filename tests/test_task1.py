@@ -129,6 +129,25 @@ def test_without_the_data_the_command_ends_with_one_line_and_writes_nothing(tmp_
     assert not (tmp_path / "out").exists()
 
 
+def test_an_output_folder_that_cannot_be_made_is_named_in_one_line(tmp_path: Path, phantom_root: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    keys = ["--dataset=phantom", "--size=28", "--phantom_tiles=90", f"--data_root={phantom_root}"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "task1.py", *keys, f"--output_dir={tmp_path / 'file' / 'out'}"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"task1.py: {tmp_path / 'file'}")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_model_that_cannot_take_the_tiles_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="alexnet cannot take tiles of 28 pixels"):
+        run_task1("--dataset=phantom", "--size=28", "--model_name=alexnet", f"--data_root={tmp_path / 'data'}")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.skipif(
     not Path(os.environ.get("PATHMNIST_ROOT", "/nowhere"), "pathmnist_mini.npz").exists(),
     reason="needs real tiles: pathmnist_mini.npz in $PATHMNIST_ROOT",

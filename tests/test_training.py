@@ -210,7 +210,7 @@ def test_resume_without_a_checkpoint_is_refused(tiny: Dataset, tmp_path: Path) -
 
 @pytest.mark.parametrize(("n_tiles", "batch_size"), [(130, 32), (129, 32), (33, 32), (45, 2), (2, 64), (64, 2)])
 def test_every_tile_is_drawn_once_an_epoch_in_batches_of_one_size(n_tiles: int, batch_size: int) -> None:
-    parts = batches(n_tiles, batch_size, torch.Generator().manual_seed(0))
+    parts = batches(n_tiles, batch_size, CPU.device, torch.Generator().manual_seed(0))
     assert sorted(torch.cat(parts).tolist()) == list(range(n_tiles))
     sizes = {len(part) for part in parts}
     assert min(sizes) >= 2
@@ -220,7 +220,7 @@ def test_every_tile_is_drawn_once_an_epoch_in_batches_of_one_size(n_tiles: int, 
 
 def test_every_epoch_is_shuffled_differently() -> None:
     orders = [
-        torch.cat(batches(100, 10, training.generator(seed, epoch, "shuffle"))).tolist()
+        torch.cat(batches(100, 10, CPU.device, training.generator(seed, epoch, "shuffle"))).tolist()
         for seed in (0, 1)
         for epoch in (1, 2)
     ]
