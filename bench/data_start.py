@@ -76,7 +76,9 @@ def main() -> None:
         later = [start(root, md5) for _ in range(REPEATS)]
         megabytes = path.stat().st_size / 1e6
     rows = [("first", [first]), ("later", later)]
-    print(f"file of {megabytes:,.0f} MB, {platform.processor() or platform.machine()}, torch {torch.__version__}\n")
+    print(
+        f"file of {megabytes:,.0f} MB, {platform.processor() or platform.machine()}, torch {torch.__version__}\n"
+    )
     print("| start | n | imports, s | load above imports, s: median (min to max) | first batch of 129 tiles, s |")
     print("|---|---|---|---|---|")
     for name, times in rows:
@@ -93,7 +95,7 @@ def main() -> None:
             "platform": platform.platform(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
-            "seconds": {name: times for name, times in rows},
+            "seconds": dict(rows),
         },
     )
 

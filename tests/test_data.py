@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import resource
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
@@ -117,7 +118,44 @@ def remove_labels(folder: Path) -> None:
     (folder / "val_labels.npy").unlink()
 
 
-@pytest.mark.parametrize("damage", [flip_a_byte, truncate, tear_meta, remove_labels])
+def change_meta(folder: Path, **changes: Any) -> None:
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps({**meta, **changes}))
+
+
+def foreign_version(folder: Path) -> None:
+    flip_a_byte(folder)  # with checksums that fit, so that the version alone gives it away
+    change_meta(folder, version=data.CACHE_VERSION + 1, checksums=data._checksums(folder))
+
+
+def nothing_to_check(folder: Path) -> None:
+    remove_labels(folder)
+    change_meta(folder, checksums={})
+
+
+def another_shape(folder: Path) -> None:
+    images = np.load(folder / "train_images.npy")
+    np.save(folder / "train_images.npy", images.reshape(-1, 14, 56, 3))
+
+
+def swapped_halves(folder: Path) -> None:
+    images = np.load(folder / "train_images.npy")
+    np.save(folder / "train_images.npy", np.roll(images, len(images) // 2, axis=0))
+
+
+DAMAGE = [
+    flip_a_byte,
+    truncate,
+    tear_meta,
+    remove_labels,
+    foreign_version,
+    nothing_to_check,
+    another_shape,
+    swapped_halves,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_arrays_are_built_anew(
     damage: Callable[[Path], None],
     tmp_path: Path,
@@ -142,6 +180,39 @@ def test_a_data_root_that_cannot_be_written_is_left_alone(tmp_path: Path, monkey
         assert torch.equal(load_dataset("pathmnist", 28, root).val.images, first.val.images)
     finally:
         root.chmod(0o755)
+
+
+def test_two_data_roots_do_not_share_a_folder_in_the_users_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for value in (0, 1):
+        root = tmp_path / f"root{value}"
+        arrays = official_arrays(COUNTS)
+        arrays["val_images"][:, 5, 5, 0] = value
+        os.utime(write_official(root, monkeypatch, arrays), (0, 0))
+        root.chmod(0o555)
+        try:
+            assert int(load_dataset("pathmnist", 28, root).val.images[0, 0, 5, 5]) == value
+        finally:
+            root.chmod(0o755)
+    assert len(list(data._user_cache().glob("*.arrays"))) == 2
+
+
+def test_a_full_disk_leaves_no_folder_and_a_clear_line(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(Fault, match=r"phantom-.*\.arrays: cannot be built .*too large.*--data_root"):
+            load_dataset("phantom", 28, tmp_path, phantom_tiles=45)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+def test_a_source_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "pathmnist.npz").mkdir()
+    with pytest.raises(Fault, match=r"Is a directory: .*pathmnist\.npz"):
+        load_dataset("pathmnist", 28, tmp_path)
 
 
 def load_in_a_process(root: str, barrier: Any, results: Any) -> None:
@@ -431,6 +502,48 @@ def test_the_real_mini_file_has_the_carried_indices_and_known_class_counts() -> 
     assert dataset.test.labels.bincount().tolist() == [102, 54, 18, 42, 78, 42, 59, 19, 85]
     if not REAL_TILES.parent.stat().st_mode & 0o222:
         assert before == {path.name for path in REAL_TILES.parent.iterdir()}
+
+
+def write_mini(root: Path, **changes: np.ndarray) -> Path:
+    """The pathmnist_mini.npz that belongs to `official_arrays(COUNTS)`."""
+    official = official_arrays(COUNTS)
+    arrays: dict[str, np.ndarray] = {}
+    for split, index in data._mini_index().items():
+        source = "test" if split == "test" else "train"
+        arrays[f"{split}_index"] = index
+        for kind in ("images", "labels"):
+            arrays[f"{split}_{kind}"] = official[f"{source}_{kind}"][index]
+    root.mkdir(exist_ok=True)
+    np.savez(root / "pathmnist_mini.npz", **{**arrays, **changes})
+    return root / "pathmnist_mini.npz"
+
+
+def test_mini_is_the_same_from_its_own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_official(tmp_path / "official", monkeypatch)
+    write_mini(tmp_path / "own")
+    cut, own = (load_dataset("pathmnist-mini", 28, tmp_path / root) for root in ("official", "own"))
+    for split in data.SPLITS:
+        assert torch.equal(getattr(cut, split).images, getattr(own, split).images)
+        assert torch.equal(getattr(cut, split).labels, getattr(own, split).labels)
+    assert cut.fingerprint == own.fingerprint
+
+
+def test_a_mini_file_of_other_tiles_is_refused(tmp_path: Path) -> None:
+    path = write_mini(tmp_path, test_index=np.zeros(499, np.int64))
+    with pytest.raises(Fault) as fault:
+        load_dataset("pathmnist-mini", 28, tmp_path)
+    assert str(fault.value).startswith(f"{path}: test_index, int64 (499,), does not list")
+
+
+def test_an_encrypted_file_is_refused(tmp_path: Path) -> None:
+    path = write_mini(tmp_path)
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        entry = archive.start_dir
+    content[entry + 8] |= 1  # the first member's flag in the archive's table of contents
+    path.write_bytes(content)
+    with pytest.raises(Fault, match="encrypted"):
+        load_dataset("pathmnist-mini", 28, tmp_path)
 
 
 def test_mini_without_any_file_names_both_choices(tmp_path: Path) -> None:
