@@ -20,7 +20,7 @@ from typing import Any, NoReturn, TypeVar
 
 from common.errors import Fault, UsageError
 
-C = TypeVar("C", bound="Config")
+C = TypeVar("C", bound="Keys")
 
 # Keys that say where and how a run is kept, not what it computes: a resumed run may change them.
 BOOKKEEPING_KEYS = ("data_root", "output_dir", "wandb", "resume")
@@ -92,7 +92,27 @@ def _check_augmentation(names: str) -> str | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Keys:
+    """What every command's configuration can do, whatever its keys are."""
+
+    def __post_init__(self) -> None:
+        """Check every value. Raises UsageError naming the key, the value and what it may be."""
+        for field in dataclasses.fields(self):
+            _check_value(field, getattr(self, field.name))
+
+    @classmethod
+    def implied(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """The defaults that the keys given on a command line bring with them; a script may have some."""
+        return {}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every key and its value, ready for JSON."""
+        values = dataclasses.asdict(self)
+        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Keys):
     """The keys that every script shares."""
 
     dataset: str = key(
@@ -125,10 +145,7 @@ class Config:
     resume: bool = key(False, "insist that run_id is continued: an error if it has no checkpoint")
 
     def __post_init__(self) -> None:
-        """Fill in the defaults that depend on other keys, then check every value.
-
-        Raises UsageError naming the key, the value and what it may be.
-        """
+        """Fill in the defaults that depend on other keys, then check every value."""
         if self.size is None:
             self._set("size", 28 if self.dataset == "pathmnist-mini" else 64)
         if self.data_root is None:
@@ -138,23 +155,12 @@ class Config:
         if self.run_id is None:
             under_agent = "WANDB_SWEEP_ID" in os.environ and "WANDB_RUN_ID" in os.environ
             self._set("run_id", os.environ["WANDB_RUN_ID"] if under_agent else secrets.token_hex(4))
-        for field in dataclasses.fields(self):
-            _check_value(field, getattr(self, field.name))
+        super().__post_init__()
         if self.dataset == "pathmnist-mini" and self.size != 28:
             raise UsageError(f"--size {self.size}: pathmnist-mini exists at 28 pixels only")
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # the one way to derive a default in a frozen dataclass
-
-    @classmethod
-    def implied(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """The defaults that the keys given on a command line bring with them; a script may have some."""
-        return {}
-
-    def as_dict(self) -> dict[str, Any]:
-        """Every key and its value, ready for JSON."""
-        values = dataclasses.asdict(self)
-        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,14 +338,15 @@ def _with_underscores(argument: str) -> str:
     return f"--{name.replace('-', '_')}{equals}{value}"
 
 
-def run_script(main: Callable[[C], None], config_class: type[C]) -> None:
+def run_script(main: Callable[[C], None], config_class: type[C], arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, call `main`, and turn an expected error into one line and an exit status."""
     description = sys.modules[main.__module__].__doc__ or ""
     name = Path(sys.argv[0]).name
     again = ""
     try:
-        config = parse(config_class, sys.argv[1:], description)
-        again = f"; the same command with --run_id={config.run_id} goes on"
+        config = parse(config_class, sys.argv[1:] if arguments is None else arguments, description)
+        run_id = getattr(config, "run_id", None)
+        again = f"; the same command{f' with --run_id={run_id}' if run_id else ''} goes on"
         main(config)
     except (UsageError, Fault) as error:
         print(f"{name}: {error}", file=sys.stderr)

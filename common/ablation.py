@@ -1,0 +1,328 @@
+"""What a finished grid says: the mean of each row over its seeds, and what sets it apart from the first row."""
+
+import csv
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import UsageError
+from common.files import atomic_path
+from common.tracking import read_json
+from common.trials import Trial, Workplace, markdown_line, write_csv
+
+METRICS = {"validate/acc": "validation ACC", "test/acc": "test ACC", "test/auc": "test AUC"}
+SIGNIFICANT = 0.05
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run of the grid, as its records describe it."""
+
+    trial: Trial
+    summary: Mapping[str, Any]
+    config: Mapping[str, Any]
+    n_epochs: int
+
+    @property
+    def seed(self) -> int:
+        """The seed, which pairs the runs of two rows."""
+        return int(self.trial.values["seed"])
+
+    def value(self, metric: str, plain: bool = False) -> float:
+        """A metric of the selected epoch; the test's from the tiles' averaged views, unless `plain`."""
+        if metric == "validate/acc":
+            return float(self.summary["validate"][metric])
+        if "tta" in self.summary and not plain:
+            return float(self.summary["tta"][metric.removeprefix("test/")]["value"])
+        return float(self.summary[metric])
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The values of one row: their mean, standard deviation and the mean's 95 % t interval.
+
+    What a single value cannot tell is NaN.
+    """
+
+    n: int
+    mean: float
+    sd: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The differences of a row to the first one, seed by seed, and the paired t test's p value."""
+
+    differences: Spread
+    p: float
+    p_holm: float = math.nan
+
+    @property
+    def verdict(self) -> str:
+        """The comparison in words."""
+        if self.differences.n < 2:
+            return "too few seeds"
+        if self.differences.mean == 0 == self.differences.sd:
+            return "the same"
+        if self.p_holm >= SIGNIFICANT:
+            return "inside the noise"
+        return "better" if self.differences.mean > 0 else "worse"
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Mean, standard deviation (n - 1) and 95 % t interval of the mean."""
+    from scipy.stats import t
+
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return Spread(len(values), mean, math.nan, math.nan, math.nan)
+    sd = statistics.stdev(values)
+    half = float(t.ppf(0.975, len(values) - 1)) * sd / math.sqrt(len(values))
+    return Spread(len(values), mean, sd, mean - half, mean + half)
+
+
+def paired_p(differences: Spread) -> float:
+    """The two-sided p value of the paired t test; NaN for less than two pairs."""
+    from scipy.stats import t
+
+    if differences.n < 2:
+        return math.nan
+    if differences.sd == 0:  # all pairs differ by the same amount
+        return 1.0 if differences.mean == 0 else 0.0
+    statistic = abs(differences.mean) / (differences.sd / math.sqrt(differences.n))
+    return 2 * float(t.sf(statistic, differences.n - 1))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's correction of p values; NaN stands for no test and stays NaN."""
+    order = sorted((p, place) for place, p in enumerate(p_values) if not math.isnan(p))
+    corrected = [math.nan] * len(p_values)
+    largest = 0.0
+    for rank, (p, place) in enumerate(order):
+        largest = max(largest, min(1.0, p * (len(order) - rank)))
+        corrected[place] = largest
+    return corrected
+
+
+def compare(rows: Mapping[str, Mapping[int, float]]) -> dict[str, Comparison]:
+    """Each row but the first one compared with it, over the seeds that both have; `rows` hold value by seed."""
+    reference, *others = rows
+    comparisons = {}
+    for row in others:
+        seeds = [seed for seed in rows[row] if seed in rows[reference]]
+        if seeds:
+            differences = spread([rows[row][seed] - rows[reference][seed] for seed in seeds])
+            comparisons[row] = Comparison(differences, paired_p(differences))
+    corrected = holm([comparison.p for comparison in comparisons.values()])
+    return {
+        row: Comparison(comparison.differences, comparison.p, p_holm)
+        for (row, comparison), p_holm in zip(comparisons.items(), corrected, strict=True)
+    }
+
+
+def report(trials: Sequence[Trial], workplace: Workplace) -> None:
+    """Write runs.csv and, where the grid has seeds, table.md, table.csv and the figure; say where they are."""
+    runs = [_read(trial, workplace) for trial in trials if workplace.is_finished(trial)]
+    missing = [trial.run_id for trial in trials if not workplace.is_finished(trial)]
+    if not runs:
+        raise UsageError(f"no run of {workplace.sweep.name} is finished yet")
+    folder = workplace.folder
+    write_csv(folder / "runs.csv", [_record(run) for run in runs])
+    written = [folder / "runs.csv"]
+    if "seed" in workplace.sweep.swept:
+        # The order of the trials, not of what is finished: the first row is the one to compare with.
+        rows: dict[str, list[Finished]] = {_row(trial): [] for trial in trials}
+        for run in runs:
+            rows[_row(run.trial)].append(run)
+        reference = next(iter(rows))
+        if not rows[reference]:
+            raise UsageError(f"no run of {reference} is finished yet, with which the others are compared")
+        rows = {row: members for row, members in rows.items() if members}
+        comparisons = {
+            metric: compare({row: {run.seed: run.value(metric) for run in rows[row]} for row in rows})
+            for metric in METRICS
+        }
+        write_csv(folder / "table.csv", _table(rows, comparisons))
+        with atomic_path(folder / "table.md") as temporary:
+            temporary.write_text(_markdown(workplace.sweep.name, rows, comparisons, missing), encoding="utf-8")
+        figure = workplace.output_dir / "fig" / "task4" / f"{workplace.sweep.name}.png"
+        draw(figure, rows)
+        written += [folder / "table.csv", folder / "table.md", figure]
+    print(f"{workplace.sweep.name}: {len(runs)} of {len(trials)} runs are finished")
+    for path in written:
+        print(f"  {path}")
+
+
+def _row(trial: Trial) -> str:
+    return ", ".join(str(value) for name, value in trial.values.items() if name != "seed") or "all runs"
+
+
+def _read(trial: Trial, workplace: Workplace) -> Finished:
+    with open(workplace.record(trial, "history.csv"), newline="", encoding="utf-8") as file:
+        n_epochs = len(list(csv.DictReader(file)))
+    summary = read_json(workplace.record(trial, "summary.json"))
+    return Finished(trial, summary, read_json(workplace.record(trial, "config.json")), n_epochs)
+
+
+def _record(run: Finished) -> dict[str, Any]:
+    """A run's line in runs.csv."""
+    summary = run.summary
+    tta = summary.get("tta")
+    return {
+        "run_id": run.trial.run_id,
+        **run.trial.values,
+        "dataset": summary["dataset"],
+        "commit": run.config.get("commit"),
+        "best epoch": summary["best"]["epoch"],
+        "epochs trained": run.n_epochs,
+        "stopped": summary["stopped"],
+        "validate/acc": summary["validate"]["validate/acc"],
+        "validate/auc": summary["validate"]["validate/auc"],
+        "test/auc": summary["test/auc"],
+        "test/acc": summary["test/acc"],
+        "tta test/auc": tta["auc"]["value"] if tta else None,
+        "tta test/acc": tta["acc"]["value"] if tta else None,
+        "wall_seconds": summary["wall_seconds"],
+    }
+
+
+def _table(
+    rows: Mapping[str, Sequence[Finished]], comparisons: Mapping[str, Mapping[str, Comparison]]
+) -> list[dict[str, Any]]:
+    """The lines of table.csv: all that table.md says, with full precision."""
+    lines = []
+    for row, runs in rows.items():
+        line: dict[str, Any] = {"row": row, "n": len(runs)}
+        for metric in METRICS:
+            values = spread([run.value(metric) for run in runs])
+            line |= {f"{metric} mean": values.mean, f"{metric} sd": values.sd}
+            line |= {f"{metric} low": values.low, f"{metric} high": values.high}
+            comparison = comparisons[metric].get(row)
+            line |= {
+                f"{metric} pairs": comparison.differences.n if comparison else None,
+                f"{metric} difference": comparison.differences.mean if comparison else None,
+                f"{metric} difference low": comparison.differences.low if comparison else None,
+                f"{metric} difference high": comparison.differences.high if comparison else None,
+                f"{metric} p": comparison.p if comparison else None,
+                f"{metric} p holm": comparison.p_holm if comparison else None,
+                f"{metric} verdict": comparison.verdict if comparison else None,
+            }
+        for metric in ("test/acc", "test/auc"):
+            plain = spread([run.value(metric, plain=True) for run in runs])
+            line |= {f"{metric} plain mean": plain.mean, f"{metric} plain sd": plain.sd}
+        lines.append(line)
+    return lines
+
+
+def _markdown(
+    name: str,
+    rows: Mapping[str, Sequence[Finished]],
+    comparisons: Mapping[str, Mapping[str, Comparison]],
+    missing: Sequence[str],
+) -> str:
+    """The caption, the scores with what test ACC says, then the same comparison for the other metrics."""
+    reference = next(iter(rows))
+    lines = [caption(name, [run for runs in rows.values() for run in runs]), ""]
+    lines += markdown_line("row", "seeds", *METRICS.values())
+    lines += markdown_line("---", *["---:"] * 4)
+    for row, runs in rows.items():
+        scores = [_score(spread([run.value(metric) for run in runs])) for metric in METRICS]
+        lines += markdown_line(row, str(len(runs)), *scores)
+    for metric in ("test/acc", "validate/acc", "test/auc"):
+        lines += ["", f"Difference in {METRICS[metric]} to `{reference}`, seed by seed:", ""]
+        lines += markdown_line("row", "pairs", "difference [95 % interval]", "p", "p (Holm)", "verdict")
+        lines += markdown_line("---", *["---:"] * 4, "---")
+        for row, comparison in comparisons[metric].items():
+            lines += markdown_line(row, str(comparison.differences.n), *_comparison(comparison))
+    averaged = [row for row, runs in rows.items() if any("tta" in run.summary for run in runs)]
+    lines += [
+        "",
+        "± is the standard deviation over the seeds (n - 1). Intervals are t intervals over the seeds alone: "
+        "they do not tell how the numbers would change with other tiles. p is the paired t test's, then with "
+        f"Holm's correction over the rows; the verdict is by the corrected one, at {SIGNIFICANT}.",
+    ]
+    if averaged:
+        names = ", ".join(f"`{row}`" for row in averaged)
+        lines += [
+            "",
+            f"The test numbers of {names} average each tile's 8 flips and quarter turns (test-time "
+            "augmentation); validation is scored without. The same runs' plain numbers are in table.csv.",
+        ]
+    if missing:
+        lines += ["", f"**Incomplete**: {len(missing)} runs are missing: {', '.join(missing)}."]
+    return "\n".join(lines) + "\n"
+
+
+def caption(name: str, runs: Sequence[Finished]) -> str:
+    """What the numbers are of: data, tiles, resolution, seeds; and what sets the runs apart that must not."""
+    first = runs[0]
+    tiles = first.summary["tiles"]
+    seeds = sorted({run.seed for run in runs})
+    text = (
+        f"**{name}**: {' / '.join(_titles(runs))}; {tiles['train']:,} training, {tiles['val']:,} validation and "
+        f"{tiles['test']:,} test tiles of {first.config['config']['size']} pixels; {len(seeds)} seeds "
+        f"({', '.join(map(str, seeds))}); intervals are over seeds."
+    )
+    if any(run.summary["synthetic"] for run in runs):
+        text += " The tiles are generated: these are no results on PathMNIST."
+    commits = sorted({str(run.config.get("commit")) for run in runs})
+    text += f" Commit {commits[0]}." if len(commits) == 1 else ""
+    fingerprints = {run.summary["data_fingerprint"] for run in runs}
+    if len(_titles(runs)) > 1 or len(fingerprints) > 1:
+        text += " **The runs come from different data sets: they cannot be compared.**"
+    if len(commits) > 1:
+        text += f" **The runs come from different commits: {', '.join(commits)}.**"
+    return text
+
+
+def _titles(runs: Sequence[Finished]) -> list[str]:
+    return sorted({run.summary["dataset"] for run in runs})
+
+
+def _score(values: Spread) -> str:
+    return f"{values.mean:.4f}" + ("" if values.n < 2 else f" ± {values.sd:.4f}")
+
+
+def _comparison(comparison: Comparison) -> list[str]:
+    differences = comparison.differences
+    if differences.n < 2:
+        return [f"{differences.mean:+.4f}", "", "", comparison.verdict]
+    interval = f"{differences.mean:+.4f} [{differences.low:+.4f}, {differences.high:+.4f}]"
+    return [interval, f"{comparison.p:.3f}", f"{comparison.p_holm:.3f}", comparison.verdict]
+
+
+def draw(path: Path, rows: Mapping[str, Sequence[Finished]]) -> None:
+    """A dot per seed, and the mean with its interval, of every row: validation ACC beside test ACC."""
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    from common.figures import BLUE, STYLE, VERMILLION, _save, _wrap
+
+    with style.context(["default", STYLE]):
+        figure = Figure(figsize=(6.4, 1.6 + 0.3 * len(rows)))
+        panels = figure.subplots(1, 2, sharey=True)
+        places = range(len(rows))
+        for axes, metric in zip(panels, ("validate/acc", "test/acc"), strict=True):
+            for place, runs in zip(places, rows.values(), strict=True):
+                values = [run.value(metric) for run in runs]
+                over_seeds = spread(values)
+                axes.plot(values, [place] * len(values), "o", color=BLUE, alpha=0.5, markersize=4)
+                if len(values) > 1:
+                    bounds = [over_seeds.low, over_seeds.high]
+                    axes.plot(bounds, [place + 0.25] * 2, color=VERMILLION, linewidth=1.5)
+                axes.plot(over_seeds.mean, place + 0.25, "D", color=VERMILLION, markersize=4)
+                if place == 0:
+                    axes.axvline(over_seeds.mean, color="#888888", linestyle="--", linewidth=1, zorder=0)
+            axes.set_xlabel(METRICS[metric])
+            axes.grid(axis="y", visible=False)
+        panels[0].set_yticks(places, [row.replace("_", " ") for row in rows])
+        panels[0].invert_yaxis()
+        titles = " / ".join(_titles([run for runs in rows.values() for run in runs]))
+        explained = f"blue: one seed; red: mean and 95 % interval over seeds; dashed: {next(iter(rows))}"
+        figure.suptitle(f"{_wrap(titles, 85)}\n{_wrap(explained, 85)}", fontsize=9)
+        _save(figure, path)
