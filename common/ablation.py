@@ -301,7 +301,7 @@ def draw(path: Path, rows: Mapping[str, Sequence[Finished]]) -> None:
     from matplotlib import style
     from matplotlib.figure import Figure
 
-    from common.figures import BLUE, STYLE, VERMILLION, _save, _wrap
+    from common.figures import BLUE, STYLE, VERMILLION, save, wrap
 
     with style.context(["default", STYLE]):
         figure = Figure(figsize=(6.4, 1.6 + 0.3 * len(rows)))
@@ -324,5 +324,5 @@ def draw(path: Path, rows: Mapping[str, Sequence[Finished]]) -> None:
         panels[0].invert_yaxis()
         titles = " / ".join(_titles([run for runs in rows.values() for run in runs]))
         explained = f"blue: one seed; red: mean and 95 % interval over seeds; dashed: {next(iter(rows))}"
-        figure.suptitle(f"{_wrap(titles, 85)}\n{_wrap(explained, 85)}", fontsize=9)
-        _save(figure, path)
+        figure.suptitle(f"{wrap(titles, 85)}\n{wrap(explained, 85)}", fontsize=9)
+        save(figure, path)

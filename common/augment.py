@@ -232,7 +232,7 @@ def _sharpness(images: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
 def _auto_contrast(images: torch.Tensor) -> torch.Tensor:
     """Stretch each channel of each image to 0 … 255; a channel of one value stays."""
     channels = images.flatten(2).float()
-    low, high = channels.amin(2, keepdim=True), channels.amax(2, keepdim=True)
+    low, high = channels.aminmax(dim=2, keepdim=True)
     flat = low == high
     step = (high - low).mul_(1.0 / 255).masked_fill_(flat, 1.0)
     return channels.sub_(low.masked_fill_(flat, 0.0)).div_(step).clamp_(0, 255).view(images.shape)
@@ -240,12 +240,13 @@ def _auto_contrast(images: torch.Tensor) -> torch.Tensor:
 
 def _equalize(images: torch.Tensor) -> torch.Tensor:
     """Spread each channel's histogram evenly, in Pillow's integer arithmetic."""
-    values = images.flatten(2).long()
+    channels = images.flatten(2)
+    values = channels.long()
     ones = torch.ones((), dtype=torch.int32, device=images.device)
     histogram = ones.new_zeros(*values.shape[:2], 256).scatter_add_(2, values, ones.expand(values.shape))
     below = histogram.cumsum(2) - histogram
     # The brightest value present is left out: it is to become 255.
-    step = below.gather(2, values.amax(2, keepdim=True)) // 255
+    step = below.gather(2, channels.amax(2, keepdim=True).long()) // 255
     lookup = ((below + step // 2) // step.clamp(min=1)).clamp_(max=255)
     # Too few pixels for even one a step: the channel stays.
     lookup = torch.where(step == 0, torch.arange(256, device=images.device), lookup)
@@ -441,14 +442,14 @@ def draw_zoom(count: int, generator: torch.Generator) -> torch.Tensor:
     return _uniform((count,), -limit, limit, generator).exp()
 
 
-def _zoom_weights(factor: torch.Tensor, size: int) -> torch.Tensor:
+def _zoom_weights(factor: torch.Tensor, size: int, device: torch.device) -> torch.Tensor:
     """(N, size, size) float32: how much of each old row goes into each new row, linearly interpolated."""
     old = torch.arange(size, dtype=torch.float64)
-    source = (old + 0.5 - size / 2) / factor.unsqueeze(1) + size / 2
+    source = ((old + 0.5 - size / 2) / factor.unsqueeze(1) + size / 2).abs()
     # Beyond an edge the tile continues as its mirror image.
-    source = source.abs()
     source = (size - (size - source).abs() - 0.5).clamp(0, size - 1)
-    return (1.0 - (source.unsqueeze(2) - old).abs()).clamp_(min=0.0).float()
+    nearness = 1.0 - (source.float().to(device).unsqueeze(2) - old.float().to(device)).abs()
+    return nearness.clamp_(min=0.0)
 
 
 def zoom(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -457,12 +458,13 @@ def zoom(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     Equals `F.grid_sample(…, padding_mode="reflection", align_corners=False)` within one grey level. `factor`
     is float64 (N,) on the CPU, at least 0.5.
     """
-    height, width = images.shape[2:]
-    rows = _zoom_weights(factor, height).to(images.device, non_blocking=True).unsqueeze(1)
-    columns = _zoom_weights(factor, width).to(images.device, non_blocking=True).unsqueeze(1)
+    count, _, height, width = images.shape
+    rows = _zoom_weights(factor, height, images.device)
+    columns = _zoom_weights(factor, width, images.device)
     # Bilinear interpolation on an upright grid is two matrix products, faster than four gathers a pixel.
-    planes = images.contiguous().float()
-    return _to_uint8(rows @ planes @ columns.mT)
+    pixels = images.permute(0, 2, 3, 1).float()
+    planes = rows.bmm(pixels.reshape(count, height, 3 * width)).view(pixels.shape).permute(0, 3, 1, 2)
+    return _to_uint8(planes.reshape(count, 3 * height, width).bmm(columns.mT).view(images.shape))
 
 
 # The augmentations by name

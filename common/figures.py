@@ -26,6 +26,8 @@ STYLE: dict[str, Any] = {
     "figure.dpi": 150,
     "savefig.dpi": 150,
     "figure.constrained_layout.use": True,
+    "figure.constrained_layout.h_pad": 0.1,
+    "figure.constrained_layout.w_pad": 0.1,
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "axes.titlesize": 10,
@@ -34,7 +36,7 @@ STYLE: dict[str, Any] = {
     "axes.grid": True,
     "grid.color": "#E5E5E5",
     "axes.axisbelow": True,
-    "legend.frameon": False,
+    "legend.edgecolor": "none",
 }
 
 
@@ -54,14 +56,15 @@ def curve(path: Path, values: Sequence[float], *, ylabel: str, title: str, best_
         figure = Figure(figsize=(6.4, 4))
         axes = figure.add_subplot()
         axes.plot(epochs, heights, color=BLUE, marker="o", markersize=4)
-        axes.set(title=_wrap(title, 75), xlabel="Epoch", ylabel=ylabel, xlim=(0.5, len(heights) + 0.5))
+        axes.set(title=wrap(title, 75), xlabel="Epoch", ylabel=ylabel, xlim=(0.5, len(heights) + 0.5))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10, min_n_ticks=1))
         if best_epoch is not None:
-            label = f"selected: epoch {best_epoch} ({heights[best_epoch - 1]:.4g})"
+            height = heights[best_epoch - 1]
+            label = f"selected: epoch {best_epoch} ({'no value' if np.isnan(height) else f'{height:.4g}'})"
             axes.axvline(best_epoch, color=VERMILLION, linestyle="--", linewidth=1)
-            axes.plot(best_epoch, heights[best_epoch - 1], "D", color=VERMILLION, markersize=7, label=label)
+            axes.plot(best_epoch, height, "D", color=VERMILLION, markersize=7, label=label)
             axes.legend()
-        _save(figure, path)
+        save(figure, path)
 
 
 def confusion(path: Path, matrix: NDArray[Any], class_names: Sequence[str], *, title: str) -> None:
@@ -74,28 +77,28 @@ def confusion(path: Path, matrix: NDArray[Any], class_names: Sequence[str], *, t
         raise ValueError(f"a matrix of shape {matrix.shape} does not fit {len(class_names)} class names")
     # A class without tiles has an empty row, whose shares are 0 and not 0/0.
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    names = [_wrap(name, 16) for name in class_names]
+    names = [wrap(name, 16) for name in class_names]
     with style.context(["default", STYLE, {"axes.grid": False}]):
         figure = Figure(figsize=(6.4, 5.8))
         axes = figure.add_subplot()
         image = axes.imshow(shares, cmap="viridis", vmin=0, vmax=1)
         for (row, column), count in np.ndenumerate(matrix):
-            # Black is the more legible ink on viridis' bright half, white on its dark half.
-            ink = "black" if shares[row, column] > 0.5 else "white"
+            # Where viridis' luminance passes 0.18, black ink contrasts with it more than white.
+            ink = "black" if shares[row, column] > 0.43 else "white"
             axes.text(column, row, f"{count:,}", ha="center", va="center", color=ink, fontsize=8)
-        axes.set(title=_wrap(title, 75), xlabel="Predicted class", ylabel="True class")
+        axes.set(title=wrap(title, 75), xlabel="Predicted class", ylabel="True class")
         axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
         axes.set_yticks(range(len(names)), names, fontsize=8)
         bar = figure.colorbar(image, shrink=0.8, format=PercentFormatter(1))
         bar.set_label("Share of the true class's tiles")
-        _save(figure, path)
+        save(figure, path)
 
 
-def _wrap(text: str, width: int) -> str:
+def wrap(text: str, width: int) -> str:
     return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=True)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     """Write the PNG without matplotlib's version in it."""
     FigureCanvasAgg(figure)
     with atomic_path(path) as temporary:

@@ -244,7 +244,7 @@ def draw_parallel_coordinates(path: Path, trials: Sequence[FrozenTrial], sweep: 
     from matplotlib import colormaps, style
     from matplotlib.figure import Figure
 
-    from common.figures import STYLE, _save
+    from common.figures import STYLE, save
 
     finished = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     scores = [trial.value or 0.0 for trial in finished]
@@ -273,7 +273,7 @@ def draw_parallel_coordinates(path: Path, trials: Sequence[FrozenTrial], sweep: 
         axes.spines[["left", "bottom"]].set_visible(False)
         other = len(trials) - len(finished)
         axes.set_title(f"{sweep.name}: {len(finished)} finished trials, {other} pruned or failed (grey)")
-        _save(figure, path)
+        save(figure, path)
 
 
 _PAPER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
@@ -298,7 +298,7 @@ def draw_importance(path: Path, study: Study, sweep: Sweep) -> None:
     from matplotlib.figure import Figure
     from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
-    from common.figures import BLUE, STYLE, _save
+    from common.figures import BLUE, STYLE, save
 
     importances = get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0))
     n_finished = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
@@ -311,4 +311,4 @@ def draw_importance(path: Path, study: Study, sweep: Sweep) -> None:
         axes.grid(axis="y", visible=False)
         axes.set_xlabel(f"share of the variance of {sweep.metric} (fANOVA)")
         axes.set_title(f"{sweep.name}: which parameters mattered in {n_finished} finished trials")
-        _save(figure, path)
+        save(figure, path)

@@ -1,71 +1,201 @@
-import math
-from pathlib import Path
+"""What a figure's file is: a readable PNG of its size, the same each time, complete or absent."""
 
-import matplotlib.image
+import subprocess
+import sys
+
+import matplotlib as mpl
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.image import imread
 
 from common import figures
 
-NAMES = ("adipose", "smooth muscle", "colorectal adenocarcinoma epithelium")
-TITLE = "Task 1 · resnet18 · phantom (9,000 training tiles, 28 px) · seed 0"
+TITLE = "Task 1 · ResNet-18 · phantom (9,000 training tiles, 28 px) · seed 0"
+NAMES = [
+    "adipose",
+    "background",
+    "debris",
+    "lymphocytes",
+    "mucus",
+    "smooth muscle",
+    "normal colon mucosa",
+    "cancer-associated stroma",
+    "colorectal adenocarcinoma epithelium",
+]
+MATRIX = np.random.default_rng(0).integers(1, 40, size=(9, 9)) + 1200 * np.eye(9, dtype=np.int64)
 
 
-def pixels(path: Path) -> np.ndarray:
-    """The picture as (height, width, 4) float32; fails on a file that is no whole PNG."""
-    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    return np.asarray(matplotlib.image.imread(path))
+def draw_curve(path, values=(0.9, 0.95, 0.94), ylabel="Validation AUC", title=TITLE, best_epoch=2):
+    figures.curve(path, values, ylabel=ylabel, title=title, best_epoch=best_epoch)
 
 
-def draw_curve(path: Path, values: list[float], best_epoch: int | None = None) -> np.ndarray:
-    figures.curve(path, values, ylabel="Validation ACC", title=TITLE, best_epoch=best_epoch)
-    return pixels(path)
+def draw_confusion(path, matrix=MATRIX, names=NAMES, title=TITLE):
+    figures.confusion(path, matrix, names, title=title)
 
 
-def test_a_curve_is_wider_than_a_report_and_shows_its_values(tmp_path: Path) -> None:
-    rising = draw_curve(tmp_path / "rising.png", [0.1, 0.5, 0.9])
-    falling = draw_curve(tmp_path / "falling.png", [0.9, 0.5, 0.1])
-    marked = draw_curve(tmp_path / "marked.png", [0.1, 0.5, 0.9], best_epoch=2)
-    assert rising.shape[1] >= 900
-    assert not np.array_equal(rising, falling)
-    assert not np.array_equal(rising, marked)
+@pytest.fixture
+def drawn(monkeypatch):
+    """The axes of each figure saved during the test, with its layout worked out."""
+    seen = []
+    save = Figure.savefig
+
+    def remember(self, *arguments, **options):
+        save(self, *arguments, **options)
+        seen.append(self.axes[0])
+
+    monkeypatch.setattr(Figure, "savefig", remember)
+    return seen
 
 
-def test_a_single_epoch_shows_a_marker(tmp_path: Path) -> None:
-    image = draw_curve(tmp_path / "single.png", [0.5])
-    blue = np.array([int(figures.BLUE[place : place + 2], 16) for place in (1, 3, 5)]) / 255
-    assert (np.abs(image[..., :3] - blue).max(axis=2) < 0.02).sum() > 20
+@pytest.mark.parametrize(("draw", "height"), [(draw_curve, 600), (draw_confusion, 870)])
+def test_a_figure_is_a_readable_png_of_its_size(tmp_path, draw, height):
+    path = tmp_path / "new" / "figure.png"
+    draw(path)
+    pixels = imread(path)
+    assert pixels.shape[:2] == (height, 960)
+    assert pixels.std() > 0.05
+    assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_value_that_is_not_finite_leaves_a_gap(tmp_path: Path) -> None:
-    gap = draw_curve(tmp_path / "gap.png", [0.1, math.nan, 0.9, math.inf, 0.5])
-    whole = draw_curve(tmp_path / "whole.png", [0.1, 0.5, 0.9, 0.7, 0.5])
-    assert not np.array_equal(gap, whole)
+@pytest.mark.parametrize("draw", [draw_curve, draw_confusion])
+def test_the_same_input_gives_the_same_bytes_whatever_the_users_style(tmp_path, draw):
+    draw(tmp_path / "one.png")
+    with mpl.rc_context({"font.size": 20, "lines.linewidth": 9, "axes.facecolor": "red"}):
+        draw(tmp_path / "two.png")
+        assert mpl.rcParams["font.size"] == 20
+    content = (tmp_path / "one.png").read_bytes()
+    assert content == (tmp_path / "two.png").read_bytes()
+    assert mpl.__version__.encode() not in content
 
 
-def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        draw_curve(tmp_path / f"{name}-curve.png", [0.3, 0.4], best_epoch=2)
-        figures.confusion(tmp_path / f"{name}-matrix.png", np.eye(3, dtype=int), NAMES, title=TITLE)
-    for figure in ("curve", "matrix"):
-        assert (tmp_path / f"one-{figure}.png").read_bytes() == (tmp_path / f"two-{figure}.png").read_bytes()
+@pytest.mark.parametrize("draw", [draw_curve, draw_confusion])
+def test_another_title_gives_another_picture(tmp_path, draw):
+    draw(tmp_path / "one.png")
+    draw(tmp_path / "two.png", title="Something else")
+    assert (tmp_path / "one.png").read_bytes() != (tmp_path / "two.png").read_bytes()
 
 
-def test_a_confusion_matrix_colours_shares_of_the_true_class(tmp_path: Path) -> None:
-    def draw(matrix: list[list[int]]) -> np.ndarray:
-        figures.confusion(tmp_path / "matrix.png", np.array(matrix), NAMES, title=TITLE)
-        return pixels(tmp_path / "matrix.png")
+@pytest.mark.parametrize("draw", [draw_curve, draw_confusion])
+def test_a_failure_leaves_the_old_file_and_nothing_partial(tmp_path, draw, monkeypatch):
+    path = tmp_path / "figure.png"
+    path.write_bytes(b"old")
 
-    once, tenfold = draw([[1, 0, 0], [0, 1, 0], [0, 0, 1]]), draw([[9, 0, 0], [0, 9, 0], [0, 0, 9]])
-    # The same shares, so the same colours: only the digits differ.
-    assert 0 < (once != tenfold).any(axis=2).mean() < 0.01
-    empty_row = draw([[0, 0, 0], [0, 1, 0], [0, 0, 1]])
-    assert (once != empty_row).any(axis=2).mean() > 0.01
+    def fail(self, target, **options):
+        target.write_bytes(b"half a figure")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Figure, "savefig", fail)
+    with pytest.raises(OSError, match="disk full"):
+        draw(path)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
 
 
-def test_wrong_input_is_refused_and_leaves_no_file(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no epoch 4 among 3 values"):
-        draw_curve(tmp_path / "curve.png", [1.0, 2.0, 3.0], best_epoch=4)
-    with pytest.raises(ValueError, match="does not fit 3 class names"):
-        figures.confusion(tmp_path / "matrix.png", np.eye(4), NAMES, title=TITLE)
+def test_the_curve_is_labelled_and_its_epochs_start_at_one(tmp_path, drawn):
+    draw_curve(tmp_path / "curve.png", [0.9, 0.95, 0.94], best_epoch=2)
+    [axes] = drawn
+    assert (axes.get_title(), axes.get_xlabel(), axes.get_ylabel()) == (TITLE, "Epoch", "Validation AUC")
+    line, vertical, marker = axes.get_lines()
+    assert line.get_xdata().tolist() == [1, 2, 3]
+    assert line.get_ydata().tolist() == [0.9, 0.95, 0.94]
+    assert list(vertical.get_xdata()) == [2, 2]
+    assert (list(marker.get_xdata()), list(marker.get_ydata())) == ([2], [0.95])
+    assert axes.get_legend().get_texts()[0].get_text() == "selected: epoch 2 (0.95)"
+
+
+def test_without_a_selected_epoch_there_is_one_line_and_no_legend(tmp_path, drawn):
+    draw_curve(tmp_path / "curve.png", best_epoch=None)
+    assert len(drawn[0].get_lines()) == 1
+    assert drawn[0].get_legend() is None
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 7, 20, 100, 150])
+def test_epoch_ticks_are_whole_and_few(tmp_path, drawn, epochs):
+    draw_curve(tmp_path / "curve.png", np.linspace(0, 1, epochs), best_epoch=None)
+    [axes] = drawn
+    left, right = axes.get_xlim()
+    ticks = [tick for tick in axes.get_xticks() if left <= tick <= right]
+    assert 1 <= len(ticks) <= 12
+    assert all(tick == round(tick) and 1 <= tick <= epochs for tick in ticks)
+
+
+def ink(path, colour):
+    """How many pixels have the colour, nearly."""
+    red, green, blue = (int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5))
+    return int((np.abs(imread(path)[..., :3] - (red, green, blue)).max(axis=-1) < 0.02).sum())
+
+
+def test_a_single_epoch_shows_its_marker(tmp_path):
+    draw_curve(tmp_path / "single.png", [0.9], best_epoch=None)
+    assert ink(tmp_path / "single.png", figures.BLUE) > 20
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_value_that_is_not_finite_leaves_a_gap(tmp_path, drawn, value):
+    values = [0.5, 0.4, value, 0.2]
+    draw_curve(tmp_path / "gap.png", values, best_epoch=3)
+    np.testing.assert_array_equal(drawn[0].get_lines()[0].get_ydata(), [0.5, 0.4, np.nan, 0.2])
+    assert drawn[0].get_legend().get_texts()[0].get_text() == "selected: epoch 3 (no value)"
+    assert ink(tmp_path / "gap.png", figures.BLUE) > 100
+    np.testing.assert_equal(values, [0.5, 0.4, value, 0.2])  # the caller's values are left alone
+
+
+def test_a_curve_without_any_finite_value_is_drawn_empty(tmp_path):
+    draw_curve(tmp_path / "empty.png", [np.nan, np.inf], best_epoch=1)
+    assert imread(tmp_path / "empty.png").shape[1] == 960
+    assert ink(tmp_path / "empty.png", figures.BLUE) == 0
+
+
+@pytest.mark.parametrize(("values", "best_epoch"), [([], None), ([0.9], 2), ([0.9], 0)])
+def test_a_curve_needs_a_value_and_a_real_epoch(tmp_path, values, best_epoch):
+    with pytest.raises(ValueError, match="no epoch"):
+        draw_curve(tmp_path / "curve.png", values, best_epoch=best_epoch)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_cells_hold_counts_and_the_colours_row_shares(tmp_path, drawn):
+    matrix = np.array([[1500, 500], [0, 0]])
+    draw_confusion(tmp_path / "confusion.png", matrix, ["adipose", "debris"])
+    [axes] = drawn
+    cells = {text.get_position(): (text.get_text(), text.get_color()) for text in axes.texts}
+    assert cells == {
+        (0, 0): ("1,500", "black"),
+        (1, 0): ("500", "white"),
+        (0, 1): ("0", "white"),
+        (1, 1): ("0", "white"),
+    }
+    np.testing.assert_array_equal(axes.get_images()[0].get_array(), [[0.75, 0.25], [0, 0]])
+    assert (axes.get_ylabel(), axes.get_xlabel(), axes.get_title()) == ("True class", "Predicted class", TITLE)
+
+
+def boxes_overlap(labels):
+    boxes = [label.get_window_extent() for label in labels]
+    return any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
+
+
+def test_long_class_names_and_titles_fit(tmp_path, drawn):
+    title = "Task 1 · EfficientNet-B0 pretrained on ImageNet · PathMNIST (89,996 training tiles, 224 px) · seed 0"
+    draw_confusion(tmp_path / "confusion.png", title=title)
+    [axes] = drawn
+    for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
+        assert [label.get_text().replace("\n", " ").replace("- ", "-") for label in labels] == NAMES
+        assert not boxes_overlap(labels)
+    page = axes.figure.bbox
+    for text in (*axes.get_xticklabels(), *axes.get_yticklabels(), axes.title, axes.xaxis.label, axes.yaxis.label):
+        box = text.get_window_extent()
+        assert page.x0 <= box.x0 < box.x1 <= page.x1
+        assert page.y0 <= box.y0 < box.y1 <= page.y1
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (9, 8), (9,)])
+def test_a_matrix_that_does_not_fit_the_names_is_refused(tmp_path, shape):
+    with pytest.raises(ValueError, match="does not fit 9 class names"):
+        draw_confusion(tmp_path / "confusion.png", np.ones(shape, dtype=int))
+    assert not list(tmp_path.iterdir())
+
+
+def test_drawing_needs_no_pyplot():
+    code = "import sys, common.figures; print('matplotlib.pyplot' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
