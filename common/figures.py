@@ -47,9 +47,10 @@ def curve(path: Path, values: Sequence[float], *, ylabel: str, title: str, best_
     weights were selected; it is marked and named in the legend. Raises ValueError where there is no value
     or no such epoch.
     """
-    if not 1 <= (best_epoch or 1) <= len(values):
-        raise ValueError(f"there is no epoch {best_epoch or 1} among {len(values)} values")
-    heights = np.asarray(values, dtype=np.float64)
+    needed = 1 if best_epoch is None else best_epoch
+    if not 1 <= needed <= len(values):
+        raise ValueError(f"there is no epoch {needed} among {len(values)} values")
+    heights = np.array(values, dtype=np.float64)  # a copy: the caller's values stay as they are
     heights[~np.isfinite(heights)] = np.nan
     epochs = np.arange(1, len(heights) + 1)
     with style.context(["default", STYLE]):

@@ -133,7 +133,7 @@ def test_a_single_epoch_shows_its_marker(tmp_path):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_value_that_is_not_finite_leaves_a_gap(tmp_path, drawn, value):
-    values = [0.5, 0.4, value, 0.2]
+    values = np.array([0.5, 0.4, value, 0.2])
     draw_curve(tmp_path / "gap.png", values, best_epoch=3)
     np.testing.assert_array_equal(drawn[0].get_lines()[0].get_ydata(), [0.5, 0.4, np.nan, 0.2])
     assert drawn[0].get_legend().get_texts()[0].get_text() == "selected: epoch 3 (no value)"
@@ -182,6 +182,7 @@ def test_long_class_names_and_titles_fit(tmp_path, drawn):
         assert [label.get_text().replace("\n", " ").replace("- ", "-") for label in labels] == NAMES
         assert not boxes_overlap(labels)
     page = axes.figure.bbox
+    assert axes.get_window_extent().width > 0.55 * page.width  # the names leave the matrix its room
     for text in (*axes.get_xticklabels(), *axes.get_yticklabels(), axes.title, axes.xaxis.label, axes.yaxis.label):
         box = text.get_window_extent()
         assert page.x0 <= box.x0 < box.x1 <= page.x1

@@ -215,7 +215,7 @@ def test_two_classes_have_the_classical_delong_interval(decimals):
 def test_auc_interval_agrees_with_the_bootstrap():
     probabilities, targets = draw(11, 1200, signal=1.5)
     generator = np.random.default_rng(12)
-    draws = generator.integers(len(targets), size=(600, len(targets)))
+    draws = generator.integers(len(targets), size=(400, len(targets)))
     areas = [metrics.auc(probabilities[rows], targets[rows]) for rows in draws]
     estimate = metrics.auc_estimate(probabilities, targets)
     assert estimate.high - estimate.low == pytest.approx(2 * metrics.Z * np.std(areas), rel=0.1)
@@ -225,7 +225,7 @@ def test_auc_interval_agrees_with_the_bootstrap():
 @pytest.mark.parametrize("signal", [1.0, 3.0])
 def test_auc_interval_covers_the_truth_95_times_in_100(signal):
     truth = metrics.auc(*draw(13, 200_000, signal=signal))
-    estimates = [metrics.auc_estimate(*draw(seed, 300, signal=signal)) for seed in range(600)]
+    estimates = [metrics.auc_estimate(*draw(seed, 800, signal=signal)) for seed in range(400)]
     coverage = np.mean([estimate.low <= truth <= estimate.high for estimate in estimates])
     assert coverage == pytest.approx(0.95, abs=0.025)
 
