@@ -213,7 +213,7 @@ def _grey(images: torch.Tensor) -> torch.Tensor:
 
 
 def _blend(images: torch.Tensor, other: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
-    """`ratio` of the float images, in place, and 1 − `ratio` of the other, beyond the images if above 1."""
+    """`ratio` times the float images, in place, plus 1 − `ratio` times the other, clipped to 0 … 255."""
     return images.mul_(ratio.float()).addcmul_(other, (1.0 - ratio).float()).clamp_(0, 255)
 
 

@@ -1,6 +1,7 @@
 """The one training loop: fit a network, keep its best and last weights, score the test split once."""
 
 import math
+import platform
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -59,7 +60,8 @@ class Compute:
         """The device in words, as records carry it."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
-        return f"CPU, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        return f"{_cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
 
     def autocast(self) -> torch.autocast:
         """The context of a forward pass; off in float32."""
@@ -101,6 +103,15 @@ class Fitted:
     best_epoch: int
     history: list[dict[str, float]]
     stopped: str  # why training ended
+
+
+def _cpu_name() -> str:
+    try:  # Linux; platform.processor() says nothing there
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+        return names[0]
+    except (OSError, IndexError):
+        return platform.processor() or "CPU"
 
 
 def derived_seed(seed: int, epoch: int, purpose: str) -> int:
