@@ -41,6 +41,7 @@ def test_reestimated_statistics_are_those_of_the_tiles() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.BatchNorm2d(3, momentum=0.01), nn.Dropout(0.5), nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2))
     inputs = torch.randn(64, 3, 8, 8) * 3 + 5
+    model(inputs - 50)  # statistics of an earlier life, which must be forgotten
     weights = {name: value.clone() for name, value in model.named_parameters()}
     reestimate_batchnorm(model, inputs.split(16))
     first, last = model[0], model[3]
@@ -97,9 +98,13 @@ def test_the_judged_weights_are_the_averages(tiny: Dataset, tmp_path: Path) -> N
         run_id="r",
     )
     model = build_model(config.model_name, 9, 28)
+    initial = model.state_dict()["fc.weight"].clone()
     fitted = fit(model, tiny, config, CPU, Run("task1", config, tiny, CPU.name))
-    trained = dict(model.named_parameters())
-    assert not torch.equal(fitted.last["fc.weight"], trained["fc.weight"])
+    trained = model.state_dict()["fc.weight"]
+    # It has left where the weights began, and is not where they are.
+    moved, averaged = (trained - initial).norm(), (fitted.last["fc.weight"] - initial).norm()
+    assert averaged > 0.5 * moved
+    assert not torch.equal(fitted.last["fc.weight"], trained)
     judged = build_model(config.model_name, 9, 28).eval()
     judged.load_state_dict(fitted.last)
     with torch.no_grad():

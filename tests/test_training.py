@@ -26,7 +26,7 @@ from common.training import (
     reason_to_stop,
 )
 
-MODEL = "shufflenet_v2_x0_5"  # small and quick; has BatchNorm
+MODEL = "mobilenet_v3_small"  # small and quick; has BatchNorm and dropout
 CPU = Compute(torch.device("cpu"), torch.float32)
 
 
@@ -35,6 +35,7 @@ def train(dataset: Dataset, folder: Path, **keys: Any) -> tuple[Fitted, torch.nn
     settings: dict[str, Any] = {
         "dataset": "phantom",
         "size": 28,
+        "model_name": MODEL,
         "n_epochs": 3,
         "batch_size": 32,
         "run_id": "r",
@@ -62,7 +63,7 @@ def test_training_learns(tiny: Dataset, tmp_path: Path) -> None:
     fitted, _, _ = train(tiny, tmp_path, n_epochs=5, lr=0.01, reestimate_batchnorm=True)
     history = fitted.history
     assert history[-1]["train/loss"] < 0.5 * history[0]["train/loss"]
-    assert max(row["validate/acc"] for row in history) > 0.8
+    assert max(row["validate/acc"] for row in history) > 0.5  # chance is 0.11
     assert [row["epoch"] for row in history] == [1, 2, 3, 4, 5]
     assert fitted.stopped == "all 5 epochs done"
 
