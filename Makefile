@@ -7,7 +7,7 @@ VENV = .venv/bin/python
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	@echo "installing PyTorch and the rest into .venv: minutes, several GB"
-	$(VENV) -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
+	$(VENV) -m pip install --quiet --editable '.[demo,dev]' --constraint constraints.txt
 	touch $@
 
 demo: .venv/installed  ## Task 1 on the generated phantom, into demo/: about three minutes on two cores

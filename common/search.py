@@ -20,6 +20,7 @@ from tqdm import tqdm
 from common.errors import Fault, UsageError
 from common.files import atomic_path
 from common.sweep_file import Range, Sweep
+from common.tracking import read_json
 from common.trials import POLL, Trial, Workplace, claimed, markdown_line, say, write_csv
 
 STATES = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
@@ -173,16 +174,17 @@ def rank(workplace: Workplace) -> None:
     lines = [_line(place, trial, workplace) for place, trial in enumerate(ended, start=1)]
     write_csv(workplace.folder / "table.csv", lines)
     with atomic_path(workplace.folder / "table.md") as temporary:
-        temporary.write_text(_markdown(workplace, lines), encoding="utf-8")
+        temporary.write_text(_markdown(workplace, lines, _data(ended, workplace)), encoding="utf-8")
     written = [workplace.folder / "table.csv", workplace.folder / "table.md"]
     figures = workplace.output_dir / "fig" / "task4"
+    data = _data(ended, workplace)
     finished = [trial for trial in ended if trial.state == TrialState.COMPLETE]
     if finished:
         written.append(figures / f"{name}-parallel-coordinates.png")
-        draw_parallel_coordinates(written[-1], ended, workplace.sweep)
+        draw_parallel_coordinates(written[-1], ended, workplace.sweep, data)
     if len({trial.value for trial in finished}) > 1:
         written.append(figures / f"{name}-importance.png")
-        draw_importance(written[-1], study, workplace.sweep)
+        draw_importance(written[-1], study, workplace.sweep, data)
     else:
         print(f"{name}: too few trials finished to tell which parameters matter")
     print(f"{name}: {len(ended)} trials, {len(finished)} finished; best first by {metric}:")
@@ -192,6 +194,13 @@ def rank(workplace: Workplace) -> None:
 
 def _run_of(trial: FrozenTrial, workplace: Workplace) -> Trial:
     return Trial(f"{workplace.sweep.name}-{trial.number}", trial.params)
+
+
+def _data(trials: Sequence[FrozenTrial], workplace: Workplace) -> str:
+    """The title of the data set that the trials ran on, as their records give it."""
+    configs = [workplace.record(_run_of(trial, workplace), "config.json") for trial in trials]
+    titles = {read_json(config)["dataset"] for config in configs if config.exists()}
+    return " / ".join(sorted(titles)) or "no trial came to its data"
 
 
 def _place(trial: FrozenTrial, workplace: Workplace) -> tuple[int, float]:
@@ -217,13 +226,13 @@ def _line(place: int, trial: FrozenTrial, workplace: Workplace) -> dict[str, Any
     }
 
 
-def _markdown(workplace: Workplace, lines: Sequence[dict[str, Any]]) -> str:
+def _markdown(workplace: Workplace, lines: Sequence[dict[str, Any]], data: str) -> str:
     sweep = workplace.sweep
     fixed = ", ".join(f"{name} {value}" for name, value in sweep.fixed.items()) or "none"
     text = [
-        f"**{sweep.name}**: {len(lines)} trials of a {sweep.method} search, the best over a trial's epochs of "
-        f"{sweep.metric}; keys that all share: {fixed}. A pruned trial was given up early, and its value "
-        "is that of the epochs it had.",
+        f"**{sweep.name}**: {data}; {len(lines)} trials of a {sweep.method} search, the best over a trial's "
+        f"epochs of {sweep.metric}; keys that all share: {fixed}. A pruned trial was given up early, and its "
+        "value is that of the epochs it had.",
         "",
         *markdown_line(*lines[0]),
         *markdown_line(*["---"] * len(lines[0])),
@@ -239,7 +248,7 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def draw_parallel_coordinates(path: Path, trials: Sequence[FrozenTrial], sweep: Sweep) -> None:
+def draw_parallel_coordinates(path: Path, trials: Sequence[FrozenTrial], sweep: Sweep, data: str) -> None:
     """One line a trial through its parameters to the metric: coloured if it finished, else grey."""
     from matplotlib import colormaps, style
     from matplotlib.figure import Figure
@@ -272,7 +281,7 @@ def draw_parallel_coordinates(path: Path, trials: Sequence[FrozenTrial], sweep: 
         axes.set_yticks([])
         axes.spines[["left", "bottom"]].set_visible(False)
         other = len(trials) - len(finished)
-        axes.set_title(f"{sweep.name}: {len(finished)} finished trials, {other} pruned or failed (grey)")
+        axes.set_title(f"{sweep.name} · {data}\n{len(finished)} finished trials, {other} pruned or failed (grey)")
         save(figure, path)
 
 
@@ -292,7 +301,7 @@ def _ticks(values: tuple[Any, ...] | Range) -> list[tuple[float, str]]:
     return [(_height(value, values), _cell(value).replace(",", ",\n")) for value in shown]
 
 
-def draw_importance(path: Path, study: Study, sweep: Sweep) -> None:
+def draw_importance(path: Path, study: Study, sweep: Sweep, data: str) -> None:
     """How much of the finished trials' variance each parameter explains, by functional ANOVA."""
     from matplotlib import style
     from matplotlib.figure import Figure
@@ -310,5 +319,5 @@ def draw_importance(path: Path, study: Study, sweep: Sweep) -> None:
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.set_xlabel(f"share of the variance of {sweep.metric} (fANOVA)")
-        axes.set_title(f"{sweep.name}: which parameters mattered in {n_finished} finished trials")
+        axes.set_title(f"{sweep.name} · {data}\nwhich parameters mattered in {n_finished} finished trials")
         save(figure, path)

@@ -421,7 +421,9 @@ def _loss(logits: torch.Tensor, targets: torch.Tensor, mixed: Mixed, label_smoot
 def _finite(total: torch.Tensor, epoch: int) -> float:
     loss = float(total)
     if not math.isfinite(loss):
-        raise Fault(f"the loss became {loss} in epoch {epoch}; lower --lr. The epoch before is kept in last.pt")
+        raise Fault(
+            f"the loss became {loss} in epoch {epoch}; lower --lr. last.pt keeps the epoch before it, if any"
+        )
     return loss
 
 

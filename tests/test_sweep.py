@@ -49,7 +49,7 @@ def main(config):
     if config.quality < 0:
         raise UsageError(f"--quality {config.quality}: broken")
     folder = config.output_dir / "runs" / config.run_id
-    write_json(folder / "config.json", {"config": config.as_dict(), "commit": "abc"})
+    write_json(folder / "config.json", {"config": config.as_dict(), "commit": "abc", "dataset": "no data"})
     text = "epoch,validate/acc\\n"
     for epoch in range(1, config.n_epochs + 1):
         time.sleep(config.pause)
@@ -497,7 +497,9 @@ def test_a_search_ranks_its_trials(write: Callable[..., Path], tmp_path: Path, m
     values = [float(line["validate/acc"]) for line in table]
     assert values == sorted(values, reverse=True)
     assert values == [float(line["quality"]) for line in table]
-    assert (tmp_path / "out/sweeps/try/table.md").read_text().count("finished") == 4
+    text = (tmp_path / "out/sweeps/try/table.md").read_text()
+    assert text.count("finished") == 4
+    assert text.startswith("**try**: no data; 4 trials")
     assert (tmp_path / "out/fig/task4/try-parallel-coordinates.png").exists()
     assert (tmp_path / "out/fig/task4/try-importance.png").exists()
 
