@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UsageError
-from common.files import atomic_path
+from common.files import atomic_path, write_csv
 from common.tracking import read_json
-from common.trials import Trial, Workplace, markdown_line, write_csv
+from common.trials import Trial, Workplace, markdown_line
 
 METRICS = {"validate/acc": "validation ACC", "test/acc": "test ACC", "test/auc": "test AUC"}
 SIGNIFICANT = 0.05

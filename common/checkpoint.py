@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from common.errors import Fault
+from common.errors import Fault, first_line
 from common.files import atomic_path
 
 
@@ -27,8 +27,9 @@ def load(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise Fault(f"{path}: no such checkpoint; train first, or name another --run_id") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise Fault(f"{path}: not a readable checkpoint ({reason}); delete it and train again") from error
+        raise Fault(
+            f"{path}: not a readable checkpoint ({first_line(error)}); delete it and train again"
+        ) from error
     if not isinstance(content, dict):
         raise Fault(f"{path}: not a checkpoint of this project; name another --run_id")
     return content

@@ -4,7 +4,6 @@ Whatever the data set, it ends as a folder `<name>.arrays` of six .npy files and
 or, where the data root cannot be written, in the user's cache folder. Later starts map that folder.
 """
 
-import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -30,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 from common.errors import Fault, UsageError
-from common.files import atomic_folder, write_json
+from common.files import atomic_folder, claimed, write_json
 
 SPLITS = ("train", "val", "test")
 OFFICIAL_COUNTS = {"train": 89_996, "val": 10_004, "test": 7_180}
@@ -187,7 +186,7 @@ def _arrays_folder(data_root: Path, name: str, source: Path | None, build: Build
             return folder, fingerprint
     folder = beside if _writable(data_root) else cached
     try:
-        with _locked(folder.with_name(f".{folder.name}.lock")):
+        with claimed(folder.with_name(f".{folder.name}.lock"), wait=True):
             fingerprint = _verified(folder, source)
             if not fingerprint:  # another process may have built it while this one waited
                 _discard(folder)
@@ -271,15 +270,6 @@ def _writable(folder: Path) -> bool:
 
 def _user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pathmnist-study"
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Let one process at a time work on what `path` stands for; the system frees a dead process's lock."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _map_split(folder: Path, split: str) -> Split:
@@ -458,7 +448,7 @@ def _download(url: str, path: Path, md5: str) -> None:
     if not _writable(path.parent):
         raise Fault(f"{path}: no such file, and {path.parent} cannot be written. {remedy}")
     part = path.with_name(f"{path.name}.part")
-    with _locked(path.with_name(f".{path.name}.lock")):
+    with claimed(path.with_name(f".{path.name}.lock"), wait=True):
         if path.exists():  # another process has fetched it while this one waited
             return
         for attempt in range(1, DOWNLOAD_TRIES + 1):

@@ -1,4 +1,4 @@
-"""The two errors that end a script with one line on stderr instead of a traceback."""
+"""The two errors that end a script with one line on stderr instead of a traceback, and others' first lines."""
 
 
 class UsageError(Exception):
@@ -11,3 +11,8 @@ class Fault(Exception):
     """Something outside the command failed: a file, the network, the numbers. Exit status 1."""
 
     exit_status = 1
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says; its type's name where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

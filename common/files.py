@@ -1,10 +1,13 @@
-"""Files and folders that appear under their final name complete or not at all."""
+"""Files and folders that appear under their final name complete or not at all, and locks between processes."""
 
+import csv
+import fcntl
+import io
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -59,3 +62,33 @@ def write_json(path: Path, content: Any) -> None:
     """Write `content` as indented JSON, atomically; NaN is refused because JSON has no such number."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write_csv(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Write a table with full precision, atomically; the columns are the first line's keys."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, lines[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text.getvalue(), encoding="utf-8")
+
+
+@contextmanager
+def claimed(path: Path, wait: bool = False) -> Iterator[int | None]:
+    """Hold the lock of file `path` and yield its descriptor, or None where another process holds it.
+
+    The kernel releases the lock when the last process that has the descriptor dies, however it dies.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        os.close(descriptor)
+        yield None
+        return
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)

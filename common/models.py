@@ -5,7 +5,7 @@ from functools import cache
 import torch
 from torch import nn
 
-from common.errors import UsageError
+from common.errors import UsageError, first_line
 
 
 @cache
@@ -38,7 +38,7 @@ def build_model(model_name: str, num_classes: int, size: int) -> nn.Module:
             model.eval()(torch.zeros(1, 3, size, size))
     except (AssertionError, RuntimeError, ValueError) as error:
         raise UsageError(
-            f"--model_name {model_name} cannot take tiles of {size} pixels ({str(error).splitlines()[0]}): "
+            f"--model_name {model_name} cannot take tiles of {size} pixels ({first_line(error)}): "
             "choose a larger --size or another model"
         ) from error
     return model.train()

@@ -18,10 +18,10 @@ from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
 from common.errors import Fault, UsageError
-from common.files import atomic_path
+from common.files import atomic_path, claimed, write_csv
 from common.sweep_file import Range, Sweep
 from common.tracking import read_json
-from common.trials import POLL, Trial, Workplace, claimed, markdown_line, say, write_csv
+from common.trials import POLL, Trial, Workplace, markdown_line, say
 
 STATES = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
 
@@ -173,11 +173,11 @@ def rank(workplace: Workplace) -> None:
     ended.sort(key=lambda trial: _place(trial, workplace))
     lines = [_line(place, trial, workplace) for place, trial in enumerate(ended, start=1)]
     write_csv(workplace.folder / "table.csv", lines)
+    data = _data(ended, workplace)
     with atomic_path(workplace.folder / "table.md") as temporary:
-        temporary.write_text(_markdown(workplace, lines, _data(ended, workplace)), encoding="utf-8")
+        temporary.write_text(_markdown(workplace, lines, data), encoding="utf-8")
     written = [workplace.folder / "table.csv", workplace.folder / "table.md"]
     figures = workplace.output_dir / "fig" / "task4"
-    data = _data(ended, workplace)
     finished = [trial for trial in ended if trial.state == TrialState.COMPLETE]
     if finished:
         written.append(figures / f"{name}-parallel-coordinates.png")

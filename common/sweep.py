@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 from common.config import Keys, key, run_script
 from common.errors import Fault, UsageError
+from common.files import claimed
 from common.sweep_file import Range, Sweep, read_sweep
-from common.trials import POLL, Trial, Workplace, claimed, say
+from common.trials import POLL, Trial, Workplace, say
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,5 @@
 """The records of one run: files under runs/<run_id>/, with W&B as a sink for the same numbers."""
 
-import csv
 import importlib.metadata
 import json
 import netrc
@@ -19,8 +18,8 @@ import numpy as np
 
 from common.config import BOOKKEEPING_KEYS, TrainingConfig
 from common.data import Dataset
-from common.errors import Fault, UsageError
-from common.files import atomic_path, write_json
+from common.errors import Fault, UsageError, first_line
+from common.files import atomic_path, write_csv, write_json
 
 WANDB_PROJECT = "hw1"  # the coursework's
 WANDB_PATIENCE = 60.0  # seconds to wait for its server at the start and at the end of a run
@@ -104,10 +103,7 @@ class Run:
 
     def log_epoch(self, history: Sequence[Mapping[str, float]]) -> None:
         """Write history.csv whole and pass its last row on to W&B and to the terminal."""
-        with atomic_path(self.folder / "history.csv") as temporary, open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, history[-1].keys(), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(history)
+        write_csv(self.folder / "history.csv", history)
         row = dict(history[-1])
         self._send(lambda run: run.log(row))
         print(
@@ -179,7 +175,7 @@ class Run:
         try:
             action(self._wandb)
         except Exception as error:  # W&B raises many types, and none of them may end a training run
-            print(f"W&B stopped ({_first_line(error)}); the local records go on", file=sys.stderr)
+            print(f"W&B stopped ({first_line(error)}); the local records go on", file=sys.stderr)
             self._wandb = None
 
 
@@ -232,17 +228,13 @@ def _start_wandb(task: str, config: TrainingConfig, facts: Mapping[str, Any]) ->
                 settings=settings,
             )
         except Exception as error:  # W&B raises many types, and none of them may end a training run
-            print(f"W&B {attempt} failed ({_first_line(error)})", file=sys.stderr)
+            print(f"W&B {attempt} failed ({first_line(error)})", file=sys.stderr)
             wandb.teardown()  # else its service holds the run's id, and the second attempt is refused
             continue
         run.define_metric("*", step_metric="epoch")
         print(f"W&B: {attempt}, project {WANDB_PROJECT}, run {run.url or run.dir}")
         return run
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _commit() -> str | None:
@@ -259,4 +251,4 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise Fault(f"{path}: not a readable record ({_first_line(error)})") from error
+        raise Fault(f"{path}: not a readable record ({first_line(error)})") from error

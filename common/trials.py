@@ -1,13 +1,11 @@
 """Run the trials of a sweep as processes, each by one worker only, and read their records."""
 
 import csv
-import fcntl
-import io
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,6 @@ from tqdm import tqdm
 
 from common.config import BOOKKEEPING_KEYS
 from common.errors import Fault, UsageError
-from common.files import atomic_path
 from common.sweep_file import Sweep
 from common.tracking import read_json
 
@@ -126,40 +123,10 @@ class Workplace:
         return self.folder / f"{trial.run_id}.log"
 
 
-@contextmanager
-def claimed(path: Path, wait: bool = False) -> Iterator[int | None]:
-    """Hold the lock of file `path` and yield its descriptor, or None where another process holds it.
-
-    The kernel releases the lock when the last process that has the descriptor dies, however it dies.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        os.close(descriptor)
-        yield None
-        return
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
 def say(line: str) -> None:
     """Print a line without tearing the progress bar, at once: a sweep's log is read while it runs."""
     tqdm.write(line)
     sys.stdout.flush()
-
-
-def write_csv(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Write a table with full precision, atomically; the columns are the first line's keys."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, lines[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    with atomic_path(path) as temporary:
-        temporary.write_text(text.getvalue(), encoding="utf-8")
 
 
 def markdown_line(*cells: str) -> list[str]:

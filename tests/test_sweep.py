@@ -23,8 +23,9 @@ from wandb_server import WandbServer
 from common import ablation, sweep
 from common.config import parse
 from common.errors import Fault, UsageError
+from common.files import claimed
 from common.sweep_file import Range, read_sweep
-from common.trials import Trial, Workplace, claimed
+from common.trials import Trial, Workplace
 from train import ABLATIONS, TrainConfig
 
 FAKE_PROGRAM = """
