@@ -23,7 +23,7 @@ from common.errors import Fault, UsageError
 C = TypeVar("C", bound="Keys")
 
 # Keys that say where and how a run is kept, not what it computes: a resumed run may change them.
-BOOKKEEPING_KEYS = ("data_root", "output_dir", "wandb", "resume")
+BOOKKEEPING_KEYS = ("data_root", "output_dir", "wandb", "resume", "scratch", "n_seeds")
 
 
 def key(
@@ -67,7 +67,8 @@ def closest(name: str, known: Sequence[str]) -> str:
     return f"; did you mean {matches[0]}?" if matches else ""
 
 
-def _check_run_id(run_id: str | None) -> str | None:
+def check_run_id(run_id: str | None) -> str | None:
+    """What is wrong with a run id, or None."""
     if run_id is None or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", run_id):
         return None
     return "a run id names files: use up to 64 letters, digits, '.', '_' and '-'"
@@ -112,8 +113,34 @@ class Keys:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Keys):
-    """The keys that every script shares."""
+class Workspace(Keys):
+    """The keys that every script shares: where it reads, writes and computes."""
+
+    data_root: Path = key(None, "folder of the data files (default: $PATHMNIST_ROOT, else ~/.medmnist)")
+    output_dir: Path = key(Path(), "folder that gets runs/, checkpoints/, fig/ and wandb/")
+    device: str = key(
+        "auto", "where the network computes; auto takes CUDA if there is one", choices=("auto", "cpu", "cuda")
+    )
+    seed: int = key(0, "seed of weights, shuffling and augmentation", at_least=0, at_most=2**32 - 1)
+    wandb: str = key(
+        "auto",
+        "W&B mode; auto is $WANDB_MODE, else online where a key is configured, else offline",
+        choices=("auto", "online", "offline", "disabled"),
+    )
+
+    def __post_init__(self) -> None:
+        """Fill in the default folder of the data files, then check every value."""
+        if self.data_root is None:
+            self._set("data_root", Path(os.environ.get("PATHMNIST_ROOT") or Path.home() / ".medmnist"))
+        super().__post_init__()
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # the one way to derive a default in a frozen dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Workspace):
+    """The keys of a script that trains: its data, and the run's name."""
 
     dataset: str = key(
         "pathmnist",
@@ -122,25 +149,14 @@ class Config(Keys):
     )
     size: int = key(None, "tile side in pixels (default: 64; 28 for pathmnist-mini)", choices=(28, 64, 128, 224))
     phantom_tiles: int = key(9000, "training tiles of the phantom; 89996 gives PathMNIST's counts", at_least=45)
-    data_root: Path = key(None, "folder of the data files (default: $PATHMNIST_ROOT, else ~/.medmnist)")
-    output_dir: Path = key(Path(), "folder that gets runs/, checkpoints/, fig/ and wandb/")
     run_id: str = key(
         None,
         "name of the run; an unfinished run of this name is continued (default: a fresh 8-character id, "
         "under a W&B agent W&B's own)",
-        check=_check_run_id,
-    )
-    device: str = key(
-        "auto", "where the network computes; auto takes CUDA if there is one", choices=("auto", "cpu", "cuda")
+        check=check_run_id,
     )
     precision: str = key(
         "auto", "auto is bf16 autocast on a GPU that has it, else fp32", choices=("auto", "fp32", "bf16")
-    )
-    seed: int = key(0, "seed of weights, shuffling and augmentation", at_least=0, at_most=2**32 - 1)
-    wandb: str = key(
-        "auto",
-        "W&B mode; auto is $WANDB_MODE, else online where a key is configured, else offline",
-        choices=("auto", "online", "offline", "disabled"),
     )
     resume: bool = key(False, "insist that run_id is continued: an error if it has no checkpoint")
 
@@ -148,8 +164,6 @@ class Config(Keys):
         """Fill in the defaults that depend on other keys, then check every value."""
         if self.size is None:
             self._set("size", 28 if self.dataset == "pathmnist-mini" else 64)
-        if self.data_root is None:
-            self._set("data_root", Path(os.environ.get("PATHMNIST_ROOT") or Path.home() / ".medmnist"))
         if self.resume and self.run_id is None:
             raise UsageError("--resume needs --run_id: which run shall be continued?")
         if self.run_id is None:
@@ -158,9 +172,6 @@ class Config(Keys):
         super().__post_init__()
         if self.dataset == "pathmnist-mini" and self.size != 28:
             raise UsageError(f"--size {self.size}: pathmnist-mini exists at 28 pixels only")
-
-    def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)  # the one way to derive a default in a frozen dataclass
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from common.config import BOOKKEEPING_KEYS, TrainingConfig
+from common.config import BOOKKEEPING_KEYS, TrainingConfig, Workspace
 from common.data import Dataset
 from common.errors import Fault, UsageError, first_line
 from common.files import atomic_path, write_csv, write_json
@@ -24,7 +24,7 @@ from common.files import atomic_path, write_csv, write_json
 WANDB_PROJECT = "hw1"  # the coursework's
 WANDB_PATIENCE = 60.0  # seconds to wait for its server at the start and at the end of a run
 REPOSITORY = Path(__file__).resolve().parent.parent
-TITLES = {"task1": "Task 1", "task3": "Task 3"}
+TITLES = {"task1": "Task 1", "task3": "Task 3", "task5": "Task 5"}
 AXIS_LABELS = {
     "train/loss": "Training loss (cross-entropy, nats)",
     "validate/auc": "Validation AUC (mean over classes, one vs rest)",
@@ -40,8 +40,20 @@ class Run:
     written last: a folder that has one is a finished run.
     """
 
-    def __init__(self, task: str, config: TrainingConfig, dataset: Dataset, device_name: str) -> None:
+    def __init__(
+        self,
+        task: str,
+        config: TrainingConfig,
+        dataset: Dataset,
+        device_name: str,
+        network: str | None = None,
+        facts: Mapping[str, Any] | None = None,
+        packages: Sequence[str] = VERSIONED,
+    ) -> None:
         """Open the run and write config.json.
+
+        `network` describes the network in titles (default: its name); the records carry the task's own `facts`
+        and the versions of `packages`.
 
         Raises UsageError where the run is finished already, was started with another configuration, or is
         to be resumed and has no checkpoint.
@@ -49,7 +61,7 @@ class Run:
         self.task = task
         self.run_id = config.run_id
         self.dataset = dataset
-        self.title = f"{TITLES[task]} · {config.model_name} · {dataset.title} · seed {config.seed}"
+        self.title = f"{TITLES[task]} · {network or config.model_name} · {dataset.title} · seed {config.seed}"
         self.output_dir = config.output_dir
         self.folder = config.output_dir / "runs" / config.run_id
         self.checkpoints = config.output_dir / "checkpoints" / config.run_id
@@ -69,6 +81,7 @@ class Run:
             "data_fingerprint": dataset.fingerprint,
             "tiles": {split: len(getattr(dataset, split)) for split in ("train", "val", "test")},
             "device": device_name,
+            **(facts or {}),
         }
         if fresh:
             write_json(
@@ -76,15 +89,10 @@ class Run:
                 {
                     "config": config.as_dict(),
                     **self.facts,
-                    "command": shlex.join(sys.argv),
-                    "commit": _commit(),
-                    "started": datetime.now(UTC).isoformat(timespec="seconds"),
-                    "python": platform.python_version(),
-                    "platform": platform.platform(),
-                    "versions": {name: importlib.metadata.version(name) for name in VERSIONED},
+                    **provenance(packages),
                 },
             )
-        self._wandb = _start_wandb(task, config, self.facts)
+        self._wandb = start_wandb(task, config.run_id, config, self.facts)
         print(f"run {config.run_id}: {dataset.title} on {device_name}; records in {self.folder}")
 
     def _check_same(self, config: TrainingConfig) -> None:
@@ -169,14 +177,22 @@ class Run:
         run.log({"test/confusion": wandb.Table(columns=["true \\ predicted", *names], data=rows)})
 
     def _send(self, action: Callable[[Any], None]) -> None:
-        """Do something with W&B's run; whatever fails there costs the W&B run, never ours."""
-        if self._wandb is None:
-            return
-        try:
-            action(self._wandb)
-        except Exception as error:  # W&B raises many types, and none of them may end a training run
-            print(f"W&B stopped ({first_line(error)}); the local records go on", file=sys.stderr)
-            self._wandb = None
+        self._wandb = send(self._wandb, action)
+
+
+def send(run: Any, action: Callable[[Any], None]) -> Any:
+    """Do something with W&B's run, if there is one; whatever fails there costs the W&B run, never ours.
+
+    Returns the run, or None once it has failed.
+    """
+    if run is None:
+        return None
+    try:
+        action(run)
+    except Exception as error:  # W&B raises many types, and none of them may end a training run
+        print(f"W&B stopped ({first_line(error)}); the local records go on", file=sys.stderr)
+        return None
+    return run
 
 
 def wandb_mode(asked: str) -> str:
@@ -198,7 +214,7 @@ def _has_wandb_key() -> bool:
         return False
 
 
-def _start_wandb(task: str, config: TrainingConfig, facts: Mapping[str, Any]) -> Any:
+def start_wandb(task: str, run_id: str, config: Workspace, facts: Mapping[str, Any]) -> Any:
     """A W&B run, or None where W&B is disabled or cannot start."""
     mode = wandb_mode(config.wandb)
     if mode == "disabled":
@@ -219,7 +235,7 @@ def _start_wandb(task: str, config: TrainingConfig, facts: Mapping[str, Any]) ->
         try:
             run = wandb.init(
                 project=WANDB_PROJECT,
-                id=config.run_id,
+                id=run_id,
                 job_type=task,
                 config={**config.as_dict(), **facts},
                 dir=str(config.output_dir),
@@ -235,6 +251,18 @@ def _start_wandb(task: str, config: TrainingConfig, facts: Mapping[str, Any]) ->
         print(f"W&B: {attempt}, project {WANDB_PROJECT}, run {run.url or run.dir}")
         return run
     return None
+
+
+def provenance(packages: Sequence[str]) -> dict[str, Any]:
+    """Where a record comes from: command, commit, time, Python, platform and the packages' versions."""
+    return {
+        "command": shlex.join(sys.argv),
+        "commit": _commit(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
 
 
 def _commit() -> str | None:

@@ -1,0 +1,237 @@
+"""Task 2 end to end: from a Task 1 run's files to pictures, table and record."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+
+import task1
+import task2
+from common import attribution_checks, checkpoint
+from common.config import run_script
+from common.training import Compute
+
+PHANTOM = ["--dataset", "phantom", "--size", "28", "--phantom_tiles", "900"]
+
+
+@pytest.fixture(scope="module")
+def trained(phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An output folder with one finished Task 1 run on a small phantom."""
+    folder = tmp_path_factory.mktemp("task2")
+    where = ["--data_root", str(phantom_root), "--output_dir", str(folder), "--wandb", "disabled"]
+    run_script(task1.main, task1.Task1Config, [*PHANTOM, *where, "--run_id", "first", "--n_epochs", "4"])
+    return folder
+
+
+def explain(folder: Path, phantom_root: Path, *more: str) -> None:
+    where = ["--data_root", str(phantom_root), "--output_dir", str(folder), "--wandb", "disabled"]
+    run_script(task2.main, task2.Task2Config, [*where, *more])
+
+
+@pytest.fixture(scope="module")
+def explained(trained: Path, phantom_root: Path) -> Path:
+    """The same folder after task2.py, with fewer tiles for the checks that make many maps a tile."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RANDOMISED", "SENSITIVE", "INFIDELITY_TILES"):
+            patch.setattr(attribution_checks, name, 4)
+        explain(trained, phantom_root, "--checked_tiles", "64")
+    return trained
+
+
+def record(folder: Path) -> Any:
+    return json.loads((folder / "runs" / "first" / "attribution.json").read_text())
+
+
+def test_the_full_test_split_gives_the_coursework_s_ten_tiles() -> None:
+    chosen = task2.choose_tiles(7180, 10, 0)
+    assert chosen == [6099, 5839, 4568, 3666, 1935, 294, 118, 2208, 1258, 539]
+
+
+def test_a_small_split_is_shown_whole() -> None:
+    assert sorted(task2.choose_tiles(4, 10, 0)) == [0, 1, 2, 3]
+
+
+def test_each_class_gets_a_right_and_a_wrong_tile() -> None:
+    labels = np.repeat(np.arange(9), 4)
+    predicted = np.where(np.arange(36) % 2, labels, (labels + 1) % 9)
+    predicted[:4] = 0  # class 0 is never wrong
+    right, wrong = task2.one_of_each_class(labels, predicted, 0)
+    assert wrong[0] is None
+    assert [labels[index] for index in right if index is not None] == list(range(9))
+    for index in right:
+        assert index is not None
+        assert predicted[index] == labels[index]
+    for label, index in enumerate(wrong[1:], start=1):
+        assert index is not None
+        assert labels[index] == label != predicted[index]
+
+
+@pytest.mark.slow
+def test_every_file_is_there_and_every_picture_legible(explained: Path) -> None:
+    content = record(explained)
+    assert content["run_id"] == "first"
+    assert content["synthetic"] is True
+    assert "phantom" in content["dataset"]
+    assert len(content["tiles"]) == 10
+    for row in content["tiles"]:
+        picture, map_ = (imread(explained / row[part]) for part in ("input", "saliency"))
+        assert picture.shape == map_.shape
+        assert min(picture.shape[:2]) >= 300
+        assert picture.std() > 0.02
+        assert Path(row["input"]).name == f"{row['index']:05d}-input.png"
+    table = (explained / "runs" / "first" / "saliency.md").read_text().splitlines()
+    assert table[0] == "| Index | Label | Predicted | Input | Saliency |"
+    assert len(table) == 12
+    for line, row in zip(table[2:], content["tiles"], strict=True):
+        assert line.startswith(f"| {row['index']:05d} | {row['label']} | {row['predicted']}")
+        assert ("✗" in line) == (row["label"] != row["predicted"])
+        for part in ("input", "saliency"):
+            link = line.split(f"{row[part].split('/')[-1]}")[0].rsplit("(", 1)[1]
+            assert (explained / "runs" / "first" / link / Path(row[part]).name).is_file()
+    assert set(content["figures"]) == {"methods", "classes", "randomisation", "removal"}
+    for name in content["figures"].values():
+        assert imread(explained / "fig" / "task2" / name).shape[1] >= 900
+
+
+@pytest.mark.slow
+def test_chance_does_not_beat_integrated_gradients_on_a_trained_network(explained: Path) -> None:
+    content = record(explained)
+    assert content["n"]["removal"] == 64
+    gradients = content["methods"]["integrated_gradients"]
+    assert gradients["margin_over_random"]["low"] > 0
+    assert gradients["margin"]["value"] > content["controls"]["random"]["margin"]["value"]
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_pictures_and_numbers(
+    trained: Path, phantom_root: Path, tmp_path: Path
+) -> None:
+    contents = []
+    for copy in ("one", "other"):
+        shutil.copytree(trained, tmp_path / copy)
+        shutil.rmtree(tmp_path / copy / "fig")
+        explain(tmp_path / copy, phantom_root, "--checked_tiles", "3")
+        contents.append(record(tmp_path / copy))
+        for name in ("seconds", "started", "command", "config"):
+            contents[-1].pop(name)
+    assert contents[0] == contents[1]
+    pictures = sorted((tmp_path / "one" / "fig" / "task2").iterdir())
+    assert len(pictures) == 24
+    for picture in pictures:
+        assert picture.read_bytes() == (tmp_path / "other" / "fig" / "task2" / picture.name).read_bytes(), (
+            picture.name
+        )
+
+
+@pytest.mark.slow
+def test_the_class_explained_is_the_predicted_one_or_the_label(
+    trained: Path, phantom_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, list[int]] = {}
+
+    class Stopped(Exception):
+        pass
+
+    for target in task2.TARGETS:
+
+        def spy(model: Any, fresh: Any, inputs: Any, targets: torch.Tensor, seed: int, name: str = target) -> None:
+            asked[name] = targets.tolist()
+            raise Stopped
+
+        monkeypatch.setattr(attribution_checks, "check_methods", spy)
+        with pytest.raises(Stopped):
+            explain(trained, phantom_root, "--target", target, "--checked_tiles", "180")
+    scores = np.load(trained / "runs" / "first" / "scores.npz")
+    chosen = task2.choose_tiles(180, 180, 0)
+    assert asked["predicted"] == scores["best_logits"].argmax(1)[chosen].tolist()
+    assert asked["label"] == scores["targets"][chosen].tolist()
+    assert asked["label"] != asked["predicted"]
+
+
+def test_the_network_is_frozen_and_in_eval_mode(trained: Path) -> None:
+    model = task2.load_network(trained / "checkpoints" / "first" / "best.pt", 28, Compute.of("cpu", "fp32"))
+    assert not any(module.training for module in model.modules())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_newest_finished_task_1_run_is_explained(tmp_path: Path) -> None:
+    for run_id, task, started, finished in (
+        ("old", "task1", "2026-01-01T00:00:00+00:00", True),
+        ("new", "task1", "2026-01-02T00:00:00+00:00", True),
+        ("unfinished", "task1", "2026-01-03T00:00:00+00:00", False),
+        ("other", "task3", "2026-01-04T00:00:00+00:00", True),
+    ):
+        folder = tmp_path / "runs" / run_id
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps({"task": task, "started": started}))
+        if finished:
+            (folder / "summary.json").write_text("{}")
+    assert task2.find_run(task2.Task2Config(output_dir=tmp_path)).name == "new"
+    assert task2.find_run(task2.Task2Config(output_dir=tmp_path, run_id="old")).name == "old"
+
+
+def spoil(path: Path, **changes: Any) -> None:
+    checkpoint.save(path, {**checkpoint.load(path), **changes})
+
+
+@pytest.mark.parametrize(
+    ("case", "status", "message"),
+    [
+        ("empty", 2, "no finished Task 1 run in .*: run python task1.py first"),
+        ("unknown", 2, "--run_id nothing: no such run in .*; python task1.py makes one"),
+        ("unfinished", 2, "--run_id first: not finished; task1.py with this --run_id goes on"),
+        ("task", 2, "--run_id first: a run of task3, not of task1"),
+        ("architecture", 2, "best.pt: mobilenet_v3_large with 9 classes; Task 2 explains a resnet18 with 9"),
+        ("classes", 2, "best.pt: resnet18 with 2 classes; Task 2 explains a resnet18 with 9"),
+        ("weights", 1, "best.pt: its weights do not fit a resnet18"),
+        ("missing", 1, "best.pt: no such checkpoint"),
+        ("torn", 1, "best.pt: not a readable checkpoint"),
+        ("data", 1, "its phantom .* is not what run first was trained on"),
+    ],
+)
+def test_a_run_that_cannot_be_explained_is_refused_in_one_line(
+    case: str,
+    status: int,
+    message: str,
+    trained: Path,
+    phantom_root: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "out"
+    if case != "empty":
+        shutil.copytree(trained, folder, ignore=shutil.ignore_patterns("attribution.json", "saliency.md", "task2"))
+    run, best = folder / "runs" / "first", folder / "checkpoints" / "first" / "best.pt"
+    match case:
+        case "unfinished":
+            (run / "summary.json").unlink()
+        case "task" | "data":
+            content = json.loads((run / "config.json").read_text())
+            content.update({"task": "task3"} if case == "task" else {"data_fingerprint": "another"})
+            (run / "config.json").write_text(json.dumps(content))
+        case "architecture":
+            spoil(best, model_name="mobilenet_v3_large")
+        case "classes":
+            spoil(best, class_names=["one", "two"])
+        case "weights":
+            spoil(best, state_dict={"fc.bias": torch.zeros(9)})
+        case "missing":
+            best.unlink()
+        case "torn":
+            best.write_bytes(best.read_bytes()[:1000])
+    with pytest.raises(SystemExit) as ended:
+        explain(
+            folder, phantom_root, "--run_id", "nothing" if case == "unknown" else "first"
+        ) if case != "empty" else (explain(folder, phantom_root))
+    assert ended.value.code == status
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert re.search(message, error[0]), error[0]
+    assert not (folder / "fig" / "task2").exists()
+    assert not (run / "attribution.json").exists()
