@@ -93,6 +93,7 @@ class Run:
                 },
             )
         self._wandb = start_wandb(task, config.run_id, config, self.facts)
+        self.url: str | None = self._wandb.url if self._wandb else None  # None offline, too
         print(f"run {config.run_id}: {dataset.title} on {device_name}; records in {self.folder}")
 
     def _check_same(self, config: TrainingConfig) -> None:
@@ -130,7 +131,7 @@ class Run:
         """Draw the figures, write summary.json, pass both on to W&B, and say the result."""
         figures = self._draw(history, summary)
         names = {name: path.name for name, path in figures.items()}
-        write_json(self.folder / "summary.json", {**self.facts, **summary, "figures": names})
+        write_json(self.folder / "summary.json", {**self.facts, "wandb": self.url, **summary, "figures": names})
         self._send(lambda run: self._send_results(run, summary, figures))
         self._send(lambda run: run.finish())
         for weights in ("best", "last"):

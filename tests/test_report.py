@@ -1,0 +1,146 @@
+"""report.md from real records of small phantom runs: complete, traceable, and checked against them."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+import task1
+import train
+from common import report
+from common.config import run_script
+
+PHANTOM = ["--dataset=phantom", "--size=28", "--phantom_tiles=90", "--wandb=disabled"]
+
+
+@pytest.fixture(scope="module")
+def finished(phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study of four small runs; the ablation's table stands for what common.ablation writes."""
+    folder = tmp_path_factory.mktemp("study")
+    where = [f"--data_root={phantom_root}", f"--output_dir={folder}"]
+    for seed in (0, 1):
+        same = [*PHANTOM, *where, "--n_epochs=2", f"--seed={seed}"]
+        run_script(task1.main, task1.Task1Config, [*same, f"--run_id=first-{seed}"])
+        run_script(train.main, train.TrainConfig, [*same, f"--run_id=third-{seed}", "--batch_size=45"])
+    sweep = folder / "sweeps" / "small"
+    sweep.mkdir(parents=True)
+    (sweep / "table.md").write_text("| row | seeds |\n|---|---|\n| combined | 2 |\n")
+    (sweep / "runs.csv").write_text("run_id,seed\nthird-0,0\nthird-1,1\n")
+    (folder / "fig" / "task4").mkdir()
+    shutil.copy(next((folder / "fig" / "task1").iterdir()), folder / "fig" / "task4" / "small.png")
+    (folder / "report.toml").write_text(
+        '[task1]\nruns = ["first-0", "first-1"]\n[task3]\nruns = ["third-0", "third-1"]\n'
+        '[task4]\nablation = "small"\n'
+    )
+    return folder
+
+
+@pytest.fixture
+def study(finished: Path, tmp_path: Path) -> Path:
+    folder: Path = shutil.copytree(finished, tmp_path / "study")
+    return folder
+
+
+def make(folder: Path, *more: str) -> None:
+    run_script(report.main, report.ReportConfig, [f"--output_dir={folder}", *more])
+
+
+def fails(folder: Path, status: int, message: str, capsys: pytest.CaptureFixture[str], *more: str) -> None:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        make(folder, *more)
+    error = capsys.readouterr().err.strip().splitlines()
+    assert ended.value.code == status
+    assert len(error) == 1
+    assert re.search(message, error[0]), error[0]
+
+
+def test_the_page_shows_every_run_with_its_scores_and_every_link_leads_somewhere(study: Path) -> None:
+    make(study)
+    page = (study / "report.md").read_text()
+    for run_id in ("first-0", "first-1", "third-0", "third-1"):
+        summary = json.loads((study / "runs" / run_id / "summary.json").read_text())
+        scores = summary["best"]["acc"]
+        line = next(line for line in page.splitlines() if line.startswith(f"| [{run_id}](runs/{run_id}/) "))
+        assert f" {scores['value']:.4f} [{scores['low']:.4f}, {scores['high']:.4f}] " in line
+    links = re.findall(r"\]\(([^)]+)\)", page)
+    assert len(links) > 12
+    for link in links:
+        assert (study / link).exists(), link
+    for alt in re.findall(r"!\[([^\]]*)\]", page):
+        assert len(alt) > 10
+    assert "phantom (90 training tiles, 28 px)" in page
+    assert "not tissue" in page
+
+
+def test_a_phantom_number_never_stands_in_a_table_with_the_full_data_s(study: Path) -> None:
+    make(study)
+    page = (study / "report.md").read_text()
+    tables = [block for block in page.split("\n\n") if block.startswith("|")]
+    published = [table for table in tables if "coursework" in table]
+    assert len(published) == 1
+    summaries = [json.loads(path.read_text()) for path in study.glob("runs/*/summary.json")]
+    assert not any(f"{summary['test/acc']:.4f}" in published[0] for summary in summaries)
+    before = page[: page.index(published[0])]
+    assert "Not comparable with the above, the full PathMNIST" in before.splitlines()[-2]
+
+
+def test_the_check_names_the_first_difference(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(study)
+    make(study, "--check")
+    path = study / "runs" / "first-1" / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["best"]["acc"]["value"] = 0.1234
+    path.write_text(json.dumps(summary))
+    page = (study / "report.md").read_text()
+    fails(study, 1, r"report.md is out of date: line \d+ says .*first-1.*0\.1234", capsys, "--check")
+    assert (study / "report.md").read_text() == page
+
+
+def test_the_same_records_give_the_same_page(study: Path) -> None:
+    make(study)
+    page = (study / "report.md").read_bytes()
+    make(study)
+    assert (study / "report.md").read_bytes() == page
+
+
+@pytest.mark.parametrize(
+    ("selection", "message"),
+    [
+        (None, "report.toml: no such file"),
+        ("[task1", "report.toml: "),
+        ("[task9]\n", "unknown section task9; known are task1"),
+        ("", r"needs at least one of \[task1\]"),
+        ("[task1]\n", r"\[task1\] needs runs = \[\"RUN_ID\""),
+        ('[task1]\nruns = ["gone"]\n', "names run gone, which is not finished"),
+        ('[task1]\nruns = ["first-0"]\n[task2]\nrun = "first-0"\n', "which is not explained yet"),
+        ('[task3]\nruns = ["third-0"]\n[task4]\nablation = "gone"\n', "table.md: missing; python -m common.sweep"),
+        (
+            '[task1]\nruns = ["first-0"]\n[task5]\ncomparison = "gone"\n',
+            "comparison.json: missing; python task5.py",
+        ),
+    ],
+)
+def test_a_selection_that_cannot_be_shown_is_refused_in_one_line(
+    selection: str | None, message: str, study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (study / "report.toml").unlink()
+    if selection is not None:
+        (study / "report.toml").write_text(selection)
+    fails(study, 2, message, capsys)
+    assert not (study / "report.md").exists()
+
+
+def test_a_missing_figure_and_a_missing_page_are_faults(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fails(study, 1, "fig.*: the report shows this figure, and it is missing", capsys, "--check")
+    make(study)
+    next((study / "fig" / "task3").glob("third-0-*")).unlink()
+    fails(study, 1, "fig/task3/third-0-.*: the report shows this figure", capsys, "--check")
+
+
+def test_runs_of_different_data_are_not_mixed(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = study / "runs" / "first-1" / "summary.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "data_fingerprint": "another"}))
+    fails(study, 2, r"the runs of \[task1\] come from different data sets", capsys)
