@@ -157,9 +157,13 @@ def test_rank_correlation_is_spearman_s_of_absolute_values() -> None:
 def test_randomisation_cascades_from_the_last_layer_to_the_first(resnet: nn.Module) -> None:
     torch.manual_seed(1)
     fresh = build_model("resnet18", 9, SIZE)
-    networks = randomised(resnet, fresh)
+    learnt = copy.deepcopy(resnet)
+    with torch.no_grad():  # else BatchNorm layers would be alike in both
+        for value in learnt.state_dict().values():
+            value.add_(1)
+    networks = randomised(learnt, fresh)
     assert [stage for stage, _ in networks] == list(STAGES)
-    trained, untrained = resnet.state_dict(), fresh.state_dict()
+    trained, untrained = learnt.state_dict(), fresh.state_dict()
     for number, (_, network) in enumerate(networks, start=1):
         assert not network.training
         random_stages = STAGES[:number]
@@ -230,7 +234,7 @@ def test_the_interval_of_a_mean_is_student_s() -> None:
 
 @pytest.mark.parametrize(
     ("correlation", "over_random", "over_sobel", "passes"),
-    [(0.4, 0.1, 0.1, True), (0.6, 0.1, 0.1, False), (0.4, -0.1, 0.1, False), (0.4, 0.1, -0.1, False)],
+    [(0.4, 0.1, 0.1, True), (0.48, 0.1, 0.1, False), (0.4, -0.1, 0.1, False), (0.4, 0.1, -0.1, False)],
 )
 def test_a_method_passes_only_if_no_check_fails(
     correlation: float, over_random: float, over_sobel: float, passes: bool
@@ -245,7 +249,9 @@ def test_a_method_passes_only_if_no_check_fails(
     )
     assert judged["passes"] == passes
     assert judged["verdict"].startswith(f"A method {'passes' if passes else 'does not pass'}: ")
-    assert ("keep much of" in judged["verdict"]) == (correlation > 0.5)
+    assert ("keep much of" in judged["verdict"]) == (
+        correlation > 0.45
+    )  # the interval, ± 0.05, must lie below 0.5
     assert judged["verdict"].count("do not beat") == (over_random < 0) + (over_sobel < 0)
 
 
