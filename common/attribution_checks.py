@@ -229,13 +229,11 @@ def judge(
     forgets = last["high"] < RANDOMISATION_LIMIT
     beats = {name: faithful[f"margin_over_{name}"]["low"] > 0 for name in CONTROLS}
     passes = forgets and all(beats.values())
-    reasons = [
-        f"its maps {'lose' if forgets else 'keep much of'} their order when the network is randomised "
-        f"(rank correlation {_words(last)})"
-    ]
+    order = "lose" if forgets else "keep much of" if last["low"] >= RANDOMISATION_LIMIT else "do not surely lose"
+    reasons = [f"its maps {order} their order when the network is randomised (rank correlation {_words(last)})"]
     for control, words in (("random", "chance"), ("sobel", "plain edges")):
         margin = faithful[f"margin_over_{control}"]
-        verb = "find what the network relies on better than" if beats[control] else "do not beat"
+        verb = "find what the network relies on better than" if beats[control] else "do not surely beat"
         reasons.append(f"its pixels {verb} {words} (margin {_words(margin, signed=True)})")
     return {
         "passes": passes,

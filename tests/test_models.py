@@ -19,7 +19,16 @@ def test_models_take_small_tiles_and_give_one_logit_a_class(name: str) -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_point_convolution_computes_what_the_plain_one_does(groups: int, bias: bool) -> None:
     torch.manual_seed(0)
-    for kernel, stride, padding in [(1, 1, 0), (1, 2, 0), (3, 1, 1), (3, 2, 1), (5, 2, 2), (3, 1, 0), (2, 2, 0)]:
+    for kernel, stride, padding in [
+        (1, 1, 0),
+        (1, 2, 0),
+        (3, 1, 1),
+        (3, 2, 1),
+        (5, 2, 2),
+        (3, 1, 0),
+        (2, 2, 0),
+        (3, 4, 1),
+    ]:
         plain = nn.Conv2d(12, 12, kernel, stride, padding, groups=groups, bias=bias).double()
         point = copy.deepcopy(plain)
         point.__class__ = PointConv2d
