@@ -35,11 +35,19 @@ def reestimate_batchnorm(model: nn.Module, inputs: Iterable[torch.Tensor]) -> No
     """Replace every BatchNorm layer's running statistics by their mean over `inputs`, (N, 3, H, W) float32.
 
     The running statistics of MobileNetV3 (momentum 0.01) lag hundreds of steps behind the weights, those of
-    averaged weights belong to no step at all. All other layers stay in eval mode: dropout draws nothing.
+    averaged weights belong to no step at all. All other layers stay in eval mode: dropout draws nothing. Layers
+    that `model.train()` leaves in eval mode are frozen, and keep their statistics.
     """
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    model.train()
+    norms = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
+    ]
     momenta = [norm.momentum for norm in norms]
     model.eval()
+    if not norms:
+        return
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a plain mean over the batches

@@ -26,9 +26,9 @@ def mix(inputs: torch.Tensor, generator: torch.Generator, mixup_alpha: float, cu
     whose area is such a draw out of the partner. An alpha of 0 switches a method off; with both on, each tile
     takes either with probability one half. torchvision's MixUp and CutMix draw once a batch instead.
     """
+    if not mixup_alpha and not cutmix_alpha:  # whatever the inputs are: cached features are no images
+        return Mixed(inputs, None, torch.ones(len(inputs), device=inputs.device))
     n, _, height, width = inputs.shape
-    if not mixup_alpha and not cutmix_alpha:
-        return Mixed(inputs, None, torch.ones(n, device=inputs.device))
     # numpy has the Beta distribution with a generator of its own; ours decides its seed.
     draws = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
     partners = torch.randperm(n, generator=generator).to(inputs.device)

@@ -76,10 +76,15 @@ def build_model(model_name: str, num_classes: int, size: int) -> nn.Module:
             f"--model_name {model_name} cannot take tiles of {size} pixels ({first_line(error)}): "
             "choose a larger --size or another model"
         ) from error
+    return use_point_convolutions(model).train()
+
+
+def use_point_convolutions(model: nn.Module) -> nn.Module:
+    """Make each plain nn.Conv2d of the model a PointConv2d with the same parameters; returns the model."""
     for module in model.modules():
         if type(module) is nn.Conv2d:
             module.__class__ = PointConv2d
-    return model.train()
+    return model
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import math
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +14,17 @@ from torch import nn
 from tqdm import tqdm
 
 from common import checkpoint, metrics
-from common.augment import build_augmentation, dihedral_views
+from common.augment import Augmentation, build_augmentation, dihedral_views
 from common.averaging import ExponentialMovingAverage, reestimate_batchnorm
 from common.config import TrainingConfig
 from common.data import Dataset, DeviceTiles
 from common.errors import Fault, UsageError
+from common.features import CachedFeatures
 from common.mixing import Mixed, mix
 from common.models import normalise
 from common.tracking import Run
 
+Tiles = DeviceTiles | CachedFeatures
 EVALUATION_BATCH = 512
 BATCHNORM_TILES = 2048  # enough for statistics good to a few percent, at a small part of an epoch's cost
 HISTORY_COLUMNS = (
@@ -150,17 +152,25 @@ def learning_rate_factor(step: int, steps_per_epoch: int, config: TrainingConfig
     return config.lr_min + (1 - config.lr_min) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, config: TrainingConfig, lr_factors: Mapping[str, float] | None = None
+) -> torch.optim.Optimizer:
     """The fused optimiser that the configuration names, over every trainable parameter.
 
     Parameters of one dimension (norm layers' and biases) form a group of their own with `norm_weight_decay`.
+    `lr_factors` multiply the learning rate of the parameters that they name; each factor has its groups.
     """
     norm_decay = config.weight_decay if config.norm_weight_decay is None else config.norm_weight_decay
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": norm_decay},
-    ]
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    factors = {name: (lr_factors or {}).get(name, 1.0) for name, _ in trainable}
+    groups = []
+    for factor in dict.fromkeys(factors.values()):
+        members = [parameter for name, parameter in trainable if factors[name] == factor]
+        shared = {} if factor == 1 else {"lr_factor": factor}
+        groups += [
+            {"params": [p for p in members if p.ndim > 1], "weight_decay": config.weight_decay, **shared},
+            {"params": [p for p in members if p.ndim <= 1], "weight_decay": norm_decay, **shared},
+        ]
     optimizers: dict[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
     optimizer: torch.optim.Optimizer
     optimizer = optimizers[config.optimizer](groups, lr=config.lr, amsgrad=config.amsgrad, fused=True)
@@ -169,7 +179,7 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
 
 def train_one_epoch(
     model: nn.Module,
-    tiles: DeviceTiles,
+    tiles: Tiles,
     optimizer: torch.optim.Optimizer,
     epoch: int,
     config: TrainingConfig,
@@ -193,9 +203,9 @@ def train_one_epoch(
     with _bar(f"epoch {epoch}/{config.n_epochs}", len(tiles)) as bar:
         for step, part in enumerate(parts, start=(epoch - 1) * len(parts)):
             for group in optimizer.param_groups:
-                group["lr"] = config.lr * learning_rate_factor(step, len(parts), config)
-            images, targets = tiles.batch(part)
-            inputs = normalise(augment(images, draws))
+                peak = config.lr * group.get("lr_factor", 1.0)
+                group["lr"] = peak * learning_rate_factor(step, len(parts), config)
+            inputs, targets = _inputs(tiles, part, augment, draws)
             mixed = mix(inputs, draws, config.mixup_alpha, config.cutmix_alpha)
             with compute.autocast():
                 loss = _loss(model(mixed.inputs), targets, mixed, config.label_smoothing)
@@ -214,7 +224,7 @@ def train_one_epoch(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, tiles: DeviceTiles, compute: Compute, tta: bool = False) -> Evaluation:
+def evaluate(model: nn.Module, tiles: Tiles, compute: Compute, tta: bool = False) -> Evaluation:
     """The logits of every tile, in order, from the model in eval mode; Fault where they are not finite.
 
     With `tta` the logits are the logarithm of the mean probability over the tile's 8 dihedral views.
@@ -223,13 +233,14 @@ def evaluate(model: nn.Module, tiles: DeviceTiles, compute: Compute, tta: bool =
     logits, targets = [], []
     with _bar("evaluate", len(tiles)) as bar:
         for part in batches(len(tiles), EVALUATION_BATCH, tiles.index_device):
-            images, labels = tiles.batch(part)
             with compute.autocast():
                 if tta:
-                    views = [model(normalise(view)).float().log_softmax(1) for view in dihedral_views(images)]
+                    inputs, labels = _views(tiles, part)
+                    views = [model(view).float().log_softmax(1) for view in inputs]
                     logits.append(torch.stack(views).logsumexp(0) - math.log(len(views)))
                 else:
-                    logits.append(model(normalise(images)).float())
+                    images, labels = _inputs(tiles, part)
+                    logits.append(model(images).float())
             targets.append(labels)
             bar.update(len(part))
     scores = torch.cat(logits)
@@ -238,16 +249,28 @@ def evaluate(model: nn.Module, tiles: DeviceTiles, compute: Compute, tta: bool =
     return Evaluation(scores.cpu().numpy(), torch.cat(targets).cpu().numpy())
 
 
-def fit(model: nn.Module, dataset: Dataset, config: TrainingConfig, compute: Compute, run: Run) -> Fitted:
+def fit(
+    model: nn.Module,
+    dataset: Dataset,
+    config: TrainingConfig,
+    compute: Compute,
+    run: Run,
+    *,
+    train: Tiles | None = None,
+    val: Tiles | None = None,
+    lr_factors: Mapping[str, float] | None = None,
+    before_epoch: Callable[[nn.Module, int], None] | None = None,
+) -> Fitted:
     """Train for the configured epochs, or on from the run's last checkpoint, and keep the best weights.
 
     After each epoch best.pt (if the epoch is the best so far), last.pt and history.csv are written whole, so
-    that a kill loses at most the epoch in progress.
+    that a kill loses at most the epoch in progress. `train` and `val` stand in for the data set's tiles.
+    `before_epoch` gets the network, and its EMA, with the number of the epoch about to start.
     """
     model.to(compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    train = DeviceTiles(dataset.train, compute.device)
-    val = DeviceTiles(dataset.val, compute.device)
-    optimizer = build_optimizer(model, config)
+    train = train or DeviceTiles(dataset.train, compute.device)
+    val = val or DeviceTiles(dataset.val, compute.device)
+    optimizer = build_optimizer(model, config, lr_factors)
     average = None
     if config.ema_decay:
         steps = config.n_epochs * len(batches(len(train), config.batch_size, train.index_device))
@@ -265,6 +288,9 @@ def fit(model: nn.Module, dataset: Dataset, config: TrainingConfig, compute: Com
     while not (stopped := reason_to_stop(history, config)):
         started = time.perf_counter()
         epoch = len(history) + 1
+        if before_epoch:
+            for network in {model, judged}:
+                before_epoch(network, epoch)
         loss = train_one_epoch(model, train, optimizer, epoch, config, compute, average)
         trained = time.perf_counter() - started
         if average or config.reestimate_batchnorm:
@@ -273,7 +299,7 @@ def fit(model: nn.Module, dataset: Dataset, config: TrainingConfig, compute: Com
             "epoch": epoch,
             "train/loss": loss,
             **evaluate(judged, val, compute).summary("validate"),
-            "lr": optimizer.param_groups[0]["lr"],
+            "lr": max(group["lr"] for group in optimizer.param_groups),
             "tiles_per_second": len(train) / trained,
             "seconds": time.perf_counter() - started,
         }
@@ -331,14 +357,24 @@ def reason_to_stop(history: list[dict[str, float]], config: TrainingConfig) -> s
 
 
 def score_test_split(
-    model: nn.Module, fitted: Fitted, dataset: Dataset, config: TrainingConfig, compute: Compute, run: Run
+    model: nn.Module,
+    fitted: Fitted,
+    dataset: Dataset,
+    config: TrainingConfig,
+    compute: Compute,
+    run: Run,
+    *,
+    val: Tiles | None = None,
+    test: Tiles | None = None,
 ) -> dict[str, Any]:
     """Score the test tiles once, with the best weights and with the last ones; write scores.npz.
 
     Returns the content of summary.json but for the run's own facts. The model is left with its best weights.
+    `val` and `test` stand in for the data set's tiles.
     """
     started = time.perf_counter()
-    test = DeviceTiles(dataset.test, compute.device)
+    test = test or DeviceTiles(dataset.test, compute.device)
+    val = val or DeviceTiles(dataset.val, compute.device)
     scores: dict[str, Evaluation] = {}
     model.load_state_dict(fitted.last)
     scores["last"] = evaluate(model, test, compute)
@@ -346,12 +382,12 @@ def score_test_split(
     scores["best"] = evaluate(model, test, compute)
     if config.tta:
         scores["tta"] = evaluate(model, test, compute, tta=True)
-    val = evaluate(model, DeviceTiles(dataset.val, compute.device), compute)
+    validation = evaluate(model, val, compute)
     run.save_scores(
         **{f"{name}_logits": evaluation.logits for name, evaluation in scores.items()},
         targets=scores["best"].targets,
-        validate_logits=val.logits,
-        validate_targets=val.targets,
+        validate_logits=validation.logits,
+        validate_targets=validation.targets,
     )
     described = {name: _described(evaluation, dataset.class_names) for name, evaluation in scores.items()}
     epochs = {"best": fitted.best_epoch, "tta": fitted.best_epoch, "last": len(fitted.history)}
@@ -396,15 +432,36 @@ def _best_content(model: nn.Module, dataset: Dataset, config: TrainingConfig, ep
         "class_names": list(dataset.class_names),
         "dataset": dataset.title,
         "size": dataset.size,
+        "config": config.as_dict(),
     }
 
 
-def _clean_inputs(tiles: DeviceTiles, seed: int) -> Iterator[torch.Tensor]:
+def _inputs(
+    tiles: Tiles, part: torch.Tensor, augment: Augmentation | None = None, draws: torch.Generator | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the network takes in the place of these tiles, augmented if asked, and their labels."""
+    if isinstance(tiles, CachedFeatures):
+        return tiles.batch(part, draws)
+    images, targets = tiles.batch(part)
+    if augment and draws:
+        images = augment(images, draws)
+    return normalise(images), targets
+
+
+def _views(tiles: Tiles, part: torch.Tensor) -> tuple[torch.Tensor | Iterator[torch.Tensor], torch.Tensor]:
+    """The 8 dihedral views of these tiles as the network takes them, one after the other, and their labels."""
+    if isinstance(tiles, CachedFeatures):
+        return tiles.views(part)
+    images, targets = tiles.batch(part)
+    return map(normalise, dihedral_views(images)), targets
+
+
+def _clean_inputs(tiles: Tiles, seed: int) -> Iterator[torch.Tensor]:
     """The same random training tiles each time, not augmented, as BatchNorm re-estimation takes them."""
     order = torch.randperm(len(tiles), generator=generator(seed, 0, "batchnorm"))[:BATCHNORM_TILES]
     for part in torch.split(order, EVALUATION_BATCH):
-        images, _ = tiles.batch(part.to(tiles.index_device))
-        yield normalise(images)
+        inputs, _ = _inputs(tiles, part.to(tiles.index_device))
+        yield inputs
 
 
 def _loss(logits: torch.Tensor, targets: torch.Tensor, mixed: Mixed, label_smoothing: float) -> torch.Tensor:

@@ -1,0 +1,286 @@
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import task5
+from common import checkpoint, pretrained
+from common.comparison import convergence_epoch
+from common.config import parse
+from common.data import DeviceTiles, load_dataset
+from common.errors import UsageError
+from common.metrics import softmax
+from common.models import build_model, normalise
+from common.pretrained import FineTunedNetwork
+from common.training import Compute, evaluate
+
+CPU = Compute(torch.device("cpu"), torch.float32)
+SMALL = "mobilenet_v3_small"
+
+
+def read(*arguments: str) -> task5.Task5Config:
+    return parse(task5.Task5Config, arguments, "")
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of generated weights: of the right layout, trained on nothing."""
+    torch.manual_seed(5)
+    path = tmp_path_factory.mktemp("weights") / "small.pth"
+    torch.save(build_model(SMALL, 1000, 32).state_dict(), path)
+    return path
+
+
+def keys(root: Path, output: Path, weights: Path | str, *more: str) -> list[str]:
+    return [
+        "--dataset=phantom",
+        "--size=28",
+        "--phantom_tiles=90",
+        f"--model_name={SMALL}",
+        f"--weights={weights}",
+        "--resize_to=32",
+        "--n_epochs=2",
+        "--batch_size=32",
+        "--lr=0.01",
+        "--run_id=r",
+        "--wandb=disabled",
+        f"--data_root={root}",
+        f"--output_dir={output}",
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, phantom_root: Path, weights: Path) -> Path:
+    """The output folder of a comparison over two seeds."""
+    output = tmp_path_factory.mktemp("output")
+    task5.main(read(*keys(phantom_root, output, weights, "--n_seeds=2", "--tta")))
+    return output
+
+
+def test_the_defaults_are_the_courseworks() -> None:
+    config = read()
+    assert config.model_name == "mobilenet_v3_large"
+    assert config.weights == "MobileNet_V3_Large_Weights.IMAGENET1K_V2"
+    assert (config.train_part, config.adapt_batchnorm, config.cache_features) == ("classifier", False, True)
+    assert (config.n_epochs, config.batch_size, config.label_smoothing) == (20, 512, 0.1)
+    assert config.lr < task5.FROM_SCRATCH["lr"]
+
+
+def test_weights_bring_their_network_and_a_network_its_weights() -> None:
+    assert read("--weights=ResNet18_Weights.IMAGENET1K_V1").model_name == "resnet18"
+    assert read("--weights=efficientnet_lite0_imagenet").model_name == "tf_efficientnet_lite0"
+    assert read("--model_name=tf_efficientnet_lite0").weights == "efficientnet_lite0_imagenet"
+    assert read("--model_name=resnet50").weights == "ResNet50_Weights.IMAGENET1K_V2"
+    with pytest.raises(UsageError, match="--model_name resnet19: no network of this name; did you mean resnet1"):
+        read("--model_name=resnet19")
+
+
+def test_the_recipe_of_data_set_and_network_is_implied_and_can_be_overridden() -> None:
+    recipe = task5.RECIPES["pathmnist-mini", "tf_efficientnet_lite0"]
+    values = read("--dataset=pathmnist-mini", "--weights=efficientnet_lite0_imagenet").as_dict()
+    assert {name: values[name] for name in recipe} == recipe
+    assert read("--dataset=pathmnist-mini", "--model_name=tf_efficientnet_lite0", "--lr=0.5").lr == 0.5
+    assert read("--dataset=pathmnist-mini", "--model_name=resnet18").lr == task5.Task5Config().lr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--weights=none", "--train_part=head"], "--train_part head: random weights cannot stay frozen"),
+        (["--train_part=all", "--adapt_batchnorm"], "--adapt_batchnorm: with --train_part all"),
+        (["--unfreeze_epoch=3"], "--unfreeze_epoch 3: only --train_part all unfreezes"),
+        (["--train_part=all", "--cache_features"], "--cache_features: not possible with --train_part all"),
+        (["--mixup_alpha=1", "--cache_features"], "--cache_features: not possible with mixup or cutmix"),
+        (["--cache_features=False", "--feature_views=2"], "--feature_views 2: nothing is cached here"),
+        (
+            ["--augmentation=dihedral", "--feature_views=3"],
+            "--feature_views 3: with augmentation dihedral it is 8",
+        ),
+        (["--weights=ResNet18_Weights.V9"], "--weights ResNet18_Weights.V9: torchvision has no such weights"),
+    ],
+)
+def test_contradictions_are_refused_in_one_line(arguments: list[str], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        read(*arguments)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_features_are_cached_where_that_is_possible() -> None:
+    assert read("--augmentation=none").feature_views == 1
+    assert read("--augmentation=dihedral").feature_views == 8
+    assert read("--augmentation=stain").feature_views == task5.RANDOM_VIEWS
+    for arguments in (["--train_part=all"], ["--adapt_batchnorm"], ["--cutmix_alpha=1"], ["--weights=none"]):
+        config = read(*arguments)
+        assert (config.cache_features, config.feature_views) == (False, None)
+
+
+def test_the_runs_from_scratch_differ_in_what_scratch_needs_and_share_seed_and_budget() -> None:
+    runs = read("--run_id=r", "--n_seeds=2", "--seed=3", "--augmentation=stain").runs()
+    assert [run.run_id for run in runs] == ["r", "r-scratch", "r-seed4", "r-scratch-seed4"]
+    for tuned, scratch in ((runs[0], runs[1]), (runs[2], runs[3])):
+        one, other = tuned.as_dict(), scratch.as_dict()
+        differing = {name for name in one if one[name] != other[name]}
+        assert differing <= {*task5.FROM_SCRATCH, "weights", "run_id"}
+        assert scratch.train_part == "all"
+        assert tuned.seed == scratch.seed
+    alone = read("--weights=none", "--run_id=r")
+    assert [run.run_id for run in alone.runs()] == ["r"]
+    made = runs[1].as_dict()
+    direct = read("--weights=none", "--run_id=r-scratch", "--seed=3", "--augmentation=stain", "--n_seeds=2")
+    assert direct.as_dict() == made
+
+
+def test_a_comparison_leaves_its_records_and_figures_and_nothing_else(finished: Path) -> None:
+    files = {str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file()}
+    expected = {"runs/r/comparison.json", "fig/task5/r-comparison.png"}
+    for run_id in ("r", "r-scratch", "r-seed1", "r-scratch-seed1"):
+        expected |= {
+            f"runs/{run_id}/{name}" for name in ("config.json", "history.csv", "summary.json", "scores.npz")
+        }
+        expected |= {f"checkpoints/{run_id}/{name}.pt" for name in ("best", "last")}
+        for name in ("train-loss", "validate-auc", "validate-acc", "confusion"):
+            expected.add(f"fig/task5/{run_id}-{name}.png")
+    assert files == expected
+
+
+def test_the_records_name_the_weights_and_where_they_came_from(finished: Path, weights: Path) -> None:
+    for name in ("config.json", "summary.json"):
+        record = json.loads((finished / "runs/r" / name).read_text())
+        assert record["task"] == "task5"
+        assert record["weights"]["source"] == str(weights)
+        assert len(record["weights"]["sha256"]) == 64
+    assert json.loads((finished / "runs/r-scratch/config.json").read_text())["weights"]["sha256"] is None
+
+
+def test_the_best_checkpoint_is_the_network_that_was_scored(finished: Path, phantom_root: Path) -> None:
+    test = DeviceTiles(load_dataset("phantom", 28, phantom_root, 90).test, CPU.device)
+    for run_id in ("r", "r-scratch"):
+        model = pretrained.load_fine_tuned(finished / f"checkpoints/{run_id}/best.pt")
+        with np.load(finished / f"runs/{run_id}/scores.npz", allow_pickle=False) as scores:
+            np.testing.assert_allclose(evaluate(model, test, CPU).logits, scores["best_logits"], atol=1e-4)
+            views = evaluate(model, test, CPU, tta=True).logits
+            np.testing.assert_allclose(softmax(views), softmax(scores["tta_logits"]), atol=1e-4)
+
+
+def test_the_frozen_part_of_a_whole_run_is_that_of_the_file(finished: Path, weights: Path) -> None:
+    before = checkpoint.load(weights)
+    after = checkpoint.load(finished / "checkpoints/r/last.pt")["state_dict"]
+    frozen = [name for name in before if not name.startswith("classifier")]
+    assert len(frozen) > 200
+    assert all(torch.equal(after[f"network.{name}"], before[name]) for name in frozen)
+
+
+def test_the_comparison_is_that_of_the_records(finished: Path) -> None:
+    content = json.loads((finished / "runs/r/comparison.json").read_text())
+    assert "within 0.005" in content["convergence_rule"]
+    assert content["synthetic"] is True
+    difference = []
+    for tuned, scratch in (("r", "r-scratch"), ("r-seed1", "r-scratch-seed1")):
+        both = [json.loads((finished / f"runs/{run_id}/summary.json").read_text()) for run_id in (tuned, scratch)]
+        difference.append(both[0]["test/acc"] - both[1]["test/acc"])
+    assert content["differences"]["test/acc"]["mean"] == pytest.approx(np.mean(difference))
+    for kind, run_ids in (("fine-tuned", ["r", "r-seed1"]), ("from scratch", ["r-scratch", "r-scratch-seed1"])):
+        runs = content["runs"][kind]
+        assert [run["run_id"] for run in runs] == run_ids
+        assert [run["seed"] for run in runs] == [0, 1]
+        for run in runs:
+            with open(finished / f"runs/{run['run_id']}/history.csv", newline="") as file:
+                history = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+            assert run["convergence_epoch"] == convergence_epoch(history)
+            assert run["test/acc"]["low"] <= run["test/acc"]["value"] <= run["test/acc"]["high"]
+        mean = content["over_seeds"]["validate/acc"][kind]["mean"]
+        assert mean == pytest.approx(np.mean([run["validate/acc"] for run in runs]))
+
+
+def test_the_command_again_skips_what_is_finished_and_compares_again(
+    finished: Path, phantom_root: Path, weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (finished / "runs/r/comparison.json").read_text()
+    trained = {path: path.stat().st_mtime_ns for path in finished.rglob("summary.json")}
+    task5.main(read(*keys(phantom_root, finished, weights, "--n_seeds=2", "--tta")))
+    assert trained == {path: path.stat().st_mtime_ns for path in finished.rglob("summary.json")}
+    assert (finished / "runs/r/comparison.json").read_text() == before
+    assert "run r-scratch-seed1 is finished already" in capsys.readouterr().out
+
+
+def test_the_cache_changes_how_long_a_run_takes_and_not_what_it_finds(
+    finished: Path, phantom_root: Path, weights: Path, tmp_path: Path
+) -> None:
+    task5.main(read(*keys(phantom_root, tmp_path, weights, "--scratch=False", "--tta", "--cache_features=False")))
+    arrays = []
+    for folder in (finished, tmp_path):
+        with np.load(folder / "runs/r/scores.npz", allow_pickle=False) as scores:
+            arrays.append({name: scores[name] for name in scores.files})
+    assert arrays[0].keys() == arrays[1].keys()
+    for name in arrays[0]:
+        np.testing.assert_allclose(arrays[0][name], arrays[1][name], atol=1e-4)
+    assert not (tmp_path / "runs/r/comparison.json").exists()
+
+
+def test_a_run_starts_from_another_runs_weights(finished: Path, phantom_root: Path) -> None:
+    task5.main(read(*keys(phantom_root, finished, "r", "--scratch=False", "--run_id=second")))
+    record = json.loads((finished / "runs/second/config.json").read_text())
+    assert record["weights"]["source"] == "run r of this project, best.pt"
+    first = checkpoint.load(finished / "checkpoints/r/best.pt")["state_dict"]
+    second = checkpoint.load(finished / "checkpoints/second/last.pt")["state_dict"]
+    assert torch.equal(first["mean"], second["mean"])
+    assert torch.equal(first["network.features.3.block.0.0.weight"], second["network.features.3.block.0.0.weight"])
+
+
+def test_more_than_the_classifier_is_trained_only_from_the_unfreezing_epoch_on(
+    phantom_root: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, torch.Tensor]] = []
+    original = task5.Run.log_epoch
+
+    def noted(self: task5.Run, history: Any) -> None:
+        original(self, history)
+        seen.append(checkpoint.load(self.checkpoints / "last.pt")["judged_state_dict"])
+
+    monkeypatch.setattr(task5.Run, "log_epoch", noted)
+    more = ["--train_part=all", "--unfreeze_epoch=3", "--n_epochs=3", "--ema_decay=0.9", "--scratch=False"]
+    task5.main(read(*keys(phantom_root, tmp_path, weights, *more, "--weight_decay=0.1")))
+    before = checkpoint.load(weights)
+    frozen = [name for name in before if not name.startswith("classifier")]
+    for epoch in (0, 1):
+        assert all(torch.equal(seen[epoch][f"network.{name}"], before[name]) for name in frozen)
+    moved = {name for name in frozen if not torch.equal(seen[2][f"network.{name}"], before[name])}
+    assert {name.rpartition(".")[2] for name in moved} >= {"weight", "bias", "running_mean", "running_var"}
+    assert not torch.equal(seen[0]["network.classifier.0.weight"], before["classifier.0.weight"])
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "epoch"),
+    [
+        ([0.5, 0.8, 0.7], 2),
+        ([0.5, 0.894, 0.895, 0.9], 3),  # 0.5 points below the best count, 0.6 do not
+        ([0.9, 0.2, 0.9], 1),
+        ([0.7], 1),
+    ],
+)
+def test_a_run_has_converged_where_its_accuracy_first_comes_within_half_a_point_of_its_best(
+    accuracies: list[float], epoch: int
+) -> None:
+    assert convergence_epoch([{"validate/acc": accuracy} for accuracy in accuracies]) == epoch
+
+
+def test_networks_share_everything_but_their_start(tmp_path: Path, weights: Path) -> None:
+    torch.manual_seed(0)
+    found = pretrained.load_weights(str(weights), SMALL, tmp_path)
+    tuned = pretrained.build_fine_tuned(SMALL, 9, found, 32)
+    torch.manual_seed(0)
+    scratch = pretrained.build_fine_tuned(SMALL, 9, pretrained.load_weights("none", SMALL, tmp_path), 32, "all")
+    assert isinstance(tuned, FineTunedNetwork)
+    assert torch.equal(tuned.mean, scratch.mean)
+    images = normalise(torch.randint(0, 256, (2, 3, 28, 28), dtype=torch.uint8))
+    assert torch.equal(tuned._prepared(images), scratch._prepared(images))
+    one, other = tuned.state_dict(), scratch.state_dict()
+    assert {name: value.shape for name, value in one.items()} == {n: value.shape for n, value in other.items()}
+    assert torch.equal(one["network.classifier.3.weight"], other["network.classifier.3.weight"])
+    assert not torch.equal(one["network.features.0.0.weight"], other["network.features.0.0.weight"])
