@@ -13,6 +13,9 @@ registries only: its ImageNet weights are the package efficientnet-lite0-pytorch
 A frozen network sees the same tiles in every epoch, so its features are computed once (`cache_features`): an epoch
 then takes a fraction of a second.
 
+With the second command, seed 0 of the fine-tuned network scores test ACC 0.886 (499 tiles; 95 % interval 0.855 to
+0.911) and AUC 0.986; averaged over each tile's 8 views, 0.892 and 0.991. A run takes five minutes on one core.
+
 Leaves the same records as task1.py for each run, <run_id> and <run_id>-scratch (and -seed1 and so on), figures in
 fig/task5/, and the comparison: runs/<run_id>/comparison.json and fig/task5/<run_id>-comparison.png.
 """
@@ -52,9 +55,10 @@ FROM_SCRATCH: dict[str, Any] = {
     "weight_decay": 1.0640579453275e-06,
 }
 
-# By data set and network, chosen on validation loss and ACC alone. With 800 tiles a frozen network stays at
-# validation ACC .85; all layers, the first ones at a tenth of the head's rate, reach .88. 80 pixels did no worse
-# than 112 (frozen features: loss .45 against .47) or 192 (.52), and cost half as much as 112.
+# By data set and network, chosen on validation loss and ACC alone (200 tiles, seed 0). Logistic regression on
+# frozen features gave validation ACC .82 to .87, whatever the views and the decay; all layers, the first ones at a
+# tenth of the head's rate, .885. 80 pixels did no worse than 112 (frozen features' loss .45 against .47) or 192
+# (.52), at half the cost of 112.
 RECIPES: dict[tuple[str, str], dict[str, Any]] = {
     ("pathmnist-mini", pretrained.LITE0): {
         "augmentation": "stain",

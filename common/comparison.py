@@ -1,6 +1,7 @@
 """Fine-tuned runs beside runs from scratch: when they converge, what they score, and what sets them apart."""
 
 import csv
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from common.ablation import compare, spread
+from common.ablation import Spread, compare, spread
 from common.files import write_json
 from common.tracking import AXIS_LABELS, read_json
 
@@ -59,13 +60,10 @@ def compare_runs(name: str, tuned: Sequence[str], scratch: Sequence[str], output
         ),
         "runs": {kind: [_record(run) for run in runs] for kind, runs in groups.items()},
         "over_seeds": {
-            metric: {kind: asdict(spread(list(by_seed.values()))) for kind, by_seed in kinds.items()}
+            metric: {kind: _plain(spread(list(by_seed.values()))) for kind, by_seed in kinds.items()}
             for metric, kinds in values.items()
         },
-        "differences": {
-            metric: asdict(compare(kinds)["fine-tuned"].differences) | {"p": compare(kinds)["fine-tuned"].p}
-            for metric, kinds in values.items()
-        },
+        "differences": {metric: _difference(kinds) for metric, kinds in values.items()},
     }
     figure = output_dir / "fig" / "task5" / f"{name}-comparison.png"
     _draw(figure, groups, f"{groups['fine-tuned'][0]['config']['model_name']} · {first['dataset']}")
@@ -75,6 +73,17 @@ def compare_runs(name: str, tuned: Sequence[str], scratch: Sequence[str], output
         print(f"{kind}, {len(runs)} seed{'s' if len(runs) > 1 else ''}: " + _in_words(runs))
     print(f"{first['dataset']}; comparison in {path}, figure:\n  {figure}")
     return content
+
+
+def _difference(kinds: Mapping[str, Mapping[int, float]]) -> dict[str, float | None]:
+    """Fine-tuned minus scratch over the seeds, and the paired t test's p value."""
+    comparison = compare(kinds)["fine-tuned"]
+    return {**_plain(comparison.differences), "p": None if math.isnan(comparison.p) else comparison.p}
+
+
+def _plain(values: Spread) -> dict[str, float | None]:
+    """For JSON, where what one seed cannot tell is null."""
+    return {name: None if math.isnan(value) else value for name, value in asdict(values).items()}
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -150,7 +159,7 @@ def _draw(path: Path, groups: Mapping[str, Sequence[Mapping[str, Any]]], title: 
                     axes.axvline(converged, color=colour, linestyle="--", linewidth=1)
             axes.set_ylabel(wrap(AXIS_LABELS[column], 30))
         panels[0].legend()
-        panels[-1].set_xlabel("Epoch; dashed: convergence, the first ACC within 0.5 points of the run's best")
+        panels[-1].set_xlabel("Epoch (dashed: convergence, ACC within 0.5 points of the best)")
         panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.suptitle(wrap(f"Task 5 · {title}", 75), fontsize=10)
         save(figure, path)

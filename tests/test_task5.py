@@ -9,7 +9,7 @@ import torch
 
 import task5
 from common import checkpoint, pretrained
-from common.comparison import convergence_epoch
+from common.comparison import compare_runs, convergence_epoch
 from common.config import parse
 from common.data import DeviceTiles, load_dataset
 from common.errors import UsageError
@@ -196,6 +196,19 @@ def test_the_comparison_is_that_of_the_records(finished: Path) -> None:
             assert run["test/acc"]["low"] <= run["test/acc"]["value"] <= run["test/acc"]["high"]
         mean = content["over_seeds"]["validate/acc"][kind]["mean"]
         assert mean == pytest.approx(np.mean([run["validate/acc"] for run in runs]))
+
+
+def test_one_seed_is_compared_without_what_it_cannot_tell(finished: Path) -> None:
+    content = compare_runs("r-seed1", ["r-seed1"], ["r-scratch-seed1"], finished)
+    path, figure = finished / "runs/r-seed1/comparison.json", finished / "fig/task5/r-seed1-comparison.png"
+    assert json.loads(path.read_text()) == content
+    difference = content["differences"]["test/acc"]
+    assert (difference["n"], difference["sd"], difference["low"], difference["p"]) == (1, None, None, None)
+    runs = content["runs"]
+    one, other = (runs[kind][0]["test/acc"]["value"] for kind in ("fine-tuned", "from scratch"))
+    assert difference["mean"] == pytest.approx(one - other)
+    path.unlink()
+    figure.unlink()
 
 
 def test_the_command_again_skips_what_is_finished_and_compares_again(
