@@ -26,6 +26,7 @@ from torch import nn
 from torchvision.transforms.v2.functional import gaussian_blur
 from tqdm import tqdm
 
+from common.ablation import spread
 from common.attribution import (
     FORWARD_BATCH,
     INPUT_RANGE,
@@ -69,11 +70,10 @@ class Removal:
 
 def mean_estimate(values: Array) -> Estimate:
     """The mean of values that each come from one tile, with its 95 % t interval."""
-    mean = float(values.mean())
     if len(values) < 2:
         raise ValueError("an interval needs at least two tiles")
-    half = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
-    return Estimate(mean, mean - half, mean + half)
+    over_tiles = spread(values.tolist())
+    return Estimate(over_tiles.mean, over_tiles.low, over_tiles.high)
 
 
 def rank_correlation(first: torch.Tensor, second: torch.Tensor) -> Array:
@@ -284,11 +284,8 @@ def check_methods(
             errors[name] = vars(mean_estimate(values))
     faithful = removal_report(removals)
     some = slice(n["infidelity"])
-    relative_error = torch.cat(
-        [
-            integrated_gradients_with_error(model, *part)[1]
-            for part in zip(torch.split(inputs[some], 64), torch.split(targets[some], 64), strict=True)
-        ]
+    relative_error = in_batches(
+        lambda x, y: integrated_gradients_with_error(model, x, y)[1], inputs[some], targets[some]
     )
     clock.close()
     return {

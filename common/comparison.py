@@ -1,6 +1,5 @@
 """Fine-tuned runs beside runs from scratch: when they converge, what they score, and what sets them apart."""
 
-import csv
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ import numpy as np
 
 from common.ablation import Spread, compare, spread
 from common.files import write_json
-from common.tracking import AXIS_LABELS, read_json
+from common.tracking import AXIS_LABELS, read_history, read_json
 
 CONVERGED_WITHIN = 0.005
 COLUMNS = ("train/loss", "validate/auc", "validate/acc")
@@ -90,8 +89,7 @@ def _read(folder: Path) -> dict[str, Any]:
     """What the comparison needs of a finished run."""
     summary = read_json(folder / "summary.json")
     config = read_json(folder / "config.json")["config"]
-    with open(folder / "history.csv", newline="", encoding="utf-8") as file:
-        history = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    history = read_history(folder / "history.csv")
     return {
         "summary": summary,
         "config": config,

@@ -13,13 +13,14 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from common.ablation import spread
 from common.config import Keys, key, run_script
 from common.errors import Fault, UsageError
 from common.files import atomic_path
-from common.tracking import read_json
+from common.tracking import read_history, read_json
 from common.trials import markdown_line
 
 SECTIONS = ("task1", "task2", "task3", "task4", "task5")
@@ -108,8 +109,7 @@ class Study:
             raise UsageError(
                 f"report.toml names run {run_id}, which is not finished in {folder.parent}: make report"
             )
-        with open(folder / "history.csv", newline="", encoding="utf-8") as file:
-            history = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        history = read_history(folder / "history.csv")
         return Record(run_id, read_json(folder / "config.json"), read_json(folder / "summary.json"), history)
 
     def runs(self, section: str) -> list[Record]:
@@ -425,10 +425,10 @@ def _beyond(study: Study) -> list[str]:
     )  # fmt: skip
     lines += markdown_line("---", *["---:"] * 8, "---")
     for task, records in everything.items():
-        validation = _mean([record.summary["validate"]["validate/acc"] for record in records])
-        test = _mean([record.summary["test/acc"] for record in records])
-        last = _mean([record.summary["last"]["acc"]["value"] for record in records])
-        error = _mean([record.summary["best"]["expected_calibration_error"] for record in records])
+        validation = fmean([record.summary["validate"]["validate/acc"] for record in records])
+        test = fmean([record.summary["test/acc"] for record in records])
+        last = fmean([record.summary["last"]["acc"]["value"] for record in records])
+        error = fmean([record.summary["best"]["expected_calibration_error"] for record in records])
         speeds = [row["tiles_per_second"] for record in records for row in record.history]
         noise = spread([record.summary["test/acc"] for record in records])
         lines += markdown_line(
@@ -440,7 +440,7 @@ def _beyond(study: Study) -> list[str]:
             f"{noise.sd:.3f}" if noise.n > 1 else "one seed",
             f"{error:.3f}",
             f"{sorted(speeds)[len(speeds) // 2]:,.0f}",
-            f"{_mean([record.summary['wall_seconds'] for record in records]):.0f}",
+            f"{fmean([record.summary['wall_seconds'] for record in records]):.0f}",
             records[0].summary["device"],
         )
     lines += [
@@ -508,10 +508,6 @@ def _spread(values: Mapping[str, float]) -> str:
 def _over_seeds(values: Sequence[float]) -> str:
     over = spread(values)
     return f"{over.mean:.4f}" + (f" [{over.low:.4f}, {over.high:.4f}]" if over.n > 1 else " (one seed)")
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _column(path: Path, name: str) -> list[str]:

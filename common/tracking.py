@@ -1,5 +1,6 @@
 """The records of one run: files under runs/<run_id>/, with W&B as a sink for the same numbers."""
 
+import csv
 import importlib.metadata
 import json
 import netrc
@@ -273,6 +274,12 @@ def _commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def read_history(path: Path) -> list[dict[str, float]]:
+    """The rows of a history.csv, one an epoch."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
 
 def read_json(path: Path) -> Any:
