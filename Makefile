@@ -1,7 +1,9 @@
-# `make demo` and `make test` need Python >= 3.11 and make; everything else they install into .venv.
+# All that follows needs Python >= 3.11 and make; everything else is installed into .venv.
 PYTHON ?= python3
 VENV = .venv/bin/python
-.PHONY: demo test lint
+DATASET ?= pathmnist-mini
+SIZE ?= $(if $(filter pathmnist-mini,$(DATASET)),28,64)
+.PHONY: demo report test lint
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
@@ -10,9 +12,11 @@ VENV = .venv/bin/python
 	$(VENV) -m pip install --quiet --editable '.[demo,dev]' --constraint constraints.txt
 	touch $@
 
-demo: .venv/installed  ## Task 1 on the generated phantom, into demo/: about three minutes on two cores
-	$(VENV) task1.py --dataset phantom --size 28 --data_root demo/data --output_dir demo --wandb disabled
-	@echo "open the figures above; every record is in demo/runs/"
+demo: .venv/installed  ## a miniature of the whole study on generated tiles, into demo/
+	$(VENV) -m common.study --dataset phantom --size 28 --data_root demo/data --output_dir demo --wandb disabled
+
+report: .venv/installed  ## the study of a data set: all runs that are missing, then its report.md
+	$(VENV) -m common.study --dataset $(DATASET) --size $(SIZE)
 
 test: .venv/installed
 	$(VENV) -m pytest

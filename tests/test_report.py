@@ -6,10 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 import task1
 import train
-from common import report
+from common import report, sweep
 from common.config import run_script
 
 PHANTOM = ["--dataset=phantom", "--size=28", "--phantom_tiles=90", "--wandb=disabled"]
@@ -17,21 +18,24 @@ PHANTOM = ["--dataset=phantom", "--size=28", "--phantom_tiles=90", "--wandb=disa
 
 @pytest.fixture(scope="module")
 def finished(phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A study of four small runs; the ablation's table stands for what common.ablation writes."""
+    """A study of six small runs, four of them an ablation with its table."""
     folder = tmp_path_factory.mktemp("study")
     where = [f"--data_root={phantom_root}", f"--output_dir={folder}"]
+    fixed = [f"--data_root={phantom_root}", *PHANTOM, "--n_epochs=2", "--batch_size=45"]
     for seed in (0, 1):
         same = [*PHANTOM, *where, "--n_epochs=2", f"--seed={seed}"]
         run_script(task1.main, task1.Task1Config, [*same, f"--run_id=first-{seed}"])
-        run_script(train.main, train.TrainConfig, [*same, f"--run_id=third-{seed}", "--batch_size=45"])
-    sweep = folder / "sweeps" / "small"
-    sweep.mkdir(parents=True)
-    (sweep / "table.md").write_text("| row | seeds |\n|---|---|\n| combined | 2 |\n")
-    (sweep / "runs.csv").write_text("run_id,seed\nthird-0,0\nthird-1,1\n")
-    (folder / "fig" / "task4").mkdir()
-    shutil.copy(next((folder / "fig" / "task1").iterdir()), folder / "fig" / "task4" / "small.png")
+        for row in ("combined", "with_tta"):
+            names = [f"--output_dir={folder}", f"--run_id=small-{row}-{seed}", f"--ablation={row}"]
+            run_script(train.main, train.TrainConfig, [*fixed, *names, f"--seed={seed}"])
+    file = folder / "small.yaml"
+    parameters = {"ablation": {"values": ["combined", "with_tta"]}, "seed": {"values": [0, 1]}}
+    file.write_text(yaml.safe_dump({"program": "train.py", "method": "grid", "parameters": parameters}))
+    arguments = [f"--file={file}", f"--output_dir={folder}", "--table_only", f"--fixed={' '.join(fixed)}"]
+    run_script(sweep.main, sweep.SweepConfig, arguments)
     (folder / "report.toml").write_text(
-        '[task1]\nruns = ["first-0", "first-1"]\n[task3]\nruns = ["third-0", "third-1"]\n'
+        '[task1]\nruns = ["first-0", "first-1"]\n'
+        '[task3]\nruns = ["small-combined-0", "small-combined-1"]\n'
         '[task4]\nablation = "small"\n'
     )
     return folder
@@ -60,7 +64,7 @@ def fails(folder: Path, status: int, message: str, capsys: pytest.CaptureFixture
 def test_the_page_shows_every_run_with_its_scores_and_every_link_leads_somewhere(study: Path) -> None:
     make(study)
     page = (study / "report.md").read_text()
-    for run_id in ("first-0", "first-1", "third-0", "third-1"):
+    for run_id in ("first-0", "first-1", "small-combined-0", "small-combined-1"):
         summary = json.loads((study / "runs" / run_id / "summary.json").read_text())
         scores = summary["best"]["acc"]
         line = next(line for line in page.splitlines() if line.startswith(f"| [{run_id}](runs/{run_id}/) "))
@@ -116,7 +120,10 @@ def test_the_same_records_give_the_same_page(study: Path) -> None:
         ("[task1]\n", r"\[task1\] needs runs = \[\"RUN_ID\""),
         ('[task1]\nruns = ["gone"]\n', "names run gone, which is not finished"),
         ('[task1]\nruns = ["first-0"]\n[task2]\nrun = "first-0"\n', "which is not explained yet"),
-        ('[task3]\nruns = ["third-0"]\n[task4]\nablation = "gone"\n', "table.md: missing; python -m common.sweep"),
+        (
+            '[task3]\nruns = ["small-combined-0"]\n[task4]\nablation = "gone"\n',
+            "runs.csv: missing; python -m common.sweep",
+        ),
         (
             '[task1]\nruns = ["first-0"]\n[task5]\ncomparison = "gone"\n',
             "comparison.json: missing; python task5.py",
@@ -136,8 +143,8 @@ def test_a_selection_that_cannot_be_shown_is_refused_in_one_line(
 def test_a_missing_figure_and_a_missing_page_are_faults(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fails(study, 1, "fig.*: the report shows this figure, and it is missing", capsys, "--check")
     make(study)
-    next((study / "fig" / "task3").glob("third-0-*")).unlink()
-    fails(study, 1, "fig/task3/third-0-.*: the report shows this figure", capsys, "--check")
+    next((study / "fig" / "task3").glob("small-combined-0-*")).unlink()
+    fails(study, 1, "fig/task3/small-combined-0-.*: the report shows this figure", capsys, "--check")
 
 
 def test_runs_of_different_data_are_not_mixed(study: Path, capsys: pytest.CaptureFixture[str]) -> None:

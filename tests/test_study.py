@@ -1,0 +1,106 @@
+"""The study in one command: what it would run, that it runs, that it goes on where it was."""
+
+import dataclasses
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import task1
+import task2
+import task5
+from common import study, sweep
+from common.config import Keys, parse, run_script
+from common.sweep_file import read_sweep
+
+SCRIPTS: dict[str, type[Keys]] = {
+    "task1.py": task1.Task1Config,
+    "task2.py": task2.Task2Config,
+    "task5.py": task5.Task5Config,
+}
+TINY = "--phantom_tiles=90"
+
+
+def configured(*arguments: str) -> study.StudyConfig:
+    return parse(study.StudyConfig, arguments, "")
+
+
+@pytest.mark.parametrize("dataset", list(study.PLANS))
+def test_every_step_is_a_command_that_its_script_understands(dataset: str, tmp_path: Path) -> None:
+    config = configured(f"--dataset={dataset}", f"--output_dir={tmp_path}")
+    scripts = 0
+    for step in study.steps(config):
+        program, *arguments = step.command
+        if program in SCRIPTS:
+            made: Any = parse(SCRIPTS[program], arguments, "")
+            scripts += 1
+        else:
+            made = parse(sweep.SweepConfig, sweep.as_keys(arguments[1:]), "")
+            assert read_sweep(made.file, made.fixed.split()).fixed["dataset"] == dataset
+        assert made.output_dir == tmp_path
+    assert scripts == config.plan.n_seeds + 2
+
+
+def test_the_miniature_s_ablation_has_its_rows_and_seeds_and_the_full_one_is_the_repository_s(
+    tmp_path: Path,
+) -> None:
+    small = study.ablation_file(configured("--dataset=phantom", f"--output_dir={tmp_path}", "--seed=3"))
+    assert small.parent == tmp_path
+    parameters = yaml.safe_load(small.read_text())["parameters"]
+    assert parameters["ablation"]["values"] == ["combined", "with_all"]
+    assert parameters["seed"]["values"] == [3, 4]
+    assert study.ablation_file(configured(f"--output_dir={tmp_path}")) == Path("ablation.yaml")
+
+
+def test_the_study_keeps_out_of_the_repository_s_own_records_unless_it_repeats_them() -> None:
+    assert configured().output_dir == Path()
+    assert configured("--dataset=pathmnist").output_dir == Path("pathmnist-64")
+    assert configured("--dataset=phantom", "--size=28").output_dir == Path("phantom-28")
+
+
+def test_a_study_runs_to_its_report_and_then_has_nothing_to_do(
+    phantom_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    few = {
+        "task1": (TINY, "--n_epochs=1"),
+        "task2": ("--checked_tiles=2",),
+        "train": (TINY, "--batch_size=45", "--n_epochs=1"),
+        "task5": (TINY, *study.LITE0, "--n_epochs=1", "--resize_to=32"),
+    }
+    plan = dataclasses.replace(study.PLANS["phantom"], n_seeds=1, keys=few)
+    monkeypatch.setitem(study.PLANS, "phantom", plan)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    arguments = ["--dataset=phantom", "--size=28", f"--data_root={phantom_root}", f"--output_dir={tmp_path}"]
+
+    run_script(study.main, study.StudyConfig, arguments)
+    said = capfd.readouterr().out
+    assert said.strip().splitlines()[-1] == f"the study is finished: open {tmp_path / 'report.md'}"
+    page = (tmp_path / "report.md").read_text()
+    for heading in ("Task 1", "Task 2", "Task 3", "Task 4", "Task 5", "Beyond the scores", "Provenance"):
+        assert f"\n## {heading}" in page
+    for link in re.findall(r"\]\(([^)]+)\)", page):
+        assert (tmp_path / link).exists(), link
+
+    # An interrupted study does again what is unfinished, and nothing else; what the user selected stays.
+    (tmp_path / "runs" / "ablation-with_all-0" / "summary.json").unlink()
+    selection = (tmp_path / "report.toml").read_text() + "# mine\n"
+    (tmp_path / "report.toml").write_text(selection)
+    started = []
+
+    def refuse(command: list[str], **_: Any) -> "subprocess.CompletedProcess[bytes]":
+        started.append(command)
+        return subprocess.CompletedProcess(command, 7)
+
+    monkeypatch.setattr(subprocess, "run", refuse)
+    with pytest.raises(SystemExit) as ended:
+        run_script(study.main, study.StudyConfig, arguments)
+    assert ended.value.code == 1
+    [command] = started
+    assert command[1:4] == ["-m", "common.sweep", str(tmp_path / "ablation.yaml")]
+    error = capfd.readouterr().err.strip()
+    assert error.endswith("Tasks 3 and 4, ablation ended with exit status 7; the same command goes on from there")
+    assert (tmp_path / "report.toml").read_text() == selection
+    assert (tmp_path / "report.md").read_text() == page
