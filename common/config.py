@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from common.errors import Fault, UsageError
+from common.errors import Fault, Stopped, UsageError
 
 C = TypeVar("C", bound="Keys")
 
@@ -359,6 +359,9 @@ def run_script(main: Callable[[C], None], config_class: type[C], arguments: Sequ
         run_id = getattr(config, "run_id", None)
         again = f"; the same command{f' with --run_id={run_id}' if run_id else ''} goes on"
         main(config)
+    except Stopped as stopped:
+        print(f"{name}: {stopped}{again}", file=sys.stderr)
+        sys.exit(stopped.exit_status)
     except (UsageError, Fault) as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(error.exit_status)

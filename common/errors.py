@@ -1,4 +1,4 @@
-"""The two errors that end a script with one line on stderr instead of a traceback, and others' first lines."""
+"""The errors that end a script with one line on stderr instead of a traceback, and others' first lines."""
 
 
 class UsageError(Exception):
@@ -11,6 +11,14 @@ class Fault(Exception):
     """Something outside the command failed: a file, the network, the numbers. Exit status 1."""
 
     exit_status = 1
+
+
+class Stopped(Exception):
+    """A signal ended the run, which can go on from where it was. Exit status 128 + the signal's number."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.exit_status = 128 + signal
 
 
 def first_line(error: Exception) -> str:

@@ -33,8 +33,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, name):
+            error.filename = str(path)  # a full disk is told of the file that was meant
         raise
 
 
@@ -72,6 +74,22 @@ def write_csv(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     writer.writerows(lines)
     with atomic_path(path) as temporary:
         temporary.write_text(text.getvalue(), encoding="utf-8")
+
+
+def claim(path: Path) -> io.BufferedRandom | None:
+    """Lock file `path` for this process, as long as it lives and the file that is returned stays open.
+
+    None where another process holds the lock. Unlike `claimed`, the same process may claim it again, and no child
+    inherits it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "w+b")  # noqa: SIM115 (open as long as the claim holds)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # POSIX lets a system choose either
+        file.close()
+        return None
+    return file
 
 
 @contextmanager

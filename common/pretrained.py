@@ -3,9 +3,7 @@
 import hashlib
 import importlib.metadata
 import importlib.util
-import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -369,7 +367,7 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], str]:
         )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError) as error:
+    except Exception as error:  # the unpickler stumbles over a damaged file in many ways, IndexError for one
         raise UsageError(f"--weights {path}: not a file of weights ({first_line(error)})") from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]

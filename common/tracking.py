@@ -20,7 +20,7 @@ import numpy as np
 from common.config import BOOKKEEPING_KEYS, TrainingConfig, Workspace
 from common.data import Dataset
 from common.errors import Fault, UsageError, first_line
-from common.files import atomic_path, write_csv, write_json
+from common.files import atomic_path, claim, write_csv, write_json
 
 WANDB_PROJECT = "hw1"  # the coursework's
 WANDB_PATIENCE = 60.0  # seconds to wait for its server at the start and at the end of a run
@@ -69,11 +69,15 @@ class Run:
         self.figures = config.output_dir / "fig" / task
         if (self.folder / "summary.json").exists():
             raise UsageError(f"run {config.run_id} is finished already ({self.folder}): use another --run_id")
-        if config.resume and not (self.checkpoints / "last.pt").exists():
+        if config.resume and not any(path.exists() for path in self.resumable):
             raise UsageError(f"--resume: run {config.run_id} has no checkpoint in {self.checkpoints}")
+        self._lock = claim(self.folder / ".lock")
+        if self._lock is None:
+            raise UsageError(f"run {config.run_id} is another process's at the moment: use another --run_id")
+        self._sweep_up()
         fresh = not (self.folder / "config.json").exists()
         if not fresh:
-            self._check_same(config)
+            self.check_same(config, read_json(self.folder / "config.json")["config"])
         self.facts = {
             "task": task,
             "run_id": config.run_id,
@@ -97,8 +101,19 @@ class Run:
         self.url: str | None = self._wandb.url if self._wandb else None  # None offline, too
         print(f"run {config.run_id}: {dataset.title} on {device_name}; records in {self.folder}")
 
-    def _check_same(self, config: TrainingConfig) -> None:
-        before = read_json(self.folder / "config.json")["config"]
+    @property
+    def resumable(self) -> tuple[Path, Path]:
+        """The checkpoints that the run can go on from, the newer one first."""
+        return self.checkpoints / "last.pt", self.checkpoints / "previous.pt"
+
+    def _sweep_up(self) -> None:
+        """Delete what a killed process of this run was about to write."""
+        for folder in (self.folder, self.checkpoints):
+            for path in folder.glob(".*-*.*"):
+                path.unlink(missing_ok=True)
+
+    def check_same(self, config: TrainingConfig, before: Mapping[str, Any]) -> None:
+        """Raise UsageError, naming the differing keys, where the run was started with another configuration."""
         now = config.as_dict()
         differing = [
             f"{name} was {before.get(name)}"
@@ -111,9 +126,13 @@ class Run:
                 "use that one or another --run_id"
             )
 
-    def log_epoch(self, history: Sequence[Mapping[str, float]]) -> None:
-        """Write history.csv whole and pass its last row on to W&B and to the terminal."""
+    def write_history(self, history: Sequence[Mapping[str, float]]) -> None:
+        """Write history.csv whole."""
         write_csv(self.folder / "history.csv", history)
+
+    def log_epoch(self, history: Sequence[Mapping[str, float]]) -> None:
+        """Write history.csv and pass its last row on to W&B and to the terminal."""
+        self.write_history(history)
         row = dict(history[-1])
         self._send(lambda run: run.log(row))
         print(
@@ -133,6 +152,8 @@ class Run:
         figures = self._draw(history, summary)
         names = {name: path.name for name, path in figures.items()}
         write_json(self.folder / "summary.json", {**self.facts, "wandb": self.url, **summary, "figures": names})
+        for path in (self.resumable[1], self.folder / ".lock"):  # nothing will ask for them any more
+            path.unlink(missing_ok=True)
         self._send(lambda run: self._send_results(run, summary, figures))
         self._send(lambda run: run.finish())
         for weights in ("best", "last"):

@@ -20,6 +20,7 @@ from common.config import TrainingConfig
 from common.data import Dataset, DeviceTiles
 from common.errors import Fault, UsageError
 from common.features import CachedFeatures
+from common.interruption import Interruption
 from common.mixing import Mixed, mix
 from common.models import normalise
 from common.tracking import Run
@@ -107,6 +108,14 @@ class Fitted:
     stopped: str  # why training ended
 
 
+class EpochCut(Exception):
+    """An epoch was left after a step; `begun` is what `train_one_epoch` needs to go on from there."""
+
+    def __init__(self, begun: dict[str, Any]) -> None:
+        super().__init__()
+        self.begun = begun
+
+
 def _cpu_name() -> str:
     try:  # Linux; platform.processor() says nothing there
         with open("/proc/cpuinfo", encoding="utf-8") as file:
@@ -125,6 +134,19 @@ def derived_seed(seed: int, epoch: int, purpose: str) -> int:
 def generator(seed: int, epoch: int, purpose: str) -> torch.Generator:
     """A CPU generator seeded by `derived_seed`: a GPU run shuffles and augments as a CPU run does."""
     return torch.Generator().manual_seed(derived_seed(seed, epoch, purpose))
+
+
+def _draws_state(draws: torch.Generator, device: torch.device) -> dict[str, torch.Tensor]:
+    """Where the augmentation's generator and those of dropout stand."""
+    state = {"augment": draws.get_state(), "cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def _restore_draws(draws: torch.Generator, device: torch.device, state: Mapping[str, torch.Tensor]) -> None:
+    draws.set_state(state["augment"])
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def batches(
@@ -185,11 +207,14 @@ def train_one_epoch(
     config: TrainingConfig,
     compute: Compute,
     average: ExponentialMovingAverage | None = None,
+    interruption: Interruption | None = None,
+    begun: Mapping[str, Any] | None = None,
 ) -> float:
     """One pass over the training tiles; returns the mean loss a tile. `epoch` counts from 1.
 
     The loss stays on the device: it is read once a second, for the progress bar and to stop a run whose
-    loss is no longer finite (Fault), and once at the end.
+    loss is no longer finite (Fault), and once at the end. Raises EpochCut after the step in which an
+    `interruption` came; what that holds goes on, as `begun`, as if nothing had been.
     """
     model.train()
     augment = build_augmentation(config.augmentation)
@@ -198,10 +223,16 @@ def train_one_epoch(
     shuffle = generator(config.seed, epoch, "shuffle")
     parts = batches(len(tiles), config.batch_size, tiles.index_device, shuffle)
     total = torch.zeros((), device=compute.device)
-    seen = 0
+    done = 0
+    if begun:
+        done, total = begun["steps"], begun["total"].to(compute.device)
+        _restore_draws(draws, compute.device, begun["draws"])
+    seen = sum(map(len, parts[:done]))
     looked = time.monotonic()
     with _bar(f"epoch {epoch}/{config.n_epochs}", len(tiles)) as bar:
-        for step, part in enumerate(parts, start=(epoch - 1) * len(parts)):
+        bar.update(seen)
+        first = (epoch - 1) * len(parts)
+        for step, part in enumerate(parts[done:], start=first + done):
             for group in optimizer.param_groups:
                 peak = config.lr * group.get("lr_factor", 1.0)
                 group["lr"] = peak * learning_rate_factor(step, len(parts), config)
@@ -220,6 +251,10 @@ def train_one_epoch(
             if time.monotonic() - looked > 1:
                 bar.set_postfix(loss=f"{_finite(total, epoch) / seen:.3f}")
                 looked = time.monotonic()
+            if interruption and interruption.came:
+                _finite(total, epoch)
+                state = _draws_state(draws, compute.device)
+                raise EpochCut({"steps": step + 1 - first, "total": total.cpu(), "draws": state})
         return _finite(total, epoch) / seen
 
 
@@ -264,8 +299,10 @@ def fit(
     """Train for the configured epochs, or on from the run's last checkpoint, and keep the best weights.
 
     After each epoch best.pt (if the epoch is the best so far), last.pt and history.csv are written whole, so
-    that a kill loses at most the epoch in progress. `train` and `val` stand in for the data set's tiles.
-    `before_epoch` gets the network, and its EMA, with the number of the epoch about to start.
+    that a kill loses at most the epoch in progress; the last.pt before stays as previous.pt, in case. Ctrl-C and
+    SIGTERM lose nothing: after the step in progress last.pt is written, and Stopped raised. `train` and `val`
+    stand in for the data set's tiles. `before_epoch` gets the network, and its EMA, with the number of the epoch
+    about to start. Raises Fault where the loss is no longer finite, or no checkpoint can be read.
     """
     model.to(compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     train = train or DeviceTiles(dataset.train, compute.device)
@@ -276,47 +313,67 @@ def fit(
         steps = config.n_epochs * len(batches(len(train), config.batch_size, train.index_device))
         average = ExponentialMovingAverage(model, config.ema_decay, steps)
     judged = average.model if average else model
-    last_path, best_path = run.checkpoints / "last.pt", run.checkpoints / "best.pt"
+    last_path, previous_path = run.resumable
+    best_path = run.checkpoints / "best.pt"
     history: list[dict[str, float]] = []
-    if last_path.exists():
-        saved = checkpoint.load(last_path)
+    begun = None
+    saved = checkpoint.load_newest(last_path, previous_path)
+    if saved:
+        run.check_same(config, saved["config"])
         model.load_state_dict(saved["state_dict"])
         judged.load_state_dict(saved["judged_state_dict"])
         optimizer.load_state_dict(saved["optimizer"])
-        history = saved["history"]
-        print(f"continuing run {run.run_id} after epoch {len(history)}")
-    while not (stopped := reason_to_stop(history, config)):
-        started = time.perf_counter()
-        epoch = len(history) + 1
-        if before_epoch:
-            for network in {model, judged}:
-                before_epoch(network, epoch)
-        loss = train_one_epoch(model, train, optimizer, epoch, config, compute, average)
-        trained = time.perf_counter() - started
-        if average or config.reestimate_batchnorm:
-            reestimate_batchnorm(judged, _clean_inputs(train, config.seed))
-        row = {
-            "epoch": epoch,
-            "train/loss": loss,
-            **evaluate(judged, val, compute).summary("validate"),
-            "lr": max(group["lr"] for group in optimizer.param_groups),
-            "tiles_per_second": len(train) / trained,
-            "seconds": time.perf_counter() - started,
+        history, begun = saved["history"], saved["begun"]
+        where = f"after epoch {len(history)}" + (f" and {begun['steps']} steps" if begun else "")
+        print(f"continuing run {run.run_id} {where}")
+        if history:
+            run.write_history(history)  # the kill may have come between last.pt and it
+
+    def save(begun: Mapping[str, Any] | None = None) -> None:
+        content = {
+            "state_dict": model.state_dict(),
+            "judged_state_dict": judged.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "history": history,
+            "begun": begun,
+            "config": config.as_dict(),
         }
-        history.append({column: row[column] for column in HISTORY_COLUMNS})
-        if best_epoch(history, config.select_on) == epoch:
-            checkpoint.save(best_path, _best_content(judged, dataset, config, epoch))
-        checkpoint.save(
-            last_path,
-            {
-                "state_dict": model.state_dict(),
-                "judged_state_dict": judged.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "history": history,
-                "config": config.as_dict(),
-            },
-        )
-        run.log_epoch(history)
+        checkpoint.save(last_path, content, previous_path)
+
+    with Interruption() as interruption:
+        while not (stopped := reason_to_stop(history, config)):
+            started = time.perf_counter()
+            epoch = len(history) + 1
+            if before_epoch:
+                for network in {model, judged}:
+                    before_epoch(network, epoch)
+            try:
+                loss = train_one_epoch(
+                    model, train, optimizer, epoch, config, compute, average, interruption, begun
+                )
+            except EpochCut as cut:
+                save(cut.begun)
+                done = f"after epoch {len(history)} and {cut.begun['steps']} steps"
+                raise interruption.stopped(f"run {run.run_id} is saved {done}") from None
+            begun = None
+            trained = time.perf_counter() - started
+            if average or config.reestimate_batchnorm:
+                reestimate_batchnorm(judged, _clean_inputs(train, config.seed))
+            row = {
+                "epoch": epoch,
+                "train/loss": loss,
+                **evaluate(judged, val, compute).summary("validate"),
+                "lr": max(group["lr"] for group in optimizer.param_groups),
+                "tiles_per_second": len(train) / trained,
+                "seconds": time.perf_counter() - started,
+            }
+            history.append({column: row[column] for column in HISTORY_COLUMNS})
+            if best_epoch(history, config.select_on) == epoch:
+                checkpoint.save(best_path, _best_content(judged, dataset, config, epoch))
+            save()
+            run.log_epoch(history)
+            if interruption.came:
+                raise interruption.stopped(f"run {run.run_id} is saved after epoch {epoch}")
     best = best_epoch(history, config.select_on)
     print(f"training ended: {stopped}; best epoch {best} by {config.select_on}")
     best_weights = checkpoint.load(best_path)["state_dict"]

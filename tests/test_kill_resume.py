@@ -1,0 +1,421 @@
+"""Runs that are killed at any moment end as if they had never been: bit for bit, on a CPU."""
+
+import csv
+import json
+import os
+import random
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import task1
+import task5
+import train
+from common import checkpoint, sweep, training
+from common.config import run_script
+from common.errors import Stopped
+
+KILLS = 20  # of every script, in one test
+TIMINGS = ("seconds", "tiles_per_second", "wall_seconds", "feature_seconds")
+DATA = ("--dataset=phantom", "--size=28", "--phantom_tiles=90", "--wandb=disabled", "--run_id=r")
+# Small, and with everything that has a state of its own: EMA, dropout, augmentation, a mixing partner.
+EVERYTHING = ("--augmentation=ta_wide,stain", "--ema_decay=0.9", "--mixup_alpha=0.4", "--tta")
+SCRIPTS: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
+    "task1.py": (task1.main, task1.Task1Config, ("--n_epochs=6", "--batch_size=45")),
+    "train.py": (
+        train.main,
+        train.TrainConfig,
+        ("--n_epochs=6", "--batch_size=45", "--early_stopping_patience=6", *EVERYTHING),
+    ),
+    "task5.py": (
+        task5.main,
+        task5.Task5Config,
+        ("--model_name=resnet18", "--weights=scratch", "--n_epochs=6", "--batch_size=45", "--resize_to=32"),
+    ),
+}
+
+
+def start(action: Callable[[], None], log: Path) -> int:
+    """Run something in a forked process, which need not import PyTorch again; returns its id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 70
+    try:
+        os.setsid()
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        # pytest's own captures must not see what is said here.
+        sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
+        action()
+        status = 0
+    except SystemExit as ended:
+        status = ended.code if isinstance(ended.code, int) else 71
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def end(pid: int, within: float | None = None, send: int = signal.SIGKILL) -> int | None:
+    """The exit status of the process, or minus the signal that ended it; `send` it a signal after a while.
+
+    With SIGKILL the whole process group is killed.
+    """
+    deadline = time.monotonic() + (120 if within is None else within)
+    while time.monotonic() < deadline:
+        finished, status = os.waitpid(pid, os.WNOHANG)
+        if finished:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.003)
+    assert within is not None, "the process hangs"
+    if send == signal.SIGKILL:
+        os.killpg(pid, send)
+    else:
+        os.kill(pid, send)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def dying_at_write(action: Callable[[], None], number: int, before: bool) -> Callable[[], None]:
+    """The action, killed at its `number`-th rename of a finished file, before or after it."""
+
+    def killed() -> None:
+        rename, count = os.replace, 0
+
+        def counted(*arguments: Any, **keys: Any) -> None:
+            nonlocal count
+            count += 1
+            if count == number and before:
+                os.kill(os.getpid(), signal.SIGKILL)
+            rename(*arguments, **keys)
+            if count == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        os.replace = counted  # type: ignore[assignment]
+        action()
+
+    return killed
+
+
+def script(name: str, folder: Path, data_root: Path) -> Callable[[], None]:
+    main, config_class, keys = SCRIPTS[name]
+    return lambda: run_script(
+        main, config_class, [*DATA, *keys, f"--data_root={data_root}", f"--output_dir={folder}"]
+    )
+
+
+def without_timings(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {name: without_timings(value) for name, value in content.items() if name not in TIMINGS}
+    return content
+
+
+def records(folder: Path) -> dict[str, Any]:
+    """All that a finished run left, but for its timings; PNG files as bytes, weights as they are."""
+    found: dict[str, Any] = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = str(path.relative_to(folder))
+        if path.suffix == ".csv":
+            with open(path, newline="") as file:
+                found[name] = [without_timings(row) for row in csv.DictReader(file)]
+        elif path.name == "summary.json":
+            found[name] = without_timings(json.loads(path.read_text()))
+        elif path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                found[name] = {key: arrays[key].tobytes() for key in arrays}
+        elif path.suffix == ".pt":
+            found[name] = plain(torch.load(path, weights_only=True))
+        elif path.suffix == ".png" and not path.name.startswith("."):
+            found[name] = path.read_bytes()
+        elif path.name != "config.json":  # which has the time of its start
+            found[name] = None
+    return found
+
+
+def plain(content: Any) -> Any:
+    """A checkpoint as something that can be compared with ==, to the bit."""
+    if isinstance(content, torch.Tensor):
+        return content.numpy().tobytes()
+    if isinstance(content, dict):
+        return {
+            name: plain(value) for name, value in content.items() if name not in (*TIMINGS, "output_dir", "config")
+        }
+    if isinstance(content, list | tuple):
+        return [plain(value) for value in content]
+    return content
+
+
+def assert_same(killed: Path, whole: Path) -> None:
+    found, expected = records(killed), records(whole)
+    # A figure that was being written leaves a hidden file, which nobody sees; runs and checkpoints are swept up.
+    found = {name: value for name, value in found.items() if not re.match(r"fig/.*/\.", name)}
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert found[name] == expected[name], name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(SCRIPTS))
+def test_twenty_kills_leave_the_records_and_weights_of_an_undisturbed_run(
+    name: str, tmp_path: Path, phantom_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draws = random.Random(name)
+    log = tmp_path / "log"
+    started = time.monotonic()
+    assert end(start(script(name, tmp_path / "whole", phantom_root), log)) == 0
+    duration = time.monotonic() - started
+    writes = len(records(tmp_path / "whole")) + 3 * 6
+    kills, runs = 0, 0
+    while kills < KILLS:
+        folder = tmp_path / f"killed-{runs}"
+        runs += 1
+        status: int | None = -signal.SIGKILL
+        while status == -signal.SIGKILL:
+            action = script(name, folder, phantom_root)
+            if kills >= KILLS:
+                status = end(start(action, log))
+            elif kills % 2:
+                number, before = draws.randint(1, writes // 2), draws.random() < 0.5
+                status = end(start(dying_at_write(action, number, before), log))
+            else:
+                status = end(start(action, log), within=draws.uniform(0, duration))
+            kills += status == -signal.SIGKILL
+        assert status == 0, log.read_text()[-2000:]
+        assert_same(folder, tmp_path / "whole")
+    with capsys.disabled():
+        print(f"\n{name}: {kills} kills over {runs} runs, every one ended like the undisturbed one")
+
+
+def run_six_steps(folder: Path, data_root: Path) -> None:
+    """An epoch of six steps, and another one."""
+    keys = ["--n_epochs=2", "--batch_size=15", *EVERYTHING, f"--data_root={data_root}", f"--output_dir={folder}"]
+    run_script(train.main, train.TrainConfig, [*DATA, *keys])
+
+
+@pytest.fixture(scope="module")
+def six_steps(phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("six-steps")
+    run_six_steps(folder, phantom_root)
+    return folder
+
+
+def run_four_epochs(folder: Path, data_root: Path) -> None:
+    keys = ["--n_epochs=4", "--batch_size=45", f"--data_root={data_root}", f"--output_dir={folder}"]
+    run_script(task1.main, task1.Task1Config, [*DATA, *keys])
+
+
+@pytest.fixture(scope="module")
+def four_epochs(phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("four-epochs")
+    run_four_epochs(folder, phantom_root)
+    return folder
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("step", [1, 5, 6])
+def test_a_signal_lets_the_step_end_and_loses_nothing(
+    signal_number: signal.Signals,
+    step: int,
+    tmp_path: Path,
+    phantom_root: Path,
+    six_steps: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    original, steps = training.mix, 0
+
+    def signalled(*arguments: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == step:
+            os.kill(os.getpid(), signal_number)
+        return original(*arguments)
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as ended:
+        patched.setattr(training, "mix", signalled)
+        run_six_steps(tmp_path, phantom_root)
+    assert ended.value.code == 128 + signal_number
+    assert steps == step  # the step in progress was the last
+    assert checkpoint.load(tmp_path / "checkpoints/r/last.pt")["begun"]["steps"] == step
+    run_six_steps(tmp_path, phantom_root)
+    assert_same(tmp_path, six_steps)
+
+
+def test_a_signal_in_an_evaluation_keeps_the_epoch(
+    tmp_path: Path, phantom_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = training.evaluate
+
+    def signalled(*arguments: Any, **keys: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments, **keys)
+
+    monkeypatch.setattr(training, "evaluate", signalled)
+    keys = [*DATA, "--n_epochs=1", f"--data_root={phantom_root}", f"--output_dir={tmp_path}"]
+    with pytest.raises(SystemExit) as ended:
+        run_script(task1.main, task1.Task1Config, keys)
+    assert ended.value.code == 143
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert error[0].endswith("SIGTERM: run r is saved after epoch 1; the same command with --run_id=r goes on")
+    assert len(checkpoint.load(tmp_path / "checkpoints/r/last.pt")["history"]) == 1
+
+
+def test_the_second_signal_is_obeyed_at_once() -> None:
+    with pytest.raises(KeyboardInterrupt), training.Interruption() as interruption:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interruption.came == signal.SIGINT
+        assert isinstance(interruption.stopped("saved"), Stopped)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("damage", ["torn", "empty", "missing"])
+def test_a_torn_checkpoint_falls_back_to_the_one_before(
+    damage: str,
+    tmp_path: Path,
+    phantom_root: Path,
+    four_epochs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    original = training.train_one_epoch
+
+    def stopped(*arguments: Any) -> float:
+        if arguments[3] == 4:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(training, "train_one_epoch", stopped)
+        run_four_epochs(tmp_path, phantom_root)
+    last = tmp_path / "checkpoints/r/last.pt"
+    content = last.read_bytes()
+    last.unlink()
+    if damage != "missing":
+        last.write_bytes(content[: len(content) // 2] if damage == "torn" else b"")
+    capsys.readouterr()
+    run_four_epochs(tmp_path, phantom_root)
+    said = capsys.readouterr()
+    assert "continuing run r after epoch 2\n" in said.out
+    if damage != "missing":
+        assert said.err.startswith(f"{last} cannot be read; going on from previous.pt, an earlier one\n")
+    assert_same(tmp_path, four_epochs)
+
+
+def test_two_torn_checkpoints_are_a_fault_in_one_line(
+    tmp_path: Path, phantom_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "checkpoints" / "r"
+    folder.mkdir(parents=True)
+    for name in ("last.pt", "previous.pt"):
+        (folder / name).write_text("torn")
+    keys = [*DATA, "--n_epochs=1", f"--data_root={phantom_root}", f"--output_dir={tmp_path}"]
+    with pytest.raises(SystemExit) as ended:
+        run_script(task1.main, task1.Task1Config, keys)
+    assert ended.value.code == 1
+    assert re.search(r"last\.pt: not a readable checkpoint .*another --run_id", capsys.readouterr().err)
+    assert (folder / "last.pt").read_text() == "torn"
+
+
+def test_a_checkpoint_of_another_configuration_is_refused_though_its_record_is_gone(
+    tmp_path: Path, phantom_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = [*DATA, f"--data_root={phantom_root}", f"--output_dir={tmp_path}"]
+    run_script(task1.main, task1.Task1Config, [*keys, "--n_epochs=1", "--lr=0.01"])
+    for path in (tmp_path / "runs" / "r").iterdir():
+        path.unlink()
+    with pytest.raises(SystemExit) as ended:
+        run_script(task1.main, task1.Task1Config, [*keys, "--n_epochs=1"])
+    assert ended.value.code == 2
+    assert "started with another configuration (lr was 0.01)" in capsys.readouterr().err
+
+
+def test_a_run_belongs_to_one_process_at_a_time(tmp_path: Path, phantom_root: Path) -> None:
+    log = tmp_path / "log"
+    main, config_class, _ = SCRIPTS["task1.py"]
+    keys = [*DATA, "--n_epochs=50", f"--data_root={phantom_root}", f"--output_dir={tmp_path}"]
+    first = start(lambda: run_script(main, config_class, keys), tmp_path / "first")
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "runs" / "r" / "config.json").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert end(start(lambda: run_script(main, config_class, keys), log)) == 2
+        [line] = log.read_text().strip().splitlines()
+        assert line.endswith("run r is another process's at the moment: use another --run_id")
+    finally:
+        end(first, within=0)
+
+
+# The sweeps: a killed worker leaves its run behind, or takes it along
+
+
+def sweep_file(folder: Path, method: str, data_root: Path) -> Path:
+    content: dict[str, Any] = {
+        "name": "s",
+        "program": "train.py",
+        "method": method,
+        "metric": {"name": "validate/acc", "goal": "maximize"},
+        "parameters": {
+            **{name.removeprefix("--"): {"value": value} for name, value in (key.split("=") for key in DATA[:4])},
+            "data_root": {"value": str(data_root)},
+            "model_name": {"value": "shufflenet_v2_x0_5"},
+            "n_epochs": {"value": 12},
+            "batch_size": {"value": 15},
+            "label_smoothing": {"values": [0.0, 0.1]},
+        },
+    }
+    if method == "grid":
+        content["parameters"]["seed"] = {"values": [0, 1]}
+    else:
+        content["parameters"]["lr"] = {"min": 0.0001, "max": 0.01, "distribution": "log_uniform_values"}
+    path = folder / f"{method}.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("method", ["grid", "bayes"])
+def test_twenty_kills_of_a_sweep_leave_its_table_as_it_is_without_them(
+    method: str,
+    tmp_path: Path,
+    phantom_root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    file = sweep_file(tmp_path, method, phantom_root)
+
+    def work(folder: Path) -> Callable[[], None]:
+        config = sweep.SweepConfig(file=file, output_dir=folder, count=4)
+        return lambda: sweep.main(config)
+
+    whole, killed, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log"
+    started = time.monotonic()
+    assert end(start(work(whole), log)) == 0, log.read_text()
+    duration = time.monotonic() - started
+    draws = random.Random(method)
+    kills = 0
+    while kills < KILLS:
+        pid = start(work(killed), log)
+        status = end(pid, within=draws.uniform(0.2, duration / 3))
+        if status == 0:  # finished all the same: the table is made again, and killed at that
+            continue
+        assert status == -signal.SIGKILL, log.read_text()
+        kills += 1
+    assert end(start(work(killed), log)) == 0, log.read_text()
+    assert_same(killed / "runs", whole / "runs")
+    for table in ("table.csv", *(["runs.csv"] if method == "grid" else [])):
+        assert records(killed / "sweeps")[f"s/{table}"] == records(whole / "sweeps")[f"s/{table}"]
+    with capsys.disabled():
+        print(f"\n{method} sweep: {kills} kills, its table is that of an undisturbed one")
