@@ -1,21 +1,17 @@
 """Runs that are killed at any moment end as if they had never been: bit for bit, on a CPU."""
 
-import csv
-import json
 import os
 import random
 import re
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 import yaml
+from processes import assert_same, end, records, start
 
 import task1
 import task5
@@ -25,7 +21,6 @@ from common.config import run_script
 from common.errors import Stopped
 
 KILLS = 20  # of every script, in one test
-TIMINGS = ("seconds", "tiles_per_second", "wall_seconds", "feature_seconds")
 DATA = ("--dataset=phantom", "--size=28", "--phantom_tiles=90", "--wandb=disabled", "--run_id=r")
 # Small, and with everything that has a state of its own: EMA, dropout, augmentation, a mixing partner.
 EVERYTHING = ("--augmentation=ta_wide,stain", "--ema_decay=0.9", "--mixup_alpha=0.4", "--tta")
@@ -39,51 +34,9 @@ SCRIPTS: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
     "task5.py": (
         task5.main,
         task5.Task5Config,
-        ("--model_name=resnet18", "--weights=scratch", "--n_epochs=6", "--batch_size=45", "--resize_to=32"),
+        ("--model_name=resnet18", "--weights=none", "--n_epochs=6", "--batch_size=45", "--resize_to=32"),
     ),
 }
-
-
-def start(action: Callable[[], None], log: Path) -> int:
-    """Run something in a forked process, which need not import PyTorch again; returns its id."""
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 70
-    try:
-        os.setsid()
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        # pytest's own captures must not see what is said here.
-        sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
-        action()
-        status = 0
-    except SystemExit as ended:
-        status = ended.code if isinstance(ended.code, int) else 71
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-
-
-def end(pid: int, within: float | None = None, send: int = signal.SIGKILL) -> int | None:
-    """The exit status of the process, or minus the signal that ended it; `send` it a signal after a while.
-
-    With SIGKILL the whole process group is killed.
-    """
-    deadline = time.monotonic() + (120 if within is None else within)
-    while time.monotonic() < deadline:
-        finished, status = os.waitpid(pid, os.WNOHANG)
-        if finished:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.003)
-    assert within is not None, "the process hangs"
-    if send == signal.SIGKILL:
-        os.killpg(pid, send)
-    else:
-        os.kill(pid, send)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def dying_at_write(action: Callable[[], None], number: int, before: bool) -> Callable[[], None]:
@@ -112,56 +65,6 @@ def script(name: str, folder: Path, data_root: Path) -> Callable[[], None]:
     return lambda: run_script(
         main, config_class, [*DATA, *keys, f"--data_root={data_root}", f"--output_dir={folder}"]
     )
-
-
-def without_timings(content: Any) -> Any:
-    if isinstance(content, dict):
-        return {name: without_timings(value) for name, value in content.items() if name not in TIMINGS}
-    return content
-
-
-def records(folder: Path) -> dict[str, Any]:
-    """All that a finished run left, but for its timings; PNG files as bytes, weights as they are."""
-    found: dict[str, Any] = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        name = str(path.relative_to(folder))
-        if path.suffix == ".csv":
-            with open(path, newline="") as file:
-                found[name] = [without_timings(row) for row in csv.DictReader(file)]
-        elif path.name == "summary.json":
-            found[name] = without_timings(json.loads(path.read_text()))
-        elif path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
-                found[name] = {key: arrays[key].tobytes() for key in arrays}
-        elif path.suffix == ".pt":
-            found[name] = plain(torch.load(path, weights_only=True))
-        elif path.suffix == ".png" and not path.name.startswith("."):
-            found[name] = path.read_bytes()
-        elif path.name != "config.json":  # which has the time of its start
-            found[name] = None
-    return found
-
-
-def plain(content: Any) -> Any:
-    """A checkpoint as something that can be compared with ==, to the bit."""
-    if isinstance(content, torch.Tensor):
-        return content.numpy().tobytes()
-    if isinstance(content, dict):
-        return {
-            name: plain(value) for name, value in content.items() if name not in (*TIMINGS, "output_dir", "config")
-        }
-    if isinstance(content, list | tuple):
-        return [plain(value) for value in content]
-    return content
-
-
-def assert_same(killed: Path, whole: Path) -> None:
-    found, expected = records(killed), records(whole)
-    # A figure that was being written leaves a hidden file, which nobody sees; runs and checkpoints are swept up.
-    found = {name: value for name, value in found.items() if not re.match(r"fig/.*/\.", name)}
-    assert found.keys() == expected.keys()
-    for name in expected:
-        assert found[name] == expected[name], name
 
 
 @pytest.mark.slow

@@ -1,0 +1,109 @@
+"""Runs in processes of their own, to be killed, starved and compared: to the bit, but for timings."""
+
+import csv
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+TIMINGS = ("seconds", "tiles_per_second", "wall_seconds", "feature_seconds")
+
+
+def start(action: Callable[[], None], log: Path) -> int:
+    """Run something in a forked process, which need not import PyTorch again; returns its id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 70
+    try:
+        os.setsid()
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        # pytest's own captures must not see what is said here.
+        sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
+        action()
+        status = 0
+    except SystemExit as ended:
+        status = ended.code if isinstance(ended.code, int) else 71
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def end(pid: int, within: float | None = None, send: int = signal.SIGKILL) -> int | None:
+    """The exit status of the process, or minus the signal that ended it; `send` it a signal after a while.
+
+    With SIGKILL the whole process group is killed.
+    """
+    deadline = time.monotonic() + (120 if within is None else within)
+    while time.monotonic() < deadline:
+        finished, status = os.waitpid(pid, os.WNOHANG)
+        if finished:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.003)
+    assert within is not None, "the process hangs"
+    if send == signal.SIGKILL:
+        os.killpg(pid, send)
+    else:
+        os.kill(pid, send)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def without_timings(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {name: without_timings(value) for name, value in content.items() if name not in TIMINGS}
+    return content
+
+
+def records(folder: Path) -> dict[str, Any]:
+    """All that a finished run left, but for its timings; PNG files as bytes, weights as they are."""
+    found: dict[str, Any] = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = str(path.relative_to(folder))
+        if path.suffix == ".csv":
+            with open(path, newline="") as file:
+                found[name] = [without_timings(row) for row in csv.DictReader(file)]
+        elif path.name == "summary.json":
+            found[name] = without_timings(json.loads(path.read_text()))
+        elif path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                found[name] = {key: arrays[key].tobytes() for key in arrays}
+        elif path.suffix == ".pt":
+            found[name] = plain(torch.load(path, weights_only=True))
+        elif path.suffix == ".png" and not path.name.startswith("."):
+            found[name] = path.read_bytes()
+        elif path.name != "config.json":  # which has the time of its start
+            found[name] = None
+    return found
+
+
+def plain(content: Any) -> Any:
+    """A checkpoint as something that can be compared with ==, to the bit."""
+    if isinstance(content, torch.Tensor):
+        return content.numpy().tobytes()
+    if isinstance(content, dict):
+        return {
+            name: plain(value) for name, value in content.items() if name not in (*TIMINGS, "output_dir", "config")
+        }
+    if isinstance(content, list | tuple):
+        return [plain(value) for value in content]
+    return content
+
+
+def assert_same(killed: Path, whole: Path) -> None:
+    found, expected = records(killed), records(whole)
+    # A figure that was being written leaves a hidden file, which nobody sees; runs and checkpoints are swept up.
+    found = {name: value for name, value in found.items() if not re.match(r"fig/.*/\.", name)}
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert found[name] == expected[name], name

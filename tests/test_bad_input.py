@@ -1,0 +1,300 @@
+"""Whatever a user gets wrong ends with one line that names it, the right exit status, and nothing overwritten."""
+
+import os
+import re
+import shlex
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from test_data import COUNTS, official_arrays, write_official
+
+import task1
+import task2
+import task5
+import train
+from common import checkpoint, report, study, sweep
+from common.config import run_script
+from common.files import write_json
+
+COMMANDS: dict[str, tuple[Any, Any]] = {
+    "task1.py": (task1.main, task1.Task1Config),
+    "task2.py": (task2.main, task2.Task2Config),
+    "train.py": (train.main, train.TrainConfig),
+    "task5.py": (task5.main, task5.Task5Config),
+    "common.sweep": (sweep.main, sweep.SweepConfig),
+    "common.report": (report.main, report.ReportConfig),
+    "common.study": (study.main, study.StudyConfig),
+}
+PHANTOM = "--dataset=phantom --size=28 --phantom_tiles=90 --n_epochs=1"
+LITE0 = "--model_name=tf_efficientnet_lite0"
+
+# What is typed, the exit status, and what the one line says. {} is the folder of the case.
+OPTIONS: list[tuple[str, int, str]] = [
+    ("task1.py --batchsize=3", 2, "unknown key --batchsize; did you mean --batch_size"),
+    ("task1.py --quux=3", 2, "unknown key --quux; --help lists the keys"),
+    ("task1.py lr=3", 2, "unknown key lr=3|unknown key lr"),
+    ("task1.py --lr", 2, "--lr: expected one argument"),
+    ("task1.py --lr=fast", 2, "--lr: 'fast' is not a number"),
+    ("task1.py --lr=-1", 2, "--lr -1.0: must be above 0"),
+    ("task1.py --lr=nan", 2, "--lr nan: must be a finite number"),
+    ("task1.py --lr=inf", 2, "--lr inf: must be a finite number"),
+    ("task1.py --n_epochs=0", 2, "--n_epochs 0: must be at least 1"),
+    ("task1.py --n_epochs=2.5", 2, "--n_epochs: '2.5' is not a whole number"),
+    ("task1.py --batch_size=1", 2, "--batch_size 1: must be at least 2"),
+    ("task1.py --label_smoothing=1", 2, "--label_smoothing 1.0: must be at least 0 and below 1"),
+    ("task1.py --weight_decay=-0.1", 2, "--weight_decay"),
+    ("task1.py --seed=-1", 2, "--seed -1: must be at least 0"),
+    ("task1.py --seed=99999999999", 2, "--seed 99999999999: must be at least 0 and at most"),
+    ("task1.py --amsgrad=perhaps", 2, "--amsgrad: 'perhaps' is neither True nor False"),
+    ("task1.py --dataset=pathmist", 2, "did you mean pathmnist"),
+    ("task1.py --size=30", 2, "--size 30: choose from 28, 64, 128, 224"),
+    ("task1.py --dataset=pathmnist-mini --size=64", 2, "--size 64: pathmnist-mini exists at 28 pixels only"),
+    ("task1.py --model_name=resnet17", 2, "--model_name resnet17: .*did you mean resnet"),
+    ("task1.py --run_id=../mine", 2, r"--run_id \.\./mine: a run id names files"),
+    (f"task1.py --run_id={'x' * 65}", 2, "a run id names files"),
+    ("task1.py --resume", 2, "--resume needs --run_id"),
+    ("task1.py --device=tpu", 2, "--device tpu: choose from auto, cpu, cuda"),
+    ("task1.py --precision=fp16", 2, "--precision fp16: choose from auto, fp32, bf16"),
+    ("task1.py --wandb=on", 2, "--wandb on: choose from"),
+    ("task1.py --optimizer=sgd", 2, "--optimizer sgd: choose from adam, adamw"),
+    ("task1.py --phantom_tiles=3", 2, "--phantom_tiles 3: must be at least 45"),
+    ("task1.py --early_stopping_patience=0", 2, "--early_stopping_patience 0: must be at least 1"),
+    ("task1.py --augmentation=tawide", 2, "--augmentation tawide: "),
+    ("task1.py --augmentation=dihedral,none", 2, "--augmentation dihedral,none: "),
+    ("task1.py --select_on=test/acc", 2, "--select_on test/acc: choose from"),
+    ("train.py --ablation=without_everything", 2, "--ablation without_everything: choose from"),
+    ("train.py --ablation=with_ema --ema_decay=0", 2, "--ablation with_ema sets this key itself"),
+    ("train.py --ema_decay=1", 2, "--ema_decay 1.0: must be at least 0 and below 1"),
+    ("train.py --lr_min=2", 2, "--lr_min 2.0: must be at least 0 and at most 1"),
+    ("train.py --mixup_alpha=-1", 2, "--mixup_alpha"),
+    ("task2.py --run_id=gone", 2, "gone"),
+    ("task2.py --output_dir={}", 2, "Task 1"),
+    ("task2.py --target=wrong", 2, "--target wrong: choose from predicted, label"),
+    ("task2.py --checked_tiles=1", 2, "--checked_tiles 1: must be at least 2"),
+    ("task5.py --weights=ResNet18_Weights.IMAGENET1K_V9", 2, "ResNet18_Weights.IMAGENET1K_V9"),
+    ("task5.py --weights={}/none.pth", 2, r"none\.pth: No such file"),
+    ("task5.py --weights=no-such-run --output_dir={}", 2, "no-such-run"),
+    ("task5.py --train_part=half", 2, "--train_part half: choose from head, classifier, all"),
+    ("task5.py --train_part=all --adapt_batchnorm", 2, "--adapt_batchnorm: with --train_part all"),
+    ("task5.py --train_part=all --cache_features", 2, "--cache_features: not possible"),
+    ("task5.py --unfreeze_epoch=3", 2, "--unfreeze_epoch 3: only --train_part all"),
+    ("task5.py --feature_views=3", 2, "--feature_views 3: with augmentation dihedral it is 8"),
+    ("task5.py --weights=none --train_part=head", 2, "--train_part head: random weights cannot stay frozen"),
+    ("task5.py --resize_to=4", 2, "--resize_to 4: must be at least 8"),
+    ("task5.py --n_seeds=0", 2, "--n_seeds 0: must be at least 1"),
+    ("common.sweep", 2, "which sweep"),
+    ("common.sweep {}/none.yaml", 2, r"none\.yaml: No such file"),
+    ("common.sweep ablation.yaml --count=0", 2, "--count 0: must be at least 1"),
+    ("common.sweep ablation.yaml -- --seed=3", 2, "--seed=3: the sweep gives each run its own seed"),
+    ("common.sweep ablation.yaml -- --sise=28", 2, "unknown key --sise; did you mean --size"),
+    ("common.sweep ablation.yaml --table_only --output_dir={}", 2, "no run of ablation is finished yet"),
+    ("common.report --output_dir={}", 2, r"report\.toml: no such file"),
+    ("common.report --chek", 2, "unknown key --chek; did you mean --check"),
+    ("common.study --dataset=mnist", 2, "--dataset mnist: choose from"),
+    ("common.study --size=1", 2, "--size 1: choose from"),
+]
+
+
+def torn(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("exploded",)
+
+
+def sweep_of(change: Mapping[str, Any]) -> Callable[[Path], None]:
+    content = {"program": "train.py", "method": "grid", "parameters": {"seed": {"values": [0]}}, **change}
+    return lambda folder: (folder / "s.yaml").write_text(yaml.safe_dump(content)) and None
+
+
+def text(name: str, content: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text(content) and None
+
+
+def mini(change: Callable[[Path], Any]) -> Callable[[Path], None]:
+    """A pathmnist_mini.npz that is no such thing."""
+
+    def make(folder: Path) -> None:
+        path = folder / "pathmnist_mini.npz"
+        np.savez(path, **official_arrays({"train": 800, "val": 200, "test": 499}))
+        change(path)
+
+    return make
+
+
+def arrays(**changes: Any) -> Callable[[Path], None]:
+    """An official file with other arrays, whose MD5 is as it should be."""
+
+    def make(folder: Path) -> None:
+        write_official(folder, PATCH, {**official_arrays(COUNTS), **changes})
+
+    return make
+
+
+def finished_task1(content: Any) -> Callable[[Path], None]:
+    """A finished Task 1 run whose best.pt is `content`: bytes, or what torch.save writes."""
+
+    def make(folder: Path) -> None:
+        config = task1.Task1Config(dataset="phantom", size=28, phantom_tiles=90, run_id="r", data_root=folder)
+        run = folder / "runs" / "r"
+        facts = {"task": "task1", "run_id": "r", "synthetic": True, "data_fingerprint": "f", "dataset": "phantom"}
+        write_json(run / "config.json", {**facts, "config": config.as_dict(), "started": "2026-01-01T00:00:00"})
+        write_json(run / "summary.json", facts)
+        best = folder / "checkpoints" / "r" / "best.pt"
+        best.parent.mkdir(parents=True)
+        if isinstance(content, bytes):
+            best.write_bytes(content)
+        else:
+            torch.save(content, best)
+
+    return make
+
+
+def weights(content: Any, name: str = "w.pth") -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        if isinstance(content, bytes):
+            (folder / name).write_bytes(content)
+        else:
+            torch.save(content, folder / name)
+
+    return make
+
+
+def checkpoint_of_another_run(folder: Path) -> None:
+    config = task1.Task1Config(dataset="phantom", size=28, phantom_tiles=90, run_id="r", lr=0.5)
+    checkpoint.save(folder / "checkpoints" / "r" / "last.pt", {"config": config.as_dict(), "history": []})
+
+
+RUN = f"task1.py {PHANTOM} --data_root={{}} --output_dir={{}} --run_id=r"
+EXPLAIN = "task2.py --run_id=r --output_dir={} --data_root={}"
+TUNE = f"task5.py {PHANTOM} --model_name=resnet18 --data_root={{}} --output_dir={{}} --weights={{}}/w.pth"
+MINI = "task1.py --dataset=pathmnist-mini --data_root={} --output_dir={}"
+OFFICIAL = "task1.py --dataset=pathmnist --size=28 --data_root={} --output_dir={}"
+SWEEP = "common.sweep {}/s.yaml --output_dir={}"
+REPORT = "common.report --output_dir={}"
+
+# The same with files: what is there, then as above.
+FILES: list[tuple[Callable[[Path], None], str, int, str]] = [
+    (lambda folder: None, MINI, 1, r"pathmnist_mini\.npz: no such file.*--dataset phantom"),
+    (mini(lambda path: os.truncate(path, 0)), MINI, 1, r"pathmnist_mini\.npz: not a whole npz file, 0 bytes"),
+    (mini(lambda path: path.write_bytes(torn(path.read_bytes()))), MINI, 1, "not a whole npz file"),
+    (mini(lambda path: path.write_text("hello")), MINI, 1, "not a whole npz file"),
+    (mini(lambda path: None), MINI, 1, "no array test_index|index"),
+    (mini(lambda path: zipfile.ZipFile(path, "w").close()), MINI, 1, "no array train_images"),
+    (text("pathmnist.npz", "not the official file"), OFFICIAL, 1, r"pathmnist\.npz: not a whole npz file"),
+    (arrays(val_labels=np.array([[Bomb()]] * 30, dtype=object)), OFFICIAL, 1, "val_labels is object"),
+    (arrays(val_labels=np.full((30, 1), 9, np.uint8)), OFFICIAL, 1, "val_labels has 30 labels up to 9"),
+    (arrays(val_labels=np.full((30, 1), np.nan)), OFFICIAL, 1, "val_labels is float64"),
+    (arrays(val_images=np.zeros((30, 28, 28, 3), np.float32)), OFFICIAL, 1, "val_images is float32"),
+    (arrays(val_images=np.zeros((30, 32, 32, 3), np.uint8)), OFFICIAL, 1, r"val_images is uint8 \(30, 32"),
+    (arrays(val_images=np.zeros((30, 28, 28), np.uint8)), OFFICIAL, 1, r"val_images is uint8 \(30, 28, 28\)"),
+    (arrays(val_images=np.zeros((0, 28, 28, 3), np.uint8)), OFFICIAL, 1, r"val_images is uint8 \(0, 28"),
+    (text("data", ""), "task1.py --data_root={}/data --output_dir={}", 2, "--data_root .*data: not a folder"),
+    (text("out", ""), f"task1.py {PHANTOM} --data_root={{}} --output_dir={{}}/out", 1, "out.*: Not a directory"),
+    (text("runs", ""), RUN, 1, "runs.*: Not a directory"),
+    (checkpoint_of_another_run, RUN, 2, "started with another configuration .*lr was 0.5"),
+    (lambda folder: None, f"{RUN} --resume", 2, "--resume: run r has no checkpoint"),
+    (lambda folder: None, f"{RUN} --device=cuda", 2, "--device cuda: PyTorch sees no CUDA device"),
+    (finished_task1(b"torn"), EXPLAIN, 1, r"best\.pt: not a readable checkpoint"),
+    (finished_task1(b""), EXPLAIN, 1, r"best\.pt: not a readable checkpoint"),
+    (finished_task1(Bomb()), EXPLAIN, 1, r"best\.pt: not a readable checkpoint"),
+    (finished_task1([1, 2]), EXPLAIN, 1, r"best\.pt: not a checkpoint of this project"),
+    (finished_task1({"state_dict": {"a": torch.zeros(1)}}), EXPLAIN, 2, r"best\.pt"),
+    (weights(b""), TUNE, 2, r"w\.pth: not a file of weights"),
+    (weights(b"\x80\x02torn"), TUNE, 2, r"w\.pth: not a file of weights"),
+    (weights(Bomb()), TUNE, 2, r"w\.pth: not a file of weights"),
+    (weights([1]), TUNE, 2, r"w\.pth: not a state dict"),
+    (weights({"a": torch.zeros(1)}), TUNE, 2, r"w\.pth"),
+    (
+        weights({"fc.weight": torch.zeros(1)}, "w-01234567.pth"),
+        TUNE.replace("w.pth", "w-01234567.pth"),
+        2,
+        "its sha256 begins with",
+    ),
+    (text("s.yaml", "a: ["), SWEEP, 2, r"s\.yaml: not YAML"),
+    (text("s.yaml", "[1, 2]"), SWEEP, 2, r"s\.yaml: the file must hold"),
+    (text("s.yaml", ""), SWEEP, 2, r"s\.yaml: the file must hold"),
+    (sweep_of({"programme": "x"}), SWEEP, 2, "unknown key programme; did you mean program"),
+    (sweep_of({"program": "none.py"}), SWEEP, 2, r"program none\.py: no such file"),
+    (sweep_of({"method": "gird"}), SWEEP, 2, "unknown method gird: .*did you mean grid"),
+    (sweep_of({"parameters": {"lr": {"min": 1, "max": 2}}}), SWEEP, 2, "parameter lr: a grid needs values"),
+    (sweep_of({"parameters": {"lr": {"values": []}}}), SWEEP, 2, "parameter lr: values must be a list"),
+    (sweep_of({"parameters": {"learn": {"values": [1]}}}), SWEEP, 2, "unknown key --learn"),
+    (sweep_of({"parameters": {"lr": {"values": [-1]}}}), SWEEP, 2, "--lr -1.0: must be above 0"),
+    (sweep_of({"parameters": {"run_id": {"value": "a"}}}), SWEEP, 2, "parameter run_id"),
+    (sweep_of({"method": "bayes"}), SWEEP, 2, "metric is missing"),
+    (sweep_of({"command": ["python"]}), SWEEP, 2, r"command has no \$\{args\}"),
+    (text("s.yaml", "!!python/object/apply:os.mkdir [exploded]"), SWEEP, 2, r"s\.yaml: not YAML"),
+    (text("report.toml", "[task1"), REPORT, 2, r"report\.toml: "),
+    (text("report.toml", "[task7]\n"), REPORT, 2, "unknown section task7"),
+    (text("report.toml", "[task1]\nruns = 3\n"), REPORT, 2, r"\[task1\] needs runs"),
+    (text("report.toml", '[task1]\nruns = ["r"]\n'), REPORT, 2, "names run r, which is not finished"),
+    (text("report.toml", '[task1]\nruns = ["../r"]\n'), REPORT, 2, r"names run \.\./r"),
+]
+
+PATCH: pytest.MonkeyPatch
+
+
+@pytest.fixture(autouse=True)
+def patch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    global PATCH
+    PATCH = monkeypatch
+    monkeypatch.setattr("common.data._official_address", lambda size: ("http://127.0.0.1:9/none.npz", "0" * 32))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_refused(line: str, status: int, message: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program, *arguments = shlex.split(line.replace("{}", str(folder)))
+    if program == "common.sweep":
+        arguments = sweep.as_keys(arguments)
+    main, config_class = COMMANDS[program]
+    before = contents(folder)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        run_script(main, config_class, arguments)
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1, said
+    assert re.search(message, said[0]), said[0]
+    assert ended.value.code == status
+    after = contents(folder)
+    assert {name: after.get(name) for name in before} == before
+    assert not Path("exploded").exists()
+
+
+@pytest.mark.parametrize(("line", "status", "message"), OPTIONS, ids=[case[0][:60] for case in OPTIONS])
+def test_an_impossible_option_is_refused_before_anything_is_written(
+    line: str, status: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert_refused(line, status, message, tmp_path, capsys)
+    assert not contents(tmp_path)
+
+
+@pytest.mark.parametrize(("make", "line", "status", "message"), FILES, ids=[case[3][:60] for case in FILES])
+def test_a_bad_file_is_named_and_left_as_it_is(
+    make: Callable[[Path], None],
+    line: str,
+    status: int,
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    make(tmp_path)
+    assert_refused(line, status, message, tmp_path, capsys)
+
+
+def test_the_table_is_as_long_as_it_should_be(capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(OPTIONS) + len(FILES) >= 100
+    with capsys.disabled():
+        print(f"\n{len(OPTIONS)} impossible options and {len(FILES)} bad files, each refused in one line")

@@ -1,0 +1,129 @@
+"""A full disk, a file too large, a folder that cannot be written: one line, and what was there stays."""
+
+import json
+import resource
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from processes import assert_same, end, start
+
+import train
+from common.config import run_script
+
+KEYS = (
+    *("--dataset=phantom", "--size=28", "--phantom_tiles=90", "--wandb=disabled", "--run_id=r", "--n_epochs=2"),
+    *("--model_name=shufflenet_v2_x0_5", "--batch_size=45"),
+)
+
+
+def run(folder: Path, data_root: Path) -> None:
+    run_script(train.main, train.TrainConfig, [*KEYS, f"--data_root={data_root}", f"--output_dir={folder}"])
+
+
+def status_of(folder: Path, data_root: Path, log: Path, largest_file: int | None = None) -> int | None:
+    """Run in a process of its own, which cannot write files larger than `largest_file` bytes."""
+
+    def limited() -> None:
+        if largest_file is not None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error of write(), as on a full disk
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+        run(folder, data_root)
+
+    log.unlink(missing_ok=True)
+    return end(start(limited, log))
+
+
+def assert_nothing_torn(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.name.startswith("."):
+            if path.suffix == ".pt":
+                torch.load(path, weights_only=True)
+            elif path.suffix == ".json":
+                json.loads(path.read_text())
+            elif path.suffix == ".png":
+                assert path.read_bytes().endswith(b"IEND\xaeB`\x82")
+
+
+def errors(log: Path) -> list[str]:
+    return [line for line in log.read_text().splitlines() if line.startswith("__main__.py")]
+
+
+@pytest.fixture(scope="module")
+def whole(phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    run(folder, phantom_root)
+    return folder
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if mount(folder, "size=64m") != 0:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def mount(folder: Path, options: str) -> int:
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    return subprocess.run(command, capture_output=True).returncode
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_the_run_with_one_line_and_room_lets_it_go_on(
+    small_disk: Path, whole: Path, tmp_path: Path, phantom_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "log"
+    sizes = sorted(
+        {sum(path.stat().st_size for path in whole.rglob("*.pt")) * share // 100 for share in (1, 20, 45, 70, 95)}
+    )
+    for size in sizes:
+        assert mount(small_disk, f"remount,size={size // 1024 + 8}k") == 0
+        assert status_of(small_disk, phantom_root, log) == 1
+        [line] = errors(log)
+        assert str(small_disk) in line
+        assert line.endswith("No space left on device; the same command with --run_id=r goes on")
+        assert_nothing_torn(small_disk)
+        earlier = small_disk / "runs" / "earlier"
+        assert not earlier.exists() or earlier.read_text() == "kept"
+    assert mount(small_disk, "remount,size=64m") == 0
+    assert status_of(small_disk, phantom_root, log) == 0
+    assert_same(small_disk, whole)
+    with capsys.disabled():
+        print(f"\n{len(sizes)} full disks, then room: the run ended like the undisturbed one")
+
+
+def test_a_read_only_folder_is_named_and_left_alone(small_disk: Path, tmp_path: Path, phantom_root: Path) -> None:
+    (small_disk / "runs").mkdir()
+    (small_disk / "runs" / "earlier").write_text("kept")
+    assert mount(small_disk, "remount,ro") == 0
+    log = tmp_path / "log"
+    assert status_of(small_disk, phantom_root, log) == 1
+    [line] = errors(log)
+    assert f"{small_disk}/runs" in line
+    assert "Read-only file system" in line
+    assert (small_disk / "runs" / "earlier").read_text() == "kept"
+
+
+@pytest.mark.slow
+def test_a_file_that_grows_too_large_is_named_and_the_run_goes_on_without_the_limit(
+    whole: Path, tmp_path: Path, phantom_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, log = tmp_path / "limited", tmp_path / "log"
+    weights = (whole / "checkpoints/r/best.pt").stat().st_size
+    limits = [6000, weights // 2, weights + 1000]  # all above the log's own size
+    for limit in limits:
+        assert status_of(folder, phantom_root, log, limit) == 1
+        [line] = errors(log)
+        assert str(folder) in line
+        assert line.endswith("File too large; the same command with --run_id=r goes on")
+        assert_nothing_torn(folder)
+    assert status_of(folder, phantom_root, log) == 0
+    assert_same(folder, whole)
+    with capsys.disabled():
+        print(f"\n{len(limits)} limits of a file's size, then none: the run ended like the undisturbed one")
