@@ -293,7 +293,11 @@ def _comparison(comparison: Comparison) -> list[str]:
     if differences.n < 2:
         return [f"{differences.mean:+.4f}", "", "", comparison.verdict]
     interval = f"{differences.mean:+.4f} [{differences.low:+.4f}, {differences.high:+.4f}]"
-    return [interval, f"{comparison.p:.3f}", f"{comparison.p_holm:.3f}", comparison.verdict]
+    return [interval, _probability(comparison.p), _probability(comparison.p_holm), comparison.verdict]
+
+
+def _probability(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def draw(path: Path, rows: Mapping[str, Sequence[Finished]]) -> None:

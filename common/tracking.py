@@ -151,9 +151,9 @@ class Run:
         """Draw the figures, write summary.json, pass both on to W&B, and say the result."""
         figures = self._draw(history, summary)
         names = {name: path.name for name, path in figures.items()}
+        self.resumable[1].unlink(missing_ok=True)  # nothing will ask for it any more
         write_json(self.folder / "summary.json", {**self.facts, "wandb": self.url, **summary, "figures": names})
-        for path in (self.resumable[1], self.folder / ".lock"):  # nothing will ask for them any more
-            path.unlink(missing_ok=True)
+        (self.folder / ".lock").unlink(missing_ok=True)
         self._send(lambda run: self._send_results(run, summary, figures))
         self._send(lambda run: run.finish())
         for weights in ("best", "last"):
