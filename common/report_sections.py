@@ -94,9 +94,8 @@ def _best_row(study: Study) -> list[str]:
     best = max(rows, key=lambda row: float(row["validate/acc mean"]))
     cells = []
     for metric in ("test/acc", "test/auc"):
-        values = [best[f"{metric} {part}"] for part in ("mean", "low", "high")]
-        mean, low, high = (f"{float(value):.4f}" if value else "nan" for value in values)
-        cells.append(mean + (f" [{low}, {high}]" if int(best["n"]) > 1 else " (one seed)"))
+        mean, *interval = (float(best[f"{metric} {part}"] or "nan") for part in ("mean", "low", "high"))
+        cells.append(_bounded(mean, *interval) if int(best["n"]) > 1 else f"{mean:.4f} (one seed)")
     views = ", 8 test-time views" if best["test/acc mean"] != best["test/acc plain mean"] else ""
     described = f"`{best['row']}`, the ablation's best row by validation ACC{views}"
     return markdown_line("Task 4", described, *cells, best["n"])
@@ -412,15 +411,21 @@ def _noise_and_cost(everything: Mapping[str, Sequence[Record]]) -> list[str]:
 
 
 def closing(study: Study) -> list[str]:
+    """Commit, date and versions of what the page shows, and whose the data and the published numbers are."""
+    sources = {task: [record.facts for record in records] for task, records in study.trained().items()}
+    if "task2" in study.selection:
+        sources["Task 2"] = [study.attribution()]
+    if rows := study.ablation():
+        sources["Task 4"] = [record.facts for records in rows.values() for record in records]
     lines = ["## Provenance", ""]
-    lines += markdown_line("", "commit", "date", "Python", "versions")
-    lines += markdown_line(*["---"] * 5)
-    for task, records in study.trained().items():
-        commits = sorted({str(record.facts["commit"])[:12] for record in records})
-        dates = sorted(record.facts["started"][:10] for record in records)
-        versions = ", ".join(f"{name} {version}" for name, version in records[0].facts["versions"].items())
-        span = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
-        lines += markdown_line(task, ", ".join(commits), span, records[0].facts["python"], versions)
+    lines += markdown_line("", "runs", "commit", "date", "Python", "versions")
+    lines += markdown_line("---", "---:", *["---"] * 4)
+    for task, facts in sorted(sources.items()):
+        commits = sorted({str(one["commit"])[:12] for one in facts})
+        dates = sorted({one["started"][:10] for one in facts})
+        versions = ", ".join(f"{name} {version}" for name, version in facts[0]["versions"].items())
+        span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+        lines += markdown_line(task, str(len(facts)), ", ".join(commits), span, facts[0]["python"], versions)
     lines += [
         "",
         "PathMNIST: J. Yang et al., *MedMNIST v2*, Scientific Data 2023, from NCT-CRC-HE-100K and CRC-VAL-HE-7K "
@@ -449,7 +454,12 @@ def _spread(values: Mapping[str, float]) -> str:
 
 def _over_seeds(values: Sequence[float]) -> str:
     over = spread(values)
-    return f"{over.mean:.4f}" + (f" [{over.low:.4f}, {over.high:.4f}]" if over.n > 1 else " (one seed)")
+    return _bounded(over.mean, over.low, over.high) if over.n > 1 else f"{over.mean:.4f} (one seed)"
+
+
+def _bounded(mean: float, low: float, high: float) -> str:
+    """A mean with its interval, which a t interval of few seeds may push out of what a score can be."""
+    return f"{mean:.4f} [{max(low, 0):.4f}, {min(high, 1):.4f}]"
 
 
 def _signed(values: Sequence[float]) -> str:
