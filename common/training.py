@@ -18,7 +18,7 @@ from common.augment import Augmentation, build_augmentation, dihedral_views
 from common.averaging import ExponentialMovingAverage, reestimate_batchnorm
 from common.config import TrainingConfig
 from common.data import Dataset, DeviceTiles
-from common.errors import Fault, UsageError
+from common.errors import Fault, UsageError, first_line
 from common.features import CachedFeatures
 from common.interruption import Interruption
 from common.mixing import Mixed, mix
@@ -315,19 +315,7 @@ def fit(
     judged = average.model if average else model
     last_path, previous_path = run.resumable
     best_path = run.checkpoints / "best.pt"
-    history: list[dict[str, float]] = []
-    begun = None
-    saved = checkpoint.load_newest(last_path, previous_path)
-    if saved:
-        run.check_same(config, saved["config"])
-        model.load_state_dict(saved["state_dict"])
-        judged.load_state_dict(saved["judged_state_dict"])
-        optimizer.load_state_dict(saved["optimizer"])
-        history, begun = saved["history"], saved["begun"]
-        where = f"after epoch {len(history)}" + (f" and {begun['steps']} steps" if begun else "")
-        print(f"continuing run {run.run_id} {where}")
-        if history:
-            run.write_history(history)  # the kill may have come between last.pt and it
+    history, begun = _restore(run, config, model, judged, optimizer)
 
     def save(begun: Mapping[str, Any] | None = None) -> None:
         content = {
@@ -378,6 +366,33 @@ def fit(
     print(f"training ended: {stopped}; best epoch {best} by {config.select_on}")
     best_weights = checkpoint.load(best_path)["state_dict"]
     return Fitted(best_weights, checkpoint.copy_weights(judged), best, history, stopped)
+
+
+def _restore(
+    run: Run, config: TrainingConfig, model: nn.Module, judged: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[list[dict[str, float]], Mapping[str, Any] | None]:
+    """Put the run's last checkpoint, if it has one, into place; its history, and the epoch that it has begun."""
+    saved = checkpoint.load_newest(*run.resumable)
+    if saved is None:
+        return [], None
+    try:
+        run.check_same(config, saved["config"])
+        model.load_state_dict(saved["state_dict"])
+        judged.load_state_dict(saved["judged_state_dict"])
+        optimizer.load_state_dict(saved["optimizer"])
+        history, begun = saved["history"], saved["begun"]
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise Fault(
+            f"{run.resumable[0]}: not a checkpoint that a run can go on from ({first_line(error)}); train anew "
+            "under another --run_id"
+        ) from error
+    print(
+        f"continuing run {run.run_id} after epoch {len(history)}"
+        + (f" and {begun['steps']} steps" if begun else "")
+    )
+    if history:
+        run.write_history(history)  # the kill may have come between last.pt and it
+    return history, begun
 
 
 def best_epoch(history: list[dict[str, float]], select_on: str) -> int:

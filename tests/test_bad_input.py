@@ -173,6 +173,11 @@ def checkpoint_of_another_run(folder: Path) -> None:
     checkpoint.save(folder / "checkpoints" / "r" / "last.pt", {"config": config.as_dict(), "history": []})
 
 
+def checkpoint_of_no_training(folder: Path) -> None:
+    config = task1.Task1Config(dataset="phantom", size=28, phantom_tiles=90, run_id="r", n_epochs=1)
+    checkpoint.save(folder / "checkpoints" / "r" / "last.pt", {"config": config.as_dict(), "state_dict": {}})
+
+
 RUN = f"task1.py {PHANTOM} --data_root={{}} --output_dir={{}} --run_id=r"
 EXPLAIN = "task2.py --run_id=r --output_dir={} --data_root={}"
 TUNE = f"task5.py {PHANTOM} --model_name=resnet18 --data_root={{}} --output_dir={{}} --weights={{}}/w.pth"
@@ -201,6 +206,7 @@ FILES: list[tuple[Callable[[Path], None], str, int, str]] = [
     (text("out", ""), f"task1.py {PHANTOM} --data_root={{}} --output_dir={{}}/out", 1, "out.*: Not a directory"),
     (text("runs", ""), RUN, 1, "runs.*: Not a directory"),
     (checkpoint_of_another_run, RUN, 2, "started with another configuration .*lr was 0.5"),
+    (checkpoint_of_no_training, RUN, 1, r"last\.pt: not a checkpoint that a run can go on from"),
     (lambda folder: None, f"{RUN} --resume", 2, "--resume: run r has no checkpoint"),
     (lambda folder: None, f"{RUN} --device=cuda", 2, "--device cuda: PyTorch sees no CUDA device"),
     (finished_task1(b"torn"), EXPLAIN, 1, r"best\.pt: not a readable checkpoint"),

@@ -211,6 +211,23 @@ def test_a_torn_checkpoint_falls_back_to_the_one_before(
     assert_same(tmp_path, four_epochs)
 
 
+def test_a_kill_between_the_last_checkpoint_and_the_history_loses_no_line(
+    tmp_path: Path, phantom_root: Path, four_epochs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = training.Run.log_epoch
+
+    def killed(run: training.Run, history: list[dict[str, float]]) -> None:
+        if len(history) == 4:
+            raise KeyboardInterrupt
+        original(run, history)
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(training.Run, "log_epoch", killed)
+        run_four_epochs(tmp_path, phantom_root)
+    run_four_epochs(tmp_path, phantom_root)
+    assert_same(tmp_path, four_epochs)
+
+
 def test_two_torn_checkpoints_are_a_fault_in_one_line(
     tmp_path: Path, phantom_root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
