@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from common import pretrained
+from common import distributed, pretrained
 from common.augment import build_augmentation, dihedral_views
 from common.comparison import compare_runs
 from common.config import TrainingConfig, key, run_script, with_defaults
@@ -219,7 +219,7 @@ def main(config: Task5Config) -> None:
         else:
             train(single, weights[single.weights], dataset, compute)
     tuned, scratch = ([run.run_id for run in runs if (run.weights == SCRATCH) == s] for s in (False, True))
-    if scratch:
+    if scratch and distributed.is_first():
         compare_runs(config.run_id, tuned, scratch, config.output_dir)
 
 

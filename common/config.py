@@ -166,6 +166,8 @@ class Config(Workspace):
             self._set("size", 28 if self.dataset == "pathmnist-mini" else 64)
         if self.resume and self.run_id is None:
             raise UsageError("--resume needs --run_id: which run shall be continued?")
+        if self.run_id is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UsageError("torchrun: give --run_id, so that all its processes agree on it")
         if self.run_id is None:
             under_agent = "WANDB_SWEEP_ID" in os.environ and "WANDB_RUN_ID" in os.environ
             self._set("run_id", os.environ["WANDB_RUN_ID"] if under_agent else secrets.token_hex(4))

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from common import distributed
 from common.config import BOOKKEEPING_KEYS, TrainingConfig, Workspace
 from common.data import Dataset
 from common.errors import Fault, UsageError, first_line
@@ -38,7 +39,7 @@ class Run:
     """One run's folders, and its W&B run.
 
     `folder` is output_dir/runs/<run_id>, `checkpoints` is output_dir/checkpoints/<run_id>. summary.json is
-    written last: a folder that has one is a finished run.
+    written last: a folder that has one is a finished run. Of several processes the first one writes.
     """
 
     def __init__(
@@ -71,13 +72,6 @@ class Run:
             raise UsageError(f"run {config.run_id} is finished already ({self.folder}): use another --run_id")
         if config.resume and not any(path.exists() for path in self.resumable):
             raise UsageError(f"--resume: run {config.run_id} has no checkpoint in {self.checkpoints}")
-        self._lock = claim(self.folder / ".lock")
-        if self._lock is None:
-            raise UsageError(f"run {config.run_id} is another process's at the moment: use another --run_id")
-        self._sweep_up()
-        fresh = not (self.folder / "config.json").exists()
-        if not fresh:
-            self.check_same(config, read_json(self.folder / "config.json")["config"])
         self.facts = {
             "task": task,
             "run_id": config.run_id,
@@ -88,6 +82,17 @@ class Run:
             "device": device_name,
             **(facts or {}),
         }
+        self._wandb: Any = None
+        self.url: str | None = None
+        if not distributed.is_first():
+            return
+        self._lock = claim(self.folder / ".lock")
+        if self._lock is None:
+            raise UsageError(f"run {config.run_id} is another process's at the moment: use another --run_id")
+        self._sweep_up()
+        fresh = not (self.folder / "config.json").exists()
+        if not fresh:
+            self.check_same(config, read_json(self.folder / "config.json")["config"])
         if fresh:
             write_json(
                 self.folder / "config.json",
@@ -98,7 +103,7 @@ class Run:
                 },
             )
         self._wandb = start_wandb(task, config.run_id, config, self.facts)
-        self.url: str | None = self._wandb.url if self._wandb else None  # None offline, too
+        self.url = self._wandb.url if self._wandb else None  # None offline, too
         print(f"run {config.run_id}: {dataset.title} on {device_name}; records in {self.folder}")
 
     @property
@@ -128,7 +133,8 @@ class Run:
 
     def write_history(self, history: Sequence[Mapping[str, float]]) -> None:
         """Write history.csv whole."""
-        write_csv(self.folder / "history.csv", history)
+        if distributed.is_first():
+            write_csv(self.folder / "history.csv", history)
 
     def log_epoch(self, history: Sequence[Mapping[str, float]]) -> None:
         """Write history.csv and pass its last row on to W&B and to the terminal."""
@@ -144,11 +150,15 @@ class Run:
 
     def save_scores(self, **arrays: np.ndarray) -> None:
         """Write scores.npz: logits (N, C) float32 and targets (N,) int64 of the scored splits."""
+        if not distributed.is_first():
+            return
         with atomic_path(self.folder / "scores.npz") as temporary:
             np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
 
     def finish(self, history: Sequence[Mapping[str, float]], summary: Mapping[str, Any]) -> None:
         """Draw the figures, write summary.json, pass both on to W&B, and say the result."""
+        if not distributed.is_first():
+            return
         figures = self._draw(history, summary)
         names = {name: path.name for name, path in figures.items()}
         self.resumable[1].unlink(missing_ok=True)  # nothing will ask for it any more

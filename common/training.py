@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from common import checkpoint, metrics
+from common import checkpoint, distributed, metrics
 from common.augment import Augmentation, build_augmentation, dihedral_views
 from common.averaging import ExponentialMovingAverage, reestimate_batchnorm
 from common.config import TrainingConfig
@@ -53,18 +53,22 @@ class Compute:
         if device == "cuda" and not torch.cuda.is_available():
             raise UsageError("--device cuda: PyTorch sees no CUDA device here; use --device cpu or auto")
         name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        distributed.join(name == "cuda")
         bf16 = precision == "bf16" or (
             precision == "auto" and name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         )
-        return cls(torch.device(name), torch.bfloat16 if bf16 else torch.float32)
+        where = torch.device(name, distributed.local_rank()) if name == "cuda" else torch.device(name)
+        return cls(where, torch.bfloat16 if bf16 else torch.float32)
 
     @property
     def name(self) -> str:
         """The device in words, as records carry it."""
+        processes = distributed.world_size()
+        prefix = f"{processes} × " if processes > 1 else ""
         if self.device.type == "cuda":
-            return torch.cuda.get_device_name(self.device)
+            return prefix + torch.cuda.get_device_name(self.device)
         threads = torch.get_num_threads()
-        return f"{_cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
+        return f"{prefix}{_cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
 
     def autocast(self) -> torch.autocast:
         """The context of a forward pass; off in float32."""
@@ -212,14 +216,17 @@ def train_one_epoch(
 ) -> float:
     """One pass over the training tiles; returns the mean loss a tile. `epoch` counts from 1.
 
+    Of each batch a process takes its share, with draws of its own, and gradients are as those of the whole batch.
+
     The loss stays on the device: it is read once a second, for the progress bar and to stop a run whose
     loss is no longer finite (Fault), and once at the end. Raises EpochCut after the step in which an
     `interruption` came; what that holds goes on, as `begun`, as if nothing had been.
     """
     model.train()
     augment = build_augmentation(config.augmentation)
-    draws = generator(config.seed, epoch, "augment")
-    torch.manual_seed(derived_seed(config.seed, epoch, "dropout"))
+    own = f"-{distributed.rank()}" if distributed.rank() else ""
+    draws = generator(config.seed, epoch, f"augment{own}")
+    torch.manual_seed(derived_seed(config.seed, epoch, f"dropout{own}"))
     shuffle = generator(config.seed, epoch, "shuffle")
     parts = batches(len(tiles), config.batch_size, tiles.index_device, shuffle)
     total = torch.zeros((), device=compute.device)
@@ -236,38 +243,44 @@ def train_one_epoch(
             for group in optimizer.param_groups:
                 peak = config.lr * group.get("lr_factor", 1.0)
                 group["lr"] = peak * learning_rate_factor(step, len(parts), config)
-            inputs, targets = _inputs(tiles, part, augment, draws)
+            shared = distributed.share(part)
+            inputs, targets = _inputs(tiles, shared, augment, draws)
             mixed = mix(inputs, draws, config.mixup_alpha, config.cutmix_alpha)
             with compute.autocast():
                 loss = _loss(model(mixed.inputs), targets, mixed, config.label_smoothing)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            # The mean over processes that follows is the batch's only if every tile weighs the same.
+            weight = len(shared) * distributed.world_size() / len(part)
+            (loss * weight if weight != 1 else loss).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             if average:
                 average.update(model, step)
-            total += loss.detach() * len(part)
-            seen += len(part)
+            total += loss.detach() * len(shared)
+            seen += len(shared)
             bar.update(len(part))
             if time.monotonic() - looked > 1:
                 bar.set_postfix(loss=f"{_finite(total, epoch) / seen:.3f}")
                 looked = time.monotonic()
-            if interruption and interruption.came:
+            if interruption and interruption.came and distributed.world_size() == 1:
                 _finite(total, epoch)
                 state = _draws_state(draws, compute.device)
                 raise EpochCut({"steps": step + 1 - first, "total": total.cpu(), "draws": state})
-        return _finite(total, epoch) / seen
+        return _finite(distributed.total(total), epoch) / len(tiles)
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, tiles: Tiles, compute: Compute, tta: bool = False) -> Evaluation:
     """The logits of every tile, in order, from the model in eval mode; Fault where they are not finite.
 
-    With `tta` the logits are the logarithm of the mean probability over the tile's 8 dihedral views.
+    With `tta` the logits are the logarithm of the mean probability over the tile's 8 dihedral views. Processes
+    share the tiles, and each gets all logits.
     """
     model.eval()
     logits, targets = [], []
-    with _bar("evaluate", len(tiles)) as bar:
-        for part in batches(len(tiles), EVALUATION_BATCH, tiles.index_device):
+    own = distributed.share(torch.arange(len(tiles), device=tiles.index_device))
+    with _bar("evaluate", len(own)) as bar:
+        for number in batches(len(own), EVALUATION_BATCH, tiles.index_device):
+            part = own[number]
             with compute.autocast():
                 if tta:
                     inputs, labels = _views(tiles, part)
@@ -278,10 +291,11 @@ def evaluate(model: nn.Module, tiles: Tiles, compute: Compute, tta: bool = False
                     logits.append(model(images).float())
             targets.append(labels)
             bar.update(len(part))
-    scores = torch.cat(logits)
+    scores = distributed.gathered(torch.cat(logits), len(tiles))
     if not scores.isfinite().all():
         raise Fault("the network's outputs are no longer finite; lower --lr")
-    return Evaluation(scores.cpu().numpy(), torch.cat(targets).cpu().numpy())
+    labels = distributed.gathered(torch.cat(targets), len(tiles))
+    return Evaluation(scores.cpu().numpy(), labels.cpu().numpy())
 
 
 def fit(
@@ -305,6 +319,7 @@ def fit(
     about to start. Raises Fault where the loss is no longer finite, or no checkpoint can be read.
     """
     model.to(compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = distributed.synchronised(model, compute.device)
     train = train or DeviceTiles(dataset.train, compute.device)
     val = val or DeviceTiles(dataset.val, compute.device)
     optimizer = build_optimizer(model, config, lr_factors)
@@ -316,8 +331,11 @@ def fit(
     last_path, previous_path = run.resumable
     best_path = run.checkpoints / "best.pt"
     history, begun = _restore(run, config, model, judged, optimizer)
+    trained = distributed.parallel(model, changing=before_epoch is not None)
 
     def save(begun: Mapping[str, Any] | None = None) -> None:
+        if not distributed.is_first():
+            return
         content = {
             "state_dict": model.state_dict(),
             "judged_state_dict": judged.state_dict(),
@@ -337,14 +355,15 @@ def fit(
                     before_epoch(network, epoch)
             try:
                 loss = train_one_epoch(
-                    model, train, optimizer, epoch, config, compute, average, interruption, begun
+                    trained, train, optimizer, epoch, config, compute, average, interruption, begun
                 )
             except EpochCut as cut:
                 save(cut.begun)
                 done = f"after epoch {len(history)} and {cut.begun['steps']} steps"
                 raise interruption.stopped(f"run {run.run_id} is saved {done}") from None
             begun = None
-            trained = time.perf_counter() - started
+            seconds = time.perf_counter() - started
+            distributed.same_buffers(model)
             if average or config.reestimate_batchnorm:
                 reestimate_batchnorm(judged, _clean_inputs(train, config.seed))
             row = {
@@ -352,15 +371,15 @@ def fit(
                 "train/loss": loss,
                 **evaluate(judged, val, compute).summary("validate"),
                 "lr": max(group["lr"] for group in optimizer.param_groups),
-                "tiles_per_second": len(train) / trained,
+                "tiles_per_second": len(train) / seconds,
                 "seconds": time.perf_counter() - started,
             }
             history.append({column: row[column] for column in HISTORY_COLUMNS})
-            if best_epoch(history, config.select_on) == epoch:
+            if best_epoch(history, config.select_on) == epoch and distributed.is_first():
                 checkpoint.save(best_path, _best_content(judged, dataset, config, epoch))
             save()
             run.log_epoch(history)
-            if interruption.came:
+            if distributed.any_of_all(interruption.came is not None, compute.device):
                 raise interruption.stopped(f"run {run.run_id} is saved after epoch {epoch}")
     best = best_epoch(history, config.select_on)
     print(f"training ended: {stopped}; best epoch {best} by {config.select_on}")

@@ -1,0 +1,108 @@
+"""Several processes that train one network together, as torchrun starts them; alone, every function is a no-op.
+
+    torchrun --nproc-per-node=2 train.py --run_id=r
+
+Each process takes its share of every batch and of every split to score; gradients are averaged by PyTorch's
+DistributedDataParallel, scores are gathered, and the first process alone writes records.
+"""
+
+import atexit
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from common.errors import UsageError
+
+
+def join(cuda: bool) -> None:
+    """Join the other processes, if torchrun has started any; the first one speaks for all."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
+        return
+    if cuda:
+        if torch.cuda.device_count() <= local_rank():
+            raise UsageError(
+                f"torchrun: process {local_rank() + 1} of this machine has no GPU; --nproc-per-node="
+                f"{torch.cuda.device_count()} uses each once"
+            )
+        torch.cuda.set_device(local_rank())
+    dist.init_process_group("nccl" if cuda else "gloo")
+    atexit.register(dist.destroy_process_group)
+    if not is_first():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+
+
+def local_rank() -> int:
+    """The number of this process on its machine, which is its GPU's."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process among all."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_first() -> bool:
+    """Whether this process writes the records."""
+    return rank() == 0
+
+
+def parallel(model: nn.Module, changing: bool) -> nn.Module:
+    """The network as all processes train it; `changing` says that parts of it may be frozen for a while."""
+    if world_size() == 1:
+        return model
+    return nn.parallel.DistributedDataParallel(model, find_unused_parameters=changing)
+
+
+def synchronised(model: nn.Module, device: torch.device) -> nn.Module:
+    """The network with BatchNorm over the whole batch, where PyTorch has that: on GPUs.
+
+    On CPUs each process normalises by its own share of the batch.
+    """
+    if world_size() == 1 or device.type != "cuda":
+        return model
+    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    return converted
+
+
+def share(indices: torch.Tensor) -> torch.Tensor:
+    """The part of a batch that this process takes: consecutive, and equal to the others' up to one."""
+    return indices.tensor_split(world_size())[rank()]
+
+
+def total(value: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over all processes."""
+    if world_size() > 1:
+        dist.all_reduce(value)
+    return value
+
+
+def gathered(rows: torch.Tensor, n: int) -> torch.Tensor:
+    """All processes' rows, (n, …), each having brought those of its `share`."""
+    if world_size() == 1:
+        return rows
+    sizes = [len(part) for part in torch.arange(n).tensor_split(world_size())]
+    padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def any_of_all(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set in any process."""
+    return bool(total(torch.tensor(float(flag), device=device)))
+
+
+def same_buffers(model: nn.Module) -> None:
+    """Give every process the first one's buffers: BatchNorm's statistics are of each one's own tiles."""
+    if world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)

@@ -1,0 +1,149 @@
+"""Two processes that train together, on a CPU: as one would, with one set of records."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from processes import assert_same
+
+import task1
+from common import checkpoint
+from common.config import run_script
+from common.data import DeviceTiles, load_dataset
+from common.models import build_model
+from common.tracking import read_history
+from common.training import Compute, evaluate
+
+CPU = Compute(torch.device("cpu"), torch.float32)
+DATA = ("--dataset=phantom", "--size=64", "--phantom_tiles=91", "--device=cpu", "--wandb=disabled", "--run_id=r")
+# Without BatchNorm, which normalises each process's share by itself on a CPU, and, below, without dropout.
+SQUEEZENET = ("--model_name=squeezenet1_1", "--n_epochs=3", "--batch_size=30", "--lr=0.0003")
+DRIVER = """
+import os, sys
+sys.path.insert(0, os.getcwd())
+import torch
+import task1
+from common import training
+from common.config import run_script
+
+torch.nn.functional.dropout = lambda inputs, *_: inputs
+epoch_of = training.train_one_epoch
+
+def dying(*arguments):
+    if arguments[3] == 2 and os.environ["RANK"] == "1" and "DIE" in os.environ:
+        os._exit(9)
+    return epoch_of(*arguments)
+
+training.train_one_epoch = dying
+run_script(task1.main, task1.Task1Config)
+"""
+
+
+def together(
+    script: str, *keys: str, data_root: Path, output: Path, **environment: str
+) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", script, *keys]
+    return subprocess.run(
+        [*command, f"--data_root={data_root}", f"--output_dir={output}"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("driver") / "driver.py"
+    path.write_text(DRIVER)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def two(driver: str, phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes left."""
+    folder = tmp_path_factory.mktemp("two")
+    done = together(driver, *DATA, *SQUEEZENET, data_root=phantom_root, output=folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch   1 ") == 1
+    return folder
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_loss_curve_of_one(
+    two: Path, phantom_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.nn.functional, "dropout", lambda inputs, *_: inputs)
+    keys = [*DATA, *SQUEEZENET, f"--data_root={phantom_root}", f"--output_dir={tmp_path}"]
+    run_script(task1.main, task1.Task1Config, keys)
+    alone, together = (read_history(folder / "runs/r/history.csv") for folder in (tmp_path, two))
+    assert alone[-1]["train/loss"] < alone[0]["train/loss"]
+    for column in ("train/loss", "validate/loss", "lr"):  # AUC and ACC of so few tiles jump at a tie
+        np.testing.assert_allclose([row[column] for row in together], [row[column] for row in alone], atol=1e-4)
+    assert "2 × " in json.loads((two / "runs/r/config.json").read_text())["device"]
+
+
+def test_the_gathered_scores_are_those_of_the_weights_in_one_process(two: Path, phantom_root: Path) -> None:
+    model = build_model("squeezenet1_1", 9, 64)
+    model.load_state_dict(checkpoint.load(two / "checkpoints/r/best.pt")["state_dict"])
+    test = load_dataset("phantom", 64, phantom_root, 91).test
+    scored = evaluate(model, DeviceTiles(test, CPU.device), CPU)
+    with np.load(two / "runs/r/scores.npz", allow_pickle=False) as scores:
+        np.testing.assert_allclose(scores["best_logits"], scored.logits, atol=1e-5)
+        np.testing.assert_array_equal(scores["targets"], scored.targets)
+    summary = json.loads((two / "runs/r/summary.json").read_text())
+    assert summary["test/acc"] == float((scored.logits.argmax(1) == scored.targets).mean())
+
+
+@pytest.mark.slow
+def test_the_death_of_one_process_ends_both_and_the_same_command_goes_on(
+    two: Path, driver: str, phantom_root: Path, tmp_path: Path
+) -> None:
+    keys = [*DATA, *SQUEEZENET]
+    died = together(driver, *keys, data_root=phantom_root, output=tmp_path, DIE="1")
+    assert died.returncode != 0
+    assert not (tmp_path / "runs/r/summary.json").exists()
+    again = together(driver, *keys, data_root=phantom_root, output=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "continuing run r after epoch 1\n" in again.stdout
+    assert_same(tmp_path, two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "keys"),
+    [
+        (
+            "train.py",
+            ("--augmentation=ta_wide,stain", "--ema_decay=0.9", "--cutmix_alpha=1", "--tta", "--n_epochs=2"),
+        ),
+        (
+            "task5.py",
+            ("--weights=none", "--model_name=shufflenet_v2_x0_5", "--n_epochs=2", "--resize_to=32"),
+        ),
+    ],
+)
+def test_every_script_runs_on_two_processes(
+    script: str, keys: tuple[str, ...], phantom_root: Path, tmp_path: Path
+) -> None:
+    done = together(script, *DATA, *keys, "--batch_size=30", data_root=phantom_root, output=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(read_history(tmp_path / "runs/r/history.csv")) == 2
+    assert done.stdout.count("best weights") == 1
+
+
+def test_without_a_run_id_every_process_would_have_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as ended:
+        run_script(task1.main, task1.Task1Config, ["--dataset=phantom"])
+    assert ended.value.code == 2
+    assert "torchrun: give --run_id" in capsys.readouterr().err
