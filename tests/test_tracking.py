@@ -143,6 +143,24 @@ finish(open_run())
     assert "finished" in done.stdout
 
 
+def test_without_a_key_or_with_a_refused_one_the_run_goes_on_offline(tmp_path: Path) -> None:
+    body = """
+os.environ.update(WANDB_MODE="online", WANDB_BASE_URL="http://127.0.0.1:9", NETRC=os.devnull)
+finish(open_run())
+def refuse(operation, variables):
+    raise PermissionError
+with WandbServer(refuse) as server:
+    os.environ.update(WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url)
+    finish(open_run())
+"""
+    done = track(tmp_path, body)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("W&B online failed") == 2
+    assert "Traceback" not in done.stderr
+    assert done.stdout.count("W&B: offline") == 2
+    assert done.stdout.count("finished") == 2
+
+
 def test_a_server_that_dies_in_mid_run_does_not_harm_the_run(tmp_path: Path) -> None:
     body = """
 with WandbServer() as server:

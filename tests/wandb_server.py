@@ -13,6 +13,8 @@ Answer = Callable[[str, dict[str, Any]], dict[str, Any] | None]
 class WandbServer:
     """Answers GraphQL operations by `answer(operation, variables)`, else as an empty project would.
 
+    Where `answer` raises PermissionError, the key is refused with status 401.
+
     Use as a context manager; `operations` lists what was asked, `url` goes into WANDB_BASE_URL.
     """
 
@@ -29,9 +31,13 @@ class WandbServer:
                 body = self.rfile.read(int(self.headers.get("content-length", 0)))
                 if self.headers.get("content-encoding") == "gzip":
                     body = gzip.decompress(body)
-                data = outer.reply(json.loads(body)) if self.path == "/graphql" else {}
-                reply = json.dumps({"data": data}).encode()
-                self.send_response(200)
+                status, content = 200, {}
+                try:
+                    content = {"data": outer.reply(json.loads(body)) if self.path == "/graphql" else {}}
+                except PermissionError:
+                    status, content = 401, {"error": "user is not logged in"}
+                reply = json.dumps(content).encode()
+                self.send_response(status)
                 self.send_header("content-type", "application/json")
                 self.send_header("content-length", str(len(reply)))
                 self.end_headers()
