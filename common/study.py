@@ -42,7 +42,7 @@ class Plan:
 
 
 # The phantom's is a miniature: it shows in minutes, without any download, what a study leaves.
-_FEW_TILES = "--phantom_tiles=1800"
+_FEW_TILES = "--phantom_tiles=1350"
 PLANS = {
     "pathmnist": Plan(),
     "pathmnist-mini": Plan(keys={"task5": LITE0}),
@@ -53,8 +53,8 @@ PLANS = {
         keys={
             "task1": (_FEW_TILES,),
             "task2": ("--checked_tiles=64",),
-            "train": (_FEW_TILES, "--batch_size=64", "--n_epochs=10"),
-            "task5": (_FEW_TILES, *LITE0, "--batch_size=64", "--n_epochs=6", "--resize_to=48"),
+            "train": (_FEW_TILES, "--batch_size=64", "--n_epochs=8"),
+            "task5": (_FEW_TILES, *LITE0, "--batch_size=64", "--n_epochs=4", "--resize_to=32"),
         },
     ),
 }

@@ -3,10 +3,12 @@
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
+from conftest import ROOT
 
 import task1
 import train
@@ -151,3 +153,20 @@ def test_runs_of_different_data_are_not_mixed(study: Path, capsys: pytest.Captur
     path = study / "runs" / "first-1" / "summary.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "data_fingerprint": "another"}))
     fails(study, 2, r"the runs of \[task1\] come from different data sets", capsys)
+
+
+def test_the_repository_s_own_report_is_what_its_records_give(capsys: pytest.CaptureFixture[str]) -> None:
+    make(ROOT, "--check")
+    assert "report.md is what the records give" in capsys.readouterr().out
+
+
+def test_the_repository_holds_the_figures_that_its_report_shows_and_stays_small() -> None:
+    listed = subprocess.run(
+        ["git", "ls-files", "runs", "sweeps", "fig"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    if not listed:
+        pytest.skip("not a git checkout")
+    shown = set(re.findall(r"\]\((fig/[^)]+)\)", (ROOT / "report.md").read_text()))
+    assert {path for path in listed if path.startswith("fig/")} == shown
+    assert sum((ROOT / path).stat().st_size for path in listed) < 20e6
+    assert not [path for path in listed if path.endswith((".pt", ".npy"))]
