@@ -1,0 +1,170 @@
+"""Time per epoch and peak memory of Task 1 as tiles become more, and as they become larger.
+
+    python -m bench.scaling
+
+Each case is a process of its own, which trains task1.py's ResNet-18 (batch 64) for an epoch or three on phantom
+tiles; its first steps are not timed. Peak memory is the process's largest resident set or, on a GPU, PyTorch's
+largest allocation. What it should be:
+
+    base + 3 S² N + 16 P + B A(S)   bytes
+
+for N training tiles of S pixels (uint8), P parameters (weight, gradient, Adam's two moments; float32), a batch of
+B, and A(S), what one tile leaves for the backward pass. `base` is what the process had before it built the
+network, libraries and one step of a tiny network included (0 on a GPU); A(S) is the size of the tensors that
+autograd saves, counted.
+
+On a GPU every case is also run with its tiles kept on the host, the fallback for tiles that do not fit.
+Writes bench/results/scaling-<device>.json (a list of rows) and .md (a table).
+"""
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common import data
+from common.models import build_model, normalise
+from common.tracking import provenance
+from common.training import Compute, build_optimizer, train_one_epoch
+from task1 import Task1Config
+
+RESULTS = Path(__file__).parent / "results"
+COUNTS = (1_000, 4_000, 16_000, 89_996)  # at 28 pixels
+SIZES = (28, 64, 128, 224)  # of 1,000 tiles
+LARGE = 50_000  # tiles from which one epoch is enough to time
+EPOCHS = 3
+
+
+def peak(compute: Compute) -> int:
+    """Bytes that the process, or the GPU's part of it, has needed at most so far."""
+    if compute.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(compute.device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def saved_bytes(model: torch.nn.Module, inputs: torch.Tensor, compute: Compute) -> int:
+    """The size of all tensors that the forward pass leaves for the backward pass, weights not counted."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    found: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), compute.autocast():
+        logits = model(inputs)
+        logits.sum()
+    return sum(found.values())
+
+
+def case(n_tiles: int, size: int, root: Path, on_host: bool) -> dict[str, Any]:
+    """One row, measured in this process; the phantom's arrays must be there already."""
+    compute = Compute.of("auto", "auto")
+    config = Task1Config(dataset="phantom", size=size, phantom_tiles=generated(n_tiles, size), data_root=root)
+    dataset = data.load_dataset("phantom", size, root, config.phantom_tiles)
+    tiny = torch.nn.Conv2d(3, 3, 3).to(compute.device)
+    tiny(torch.rand(2, 3, 8, 8, device=compute.device)).sum().backward()
+    torch.optim.Adam(tiny.parameters(), fused=True).step()
+    cuda = compute.device.type == "cuda"
+    base = 0 if cuda else peak(compute)
+
+    torch.manual_seed(0)
+    model = build_model(config.model_name, 9, size)
+    model.to(compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = build_optimizer(model, config)
+    if on_host:
+        data.RESIDENT_SHARE = 0.0
+    split = data.Split(dataset.train.images[:n_tiles], dataset.train.labels[:n_tiles])
+    few = data.DeviceTiles(data.Split(split.images[:256], split.labels[:256]), compute.device)
+    train_one_epoch(model, few, optimizer, 1, config, compute)
+    tiles = data.DeviceTiles(split, compute.device)
+    seconds = []
+    for epoch in range(1, (EPOCHS if n_tiles < LARGE else 1) + 1):
+        started = time.perf_counter()
+        train_one_epoch(model, tiles, optimizer, epoch, config, compute)  # reads the loss: it waits for a GPU
+        seconds.append(time.perf_counter() - started)
+    measured = peak(compute)
+    images, _ = tiles.batch(torch.arange(config.batch_size, device=tiles.index_device))
+    activations = saved_bytes(model, normalise(images), compute)
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    resident = 0 if cuda and tiles.index_device != compute.device else split.images.nbytes
+    return {
+        "task": "task1",
+        "model": config.model_name,
+        "batch_size": config.batch_size,
+        "tiles": n_tiles,
+        "size": size,
+        "device": compute.name,
+        "tiles_on": "host" if on_host else "device",
+        "epoch_seconds": seconds,
+        "milliseconds_per_tile": 1000 * statistics.median(seconds) / n_tiles,
+        "base_bytes": base,
+        "saved_bytes_per_tile": activations // config.batch_size,
+        "peak_bytes": measured,
+        "predicted_bytes": base + resident + 16 * n_parameters + activations,
+    }
+
+
+def generated(n_tiles: int, size: int) -> int:
+    """How many tiles the phantom has of which these are the first: one file a size."""
+    return max(COUNTS) if size == 28 else n_tiles
+
+
+def table(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
+    first = rows[0]
+    lines = [
+        f"One epoch of {first['model']}, batch {first['batch_size']}, phantom tiles, {first['device']}; torch "
+        f"{facts['versions']['torch']}; commit {facts['commit']}. Medians of {EPOCHS} epochs, ranges in brackets; "
+        f"from {LARGE:,} tiles on, one epoch. Predicted: `base + 3 S² N + 16 P + B A(S)`, see bench/scaling.py.",
+        "",
+        "| tiles | size | tiles on | epoch, s | ms a tile | peak memory, GB | predicted, GB | ratio |",
+        "|---:|---:|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        seconds = row["epoch_seconds"]
+        spread = f" ({min(seconds):.2f} to {max(seconds):.2f})" if len(seconds) > 1 else ""
+        lines.append(
+            f"| {row['tiles']:,} | {row['size']} | {row['tiles_on']} | {statistics.median(seconds):.2f}{spread} | "
+            f"{row['milliseconds_per_tile']:.3f} | {row['peak_bytes'] / 1e9:.2f} | "
+            f"{row['predicted_bytes'] / 1e9:.2f} | {row['peak_bytes'] / row['predicted_bytes']:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    facts = provenance(("torch", "torchvision", "numpy"))
+    compute = Compute.of("auto", "auto")
+    cases = [(count, 28) for count in COUNTS] + [(1_000, size) for size in SIZES if size != 28]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for n_tiles, size in cases:
+            data.load_dataset("phantom", size, Path(folder), generated(n_tiles, size))
+            for where in ("device", "host") if compute.device.type == "cuda" else ("device",):
+                command = [sys.executable, "-m", "bench.scaling", str(n_tiles), str(size), folder, where]
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode:
+                    sys.exit(done.stderr)
+                rows.append(json.loads(done.stdout.splitlines()[-1]))
+                rows[-1] |= {"versions": facts["versions"], "commit": facts["commit"]}
+                print(table(rows, facts).splitlines()[-1], flush=True)
+    stem = f"scaling-{compute.device.type}"
+    (RESULTS / f"{stem}.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    (RESULTS / f"{stem}.md").write_text(table(rows, facts), encoding="utf-8")
+    print(table(rows, facts))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        count, side, folder_name, place = sys.argv[1:]
+        print(json.dumps(case(int(count), int(side), Path(folder_name), place == "host")))
+    else:
+        main()
