@@ -54,7 +54,8 @@ def tile_and_saliency(input_path: Path, saliency_path: Path, explained: Explaine
             _bare(axes)
             if map_ is None:
                 axes.imshow(explained.tile, interpolation="nearest")
-                words = f"true: {explained.label}\npredicted: {explained.predicted} ({explained.probability:.2f})"
+                words = f"predicted: {explained.predicted} ({explained.probability:.2f})"
+                words = f"true: {explained.label}\n{wrap(words, 42)}"
                 figure.text(0.5, 0.1, words, ha="center", va="center", fontsize=7)
             else:
                 image = _heat(axes, map_, signed=False)
@@ -62,7 +63,7 @@ def tile_and_saliency(input_path: Path, saliency_path: Path, explained: Explaine
                     image, cax=figure.add_axes((0.1, 0.15, 0.8, 0.035)), orientation="horizontal", extend="max"
                 )
                 bar.ax.tick_params(labelsize=6)
-                bar.set_label(wrap(f"|∂ logit of {target} / ∂ input|", 45), fontsize=6)
+                bar.set_label(wrap(f"|∂ logit of {target} / ∂ input|", 45), fontsize=6, linespacing=0.9)
             save(figure, path)
 
 

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from common import figures
+from common.attribution_figures import Explained, tile_and_saliency
 
 TITLE = "Task 1 · ResNet-18 · phantom (9,000 training tiles, 28 px) · seed 0"
 NAMES = [
@@ -200,3 +201,14 @@ def test_drawing_needs_no_pyplot():
     code = "import sys, common.figures; print('matplotlib.pyplot' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
+
+
+def test_the_longest_names_fit_under_a_tile_and_its_map(tmp_path, drawn):
+    name = max(NAMES, key=len)
+    tile = np.zeros((28, 28, 3), np.uint8)
+    explained = Explained(0, tile, name, name, 0.5, {"saliency": np.ones((28, 28), np.float32)})
+    tile_and_saliency(tmp_path / "input.png", tmp_path / "saliency.png", explained, target=name)
+    for axes, text in ((drawn[0], drawn[0].figure.texts[0]), (drawn[1], drawn[1].figure.axes[1].xaxis.label)):
+        page, box = axes.figure.bbox, text.get_window_extent()
+        assert 0 <= box.x0 < box.x1 <= page.width
+        assert 0 <= box.y0 < box.y1 < axes.get_window_extent().y0
