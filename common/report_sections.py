@@ -263,15 +263,15 @@ def task5(study: Study) -> list[str]:
         f"Convergence epoch: {content['convergence_rule']}.",
         "",
     ]
-    metrics = list(content["over_seeds"])
-    lines += markdown_line("", "seeds", *metrics)
-    lines += markdown_line("---", *["---:"] * (len(metrics) + 1))
-    for kind, runs in content["runs"].items():
-        cells = [_spread(content["over_seeds"][metric][kind]) for metric in metrics]
-        lines += markdown_line(kind, str(len(runs)), *cells)
-    cells = [_spread(content["differences"][metric]) for metric in metrics]
-    lines += markdown_line("difference, paired by seed", str(len(records)), *cells)
-    lines += ["", study.image(f"fig/task5/{name}-comparison.png", "Curves of both kinds over the epochs"), ""]
+    kinds = list(content["runs"])
+    lines += markdown_line("", *(f"{kind}, {len(content['runs'][kind])} seeds" for kind in kinds), "difference")
+    lines += markdown_line("---", *["---:"] * (len(kinds) + 1))
+    for metric, by_kind in content["over_seeds"].items():
+        cells = [by_kind[kind] for kind in kinds] + [content["differences"][metric]]
+        digits = 1 if metric == "convergence epoch" else 4
+        lines += markdown_line(metric, *(_spread(cell, digits) for cell in cells))
+    lines += ["", "Means over seeds [95 % t intervals]; the difference is paired by seed.", ""]
+    lines += [study.image(f"fig/task5/{name}-comparison.png", "Curves of both kinds over the epochs"), ""]
     lines += [*_training_section(study, records)]
     return lines
 
@@ -453,9 +453,9 @@ def _interval(estimate: Mapping[str, float], digits: int = 2) -> str:
     return f"{estimate['value']:.{digits}f} [{estimate['low']:.{digits}f}, {estimate['high']:.{digits}f}]"
 
 
-def _spread(values: Mapping[str, float]) -> str:
-    interval = "" if values["n"] < 2 else f" [{values['low']:.4g}, {values['high']:.4g}]"
-    return f"{values['mean']:.4g}{interval}"
+def _spread(values: Mapping[str, float], digits: int) -> str:
+    interval = "" if values["n"] < 2 else f" [{values['low']:.{digits}f}, {values['high']:.{digits}f}]"
+    return f"{values['mean']:.{digits}f}{interval}"
 
 
 def _over_seeds(values: Sequence[float]) -> str:
