@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV = .venv/bin/python
 DATASET ?= pathmnist-mini
 SIZE ?= $(if $(filter pathmnist-mini,$(DATASET)),28,64)
-.PHONY: demo report test lint
+BENCH = throughput startup scaling augment data_start frozen_features phantom point_conv summary
+.PHONY: bench demo report test lint
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
@@ -17,6 +18,9 @@ demo: .venv/installed  ## a miniature of the whole study on generated tiles, int
 
 report: .venv/installed  ## the study of a data set: all runs that are missing, then its report.md
 	$(VENV) -m common.study --dataset $(DATASET) --size $(SIZE)
+
+bench: .venv/installed  ## every measurement, into bench/results/ and README: an hour on a quiet machine
+	for name in $(BENCH); do $(VENV) -m bench.$$name || exit 1; done
 
 test: .venv/installed
 	$(VENV) -m pytest

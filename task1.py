@@ -17,11 +17,12 @@ from dataclasses import dataclass
 
 import torch
 
+from common.compute import Compute
 from common.config import TrainingConfig, run_script
 from common.data import class_names, load_dataset
 from common.models import build_model
 from common.tracking import Run
-from common.training import Compute, fit, score_test_split
+from common.training import fit, score_test_split
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,13 +23,14 @@ import torch
 from torch import nn
 
 from common import checkpoint
+from common.compute import Compute
 from common.config import Workspace, check_run_id, key, run_script
 from common.data import Dataset, DeviceTiles, class_names, load_dataset
 from common.errors import Fault, UsageError, first_line
 from common.files import atomic_path, write_json
 from common.models import build_model, normalise
 from common.tracking import provenance, read_json, send, start_wandb
-from common.training import Compute, derived_seed, evaluate
+from common.training import derived_seed, evaluate
 
 MODEL_NAME = "resnet18"
 SHOWN = 10

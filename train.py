@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 
+from common.compute import Compute
 from common.config import TrainingConfig, key, run_script, with_defaults
 from common.data import class_names, load_dataset
 from common.errors import UsageError
 from common.models import build_model
 from common.tracking import Run
-from common.training import Compute, fit, score_test_split
+from common.training import fit, score_test_split
 
 # The short-data recipe. At batch 512, 800 tiles leave one step an epoch and the coursework's numbers would
 # train nothing: 80 epochs of 13 steps make 1,040. The warm-up keeps its share of the run, and the patience its

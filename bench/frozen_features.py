@@ -21,10 +21,10 @@ import numpy as np
 import torch
 
 import task5
+from common.compute import Compute
 from common.config import parse
 from common.files import write_json
 from common.models import build_model
-from common.training import Compute
 
 REPEATS = 2
 TILES = 900

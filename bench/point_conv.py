@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from common.compute import Compute
 from common.models import build_model
-from common.training import Compute
 
 BATCH, REPEATS, STEPS = 64, 9, 4
 

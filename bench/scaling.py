@@ -30,9 +30,10 @@ from typing import Any
 import torch
 
 from common import data
+from common.compute import Compute
 from common.models import build_model, normalise
 from common.tracking import provenance
-from common.training import Compute, build_optimizer, train_one_epoch
+from common.training import build_optimizer, train_one_epoch
 from task1 import Task1Config
 
 RESULTS = Path(__file__).parent / "results"

@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 
 from common import phantom
+from common.compute import Compute
 from common.data import OFFICIAL_COUNTS
 from common.tracking import provenance
-from common.training import Compute
 
 RESULTS = Path(__file__).parent / "results"
 REPEATS = 5

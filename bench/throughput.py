@@ -37,11 +37,12 @@ from torchvision.transforms import v2
 import task1
 import train
 from common import phantom
+from common.compute import Compute
 from common.config import TrainingConfig
 from common.data import DeviceTiles, Split
 from common.models import build_model, normalise
 from common.tracking import provenance
-from common.training import Compute, build_optimizer, train_one_epoch
+from common.training import build_optimizer, train_one_epoch
 
 RESULTS = Path(__file__).parent / "results"
 REPEATS = 5

@@ -1,17 +1,14 @@
 """The features of a frozen network, computed once and kept where the head is trained on them."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
 
+from common.compute import Compute
 from common.data import DeviceTiles
 from common.models import normalise
-
-if TYPE_CHECKING:  # training itself imports this module
-    from common.pretrained import FineTunedNetwork
-    from common.training import Compute
+from common.pretrained import FineTunedNetwork
 
 BATCH = 256
 View = Callable[[torch.Tensor], torch.Tensor]  # uint8 (B, 3, H, W) to the same
@@ -49,7 +46,7 @@ class CachedFeatures:
 
 @torch.no_grad()
 def cache_features(
-    model: "FineTunedNetwork", tiles: DeviceTiles, views: Sequence[View], compute: "Compute"
+    model: FineTunedNetwork, tiles: DeviceTiles, views: Sequence[View], compute: Compute
 ) -> CachedFeatures:
     """Run every view of every tile through the frozen part once."""
     model.eval()

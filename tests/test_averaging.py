@@ -5,11 +5,12 @@ import torch
 from torch import nn
 
 from common.averaging import ExponentialMovingAverage, reestimate_batchnorm
+from common.compute import Compute
 from common.config import TrainingConfig
 from common.data import Dataset
 from common.models import build_model, normalise
 from common.tracking import Run
-from common.training import Compute, fit
+from common.training import fit
 
 CPU = Compute(torch.device("cpu"), torch.float32)
 

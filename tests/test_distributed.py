@@ -14,11 +14,12 @@ from processes import assert_same
 
 import task1
 from common import checkpoint
+from common.compute import Compute
 from common.config import run_script
 from common.data import DeviceTiles, load_dataset
 from common.models import build_model
 from common.tracking import read_history
-from common.training import Compute, evaluate
+from common.training import evaluate
 
 CPU = Compute(torch.device("cpu"), torch.float32)
 DATA = ("--dataset=phantom", "--size=64", "--phantom_tiles=91", "--device=cpu", "--wandb=disabled", "--run_id=r")

@@ -17,13 +17,14 @@ from torch import nn
 
 from common import pretrained
 from common.augment import build_augmentation
+from common.compute import Compute
 from common.config import TrainingConfig
 from common.data import Dataset, DeviceTiles
 from common.errors import UsageError
 from common.features import cache_features
 from common.models import PointConv2d, normalise
 from common.pretrained import FineTunedNetwork, Preset, Weights, build_fine_tuned, build_network, load_weights
-from common.training import Compute, build_optimizer, evaluate, generator, train_one_epoch
+from common.training import build_optimizer, evaluate, generator, train_one_epoch
 
 CPU = Compute(torch.device("cpu"), torch.float32)
 PRESET = Preset(40, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25))

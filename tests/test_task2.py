@@ -14,8 +14,8 @@ from matplotlib.image import imread
 import task1
 import task2
 from common import attribution_checks, checkpoint
+from common.compute import Compute
 from common.config import run_script
-from common.training import Compute
 
 PHANTOM = ["--dataset", "phantom", "--size", "28", "--phantom_tiles", "900"]
 

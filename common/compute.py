@@ -1,0 +1,53 @@
+"""Where a network computes, and in which precision."""
+
+import platform
+from dataclasses import dataclass
+
+import torch
+
+from common import distributed
+from common.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where the network computes, and in which precision its matrix products run."""
+
+    device: torch.device
+    dtype: torch.dtype  # float32, or bfloat16 under autocast
+
+    @classmethod
+    def of(cls, device: str, precision: str) -> "Compute":
+        """Resolve the keys `device` and `precision`; UsageError where CUDA is asked for and absent."""
+        if device == "cuda" and not torch.cuda.is_available():
+            raise UsageError("--device cuda: PyTorch sees no CUDA device here; use --device cpu or auto")
+        name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        distributed.join(name == "cuda")
+        bf16 = precision == "bf16" or (
+            precision == "auto" and name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        )
+        where = torch.device(name, distributed.local_rank()) if name == "cuda" else torch.device(name)
+        return cls(where, torch.bfloat16 if bf16 else torch.float32)
+
+    @property
+    def name(self) -> str:
+        """The device in words, as records carry it."""
+        processes = distributed.world_size()
+        prefix = f"{processes} × " if processes > 1 else ""
+        if self.device.type == "cuda":
+            return prefix + torch.cuda.get_device_name(self.device)
+        threads = torch.get_num_threads()
+        return f"{prefix}{_cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
+
+    def autocast(self) -> torch.autocast:
+        """The context of a forward pass; off in float32."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+
+def _cpu_name() -> str:
+    try:  # Linux; platform.processor() says nothing there
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+        return names[0]
+    except (OSError, IndexError):
+        return platform.processor() or "CPU"
