@@ -80,9 +80,12 @@ def main(config: Task2Config) -> None:
         return normalise(images), targets[where].to(compute.device)
 
     pictured = sorted({*shown, *(index for index in right + wrong if index is not None)})
-    maps = {
+    by_method = {
         name: method.maps(model, *inputs_of(pictured), config.seed).cpu().numpy()
         for name, method in METHODS.items()
+    }
+    maps = {
+        index: {name: values[place] for name, values in by_method.items()} for place, index in enumerate(pictured)
     }
     torch.manual_seed(derived_seed(config.seed, 0, "randomised network"))
     fresh = build_model(MODEL_NAME, len(dataset.class_names), dataset.size)
@@ -190,14 +193,13 @@ def draw(
     probabilities: np.ndarray,
     shown: list[int],
     grid: tuple[list[int | None], list[int | None]],
-    maps: dict[str, np.ndarray],
+    maps: dict[int, dict[str, np.ndarray]],
     checks: dict[str, Any],
 ) -> tuple[dict[str, Path], list[dict[str, Any]]]:
     """Draw everything; returns the run's figures by name, and a row of the table for each tile shown."""
     from common import attribution_figures as pictures  # matplotlib, as late as Captum
 
     names, folder = dataset.class_names, config.output_dir / "fig" / "task2"
-    pictured = sorted({*shown, *(index for side in grid for index in side if index is not None)})
 
     def explained(index: int) -> pictures.Explained:
         best = int(probabilities[index].argmax())
@@ -207,7 +209,7 @@ def draw(
             names[labels[index]],
             names[best],
             float(probabilities[index, best]),
-            {name: values[pictured.index(index)] for name, values in maps.items()},
+            maps[index],
         )
 
     rows = []
