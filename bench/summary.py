@@ -8,6 +8,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from bench.scaling import predicted
 from common.trials import markdown_line
 
 RESULTS = Path(__file__).parent / "results"
@@ -46,7 +47,7 @@ def scaling() -> list[str]:
     ]
     for row in read("scaling"):
         seconds = f"{statistics.median(row['epoch_seconds']):,.1f}"
-        memory = [f"{row[name] / 1e9:.2f}" for name in ("peak_bytes", "predicted_bytes")]
+        memory = [f"{value / 1e9:.2f}" for value in (row["peak_bytes"], predicted(row))]
         device = row["device"] + (", tiles on the host" if row["tiles_on"] == "host" else "")
         per_tile = f"{row['milliseconds_per_tile']:.2f}"
         lines += markdown_line(f"{row['tiles']:,} tiles", str(row["size"]), device, seconds, per_tile, *memory)
