@@ -41,6 +41,7 @@ RANGES: dict[str, tuple[tuple[float, float] | None, tuple[float, float] | None, 
     "Invert": (None, (0.0, 0.0), False),
 }
 OPERATIONS = tuple(RANGES)
+MOVE, LAST_MOVE = OPERATIONS.index("ShearX"), OPERATIONS.index("Rotate")  # these and all between move pixels
 WIDE_BINS = 31
 AUTO_BINS = 10
 
@@ -107,20 +108,20 @@ def _take(images: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 def _by_kind(
     images: torch.Tensor,
     kind: torch.Tensor,
-    parameter: torch.Tensor,
-    apply: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor],
+    order: torch.Tensor,
+    apply: Callable[[int, torch.Tensor, slice], torch.Tensor],
 ) -> torch.Tensor:
-    """Replace the images of each kind by `apply(kind, those images, their parameters)`, keeping their order.
+    """Replace the images of each kind by `apply(kind, those images, their places in order)`.
 
-    `kind` is an integer (N,) tensor on the CPU, so that the sizes of the groups are known on the host.
+    `kind` is an integer (N,) tensor on the CPU, so that the sizes of the groups are known on the host, and
+    `order` (N,) sorts it. The result has the images' own order.
     """
-    order = kind.argsort()
-    grouped, parameter = _take(images, order), parameter[order]
+    grouped = _take(images, order)
     start = 0
     for number, count in enumerate(kind.bincount().tolist()):
         if count:
-            part = grouped[start : start + count]
-            part.copy_(apply(number, part, parameter[start : start + count]))
+            these = slice(start, start + count)
+            grouped[these].copy_(apply(number, grouped[these], these))
         start += count
     return _take(grouped, order.argsort())
 
@@ -156,7 +157,7 @@ def dihedral(images: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"views are 0 … 7, not {int(view.min())} … {int(view.max())}")
     if images.shape[2] != images.shape[3] and bool((view >= 4).any()):
         raise ValueError(f"quarter turns need square tiles, not {images.shape[2]} × {images.shape[3]}")
-    return _by_kind(images, view, view, lambda number, part, _: _dihedral_view(part, number))
+    return _by_kind(images, view, view.argsort(), lambda number, part, _: _dihedral_view(part, number))
 
 
 def dihedral_views(images: torch.Tensor) -> torch.Tensor:
@@ -195,12 +196,13 @@ def _sources(name: str, magnitude: float, height: int, width: int, device: torch
     return moved.flatten().to(device, torch.int64)
 
 
-def _move(images: torch.Tensor, name: str, magnitude: torch.Tensor) -> torch.Tensor:
-    """Shear, shift or rotate: nearest pixel, black outside."""
+def _move(images: torch.Tensor, operation: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
+    """Shear, shift or rotate, nearest pixel, black outside; operation and magnitude (N,) on the CPU."""
     count, _, height, width = images.shape
     # Pixel 0 of each tile is the black one that `_sources` points to from outside.
     pixels = F.pad(images.permute(0, 2, 3, 1).flatten(1, 2), (0, 0, 1, 0))
-    sources = torch.stack([_sources(name, m, height, width, images.device) for m in magnitude.tolist()])
+    moves = zip(operation.tolist(), magnitude.tolist(), strict=True)
+    sources = torch.stack([_sources(OPERATIONS[o], m, height, width, images.device) for o, m in moves])
     sources += torch.arange(count, device=images.device).unsqueeze(1) * pixels.shape[1]
     moved = pixels.flatten(0, 1).index_select(0, sources.flatten())
     return moved.view(count, height, width, 3).permute(0, 3, 1, 2)
@@ -212,20 +214,20 @@ def _grey(images: torch.Tensor) -> torch.Tensor:
     return red.mul(0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114).floor_().unsqueeze(1)
 
 
-def _blend(images: torch.Tensor, other: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
-    """`ratio` times the float images, in place, plus 1 − `ratio` times the other, clipped to 0 … 255."""
-    return images.mul_(ratio.float()).addcmul_(other, (1.0 - ratio).float()).clamp_(0, 255)
+def _blend(images: torch.Tensor, other: torch.Tensor, ratio: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+    """`ratio` times the float images, in place, plus `rest` times the other, clipped to 0 … 255."""
+    return images.mul_(ratio).addcmul_(other, rest).clamp_(0, 255)
 
 
-def _sharpness(images: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
-    """Blend with the 3 × 3 mean whose centre counts five times; the outermost pixels stay."""
+def _sharpness(images: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+    """Go `rest` of the way to the 3 × 3 mean whose centre counts five times; the outermost pixels stay."""
     if min(images.shape[2:]) <= 2:
         return images
     rows = images[:, :, :-2] + images[:, :, 1:-1] + images[:, :, 2:]
     inner = images[:, :, 1:-1, 1:-1]
     box = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
     blurred = box.add_(inner, alpha=4.0).div_(13.0).round_()
-    inner.copy_(inner.addcmul(blurred.sub_(inner), (1.0 - ratio).float()).clamp_(0, 255))
+    inner.copy_(inner.addcmul(blurred.sub_(inner), rest).clamp_(0, 255))
     return images
 
 
@@ -253,29 +255,24 @@ def _equalize(images: torch.Tensor) -> torch.Tensor:
     return lookup.to(torch.uint8).gather(2, values).view(images.shape)
 
 
-def _operate(number: int, images: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
-    """One operation; `magnitude` is a CPU float64 (N,). The result is uint8, or float 0 … 255 to truncate."""
-    name = OPERATIONS[number]
-    if name.startswith(("Shear", "Translate", "Rotate")):
-        return _move(images, name, magnitude)
-    strength = magnitude.view(-1, 1, 1, 1).to(images.device, non_blocking=True)
-    ratio = 1.0 + strength
+def _recolour(name: str, images: torch.Tensor, settings: torch.Tensor) -> torch.Tensor:
+    """An operation on colours, with `_settings`; the result is uint8, or float 0 … 255 to truncate."""
+    ratio, rest, threshold, mask = settings.view(-1, 4, 1, 1, 1).unbind(1)
     match name:
         case "Brightness":
-            return images.float().mul_(ratio.float()).clamp_(0, 255)
+            return images.float().mul_(ratio).clamp_(0, 255)
         case "Color":
             colours = images.float()
-            return _blend(colours, _grey(colours), ratio)
+            return _blend(colours, _grey(colours), ratio, rest)
         case "Contrast":
             colours = images.float()
-            return _blend(colours, _grey(colours).mean((2, 3), keepdim=True), ratio)
+            return _blend(colours, _grey(colours).mean((2, 3), keepdim=True), ratio, rest)
         case "Sharpness":
-            return _sharpness(images.float(), ratio)
+            return _sharpness(images.float(), rest)
         case "Posterize":
-            # The mask keeps the highest `strength` of 8 bits.
-            return images & (255 << (8 - strength.long())).to(torch.uint8)
+            return images & mask.to(torch.uint8)
         case "Solarize":
-            return torch.where(images >= (255 * strength).float(), ~images, images)
+            return torch.where(images >= threshold, ~images, images)
         case "AutoContrast":
             return _auto_contrast(images)
         case "Equalize":
@@ -286,14 +283,37 @@ def _operate(number: int, images: torch.Tensor, magnitude: torch.Tensor) -> torc
             return images
 
 
+def _settings(magnitude: torch.Tensor) -> torch.Tensor:
+    """What `_recolour` makes of magnitudes (N,): (N, 4) float32, so that one copy brings all to the device."""
+    ratio = 1.0 + magnitude
+    # Posterize's magnitude is the number of highest bits, of 8, that stay.
+    mask = (255 << (8 - magnitude.long().clamp(0, 8))) & 255
+    return torch.stack([ratio, 1.0 - ratio, 255 * magnitude, mask], dim=1).float()
+
+
+def _operate(images: torch.Tensor, operation: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
+    order = operation.argsort()
+    ordered, strengths = operation[order], magnitude[order]
+    settings = _settings(strengths).to(images.device, non_blocking=True)
+
+    def apply(number: int, part: torch.Tensor, these: slice) -> torch.Tensor:
+        if number == MOVE:
+            return _move(part, ordered[these], strengths[these])
+        return _recolour(OPERATIONS[number], part, settings[these])
+
+    # All that move pixels are one group: on a GPU launches take the time, not pixels.
+    group = torch.where((operation >= MOVE) & (operation <= LAST_MOVE), MOVE, operation)
+    return _by_kind(images, group, order, apply)
+
+
 def apply_operations(images: torch.Tensor, operation: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
     """Apply `OPERATIONS[operation[s, i]]` with `magnitude[s, i]` to image i, step s after step.
 
     `operation` is int64 (steps, N) and `magnitude` float64 (steps, N), both on the CPU. The numerics are
     torchvision's v2 functional operations' on uint8 tensors, with nearest interpolation and black fill.
     """
-    for kind, strength in zip(operation, magnitude, strict=True):
-        images = _by_kind(images, kind, strength, _operate)
+    for operations, magnitudes in zip(operation, magnitude, strict=True):
+        images = _operate(images, operations, magnitudes)
     return images
 
 
@@ -371,11 +391,15 @@ def draw_erasing(count: int, height: int, width: int, generator: torch.Generator
 
 def erase(images: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
     """Fill rectangle `boxes[i]` (top, left, height, width; CPU) of image i with mid-grey, 128."""
-    result = images.clone(memory_format=torch.channels_last)
-    for number in boxes[:, 2].nonzero().flatten().tolist():
-        top, left, height, width = boxes[number].tolist()
-        result[number, :, top : top + height, left : left + width] = ERASE_GREY
-    return result
+    chosen = boxes[:, 2].nonzero().flatten()
+    start, extent = boxes[chosen].unsqueeze(2).chunk(2, dim=1)
+    pixel = torch.arange(max(images.shape[2:]))
+    inside = ((pixel >= start) & (pixel < start + extent)).to(images.device, non_blocking=True)
+    chosen = chosen.to(images.device, non_blocking=True)
+    erased = inside[:, 0, : images.shape[2], None] & inside[:, 1, None, : images.shape[3]]
+    result = images.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
+    result.index_copy_(0, chosen, result.index_select(0, chosen).masked_fill_(erased[..., None], ERASE_GREY))
+    return result.permute(0, 3, 1, 2)
 
 
 # Stain, channels, scale

@@ -26,8 +26,7 @@ class ExponentialMovingAverage:
     def update(self, model: nn.Module, step: int) -> None:
         """Move the average towards `model` after step `step`, counted from 0."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        for averaged, trained in zip(self.model.parameters(), model.parameters(), strict=True):
-            averaged.lerp_(trained, 1 - decay)
+        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 
 from common import augment
@@ -485,6 +486,32 @@ def test_unknown_part_names_the_closest():
 def test_none_joins_with_nothing():
     with pytest.raises(ValueError, match="'none' cannot be joined"):
         build_augmentation("none,flip")
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that tensors on PyTorch's value-less "meta" device take part in."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        leaves = torch.utils._pytree.tree_leaves((args, kwargs, result))
+        self.count += any(isinstance(leaf, torch.Tensor) and leaf.device.type == "meta" for leaf in leaves)
+        return result
+
+
+@pytest.mark.parametrize("names", [name for name in AUGMENTATIONS if name != "none"])
+def test_a_larger_batch_takes_no_more_launches_and_no_value_is_read_back(names):
+    augmented = build_augmentation(names)
+    counts = []
+    for size in (512, 2048):
+        images = tiles(8, 28, 28).repeat(size // 8, 1, 1, 1).to("meta", memory_format=torch.channels_last)
+        for seed in range(40):  # until the tables of moved pixels are there
+            augmented(images, seeded(seed))
+        with Launches() as launches:
+            augmented(images, seeded())
+        counts.append(launches.count)
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import math
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from common import checkpoint, training
+from common.averaging import ExponentialMovingAverage
 from common.config import TrainingConfig
 from common.data import Dataset, DeviceTiles
 from common.errors import Fault, UsageError
@@ -24,6 +26,7 @@ from common.training import (
     fit,
     learning_rate_factor,
     reason_to_stop,
+    train_one_epoch,
 )
 
 MODEL = "mobilenet_v3_small"  # small and quick; has BatchNorm and dropout
@@ -301,6 +304,30 @@ def test_bf16_is_close_to_fp32(tiny: Dataset) -> None:
     half = evaluate(model, tiles, dataclasses.replace(CPU, dtype=torch.bfloat16)).logits
     assert half.dtype == np.float32
     assert 0 < np.abs(full - half).max() < 0.1 * np.abs(full).max()
+
+
+class Unreadable(Compute):
+    """PyTorch's "meta" device: its tensors have shapes and no values, as a busy GPU's have none yet."""
+
+    def autocast(self) -> Any:
+        return contextlib.nullcontext()  # autocast does not know the device
+
+
+@pytest.mark.parametrize("augmentation", ["auto", "ta_wide,stain", "dihedral,channel,scale"])
+def test_no_training_step_reads_a_value_from_the_device(
+    augmentation: str, tiny: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = Unreadable(torch.device("meta"), torch.float32)
+    monkeypatch.setattr(training, "_finite", lambda total, epoch: 0.0)  # once a second, and at the epoch's end
+    keys: dict[str, Any] = {"mixup_alpha": 0.2, "cutmix_alpha": 1.0, "label_smoothing": 0.1, "run_id": "r"}
+    config = TrainingConfig(dataset="phantom", size=28, augmentation=augmentation, batch_size=32, **keys)
+    model = build_model(MODEL, 9, 28).to("meta", memory_format=torch.channels_last)
+    tiles = DeviceTiles(tiny.train, torch.device("cpu"))
+    tiles.tiles, tiles.labels = tiles.tiles.to("meta"), tiles.labels.to("meta")
+    tiles.device = tiles.index_device = compute.device
+    optimizer = torch.optim.Adam(model.parameters(), foreach=True)
+    average = ExponentialMovingAverage(model, 0.99, 10)
+    train_one_epoch(model, tiles, optimizer, 1, config, compute, average)  # reading a value raises here
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
