@@ -7,8 +7,8 @@
 tile, a shuffling DataLoader with the best of several worker counts, fp32, PyTorch's default optimiser. (b) is
 `train_one_epoch` with the configuration that task1.py and train.py have. (c) repeats forward, backward and step
 on one batch that lies on the device, in (b)'s precision and memory format. All three take turns, so that whatever
-else the machine does falls on them alike. Same network, batch size, augmentation and loss; the tiles are phantom
-ones.
+else the machine does falls on them alike, each in a process of its own, so that what one sets up helps no other.
+Same network, batch size, augmentation and loss; the tiles are phantom ones.
 
 Writes bench/results/throughput-<device>.json (a list of rows) and .md (a table).
 """
@@ -16,13 +16,14 @@ Writes bench/results/throughput-<device>.json (a list of rows) and .md (a table)
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -63,16 +64,6 @@ class PathMNIST(medmnist.PathMNIST):
         return len(self.imgs)
 
 
-@dataclass(frozen=True)
-class Case:
-    """One network at one size, ready to be trained in three ways; each way gives tiles/s."""
-
-    task: str
-    config: TrainingConfig
-    ways: dict[str, Callable[[], float]]
-    workers: int
-
-
 def rate(work: Callable[[], int], device: torch.device) -> float:
     """Tiles/s of something that returns how many tiles it took."""
     if device.type == "cuda":
@@ -84,7 +75,7 @@ def rate(work: Callable[[], int], device: torch.device) -> float:
     return tiles / (time.perf_counter() - started)
 
 
-def plain_way(config: TrainingConfig, root: Path, workers: int, device: torch.device) -> Callable[[], float]:
+def plain_loop(config: TrainingConfig, root: Path, workers: int, device: torch.device) -> Callable[[], float]:
     """The loop of a tutorial; persistent workers, so that only the first epoch pays for their start."""
     erasing = [v2.RandomErasing(0.1)] if config.augmentation == "ta_wide" else []
     transform = v2.Compose(
@@ -125,28 +116,36 @@ def plain_way(config: TrainingConfig, root: Path, workers: int, device: torch.de
     return lambda: rate(epoch, device)
 
 
-def our_way(config: TrainingConfig, tiles: DeviceTiles, compute: Compute) -> Callable[[], float]:
+def plain_way(config: TrainingConfig, root: Path) -> tuple[Callable[[], float], int]:
+    """The plain loop with the best of several worker counts, and that count."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cores = os.cpu_count() or 1
+    loops = {workers: plain_loop(config, root, workers, device) for workers in {0, 1, cores // 2, cores}}
+    for loop in loops.values():
+        loop()
+    workers = max(loops, key=lambda number: loops[number]())
+    return loops[workers], workers
+
+
+def our_way(config: TrainingConfig, root: Path) -> tuple[Callable[[], float], int]:
     """The project's epoch, as `fit` runs it."""
-    torch.manual_seed(0)
-    model = build_model(config.model_name, 9, config.size)
-    model.to(compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = build_optimizer(model, config)
+    compute = Compute.of("auto", "auto")
+    tiles = DeviceTiles(read_tiles(root), compute.device)
+    model, optimizer = network(config, compute)
 
     def epoch() -> int:
         train_one_epoch(model, tiles, optimizer, 1, config, compute)
         return len(tiles)
 
-    return lambda: rate(epoch, compute.device)
+    return lambda: rate(epoch, compute.device), 0
 
 
-def ceiling_way(config: TrainingConfig, tiles: DeviceTiles, compute: Compute) -> Callable[[], float]:
+def ceiling_way(config: TrainingConfig, root: Path) -> tuple[Callable[[], float], int]:
     """Nothing but the network: the same batch again and again."""
-    torch.manual_seed(0)
-    model = build_model(config.model_name, 9, config.size)
-    model.to(compute.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    optimizer = build_optimizer(model, config)
-    indices = torch.arange(config.batch_size, device=tiles.index_device)
-    images, labels = tiles.batch(indices)
+    compute = Compute.of("auto", "auto")
+    tiles = DeviceTiles(read_tiles(root), compute.device)
+    model, optimizer = network(config, compute)
+    images, labels = tiles.batch(torch.arange(config.batch_size, device=tiles.index_device))
     inputs = normalise(images)
     steps = len(tiles) // config.batch_size
 
@@ -159,58 +158,80 @@ def ceiling_way(config: TrainingConfig, tiles: DeviceTiles, compute: Compute) ->
             optimizer.step()
         return steps * config.batch_size
 
-    return lambda: rate(epoch, compute.device)
+    return lambda: rate(epoch, compute.device), 0
 
 
-def cases(compute: Compute, folder: Path) -> Iterator[Case]:
-    """Each task at each size; the worker count is the best of a short trial, which also warms everything up."""
-    for size in SIZES:
-        for task, config_class in CONFIGS.items():
-            config = config_class(dataset="phantom", size=size, run_id="bench")
-            cuda = compute.device.type == "cuda"
-            n_tiles = 89_996 if cuda else CPU_STEPS[task] * config.batch_size
-            blocks = list(phantom.generate("train", n_tiles, size))
-            images = np.concatenate([block for block, _ in blocks])
-            labels = np.concatenate([block for _, block in blocks])
-            root = folder / f"{task}-{size}"
-            root.mkdir()
-            name = "pathmnist.npz" if size == 28 else f"pathmnist_{size}.npz"
-            np.savez(root / name, train_images=images, train_labels=labels.astype(np.uint8)[:, None])
-            tiles = DeviceTiles(
-                Split(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels)), compute.device
-            )
-            cores = os.cpu_count() or 1
-            candidates = sorted({0, cores // 2, cores} if cores > 1 else {0, 1})
-            plain = {workers: plain_way(config, root, workers, compute.device) for workers in candidates}
-            for way in plain.values():
-                way()
-            workers = max(plain, key=lambda number: plain[number]())
-            ways = {
-                "plain": plain[workers],
-                "ours": our_way(config, tiles, compute),
-                "ceiling": ceiling_way(config, tiles, compute),
-            }
-            for way in (ways["ours"], ways["ceiling"]):
-                way()
-            yield Case(task, config, ways, workers)
+def network(config: TrainingConfig, compute: Compute) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The network in training mode, and its optimiser, as task1.py and train.py have them."""
+    torch.manual_seed(0)
+    model = build_model(config.model_name, 9, config.size)
+    model.to(compute.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    return model, build_optimizer(model, config)
 
 
-def measured(case: Case, repeats: int, device: str) -> dict[str, Any]:
+def write_tiles(root: Path, config: TrainingConfig, n_tiles: int) -> None:
+    """A file of the official layout with phantom training tiles only."""
+    blocks = list(phantom.generate("train", n_tiles, config.size))
+    images = np.concatenate([images for images, _ in blocks])
+    labels = np.concatenate([labels for _, labels in blocks]).astype(np.uint8)[:, None]
+    name = "pathmnist.npz" if config.size == 28 else f"pathmnist_{config.size}.npz"
+    np.savez(root / name, train_images=images, train_labels=labels)
+
+
+def read_tiles(root: Path) -> Split:
+    """The same tiles as this project holds them."""
+    (path,) = root.glob("*.npz")
+    with np.load(path) as file:
+        images, labels = file["train_images"], file["train_labels"]
+    return Split(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels[:, 0]).long())
+
+
+WAYS = {"plain": plain_way, "ours": our_way, "ceiling": ceiling_way}
+
+
+def serve(connection: Connection, way: str, config: TrainingConfig, root: Path) -> None:
+    """A way's process: tells its worker count once it is warm, then tiles/s whenever it is asked."""
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(EOFError):  # progress bars; the end
+        run, workers = WAYS[way](config, root)
+        run()
+        connection.send(workers)
+        while True:
+            connection.recv()
+            connection.send(run())
+
+
+def measured(task: str, config: TrainingConfig, root: Path, repeats: int) -> dict[str, Any]:
     """A row: medians and ranges of tiles/s, and of the ratios within a turn."""
-    turns = [{name: way() for name, way in case.ways.items()} for _ in range(repeats)]
     row: dict[str, Any] = {
-        "task": case.task,
-        "model": case.config.model_name,
-        "size": case.config.size,
-        "batch_size": case.config.batch_size,
-        "augmentation": case.config.augmentation,
-        "device": device,
-        "plain_workers": case.workers,
+        "task": task,
+        "model": config.model_name,
+        "size": config.size,
+        "batch_size": config.batch_size,
+        "augmentation": config.augmentation,
+        "device": Compute.of("auto", "auto").name,
         "repeats": repeats,
     }
-    for name in case.ways:
-        row[name] = statistics.median(turn[name] for turn in turns)
-        row[f"{name}_range"] = [min(turn[name] for turn in turns), max(turn[name] for turn in turns)]
+    processes = multiprocessing.get_context("spawn")
+    connections = {}
+    for way in WAYS:  # one after the other: warming up takes all cores
+        connections[way], theirs = processes.Pipe()
+        processes.Process(target=serve, args=(theirs, way, config, root)).start()
+        theirs.close()  # so that a process that dies is the end of its pipe
+        workers = connections[way].recv()
+        if way == "plain":
+            row["plain_workers"] = workers
+    turns = []
+    for _ in range(repeats):
+        turn = {}
+        for way, connection in connections.items():
+            connection.send(None)
+            turn[way] = connection.recv()
+        turns.append(turn)
+    for connection in connections.values():
+        connection.close()
+    for way in WAYS:
+        row[way] = statistics.median(turn[way] for turn in turns)
+        row[f"{way}_range"] = [min(turn[way] for turn in turns), max(turn[way] for turn in turns)]
     for name, other in (("ours", "plain"), ("ours", "ceiling")):
         ratios = [turn[name] / turn[other] for turn in turns]
         row[f"{name}/{other}"] = statistics.median(ratios)
@@ -242,13 +263,15 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     repeats = 2 if "--quick" in sys.argv else REPEATS
-    compute = Compute.of("auto", "auto")
     facts = provenance(("torch", "torchvision", "medmnist", "numpy"))
+    cuda = torch.cuda.is_available()
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for case in cases(compute, Path(folder)):
-            with contextlib.redirect_stderr(io.StringIO()):  # the progress bars
-                row = measured(case, repeats, compute.name)
+    for size in SIZES:
+        for task, config_class in CONFIGS.items():
+            config = config_class(dataset="phantom", size=size, run_id="bench")
+            with tempfile.TemporaryDirectory() as folder:
+                write_tiles(Path(folder), config, 89_996 if cuda else CPU_STEPS[task] * config.batch_size)
+                row = measured(task, config, Path(folder), repeats)
             rows.append({**row, "versions": facts["versions"], "commit": facts["commit"]})
             print(
                 f"{row['model']} {row['size']} px: plain {row['plain']:,.0f}, ours {row['ours']:,.0f}, ceiling "
@@ -257,7 +280,7 @@ def main() -> None:
                 flush=True,
             )
     if repeats == REPEATS:
-        stem = f"throughput-{compute.device.type}"
+        stem = f"throughput-{'cuda' if cuda else 'cpu'}"
         (RESULTS / f"{stem}.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
         (RESULTS / f"{stem}.md").write_text(table(rows), encoding="utf-8")
     print(table(rows))

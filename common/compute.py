@@ -1,5 +1,6 @@
 """Where a network computes, and in which precision."""
 
+import ctypes
 import platform
 from dataclasses import dataclass
 
@@ -26,6 +27,8 @@ class Compute:
         bf16 = precision == "bf16" or (
             precision == "auto" and name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         )
+        if name == "cpu":
+            _keep_freed_memory()
         where = torch.device(name, distributed.local_rank()) if name == "cuda" else torch.device(name)
         return cls(where, torch.bfloat16 if bf16 else torch.float32)
 
@@ -42,6 +45,20 @@ class Compute:
     def autocast(self) -> torch.autocast:
         """The context of a forward pass; off in float32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+
+def _keep_freed_memory() -> None:
+    """Let memory that is freed be used again, instead of going back to the system.
+
+    glibc returns blocks above 32 MB, such as a large batch's activations, as soon as they are freed, and the
+    system clears every page of them anew at the next step: 180,000 page faults a step of MobileNetV3-Large at 64
+    pixels and batch 512, and about an eighth of its time.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.system() == "Linux" else None
+    if mallopt:  # other C libraries have none; the numbers are those of glibc's malloc.h
+        m_trim_threshold, m_mmap_max = -1, -4
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, -1)
 
 
 def _cpu_name() -> str:

@@ -26,6 +26,7 @@ from common.files import atomic_path, claim, write_csv, write_json
 WANDB_PROJECT = "hw1"  # the coursework's
 WANDB_PATIENCE = 60.0  # seconds to wait for its server at the start and at the end of a run
 REPOSITORY = Path(__file__).resolve().parent.parent
+CODE = ("*.py", ":(glob)*.yaml", "constraints.txt")  # as git takes paths: what a result depends on
 TITLES = {"task1": "Task 1", "task3": "Task 3", "task5": "Task 5"}
 AXIS_LABELS = {
     "train/loss": "Training loss (cross-entropy, nats)",
@@ -299,10 +300,18 @@ def provenance(packages: Sequence[str]) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The repository's commit, with `-dirty` where tracked files differ; None outside a checkout."""
-    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    try:
+    """The repository's commit, with `-dirty` where tracked code differs from it; None outside a checkout.
+
+    Records, figures and tables may differ: what one run or measurement has written does not taint the next.
+    """
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(REPOSITORY), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", *CODE)
+        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 

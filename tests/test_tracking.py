@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from common import tracking
 from common.config import TrainingConfig
 from common.data import Dataset
 from common.errors import Fault
@@ -82,6 +83,7 @@ sys.path.insert(0, {str(ROOT / "tests")!r})
 from conftest import coloured_tiles
 from test_tracking import KEY, ROW
 from wandb_server import WandbServer
+from common import tracking
 from common import tracking
 from common.config import TrainingConfig
 from common.data import Dataset
@@ -173,3 +175,22 @@ finish(run)
     assert "W&B: online" in done.stdout
     assert "finished" in done.stdout
     assert (tmp_path / "runs" / "r" / "history.csv").exists()
+
+
+def test_a_record_names_its_commit_and_whether_code_but_not_results_differ_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "REPOSITORY", tmp_path)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    assert tracking.provenance(())["commit"] is None
+    (tmp_path / "bench").mkdir()
+    for name in ("bench/a.py", "table.md"):
+        (tmp_path / name).write_text("1")
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "--quiet", "-m", "one"], check=True)
+    (tmp_path / "table.md").write_text("2")
+    clean = tracking.provenance(())["commit"]
+    assert len(clean) == 40
+    (tmp_path / "bench" / "a.py").write_text("2")
+    assert tracking.provenance(())["commit"] == f"{clean}-dirty"

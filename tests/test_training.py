@@ -1,6 +1,9 @@
 import contextlib
 import dataclasses
 import math
+import platform
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -294,6 +297,22 @@ def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) ->
         Compute.of("cuda", "auto")
     assert Compute.of("auto", "auto") == CPU
     assert Compute.of("cpu", "bf16").dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc is told to")
+def test_a_cpu_run_uses_freed_memory_again() -> None:
+    program = """
+import resource, torch
+from common.compute import Compute
+Compute.of("cpu", "fp32")
+faults = []
+for _ in range(5):
+    torch.ones(20_000_000)  # 80 MB: 20,000 pages
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(faults[-1] - faults[0])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1000
 
 
 def test_bf16_is_close_to_fp32(tiny: Dataset) -> None:
