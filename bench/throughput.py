@@ -181,7 +181,7 @@ def write_tiles(root: Path, config: TrainingConfig, n_tiles: int) -> None:
 def read_tiles(root: Path) -> Split:
     """The same tiles as this project holds them."""
     (path,) = root.glob("*.npz")
-    with np.load(path) as file:
+    with np.load(path, allow_pickle=False) as file:
         images, labels = file["train_images"], file["train_labels"]
     return Split(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels[:, 0]).long())
 
