@@ -1,6 +1,6 @@
 """How long the data take to start with, on a file of the official 64-pixel layout and counts.
 
-    python bench/data_start.py    # about three minutes; needs 4 GB in the temporary folder
+    python -m bench.data_start    # about three minutes; needs 4 GB in the temporary folder
 
 Measured in fresh processes: importing alone, the first start (decompress, check, map) and later starts (verify,
 map). The tiles are 2,000 phantom ones, repeated: they compress much like real ones, tile by tile.

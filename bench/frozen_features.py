@@ -1,6 +1,6 @@
 """What caching a frozen network's features saves, over the coursework's 20 epochs of Task 5.
 
-    python bench/frozen_features.py    # some minutes on one core
+    python -m bench.frozen_features    # some minutes on one core
 
 Two runs of task5.py in one process, alike but for `cache_features`: MobileNetV3-Large with a frozen backbone, the
 coursework's batch of 512, phantom tiles of 28 pixels resized to 112 (the weights' own 224 would cost four times as

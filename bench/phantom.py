@@ -1,6 +1,6 @@
 """How many phantom tiles a second are generated.
 
-    python bench/phantom.py    # a minute
+    python -m bench.phantom    # a minute
 
 Prints a Markdown table of median (min to max) over 5 repeats, each of as many tiles as the table says, and writes
 bench/results/phantom.json.

@@ -1,6 +1,6 @@
 """What PointConv2d saves of a training step, against nn.Conv2d in the same network.
 
-    python bench/point_conv.py
+    python -m bench.point_conv
 
 Prints a Markdown table: median step time of both in milliseconds and the median and range of their ratio over
 interleaved pairs. Writes bench/results/point_conv.md.

@@ -1,6 +1,6 @@
 """Where the time of task2.py goes.
 
-    python bench/saliency.py OUTPUT_DIR     # a folder with a finished Task 1 run
+    python -m bench.saliency OUTPUT_DIR     # a folder with a finished Task 1 run
 
 Runs task2.py there, prints its parts' seconds as a Markdown table and writes bench/results/saliency.md.
 """
