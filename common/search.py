@@ -13,7 +13,7 @@ from optuna.pruners import BasePruner, NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.study import Study
+from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
@@ -54,7 +54,7 @@ def _open_study(workplace: Workplace) -> Study:
         study = optuna.create_study(
             storage=JournalStorage(JournalFileBackend(str(_journal(workplace)))),
             study_name=sweep.name,
-            direction="maximize" if sweep.maximize else "minimize",
+            direction=_direction(sweep),
             pruner=_pruner(sweep),
             load_if_exists=True,
         )
@@ -70,6 +70,10 @@ def _open_study(workplace: Workplace) -> Study:
 
 def _journal(workplace: Workplace) -> Path:
     return workplace.folder / "search.journal"
+
+
+def _direction(sweep: Sweep) -> StudyDirection:
+    return StudyDirection.MAXIMIZE if sweep.maximize else StudyDirection.MINIMIZE
 
 
 def _pruner(sweep: Sweep) -> BasePruner:
@@ -95,8 +99,6 @@ def _take(
     """
     with claimed(workplace.folder / "search.lock", wait=True):
         trials = study.get_trials(deepcopy=False)
-        # Seeded by the trial's number: the draws do not depend on kills, and two workers never repeat each other.
-        study.sampler = _sampler(workplace.sweep.method, seed=len(trials))
         for left in trials:
             if left.state == TrialState.RUNNING:
                 run_id = f"{workplace.sweep.name}-{left.number}"
@@ -104,8 +106,11 @@ def _take(
                 if lock is not None:
                     resumed = optuna.Trial(study, left._trial_id)
                     return resumed, Trial(run_id, _suggest(resumed, workplace.sweep)), lock
-        if len(trials) >= count:
-            return None
+        if all(trial.state != TrialState.WAITING for trial in trials):
+            if len(trials) >= count:
+                return None
+            # In one write with its values: a trial that a kill left with half of them would draw others.
+            study.enqueue_trial(_draw(trials, workplace.sweep))
         new = study.ask()
         trial = Trial(f"{workplace.sweep.name}-{new.number}", _suggest(new, workplace.sweep))
         lock = claim.enter_context(claimed(workplace.lock_path(trial), wait=True))
@@ -113,8 +118,18 @@ def _take(
         return new, trial, lock
 
 
+def _draw(trials: Sequence[FrozenTrial], sweep: Sweep) -> dict[str, Any]:
+    """The values of the trial after these, by the sweep's method.
+
+    Seeded by the trial's number: the draws do not depend on kills, and two workers never repeat each other.
+    """
+    scratch = optuna.create_study(direction=_direction(sweep), sampler=_sampler(sweep.method, seed=len(trials)))
+    scratch.add_trials(trials)
+    return _suggest(scratch.ask(), sweep)
+
+
 def _suggest(trial: optuna.Trial, sweep: Sweep) -> dict[str, Any]:
-    """The trial's values: drawn the first time, and the same ones ever after."""
+    """The trial's values: drawn for the first time, or those that it was enqueued with."""
     return {name: _suggest_one(trial, name, values) for name, values in sweep.swept.items()}
 
 

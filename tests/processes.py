@@ -106,4 +106,4 @@ def assert_same(killed: Path, whole: Path) -> None:
     found = {name: value for name, value in found.items() if not re.match(r"fig/.*/\.|runs/[^/]*/\.lock", name)}
     assert found.keys() == expected.keys()
     for name in expected:
-        assert found[name] == expected[name], name
+        assert found[name] == expected[name], f"{name}: {found[name]!r:.2000} is not {expected[name]!r:.2000}"

@@ -1,6 +1,7 @@
 """Sweep files, the local engine with a program that only pretends to train, and the real `wandb agent`."""
 
 import csv
+import itertools
 import json
 import math
 import multiprocessing
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT
+from optuna.storages.journal import JournalFileBackend
 from scipy import stats
 from wandb_server import WandbServer
 
@@ -524,6 +526,33 @@ def test_a_killed_search_takes_its_trial_up_again_and_reaches_its_count(
     assert sorted(set(starts(output))) == [f"try-{number}" for number in range(4)]
     # The draws are those of an undisturbed search.
     assert lines(output / "sweeps/try/table.csv") == lines(tmp_path / "whole/sweeps/try/table.csv")
+
+
+@pytest.mark.parametrize("method", ["bayes", "random"])
+def test_a_search_killed_after_any_write_draws_what_it_would_have_drawn(
+    write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    path = write({**SEARCH, "method": method})
+    run(path, tmp_path / "whole", count=2)
+    undisturbed = lines(tmp_path / "whole/sweeps/try/table.csv")
+    append_logs = JournalFileBackend.append_logs
+    for n_writes in itertools.count(1):
+        output, written = tmp_path / str(n_writes), itertools.count(1)
+
+        def append_and_die(backend: JournalFileBackend, logs: list[dict[str, Any]]) -> None:
+            append_logs(backend, logs)
+            if next(written) == n_writes:  # noqa: B023 (the worker is forked in this very turn)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(JournalFileBackend, "append_logs", append_and_die)
+            killed = worker(path, output, count=1)
+            killed.join(60)
+        run(path, output, count=2)
+        assert lines(output / "sweeps/try/table.csv") == undisturbed, n_writes
+        if killed.exitcode == 0:  # it made fewer writes than this
+            break
+    assert n_writes > 5
 
 
 def test_two_workers_share_a_search(write: Callable[..., Path], tmp_path: Path) -> None:
