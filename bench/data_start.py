@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import data, phantom
+from bench.tiles import official_arrays
+from common import data
 from common.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,15 +45,12 @@ print(json.dumps({"imports": imported - started, "load": loaded - imported,
 
 def write_file(root: Path) -> Path:
     """A pathmnist_64.npz of the official layout and counts."""
-    blocks = list(phantom.generate("train", POOL, SIZE))
-    pool_images = np.concatenate([images for images, _ in blocks])
-    pool_labels = np.concatenate([labels for _, labels in blocks]).astype(np.uint8)
+    pool = official_arrays({"train": POOL}, SIZE)
     arrays = {}
     for split, count in data.OFFICIAL_COUNTS.items():
-        index = np.arange(count) % POOL
-        arrays[f"{split}_images"] = pool_images[index]
-        arrays[f"{split}_labels"] = pool_labels[index, None]
-    path = root / "pathmnist_64.npz"
+        for kind in ("images", "labels"):
+            arrays[f"{split}_{kind}"] = pool[f"train_{kind}"][np.arange(count) % POOL]
+    path = root / data._official_name(SIZE)
     np.savez_compressed(path, **arrays)
     return path
 

@@ -8,7 +8,6 @@ its later starts are told apart. Starts take turns; the file is in the page cach
 Writes bench/results/startup.json and .md.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -21,13 +20,14 @@ from pathlib import Path
 
 import numpy as np
 
-from common import phantom
+from bench.tiles import official_arrays
+from common import data
 from common.compute import Compute
-from common.data import OFFICIAL_COUNTS
 from common.tracking import provenance
 
 RESULTS = Path(__file__).parent / "results"
 REPEATS = 5
+SIZE = 28
 # What both processes begin with: the end of the first step is told, and ends the process.
 FIRST_STEP = """
 import os, sys, time
@@ -79,14 +79,9 @@ def seconds(program: str, environment: dict[str, str]) -> float:
 
 def write_file(root: Path) -> str:
     """A file of the official layout; returns its MD5."""
-    arrays = {}
-    for split, count in OFFICIAL_COUNTS.items():
-        blocks = list(phantom.generate(split, count, 28))
-        arrays[f"{split}_images"] = np.concatenate([images for images, _ in blocks])
-        arrays[f"{split}_labels"] = np.concatenate([labels for _, labels in blocks]).astype(np.uint8)[:, None]
-    np.savez_compressed(root / "pathmnist.npz", **arrays)
-    with open(root / "pathmnist.npz", "rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()
+    path = root / data._official_name(SIZE)
+    np.savez_compressed(path, **official_arrays(data.OFFICIAL_COUNTS, SIZE))
+    return data._md5(path)
 
 
 def main() -> None:

@@ -37,7 +37,8 @@ from torchvision.transforms import v2
 
 import task1
 import train
-from common import phantom
+from bench.tiles import official_arrays
+from common import data
 from common.compute import Compute
 from common.config import TrainingConfig
 from common.data import DeviceTiles, Split
@@ -128,10 +129,8 @@ def plain_way(config: TrainingConfig, root: Path) -> tuple[Callable[[], float], 
 
 
 def our_way(config: TrainingConfig, root: Path) -> tuple[Callable[[], float], int]:
-    """The project's epoch, as `fit` runs it."""
-    compute = Compute.of("auto", "auto")
-    tiles = DeviceTiles(read_tiles(root), compute.device)
-    model, optimizer = network(config, compute)
+    """The project's epoch, as `fit` runs it; without workers."""
+    compute, tiles, model, optimizer = begin(config, root)
 
     def epoch() -> int:
         train_one_epoch(model, tiles, optimizer, 1, config, compute)
@@ -141,10 +140,8 @@ def our_way(config: TrainingConfig, root: Path) -> tuple[Callable[[], float], in
 
 
 def ceiling_way(config: TrainingConfig, root: Path) -> tuple[Callable[[], float], int]:
-    """Nothing but the network: the same batch again and again."""
-    compute = Compute.of("auto", "auto")
-    tiles = DeviceTiles(read_tiles(root), compute.device)
-    model, optimizer = network(config, compute)
+    """Nothing but the network: the same batch again and again; without workers."""
+    compute, tiles, model, optimizer = begin(config, root)
     images, labels = tiles.batch(torch.arange(config.batch_size, device=tiles.index_device))
     inputs = normalise(images)
     steps = len(tiles) // config.batch_size
@@ -161,21 +158,19 @@ def ceiling_way(config: TrainingConfig, root: Path) -> tuple[Callable[[], float]
     return lambda: rate(epoch, compute.device), 0
 
 
-def network(config: TrainingConfig, compute: Compute) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """The network in training mode, and its optimiser, as task1.py and train.py have them."""
+def begin(config: TrainingConfig, root: Path) -> tuple[Compute, DeviceTiles, nn.Module, torch.optim.Optimizer]:
+    """What an epoch needs, as task1.py and train.py have it; the network is in training mode."""
+    compute = Compute.of("auto", "auto")
+    tiles = DeviceTiles(read_tiles(root), compute.device)
     torch.manual_seed(0)
     model = build_model(config.model_name, 9, config.size)
     model.to(compute.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    return model, build_optimizer(model, config)
+    return compute, tiles, model, build_optimizer(model, config)
 
 
 def write_tiles(root: Path, config: TrainingConfig, n_tiles: int) -> None:
     """A file of the official layout with phantom training tiles only."""
-    blocks = list(phantom.generate("train", n_tiles, config.size))
-    images = np.concatenate([images for images, _ in blocks])
-    labels = np.concatenate([labels for _, labels in blocks]).astype(np.uint8)[:, None]
-    name = "pathmnist.npz" if config.size == 28 else f"pathmnist_{config.size}.npz"
-    np.savez(root / name, train_images=images, train_labels=labels)
+    np.savez(root / data._official_name(config.size), **official_arrays({"train": n_tiles}, config.size))
 
 
 def read_tiles(root: Path) -> Split:

@@ -84,7 +84,6 @@ from conftest import coloured_tiles
 from test_tracking import KEY, ROW
 from wandb_server import WandbServer
 from common import tracking
-from common import tracking
 from common.config import TrainingConfig
 from common.data import Dataset
 
