@@ -47,12 +47,15 @@ def search(workplace: Workplace, count: int) -> None:
 
 def _open_study(workplace: Workplace) -> Study:
     """The search in the sweep's journal; UsageError where it was started with other parameters."""
-    sweep = workplace.sweep
+    sweep, journal = workplace.sweep, _journal(workplace)
     workplace.folder.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with claimed(workplace.folder / "search.lock", wait=True):
         study = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(_journal(workplace)))),
+            storage=JournalStorage(
+                # Optuna does not export the base class of its locks.
+                JournalFileBackend(str(journal), _JournalLock(journal))  # type: ignore[arg-type]
+            ),
             study_name=sweep.name,
             direction=_direction(sweep),
             pruner=_pruner(sweep),
@@ -70,6 +73,31 @@ def _open_study(workplace: Workplace) -> Study:
 
 def _journal(workplace: Workplace) -> Path:
     return workplace.folder / "search.journal"
+
+
+class _JournalLock:
+    """Lets one process write to the journal at a time, and finds its last line whole.
+
+    The lock ends with its process. Optuna's own is a symbolic link that a kill leaves behind: the next process
+    waits for it 30 seconds or, where the journal's path is relative, for ever.
+    """
+
+    def __init__(self, journal: Path) -> None:
+        self._journal = journal
+        self._held = ExitStack()
+
+    def acquire(self) -> bool:
+        """Wait for the lock; drop what a full disk has left of a line, or the next one would be joined to it."""
+        self._held.enter_context(claimed(self._journal.with_name("journal.lock"), wait=True))
+        with open(self._journal, "r+b") as file:
+            lines = file.read()
+            if not lines.endswith(b"\n"):
+                file.truncate(lines.rfind(b"\n") + 1)
+        return True
+
+    def release(self) -> None:
+        """Let the next process write."""
+        self._held.close()
 
 
 def _direction(sweep: Sweep) -> StudyDirection:
