@@ -1,6 +1,8 @@
 """Search a sweep's parameters with Optuna, several workers sharing one journal file, and rank what was found."""
 
+import json
 import math
+import os
 import subprocess
 import time
 from collections.abc import Sequence
@@ -47,15 +49,12 @@ def search(workplace: Workplace, count: int) -> None:
 
 def _open_study(workplace: Workplace) -> Study:
     """The search in the sweep's journal; UsageError where it was started with other parameters."""
-    sweep, journal = workplace.sweep, _journal(workplace)
+    sweep = workplace.sweep
     workplace.folder.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with claimed(workplace.folder / "search.lock", wait=True):
         study = optuna.create_study(
-            storage=JournalStorage(
-                # Optuna does not export the base class of its locks.
-                JournalFileBackend(str(journal), _JournalLock(journal))  # type: ignore[arg-type]
-            ),
+            storage=JournalStorage(_Journal(_journal(workplace))),
             study_name=sweep.name,
             direction=_direction(sweep),
             pruner=_pruner(sweep),
@@ -75,29 +74,31 @@ def _journal(workplace: Workplace) -> Path:
     return workplace.folder / "search.journal"
 
 
-class _JournalLock:
-    """Lets one process write to the journal at a time, and finds its last line whole.
+class _Journal(JournalFileBackend):
+    """Optuna's journal file, written under a lock that ends with its process.
 
-    The lock ends with its process. Optuna's own is a symbolic link that a kill leaves behind: the next process
-    waits for it 30 seconds or, where the journal's path is relative, for ever.
+    Optuna's own lock is a symbolic link that a kill leaves behind: the next process waits for it 30 seconds or,
+    where the journal's path is relative, for ever.
     """
 
-    def __init__(self, journal: Path) -> None:
-        self._journal = journal
-        self._held = ExitStack()
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        self._path = path
 
-    def acquire(self) -> bool:
-        """Wait for the lock; drop what a full disk has left of a line, or the next one would be joined to it."""
-        self._held.enter_context(claimed(self._journal.with_name("journal.lock"), wait=True))
-        with open(self._journal, "r+b") as file:
-            lines = file.read()
-            if not lines.endswith(b"\n"):
-                file.truncate(lines.rfind(b"\n") + 1)
-        return True
-
-    def release(self) -> None:
-        """Let the next process write."""
-        self._held.close()
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Append a line of JSON for each; OSError, with the file's name, where the disk is full."""
+        lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
+        try:
+            with claimed(self._path.with_name("journal.lock"), wait=True), open(self._path, "r+b") as file:
+                # What a full disk has left of a line must not be joined to the next one.
+                file.truncate(file.read().rfind(b"\n") + 1)
+                file.seek(0, os.SEEK_END)
+                file.write(lines.encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            error.filename = error.filename or str(self._path)
+            raise
 
 
 def _direction(sweep: Sweep) -> StudyDirection:

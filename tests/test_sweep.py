@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -18,11 +19,12 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT
+from processes import end, start
 from scipy import stats
 from wandb_server import WandbServer
 
 from common import ablation, sweep
-from common.config import parse
+from common.config import parse, run_script
 from common.errors import Fault, UsageError
 from common.files import claimed
 from common.sweep_file import Range, read_sweep
@@ -137,7 +139,7 @@ def test_every_value_of_a_sweep_file_is_one_that_train_takes(name: str) -> None:
     for key, parameter in content["parameters"].items():
         for value in [
             *parameter.get("values", []),
-            *(parameter[end] for end in ("value", "min", "max") if end in parameter),
+            *(parameter[bound] for bound in ("value", "min", "max") if bound in parameter),
         ]:
             parsed = getattr(parse(TrainConfig, [f"--{key}={value}"], ""), key)
             assert parsed == value, (key, value)
@@ -554,15 +556,23 @@ def test_a_search_killed_within_any_write_goes_on_and_draws_what_it_would_have_d
     assert n_writes > 10
 
 
-def test_a_search_goes_on_after_a_line_that_a_full_disk_cut_short(
+def test_a_search_names_its_journal_on_a_full_disk_and_goes_on_with_room(
     write: Callable[..., Path], tmp_path: Path
 ) -> None:
-    run(write(SEARCH), tmp_path / "whole", count=3)
-    path, output = write(SEARCH), tmp_path / "out"
+    path, output, log = write(SEARCH), tmp_path / "out", tmp_path / "log"
+    run(path, tmp_path / "whole", count=3)
     run(path, output, count=2)
-    with open(output / "sweeps/try/search.journal", "a") as journal:
-        journal.write('{"op_code":4,"wor')
-    run(path, output, count=3)
+    journal = output / "sweeps/try/search.journal"
+
+    def limited() -> None:
+        room = journal.stat().st_size + 20  # part of a line
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error of write(), as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+        run_script(sweep.main, sweep.SweepConfig, [f"--file={path}", f"--output_dir={output}", "--count=3"])
+
+    assert end(start(limited, log)) == 1
+    assert f"{journal}: File too large; the same command goes on" in log.read_text()
+    assert not journal.read_text().endswith("\n")
     run(path, output, count=3)
     assert lines(output / "sweeps/try/table.csv") == lines(tmp_path / "whole/sweeps/try/table.csv")
 
