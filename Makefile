@@ -1,9 +1,9 @@
 # All that follows needs Python >= 3.11 and make; everything else is installed into .venv.
 PYTHON ?= python3
 VENV = .venv/bin/python
-DATASET ?= pathmnist-mini
-SIZE ?= $(if $(filter pathmnist-mini,$(DATASET)),28,64)
-BENCH = throughput startup scaling augment data_start frozen_features phantom point_conv summary
+DATASET ?= pathmnist
+SIZE ?= 28
+BENCH = throughput startup scaling augment data_start frozen_features phantom summary
 .PHONY: bench demo report test lint
 
 .venv/installed: pyproject.toml constraints.txt

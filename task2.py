@@ -59,7 +59,7 @@ def main(config: Task2Config) -> None:
     record = read_json(folder / "config.json")
     run_id, trained = record["run_id"], record["config"]
     model = load_network(config.output_dir / "checkpoints" / run_id / "best.pt", trained["size"], compute)
-    dataset = load_dataset(trained["dataset"], trained["size"], config.data_root, trained["phantom_tiles"])
+    dataset = load_dataset(trained["dataset"], trained["size"], config.data_root, trained["train_tiles"])
     if dataset.fingerprint != record["data_fingerprint"]:
         raise Fault(f"{config.data_root}: its {dataset.title} is not what run {run_id} was trained on")
     print(f"explaining run {run_id}: {MODEL_NAME} trained on {dataset.title}, test tiles, on {compute.name}")

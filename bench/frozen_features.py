@@ -37,7 +37,7 @@ def seconds(folder: Path, number: int, cached: bool) -> tuple[float, np.ndarray]
     keys = {
         "dataset": "phantom",
         "size": 28,
-        "phantom_tiles": TILES,
+        "train_tiles": TILES,
         "weights": folder / "w.pth",
         "resize_to": RESIZE_TO,
         "augmentation": "none",

@@ -73,8 +73,8 @@ def saved_bytes(model: torch.nn.Module, inputs: torch.Tensor, compute: Compute) 
 def case(n_tiles: int, size: int, root: Path, on_host: bool) -> dict[str, Any]:
     """One row, measured in this process; the phantom's arrays must be there already."""
     compute = Compute.of("auto", "auto")
-    config = Task1Config(dataset="phantom", size=size, phantom_tiles=generated(n_tiles, size), data_root=root)
-    dataset = data.load_dataset("phantom", size, root, config.phantom_tiles)
+    config = Task1Config(dataset="phantom", size=size, train_tiles=generated(n_tiles, size), data_root=root)
+    dataset = data.load_dataset("phantom", size, root, config.train_tiles)
     tiny = torch.nn.Conv2d(3, 3, 3).to(compute.device)
     tiny(torch.rand(2, 3, 8, 8, device=compute.device)).sum().backward()
     torch.optim.Adam(tiny.parameters(), fused=True).step()

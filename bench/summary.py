@@ -34,6 +34,19 @@ def throughput() -> list[str]:
     return lines
 
 
+def pace() -> list[str]:
+    content = json.loads((RESULTS / "pace.json").read_text())
+    title = f"tiles/s while training, {content['device']}, 1 thread"
+    lines = [
+        f"| {title} | size | commit {content['before'][:7]} | commit {content['after'][:7]} | ratio |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in content["rows"]:
+        numbers = [f"{row['before']:,.0f}", f"{row['after']:,.0f}", f"{row['ratio']:.2f}"]
+        lines += markdown_line(row["network"], str(row["size"]), *numbers)
+    return lines
+
+
 def startup() -> list[str]:
     content = json.loads((RESULTS / "startup.json").read_text())
     lines = [f"| until the end of the first training step, 28 px, {content['device']} | seconds |", "|---|---:|"]
@@ -58,7 +71,8 @@ def filled(readme: str) -> str:
     """README with the tables as bench/results has them now."""
     before, rest = readme.split(START)
     after = rest.split(END)[1]
-    return before + START + "\n".join([*throughput(), "", *startup(), "", *scaling(), ""]) + END + after
+    tables = [*throughput(), "", *pace(), "", *startup(), "", *scaling(), ""]
+    return before + START + "\n".join(tables) + END + after
 
 
 if __name__ == "__main__":

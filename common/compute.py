@@ -1,8 +1,10 @@
 """Where a network computes, and in which precision."""
 
 import ctypes
+import os
 import platform
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -22,7 +24,7 @@ class Compute:
         """Resolve the keys `device` and `precision`; UsageError where CUDA is asked for and absent."""
         if device == "cuda" and not torch.cuda.is_available():
             raise UsageError("--device cuda: PyTorch sees no CUDA device here; use --device cpu or auto")
-        name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        name = kind(device)
         distributed.join(name == "cuda")
         bf16 = precision == "bf16" or (
             precision == "auto" and name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -45,6 +47,24 @@ class Compute:
     def autocast(self) -> torch.autocast:
         """The context of a forward pass; off in float32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+
+def kind(device: str) -> str:
+    """What the key `device` means on this machine: `cpu` or `cuda`."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def physical_cores(cpus: Path = Path("/sys/devices/system/cpu")) -> int:
+    """How many cores this process may use; the hyper-threads of one core count once."""
+    try:
+        allowed = os.sched_getaffinity(0)
+    except AttributeError:  # only Linux has it
+        return os.cpu_count() or 1
+    # A CPU's file lists all CPUs of its core, so those of one core have the same text.
+    files = [cpus / f"cpu{number}" / "topology" / "thread_siblings_list" for number in allowed]
+    return len({file.read_text() if file.exists() else str(file) for file in files})
 
 
 def _keep_freed_memory() -> None:

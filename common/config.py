@@ -24,6 +24,7 @@ C = TypeVar("C", bound="Keys")
 
 # Keys that say where and how a run is kept, not what it computes: a resumed run may change them.
 BOOKKEEPING_KEYS = ("data_root", "output_dir", "wandb", "resume", "scratch", "n_seeds")
+PHANTOM_TRAIN_TILES = 9000  # training tiles of the phantom, unless --train_tiles says another number
 
 
 def key(
@@ -145,10 +146,15 @@ class Config(Workspace):
     dataset: str = key(
         "pathmnist",
         "data set; phantom is generated and needs no download",
-        choices=("pathmnist", "pathmnist-mini", "phantom"),
+        choices=("pathmnist", "phantom"),
     )
-    size: int = key(None, "tile side in pixels (default: 64; 28 for pathmnist-mini)", choices=(28, 64, 128, 224))
-    phantom_tiles: int = key(9000, "training tiles of the phantom; 89996 gives PathMNIST's counts", at_least=45)
+    size: int = key(64, "tile side in pixels", choices=(28, 64, 128, 224))
+    train_tiles: int | None = key(
+        None,
+        "number of training tiles; pathmnist: a part with the same shares of classes (default: all); phantom: so "
+        f"many are generated (default: {PHANTOM_TRAIN_TILES}; 89996 gives PathMNIST's counts)",
+        at_least=1,
+    )
     run_id: str = key(
         None,
         "name of the run; an unfinished run of this name is continued (default: a fresh 8-character id, "
@@ -162,8 +168,11 @@ class Config(Workspace):
 
     def __post_init__(self) -> None:
         """Fill in the defaults that depend on other keys, then check every value."""
-        if self.size is None:
-            self._set("size", 28 if self.dataset == "pathmnist-mini" else 64)
+        if self.dataset == "phantom":
+            if self.train_tiles is None:
+                self._set("train_tiles", PHANTOM_TRAIN_TILES)
+            elif self.train_tiles < 45:
+                raise UsageError(f"--train_tiles {self.train_tiles}: must be at least 45 on the phantom")
         if self.resume and self.run_id is None:
             raise UsageError("--resume needs --run_id: which run shall be continued?")
         if self.run_id is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -172,8 +181,6 @@ class Config(Workspace):
             under_agent = "WANDB_SWEEP_ID" in os.environ and "WANDB_RUN_ID" in os.environ
             self._set("run_id", os.environ["WANDB_RUN_ID"] if under_agent else secrets.token_hex(4))
         super().__post_init__()
-        if self.dataset == "pathmnist-mini" and self.size != 28:
-            raise UsageError(f"--size {self.size}: pathmnist-mini exists at 28 pixels only")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The three data sets: found or generated, unpacked once into memory-mapped arrays, served in batches.
+"""The two data sets: found or generated, unpacked once into memory-mapped arrays, served in batches.
 
 Whatever the data set, it ends as a folder `<name>.arrays` of six .npy files and a meta.json, beside its source
 or, where the data root cannot be written, in the user's cache folder. Later starts map that folder.
@@ -28,15 +28,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from common.config import PHANTOM_TRAIN_TILES
 from common.errors import Fault, UsageError
 from common.files import atomic_folder, claimed, write_json
 
 SPLITS = ("train", "val", "test")
 OFFICIAL_COUNTS = {"train": 89_996, "val": 10_004, "test": 7_180}
-MINI_COUNTS = {"train": 800, "val": 200, "test": 499}
-MINI_TEST_INDEX = Path(__file__).with_name("pathmnist_mini_test_index.txt")
-TITLES = {"pathmnist": "PathMNIST", "pathmnist-mini": "pathmnist-mini", "phantom": "phantom"}
+TITLES = {"pathmnist": "PathMNIST", "phantom": "phantom"}
 CACHE_VERSION = 2
+ORDER_VERSION = 1  # of stratified_part: a change of any chosen tile needs a new number
 CHUNK = 16 << 20  # bytes: what a read, a checksum or a progress step handles at once
 DOWNLOAD_PATIENCE = 20  # seconds without an answer
 DOWNLOAD_TRIES = 4
@@ -75,7 +75,9 @@ class Dataset:
     @property
     def title(self) -> str:
         """The name with what a reader must know to judge a number: `phantom (9,000 training tiles, 28 px)`."""
-        return f"{TITLES[self.name]} ({len(self.train):,} training tiles, {self.size} px)"
+        tiles, whole = len(self.train), OFFICIAL_COUNTS["train"]
+        part = f" of {whole:,}" if self.name == "pathmnist" and tiles < whole else ""
+        return f"{TITLES[self.name]} ({tiles:,}{part} training tiles, {self.size} px)"
 
 
 class DeviceTiles:
@@ -111,34 +113,63 @@ class DeviceTiles:
         )
 
 
-def load_dataset(name: str, size: int, data_root: Path, phantom_tiles: int = 9000) -> Dataset:
+def load_dataset(name: str, size: int, data_root: Path, train_tiles: int | None = None) -> Dataset:
     """Map a data set's arrays, building them first where they are not there yet.
 
-    pathmnist is downloaded if its file is missing; pathmnist-mini is read from pathmnist_mini.npz or cut out of
-    the official pathmnist.npz; the phantom is generated. Raises Fault where a file cannot be had or is not what
-    it should be, and UsageError for pathmnist-mini at another size than 28 or a data root that is no folder.
+    pathmnist is downloaded if its file is missing, and `train_tiles` of its training tiles are taken (None: all),
+    which `stratified_part` chooses. The phantom is generated, with `train_tiles` training tiles. Raises Fault if
+    a file cannot be had or is not what it should be, and UsageError for too many or too few tiles or a data root
+    that is no folder.
     """
     if data_root.exists() and not data_root.is_dir():
         raise UsageError(f"--data_root {data_root}: not a folder")
+    whole = OFFICIAL_COUNTS["train"]
     source: Path | None
     if name == "phantom":
         from common import phantom
 
-        source, folder_name = None, f"phantom-v{phantom.VERSION}_{size}_{phantom_tiles}"
-        build: Builder = lambda folder: _generate_phantom(folder, size, phantom_tiles)  # noqa: E731
-    elif name == "pathmnist":
+        n_tiles = train_tiles or PHANTOM_TRAIN_TILES
+        source, folder_name = None, f"phantom-v{phantom.VERSION}_{size}_{n_tiles}"
+        build: Builder = lambda folder: _generate_phantom(folder, size, n_tiles)  # noqa: E731
+    else:
+        if train_tiles is not None and train_tiles > whole:  # before a download
+            raise UsageError(f"--train_tiles {train_tiles}: PathMNIST has {whole:,} training tiles")
         source = data_root / _official_name(size)
         folder_name = source.stem
         build = lambda folder: _unpack_official(folder, data_root / _official_name(size), size)  # noqa: E731
-    else:
-        if size != 28:
-            raise UsageError(f"--size {size}: pathmnist-mini exists at 28 pixels only")
-        mini, official = data_root / "pathmnist_mini.npz", data_root / _official_name(28)
-        source, folder_name = (mini if mini.exists() else official), "pathmnist_mini"
-        build = lambda folder: _unpack_mini(folder, mini, official)  # noqa: E731
     folder, fingerprint = _arrays_folder(data_root, folder_name, source, build)
     splits = {split: _map_split(folder, split) for split in SPLITS}
+    if name == "pathmnist" and train_tiles is not None and train_tiles < whole:
+        splits["train"] = _part(splits["train"], train_tiles)
+        fingerprint += f"-{train_tiles}-of-{whole}-order{ORDER_VERSION}"
     return Dataset(name=name, size=size, class_names=class_names(), fingerprint=fingerprint, **splits)
+
+
+def stratified_part(labels: np.ndarray, n_tiles: int) -> np.ndarray:
+    """Sorted indices of `n_tiles` tiles, of each class about the share that it has in `labels` (N,).
+
+    There is one fixed order of all tiles, and a part is its beginning: the same labels and number give the same
+    part, and each part holds every smaller one. In this order, tile j of the n of its class stands at the place
+    (j + 0.5) / n; within a class the order is random. Raises UsageError where a class would have no tile.
+    """
+    places = np.empty(len(labels))
+    for label in np.unique(labels):
+        tiles = np.flatnonzero(labels == label)
+        # numpy may change what shuffle or permutation draw, but never the bits that they draw from.
+        shuffled = tiles[np.random.PCG64([ORDER_VERSION, label]).random_raw(len(tiles)).argsort()]
+        places[shuffled] = (np.arange(len(tiles)) + 0.5) / len(tiles)
+    order = np.lexsort((labels, places))
+    least = np.unique(labels[order], return_index=True)[1].max() + 1  # the last class to come has come
+    if n_tiles < least:
+        raise UsageError(f"--train_tiles {n_tiles}: must be at least {least}, so that every class has a tile")
+    return np.sort(order[:n_tiles])
+
+
+def _part(split: Split, n_tiles: int) -> Split:
+    """A copy of a part of the split, in the file's (N, H, W, 3) layout as the whole is."""
+    chosen = torch.from_numpy(stratified_part(split.labels.numpy(), n_tiles))
+    images = split.images.permute(0, 2, 3, 1).index_select(0, chosen)
+    return Split(images.permute(0, 3, 1, 2), split.labels[chosen])
 
 
 @cache
@@ -173,7 +204,7 @@ def _official_address(size: int) -> tuple[str, str]:
     return _pathmnist_info()[f"url{suffix}"], _pathmnist_info()[f"MD5{suffix}"]
 
 
-# ------------------------------------------------------------------ the folder of arrays, the same for all three
+# ----------------------------------------------------------------------- the folder of arrays, the same for both
 
 
 def _arrays_folder(data_root: Path, name: str, source: Path | None, build: Builder) -> tuple[Path, str]:
@@ -282,10 +313,10 @@ def _map_split(folder: Path, split: str) -> Split:
 # ------------------------------------------------------------------------------------- where the arrays come from
 
 
-def _generate_phantom(folder: Path, size: int, phantom_tiles: int) -> str:
+def _generate_phantom(folder: Path, size: int, train_tiles: int) -> str:
     from common import phantom
 
-    for split, n_tiles in phantom.split_sizes(phantom_tiles).items():
+    for split, n_tiles in phantom.split_sizes(train_tiles).items():
         images = _new_array(folder / f"{split}_images.npy", np.uint8, (n_tiles, size, size, 3))
         labels = _new_array(folder / f"{split}_labels.npy", np.int64, (n_tiles,))
         start = 0
@@ -295,7 +326,7 @@ def _generate_phantom(folder: Path, size: int, phantom_tiles: int) -> str:
                 labels[start : start + len(block)] = block_labels
                 start += len(block)
                 bar.update(len(block))
-    return f"phantom-v{phantom.VERSION}-seed0-{phantom_tiles}x{size}px"
+    return f"phantom-v{phantom.VERSION}-seed0-{train_tiles}x{size}px"
 
 
 def _unpack_official(folder: Path, path: Path, size: int) -> str:
@@ -304,66 +335,13 @@ def _unpack_official(folder: Path, path: Path, size: int) -> str:
         _download(url, path, md5)
     remedy = _by_hand(url, path.parent, md5)
     with _opened(path, remedy) as archive:
-        _check_layout(archive, path, OFFICIAL_COUNTS, size, remedy)
+        _check_layout(archive, path, size, remedy)
         found = _md5(path)
         if found != md5:
             raise Fault(f"{path}: its MD5 is {found}, not {md5}. {remedy}")
         for split in SPLITS:
             _unpack_split(archive, path, split, folder, remedy)
     return md5
-
-
-def _unpack_mini(folder: Path, mini: Path, official: Path) -> str:
-    url, md5 = _official_address(28)
-    remedy = (
-        f"pathmnist-mini needs pathmnist_mini.npz, or the official pathmnist.npz ({url}, MD5 {md5}) to cut it "
-        f"out of, in {mini.parent}; --dataset phantom runs offline without any file"
-    )
-    if mini.exists():
-        with _opened(mini, remedy) as archive:
-            _check_layout(archive, mini, MINI_COUNTS, 28, remedy)
-            _check_mini_index(archive, mini, remedy)
-            for split in SPLITS:
-                _unpack_split(archive, mini, split, folder, remedy)
-        return _md5_of_arrays(folder)
-    if not official.exists():
-        raise Fault(f"{mini}: no such file. {remedy}")
-    whole = folder / "whole"
-    whole.mkdir()
-    _unpack_official(whole, official, 28)
-    for split, index in _mini_index().items():
-        source = "test" if split == "test" else "train"
-        for kind in ("images", "labels"):
-            array = np.load(whole / f"{source}_{kind}.npy", mmap_mode="r", allow_pickle=False)
-            np.save(folder / f"{split}_{kind}.npy", array[index])
-    shutil.rmtree(whole)
-    return _md5_of_arrays(folder)
-
-
-def _mini_index() -> dict[str, np.ndarray]:
-    """Each split's tiles by their index: train and val in the official training split, test in the test split."""
-    test = np.loadtxt(MINI_TEST_INDEX, dtype=np.int64)
-    return {"train": np.arange(800), "val": np.arange(800, 1000), "test": test}
-
-
-def _check_mini_index(archive: zipfile.ZipFile, path: Path, remedy: str) -> None:
-    """Fault unless the file says that its tiles are the ones that would be cut out of the official file."""
-    for split, expected in _mini_index().items():
-        name = f"{split}_index"
-        if f"{name}.npy" not in archive.namelist():
-            raise Fault(f"{path}: no array {name} in it. {remedy}")
-        with archive.open(f"{name}.npy") as member:
-            shape, dtype = _header(member, path, name, remedy)
-            if dtype.kind not in "iu" or not np.array_equal(np.frombuffer(member.read(), dtype), expected):
-                raise Fault(f"{path}: {name}, {dtype} {shape}, does not list pathmnist-mini's tiles. {remedy}")
-
-
-def _md5_of_arrays(folder: Path) -> str:
-    """One fingerprint for the same tiles, whichever file they come from."""
-    digest = hashlib.md5()
-    for name in _checksums(folder):
-        digest.update((folder / name).read_bytes())
-    return digest.hexdigest()
 
 
 @contextmanager
@@ -377,9 +355,9 @@ def _opened(path: Path, remedy: str) -> Iterator[zipfile.ZipFile]:
         raise Fault(f"{path}: not a whole npz file, {size:,} bytes ({error}). {remedy}") from error
 
 
-def _check_layout(archive: zipfile.ZipFile, path: Path, counts: dict[str, int], size: int, remedy: str) -> None:
+def _check_layout(archive: zipfile.ZipFile, path: Path, size: int, remedy: str) -> None:
     """Fault unless the arrays have the official names, types and shapes; reads their headers alone."""
-    for split, count in counts.items():
+    for split, count in OFFICIAL_COUNTS.items():
         for kind, shape in (("images", (count, size, size, 3)), ("labels", (count, 1))):
             name = f"{split}_{kind}"
             if f"{name}.npy" not in archive.namelist():

@@ -383,11 +383,11 @@ def apportioned(n_tiles: int, counts: tuple[int, ...]) -> Array:
     return np.repeat(np.arange(len(counts)), share)
 
 
-def split_sizes(phantom_tiles: int) -> dict[str, int]:
-    """Tiles per split for `phantom_tiles` training tiles; PathMNIST's number gives PathMNIST's splits."""
-    if phantom_tiles == OFFICIAL_SIZES["train"]:
+def split_sizes(train_tiles: int) -> dict[str, int]:
+    """Tiles per split for `train_tiles` training tiles; PathMNIST's number gives PathMNIST's splits."""
+    if train_tiles == OFFICIAL_SIZES["train"]:
         return dict(OFFICIAL_SIZES)
-    return {"train": phantom_tiles, "val": phantom_tiles // 9, "test": phantom_tiles // 5}
+    return {"train": train_tiles, "val": train_tiles // 9, "test": train_tiles // 5}
 
 
 def generate(split: str, n_tiles: int, size: int, seed: int = 0) -> Iterator[tuple[Array, Array]]:

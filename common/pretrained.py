@@ -16,8 +16,9 @@ from torch import nn
 
 from common import checkpoint
 from common.config import check_run_id, closest
+from common.convolutions import use_small_map_convolutions
 from common.errors import UsageError, first_line
-from common.models import build_model, model_names, use_point_convolutions
+from common.models import build_model, model_names
 from common.tracking import read_json
 
 # The one network here that is not torchvision's: its weights can be installed from a package registry.
@@ -148,7 +149,7 @@ def build_network(model_name: str, num_classes: int, size: int = 224) -> nn.Modu
     import timm  # seconds of import that torchvision's networks do without
 
     network: nn.Module = timm.create_model(model_name, pretrained=False, num_classes=num_classes)
-    return use_point_convolutions(network)
+    return use_small_map_convolutions(network)
 
 
 def last_layer(network: nn.Module) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean, median
 
 from common.ablation import spread
+from common.data import OFFICIAL_COUNTS
 from common.errors import UsageError
 from common.records import Record, Study
 from common.trials import markdown_line
@@ -34,7 +35,8 @@ def opening(study: Study) -> list[str]:
     """The box that says what was measured on what, and the summary table beside the published numbers."""
     everything = study.trained()
     first = next(iter(everything.values()))[0]
-    tiles, full = first.summary["tiles"], first.config["dataset"] == "pathmnist"
+    tiles = first.summary["tiles"]
+    full = first.config["dataset"] == "pathmnist" and tiles["train"] == OFFICIAL_COUNTS["train"]
     lines = ["# PathMNIST study: report", ""]
     lines += [
         f"> **What was measured on what.** Every number of ours below comes from **{first.summary['dataset']}**: "

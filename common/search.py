@@ -1,12 +1,10 @@
-"""Search a sweep's parameters with Optuna, several workers sharing one journal file, and rank what was found."""
+"""Search a sweep's parameters with Optuna, all workers sharing one journal file, and rank what was found."""
 
 import json
 import math
 import os
-import subprocess
-import time
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +21,43 @@ from common.errors import Fault, UsageError
 from common.files import atomic_path, claimed, write_csv
 from common.sweep_file import Range, Sweep
 from common.tracking import read_json
-from common.trials import POLL, Trial, Workplace, markdown_line, say
+from common.trials import Trial, Workers, Workplace, markdown_line, say
 
 STATES = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
 
 
-def search(workplace: Workplace, count: int) -> None:
-    """Run trials until `count` have ended, those of other workers and of earlier starts included."""
+def search(workplace: Workplace, count: int, n_workers: int) -> None:
+    """Run trials until `count` have ended, those of other commands and of earlier starts included."""
     study = _open_study(workplace)
-    with tqdm(total=count, desc=workplace.sweep.name, unit=" trials", disable=None) as bar:
+    asked: dict[str, optuna.Trial] = {}
+    with (
+        tqdm(total=count, desc=workplace.sweep.name, unit=" trials", disable=None) as bar,
+        Workers(workplace, n_workers) as workers,
+    ):
         while True:
             ended = study.get_trials(deepcopy=False, states=tuple(STATES))
             bar.update(len(ended) - bar.n)
-            if len(ended) >= count:
+            if len(ended) >= count and not workers.running:
                 break
-            with ExitStack() as claim:
-                taken = _take(study, workplace, count, claim)
-                if taken is None:
-                    time.sleep(POLL)  # other workers are at the last ones; should one die, its trial is ours
-                else:
-                    _run(*taken, workplace)
+            while len(ended) < count and workers.have_room():
+                with ExitStack() as claim:
+                    taken = _take(study, workplace, count, claim)
+                    if taken is None:
+                        break  # other commands are at the last ones; should one die, its trial is ours
+                    new, trial, lock = taken
+                    if workplace.is_finished(trial):  # its process outlived the command that started it
+                        say(f"{trial.run_id}: {_tell(new, trial, workplace)}")
+                    else:
+                        asked[trial.run_id] = new
+                        workers.start(trial, lock, claim)
+            for running, status in workers.wait():
+                trial = running.trial
+                with running.claim:
+                    outcome = _tell(asked[trial.run_id], trial, workplace, status, pruned=running.stopped)
+                say(f"{trial.run_id}: {outcome} ({running.seconds:.0f} s)")
+            for running in workers.running:
+                if _report(asked[running.trial.run_id], workplace.history(running.trial)):
+                    running.stop()
     if all(trial.state == TrialState.FAIL for trial in ended):
         raise Fault(f"all {len(ended)} trials failed")
 
@@ -115,16 +130,16 @@ def _pruner(sweep: Sweep) -> BasePruner:
 def _sampler(method: str, seed: int) -> BaseSampler:
     if method == "random":
         return RandomSampler(seed=seed)
-    # The constant liar keeps workers from trying the same place at the same time.
+    # The constant liar keeps trials that run at the same time from trying the same place.
     return TPESampler(seed=seed, constant_liar=True)
 
 
 def _take(
     study: Study, workplace: Workplace, count: int, claim: ExitStack
 ) -> tuple[optuna.Trial, Trial, int] | None:
-    """Claim a trial that a dead worker left, else a new one; None where other workers have the rest.
+    """Claim a trial that a dead command left, else a new one; None where the rest is claimed already.
 
-    One worker at a time, so that no trial is seen before its own worker has locked it.
+    One command at a time, so that no trial is seen before the command that asked for it has locked it.
     """
     with claimed(workplace.folder / "search.lock", wait=True):
         trials = study.get_trials(deepcopy=False)
@@ -150,7 +165,7 @@ def _take(
 def _draw(trials: Sequence[FrozenTrial], sweep: Sweep) -> dict[str, Any]:
     """The values of the trial after these, by the sweep's method.
 
-    Seeded by the trial's number: the draws do not depend on kills, and two workers never repeat each other.
+    Seeded by the trial's number: the draws do not depend on kills, and no two of them are the same.
     """
     scratch = optuna.create_study(direction=_direction(sweep), sampler=_sampler(sweep.method, seed=len(trials)))
     scratch.add_trials(trials)
@@ -170,29 +185,18 @@ def _suggest_one(trial: optuna.Trial, name: str, values: tuple[Any, ...] | Range
     return trial.suggest_float(name, values.low, values.high, log=values.distribution == "log_uniform_values")
 
 
-def _run(asked: optuna.Trial, trial: Trial, lock: int, workplace: Workplace) -> None:
-    """Run a trial to its end, or until it is pruned, and tell the study."""
-    started = time.monotonic()
-    pruned, status = False, 0
-    if not workplace.is_finished(trial):
-        with workplace.process(trial, lock) as process:
-            while process.poll() is None and not pruned:
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(POLL)
-                pruned = _report(asked, workplace.history(trial))
-        status = process.returncode
+def _tell(asked: optuna.Trial, trial: Trial, workplace: Workplace, status: int = 0, pruned: bool = False) -> str:
+    """Tell the study how a trial ended; the outcome in words."""
     _report(asked, workplace.history(trial))  # the epochs since the last look
     best = workplace.best(trial)
     if workplace.is_finished(trial) and best is not None:
         asked.study.tell(asked, best)
-        outcome = workplace.outcome(trial, "finished")
-    elif pruned:
+        return workplace.outcome(trial, "finished")
+    if pruned:
         asked.study.tell(asked, state=TrialState.PRUNED)
-        outcome = workplace.outcome(trial, "pruned")
-    else:
-        asked.study.tell(asked, state=TrialState.FAIL)
-        outcome = workplace.failure(trial, status)
-    say(f"{trial.run_id}: {outcome} ({time.monotonic() - started:.0f} s)")
+        return workplace.outcome(trial, "pruned")
+    asked.study.tell(asked, state=TrialState.FAIL)
+    return workplace.failure(trial, status)
 
 
 def _report(asked: optuna.Trial, history: dict[int, float]) -> bool:

@@ -1,8 +1,8 @@
 """The whole study in one command: run what is missing of Tasks 1 to 5, then write its report.
 
-    python -m common.study --dataset pathmnist --size 64   # a GPU box: the full PathMNIST, into pathmnist-64/
-    python -m common.study                                 # pathmnist-mini: what report.md here was made from
-    python -m common.study --dataset phantom --size 28     # a miniature on generated tiles, into phantom-28/
+    python -m common.study                       # PathMNIST at 28 pixels: what report.md here was made from
+    python -m common.study --size 64             # a GPU box: PathMNIST at 64 pixels, into pathmnist-64/
+    python -m common.study --dataset phantom     # a miniature on generated tiles, into phantom-28/
 
 Every run is a process of its own with a fixed run_id. After a kill the same command goes on: finished runs are
 skipped, an unfinished one continues from its checkpoint. report.toml, which names the runs that the report shows,
@@ -20,35 +20,54 @@ from typing import Any
 import yaml
 
 from common import report
-from common.config import Config, Workspace, key, run_script
+from common.config import Workspace, key, run_script
 from common.errors import Fault, UsageError
 from common.files import atomic_path
 from common.sweep import grid
 from common.sweep_file import read_sweep
 from common.trials import Workplace
 
-REFERENCE_ROW = "combined"  # of the ablation: the coursework's configuration, so its runs are Task 3's
+REFERENCE_ROW = "combined"  # of the ablation: the coursework's configuration
+FEW_ROWS = (REFERENCE_ROW, "with_all")
 LITE0 = ("--model_name=tf_efficientnet_lite0",)  # whose ImageNet weights a package registry has
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What the study of a data set consists of; `keys` are those that a script gets beside its defaults."""
+    """What the study of a data set consists of.
+
+    `keys` are what a step gets beside its script's defaults: those of `train` go to all runs of train.py, those of
+    `ablation` and `search` to the runs of that sweep alone. `task3_rows` are rows of the ablation that run also
+    without these keys; the first one is then Task 3 in the report.
+    """
 
     n_seeds: int = 5
     rows: tuple[str, ...] = ()  # of the ablation; none: all of them
+    task3_rows: tuple[str, ...] = ()  # none: Task 3 shows the ablation's reference row
     search_trials: int = 20
     keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
+VIEWS = ("--tta=True",)  # the test tiles are scored plain and over their 8 views
+# A CPU's study of the smallest tiles: 18,000 tiles in batches of 128 are about the coursework's number of steps.
+AT_28_PIXELS = Plan(
+    search_trials=40,
+    task3_rows=FEW_ROWS,
+    keys={
+        "task1": VIEWS,
+        "train": VIEWS,
+        "ablation": ("--train_tiles=18000", "--batch_size=128"),
+        "search": ("--train_tiles=9000",),
+        "task5": LITE0,
+    },
+)
 # The phantom's is a miniature: it shows in minutes, without any download, what a study leaves.
-_FEW_TILES = "--phantom_tiles=1350"
+_FEW_TILES = "--train_tiles=1350"
 PLANS = {
-    "pathmnist": Plan(),
-    "pathmnist-mini": Plan(keys={"task5": LITE0}),
+    "pathmnist": Plan(keys={"task1": VIEWS, "train": VIEWS}),
     "phantom": Plan(
         n_seeds=2,
-        rows=(REFERENCE_ROW, "with_all"),
+        rows=FEW_ROWS,
         search_trials=0,
         keys={
             "task1": (_FEW_TILES,),
@@ -64,26 +83,24 @@ PLANS = {
 class StudyConfig(Workspace):
     """On what the study is done, and where it is kept."""
 
-    dataset: str = key("pathmnist-mini", "data set", choices=tuple(PLANS))
-    size: int = key(None, "tile side in pixels (default: 64; 28 for pathmnist-mini)", choices=(28, 64, 128, 224))
+    dataset: str = key("pathmnist", "data set", choices=tuple(PLANS))
+    size: int = key(28, "tile side in pixels", choices=(28, 64, 128, 224))
     output_dir: Path = key(
-        None, "folder of the study (default: DATASET-SIZE; this one for pathmnist-mini, whose records it has)"
+        None, "folder of the study (default: DATASET-SIZE; this one for pathmnist at 28, whose records it has)"
     )
     seed: int = key(0, "first seed; the others count up from it", at_least=0, at_most=2**32 - 10)
 
     def __post_init__(self) -> None:
-        """Fill in the size as the scripts do, and the study's folder."""
-        if self.size is None:
-            self._set("size", Config(dataset=self.dataset).size)
+        """Fill in the study's folder."""
         if self.output_dir is None:
-            mini = self.dataset == "pathmnist-mini"
-            self._set("output_dir", Path() if mini else Path(f"{self.dataset}-{self.size}"))
+            here = (self.dataset, self.size) == ("pathmnist", 28)
+            self._set("output_dir", Path() if here else Path(f"{self.dataset}-{self.size}"))
         super().__post_init__()
 
     @property
     def plan(self) -> Plan:
-        """The data set's plan."""
-        return PLANS[self.dataset]
+        """The plan of this data set at this size."""
+        return AT_28_PIXELS if (self.dataset, self.size) == ("pathmnist", 28) else PLANS[self.dataset]
 
     @property
     def seeds(self) -> range:
@@ -145,18 +162,34 @@ def steps(config: StudyConfig) -> list[Step]:
     explained = f"task1-{config.seed}"
     record = runs / explained / "attribution.json"
     found.append(Step("Task 2", script("task2", f"--run_id={explained}"), record.exists))
-    fixed = [*workspace[1:], *data, *plan.keys.get("train", ())]  # the sweep sets output_dir itself
+    found += [
+        Step(
+            f"Task 3, {row}, seed {seed}",
+            script("train", f"--ablation={row}", f"--run_id={row}-{seed}", f"--seed={seed}"),
+            (runs / f"{row}-{seed}" / "summary.json").exists,
+        )
+        for row in plan.task3_rows
+        for seed in config.seeds
+    ]
 
-    def sweep(file: Path, *more: str) -> list[str]:
-        return ["-m", "common.sweep", str(file), workspace[0], *more, "--", *fixed]
+    def fixed(name: str) -> list[str]:
+        # The sweep sets output_dir itself.
+        return [*workspace[1:], *data, *plan.keys.get("train", ()), *plan.keys.get(name, ())]
+
+    def sweep(name: str, file: Path, *more: str) -> list[str]:
+        return ["-m", "common.sweep", str(file), workspace[0], *more, "--", *fixed(name)]
 
     ablation = ablation_file(config)
     found.append(
-        Step("Tasks 3 and 4, ablation", sweep(ablation), lambda: grid_finished(ablation, fixed, config.output_dir))
+        Step(
+            "Task 4, ablation",
+            sweep("ablation", ablation),
+            lambda: grid_finished(ablation, fixed("ablation"), config.output_dir),
+        )
     )
     if plan.search_trials:
         table = config.output_dir / "sweeps" / "search" / "table.md"
-        command = sweep(Path("sweep.yaml"), f"--count={plan.search_trials}")
+        command = sweep("search", Path("sweep.yaml"), f"--count={plan.search_trials}")
         found.append(Step("Task 4, search", command, table.exists))
     seeds = [f"--seed={config.seed}", f"--n_seeds={plan.n_seeds}"]
     comparison = runs / "task5" / "comparison.json"
@@ -194,14 +227,15 @@ def toml(config: StudyConfig) -> str:
     def listed(names: list[str]) -> str:
         return "[" + ", ".join(f'"{name}"' for name in names) + "]"
 
+    reference = REFERENCE_ROW if config.plan.task3_rows else f"ablation-{REFERENCE_ROW}"
     lines = [
         "# Which runs report.md shows. `python -m common.report` makes the page from them.",
         "[task1]",
         f"runs = {listed([f'task1-{seed}' for seed in config.seeds])}",
         "[task2]",
         f'run = "task1-{config.seed}"',
-        "[task3]  # the ablation's reference row is the coursework's configuration",
-        f"runs = {listed([f'ablation-{REFERENCE_ROW}-{seed}' for seed in config.seeds])}",
+        "[task3]  # the coursework's configuration",
+        f"runs = {listed([f'{reference}-{seed}' for seed in config.seeds])}",
         "[task4]",
         'ablation = "ablation"',
         *(['search = "search"'] if config.plan.search_trials else []),

@@ -5,29 +5,31 @@
     python -m common.sweep ablation.yaml --output_dir try -- --dataset=phantom --size=28   # keys for every run
     python -m common.sweep ablation.yaml --table_only   # what is finished, without running anything
 
-The same command started again, after a kill or beside the first, joins in: a finished run is skipped, an
-unfinished one goes on from its checkpoint, and no run is ever worked on by two processes. Everything is kept
-in output_dir/sweeps/<name>/: each run's log, the tables, and the state of a search.
+On a CPU it runs as many at the same time as there are cores, with one thread each; on a GPU, one. --workers
+changes that. After a kill the same command goes on: it skips a finished run, and an unfinished one goes on from
+its checkpoint. A second command beside the first, on another GPU for example, joins in: no run is ever worked on
+by two processes. Everything is kept in output_dir/sweeps/<name>/: each run's log, the tables, and the state of a
+search.
 """
 
 import itertools
 import re
 import shlex
-import signal
 import sys
-import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from common.compute import physical_cores
 from common.config import Keys, key, run_script
 from common.errors import Fault, UsageError
 from common.files import claimed
 from common.sweep_file import Range, Sweep, read_sweep
-from common.trials import POLL, Trial, Workplace, say
+from common.trials import Running, Trial, Workers, Workplace, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,7 @@ class SweepConfig(Keys):
 
     file: Path | None = key(None, "the sweep's YAML file; as the first argument it needs no --file")
     count: int = key(20, "trials of a search, all workers' together; a grid runs whole", at_least=1)
+    workers: int | None = key(None, "runs at the same time (default: on a CPU one a core, on a GPU 1)", at_least=1)
     output_dir: Path = key(Path(), "folder that gets sweeps/ and the runs' folders")
     fixed: str = key("", "keys for every run, as '--key=value --key=value'; or write them after --")
     table_only: bool = key(False, "run nothing: make the table of what is finished")
@@ -64,37 +67,45 @@ def grid(sweep: Sweep) -> list[Trial]:
     return trials
 
 
-def run_grid(trials: Sequence[Trial], workplace: Workplace) -> None:
-    """Run what is unfinished and no other worker is at; return when every run has finished or failed."""
+def run_grid(trials: Sequence[Trial], workplace: Workplace, n_workers: int) -> None:
+    """Run what is unfinished and no other command is at; return when every run has finished or failed."""
+    left: list[Trial] = list(trials)
     failed: set[str] = set()
-    with tqdm(total=len(trials), desc=workplace.sweep.name, unit=" runs", disable=None) as bar:
+    with (
+        tqdm(total=len(trials), desc=workplace.sweep.name, unit=" runs", disable=None) as bar,
+        Workers(workplace, n_workers) as workers,
+    ):
         while True:
-            left = [trial for trial in trials if not workplace.is_finished(trial)]
-            bar.update(len(trials) - len(left) - bar.n)
-            left = [trial for trial in left if trial.run_id not in failed]
-            if not left:
+            left = [trial for trial in left if trial.run_id not in failed and not workplace.is_finished(trial)]
+            bar.update(len(trials) - len(failed) - len(left) - bar.n)
+            if not left and not workers.running:
                 break
             for trial in left:
-                with claimed(workplace.lock_path(trial)) as lock:
-                    if lock is None:
-                        continue
-                    if not workplace.is_finished(trial) and not _run(trial, workplace, lock):
-                        failed.add(trial.run_id)
-                    break
-            else:
-                time.sleep(POLL)  # other workers are at all that is left; should one die, its run is ours
+                if workers.have_room():
+                    _start(trial, workplace, workers)
+            # Where other commands are at all that is left, this only waits: should one die, its run is ours.
+            for running, status in workers.wait():
+                with running.claim:
+                    if not _succeeded(running, status, workplace):
+                        failed.add(running.trial.run_id)
     if len(failed) == len(trials):
         raise Fault(f"all {len(trials)} runs failed")
 
 
-def _run(trial: Trial, workplace: Workplace, lock: int) -> bool:
-    """Run a trial to its end and say how it went; whether it succeeded."""
-    started = time.monotonic()
-    with workplace.process(trial, lock) as process:
-        status = process.wait()
+def _start(trial: Trial, workplace: Workplace, workers: Workers) -> None:
+    """Start a run, unless somebody is at it already or has just finished it."""
+    with ExitStack() as claim:
+        lock = claim.enter_context(claimed(workplace.lock_path(trial)))
+        if lock is not None and not workplace.is_finished(trial):
+            workers.start(trial, lock, claim)
+
+
+def _succeeded(ended: Running, status: int, workplace: Workplace) -> bool:
+    """Whether a trial that has ended succeeded; say how it went."""
+    trial = ended.trial
     succeeded = status == 0 and workplace.is_finished(trial)
     outcome = workplace.outcome(trial, "finished") if succeeded else workplace.failure(trial, status)
-    say(f"{trial.run_id}: {outcome} ({time.monotonic() - started:.0f} s)")
+    say(f"{trial.run_id}: {outcome} ({ended.seconds:.0f} s)")
     return succeeded
 
 
@@ -104,20 +115,19 @@ def main(config: SweepConfig) -> None:
         raise UsageError("which sweep? python -m common.sweep FILE.yaml")
     sweep = read_sweep(config.file, shlex.split(config.fixed))
     workplace = Workplace(sweep, config.output_dir)
-    # What a worker started must end with it where it can: SIGTERM shall run the finally blocks.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    n_workers = config.workers or (physical_cores() if workplace.on_cpu({}) else 1)
     if sweep.method == "grid":
         from common.ablation import report
 
         trials = grid(sweep)
         if not config.table_only:
-            run_grid(trials, workplace)
+            run_grid(trials, workplace, n_workers)
         report(trials, workplace)
     else:
         from common.search import rank, search
 
         if not config.table_only:
-            search(workplace, config.count)
+            search(workplace, config.count, n_workers)
         rank(workplace)
 
 

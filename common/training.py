@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from common.features import CachedFeatures
 from common.interruption import Interruption
 from common.mixing import Mixed, mix
 from common.models import normalise
+from common.shift import shifted
 from common.tracking import Run
 
 Tiles = DeviceTiles | CachedFeatures
@@ -416,6 +418,8 @@ def score_test_split(
 ) -> dict[str, Any]:
     """Score the test tiles once, with the best weights and with the last ones; write scores.npz.
 
+    The best weights are also scored on the validation tiles, plain and under each shift of common/shift.py.
+
     Returns the content of summary.json but for the run's own facts. The model is left with its best weights.
     `val` and `test` stand in for the data set's tiles.
     """
@@ -430,12 +434,22 @@ def score_test_split(
     if config.tta:
         scores["tta"] = evaluate(model, test, compute, tta=True)
     validation = evaluate(model, val, compute)
+    foreign = {
+        name: evaluate(model, DeviceTiles(split, compute.device), compute) for name, split in shifted(dataset.val)
+    }
     run.save_scores(
         **{f"{name}_logits": evaluation.logits for name, evaluation in scores.items()},
         targets=scores["best"].targets,
         validate_logits=validation.logits,
         validate_targets=validation.targets,
+        **{
+            f"shifted_{name}": evaluation.logits.argmax(1).astype(np.uint8) for name, evaluation in foreign.items()
+        },
     )
+    shifted_acc = {
+        name: metrics.accuracy(evaluation.probabilities, evaluation.targets)
+        for name, evaluation in foreign.items()
+    }
     described = {name: _described(evaluation, dataset.class_names) for name, evaluation in scores.items()}
     epochs = {"best": fitted.best_epoch, "tta": fitted.best_epoch, "last": len(fitted.history)}
     return {
@@ -443,6 +457,8 @@ def score_test_split(
         "test/acc": described["best"]["acc"]["value"],
         **{name: {"epoch": epochs[name], **described[name]} for name in described},
         "validate": fitted.history[fitted.best_epoch - 1],
+        "validate/shifted_acc": fmean(shifted_acc.values()),
+        "shifted": shifted_acc,
         "select_on": config.select_on,
         "stopped": fitted.stopped,
         "wall_seconds": sum(row["seconds"] for row in fitted.history) + time.perf_counter() - started,

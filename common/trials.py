@@ -1,24 +1,28 @@
-"""Run the trials of a sweep as processes, each by one worker only, and read their records."""
+"""Run the trials of a sweep as processes, several at once but none of them twice, and read their records."""
 
 import csv
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from common import compute
 from common.config import BOOKKEEPING_KEYS
 from common.errors import Fault, UsageError
+from common.interruption import Interruption
 from common.sweep_file import Sweep
 from common.tracking import read_json
 
-POLL = 0.5  # seconds between two looks at a run, or at what other workers have finished
+POLL = 0.5  # seconds between two looks at the runs' histories, or at what other commands have finished
+BLINK = 0.05  # seconds between two looks at whether a process has ended
 PATIENCE = 30.0  # seconds that a run gets to end after SIGTERM
 
 
@@ -43,7 +47,7 @@ class Workplace:
         return self.output_dir / "runs" / trial.run_id / name
 
     def lock_path(self, trial: Trial) -> Path:
-        """The file whose lock its worker, and the run itself, hold as long as they live."""
+        """The file whose lock the run itself, and the command that started it, hold as long as they live."""
         return self.folder / f"{trial.run_id}.lock"
 
     def is_finished(self, trial: Trial) -> bool:
@@ -60,18 +64,23 @@ class Workplace:
                 )
         return True
 
-    @contextmanager
-    def process(self, trial: Trial, lock: int) -> Iterator["subprocess.Popen[bytes]"]:
-        """The running trial, its output going to a log; whatever ends the block ends the trial.
+    def on_cpu(self, values: Mapping[str, Any]) -> bool:
+        """Whether a trial with these values computes on a CPU."""
+        return compute.kind(self.sweep.config(values).device) == "cpu"
 
-        The process inherits the lock: should this worker be killed, no other one starts the same run beside
+    def start(self, trial: Trial, lock: int) -> "subprocess.Popen[bytes]":
+        """Start the trial's process, its output going to a log.
+
+        The process inherits the lock: should this command be killed, no other one starts the same run beside
         the orphan.
         """
         given = {**trial.values, "run_id": trial.run_id, "output_dir": self.output_dir}
+        # Two processes with one thread each train more tiles than one process with two threads.
+        threads = {"OMP_NUM_THREADS": "1"} if self.on_cpu(trial.values) else {}
         # Unbuffered, so that the log's last line is the last that was written. The group is W&B's.
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "WANDB_RUN_GROUP": self.sweep.name}
+        environment = {**threads, **os.environ, "PYTHONUNBUFFERED": "1", "WANDB_RUN_GROUP": self.sweep.name}
         with open(self._log(trial), "ab") as log:
-            process = subprocess.Popen(
+            return subprocess.Popen(
                 self.sweep.command_line(given),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -79,16 +88,6 @@ class Workplace:
                 env=environment,
                 pass_fds=[lock],
             )
-        try:
-            yield process
-        finally:
-            if process.poll() is None:
-                process.terminate()
-            try:
-                process.wait(PATIENCE)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
 
     def failure(self, trial: Trial, status: int) -> str:
         """Why the trial failed, in one line: the last that it wrote."""
@@ -121,6 +120,87 @@ class Workplace:
 
     def _log(self, trial: Trial) -> Path:
         return self.folder / f"{trial.run_id}.log"
+
+
+class Running:
+    """A trial's process, and the claim that nobody else starts the trial."""
+
+    def __init__(self, trial: Trial, process: "subprocess.Popen[bytes]", claim: ExitStack) -> None:
+        self.trial = trial
+        self.claim = claim
+        self._process = process
+        self._started = time.monotonic()
+        self._patience_ends = math.inf
+
+    @property
+    def seconds(self) -> float:
+        """Since its start."""
+        return time.monotonic() - self._started
+
+    @property
+    def stopped(self) -> bool:
+        """Whether `stop` was called."""
+        return self._patience_ends < math.inf
+
+    def stop(self) -> None:
+        """Ask the process to end. Only once: a second SIGTERM would end it before it has saved its state."""
+        if not self.stopped:
+            self._process.terminate()
+            self._patience_ends = time.monotonic() + PATIENCE
+
+    def status(self) -> int | None:
+        """The exit status, None while the process runs; one that does not end PATIENCE after `stop` is killed."""
+        if time.monotonic() > self._patience_ends:
+            self._process.kill()
+        return self._process.poll()
+
+
+class Workers:
+    """The trials that this command runs at the same time, `limit` at most; whatever ends the block ends them.
+
+    Ctrl-C and SIGTERM are only noted, and end the block in `wait`: so no process is started and then forgotten.
+    """
+
+    def __init__(self, workplace: Workplace, limit: int) -> None:
+        self.running: list[Running] = []
+        self._workplace = workplace
+        self._limit = limit
+        self._interruption = Interruption()
+
+    def __enter__(self) -> "Workers":
+        """Note signals from now on."""
+        self._interruption.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop all that runs, at the same time, and wait until it has ended."""
+        for running in self.running:
+            running.stop()
+        while any(running.status() is None for running in self.running):
+            time.sleep(BLINK)
+        for running in self.running:
+            running.claim.close()
+        self._interruption.__exit__(None, None, None)
+
+    def have_room(self) -> bool:
+        """Whether one more may be started."""
+        return len(self.running) < self._limit
+
+    def start(self, trial: Trial, lock: int, claim: ExitStack) -> None:
+        """Start a trial and take over the claim of its lock."""
+        self.running.append(Running(trial, self._workplace.start(trial, lock), claim.pop_all()))
+
+    def wait(self) -> list[tuple[Running, int]]:
+        """Those that have ended, and their status; waits POLL seconds at most. Stopped after Ctrl-C or SIGTERM."""
+        until = time.monotonic() + POLL
+        while all(running.status() is None for running in self.running) and time.monotonic() < until:
+            time.sleep(BLINK)
+        ended = [(running, status) for running in self.running if (status := running.status()) is not None]
+        if self._interruption.came:  # Ctrl-C reaches the trials as well: those that it ended have not failed
+            raise self._interruption.stopped("the sweep ended early")
+        for running, _ in ended:
+            self.running.remove(running)
+        return ended
 
 
 def say(line: str) -> None:

@@ -31,7 +31,7 @@ COMMANDS: dict[str, tuple[Any, Any]] = {
     "common.report": (report.main, report.ReportConfig),
     "common.study": (study.main, study.StudyConfig),
 }
-PHANTOM = "--dataset=phantom --size=28 --phantom_tiles=90 --n_epochs=1"
+PHANTOM = "--dataset=phantom --size=28 --train_tiles=90 --n_epochs=1"
 LITE0 = "--model_name=tf_efficientnet_lite0"
 
 # What is typed, the exit status, and what the one line says. {} is the folder of the case.
@@ -54,7 +54,10 @@ OPTIONS: list[tuple[str, int, str]] = [
     ("task1.py --amsgrad=perhaps", 2, "--amsgrad: 'perhaps' is neither True nor False"),
     ("task1.py --dataset=pathmist", 2, "did you mean pathmnist"),
     ("task1.py --size=30", 2, "--size 30: choose from 28, 64, 128, 224"),
-    ("task1.py --dataset=pathmnist-mini --size=64", 2, "--size 64: pathmnist-mini exists at 28 pixels only"),
+    ("task1.py --dataset=phantom --train_tiles=44", 2, "--train_tiles 44: must be at least 45 on the phantom"),
+    ("task1.py --train_tiles=0", 2, "--train_tiles 0: must be at least 1"),
+    ("task1.py --train_tiles=100000", 2, "--train_tiles 100000: PathMNIST has 89,996 training tiles"),
+    ("task1.py --train_tile=9", 2, "unknown key --train_tile; did you mean --train_tiles"),
     ("task1.py --model_name=resnet17", 2, "--model_name resnet17: .*did you mean resnet"),
     ("task1.py --run_id=../mine", 2, r"--run_id \.\./mine: a run id names files"),
     (f"task1.py --run_id={'x' * 65}", 2, "a run id names files"),
@@ -63,7 +66,6 @@ OPTIONS: list[tuple[str, int, str]] = [
     ("task1.py --precision=fp16", 2, "--precision fp16: choose from auto, fp32, bf16"),
     ("task1.py --wandb=on", 2, "--wandb on: choose from"),
     ("task1.py --optimizer=sgd", 2, "--optimizer sgd: choose from adam, adamw"),
-    ("task1.py --phantom_tiles=3", 2, "--phantom_tiles 3: must be at least 45"),
     ("task1.py --early_stopping_patience=0", 2, "--early_stopping_patience 0: must be at least 1"),
     ("task1.py --augmentation=tawide", 2, "--augmentation tawide: "),
     ("task1.py --augmentation=dihedral,none", 2, "--augmentation dihedral,none: "),
@@ -119,15 +121,9 @@ def text(name: str, content: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_text(content) and None
 
 
-def mini(change: Callable[[Path], Any]) -> Callable[[Path], None]:
-    """A pathmnist_mini.npz that is no such thing."""
-
-    def make(folder: Path) -> None:
-        path = folder / "pathmnist_mini.npz"
-        np.savez(path, **official_arrays({"train": 800, "val": 200, "test": 499}))
-        change(path)
-
-    return make
+def damaged(change: Callable[[Path], Any]) -> Callable[[Path], None]:
+    """An official file that `change` has damaged."""
+    return lambda folder: change(write_official(folder, PATCH))
 
 
 def arrays(**changes: Any) -> Callable[[Path], None]:
@@ -143,7 +139,7 @@ def finished_task1(content: Any) -> Callable[[Path], None]:
     """A finished Task 1 run whose best.pt is `content`: bytes, or what torch.save writes."""
 
     def make(folder: Path) -> None:
-        config = task1.Task1Config(dataset="phantom", size=28, phantom_tiles=90, run_id="r", data_root=folder)
+        config = task1.Task1Config(dataset="phantom", size=28, train_tiles=90, run_id="r", data_root=folder)
         run = folder / "runs" / "r"
         facts = {"task": "task1", "run_id": "r", "synthetic": True, "data_fingerprint": "f", "dataset": "phantom"}
         write_json(run / "config.json", {**facts, "config": config.as_dict(), "started": "2026-01-01T00:00:00"})
@@ -169,31 +165,31 @@ def weights(content: Any, name: str = "w.pth") -> Callable[[Path], None]:
 
 
 def checkpoint_of_another_run(folder: Path) -> None:
-    config = task1.Task1Config(dataset="phantom", size=28, phantom_tiles=90, run_id="r", lr=0.5)
+    config = task1.Task1Config(dataset="phantom", size=28, train_tiles=90, run_id="r", lr=0.5)
     checkpoint.save(folder / "checkpoints" / "r" / "last.pt", {"config": config.as_dict(), "history": []})
 
 
 def checkpoint_of_no_training(folder: Path) -> None:
-    config = task1.Task1Config(dataset="phantom", size=28, phantom_tiles=90, run_id="r", n_epochs=1)
+    config = task1.Task1Config(dataset="phantom", size=28, train_tiles=90, run_id="r", n_epochs=1)
     checkpoint.save(folder / "checkpoints" / "r" / "last.pt", {"config": config.as_dict(), "state_dict": {}})
 
 
 RUN = f"task1.py {PHANTOM} --data_root={{}} --output_dir={{}} --run_id=r"
 EXPLAIN = "task2.py --run_id=r --output_dir={} --data_root={}"
 TUNE = f"task5.py {PHANTOM} --model_name=resnet18 --data_root={{}} --output_dir={{}} --weights={{}}/w.pth"
-MINI = "task1.py --dataset=pathmnist-mini --data_root={} --output_dir={}"
 OFFICIAL = "task1.py --dataset=pathmnist --size=28 --data_root={} --output_dir={}"
 SWEEP = "common.sweep {}/s.yaml --output_dir={}"
 REPORT = "common.report --output_dir={}"
 
 # The same with files: what is there, then as above.
 FILES: list[tuple[Callable[[Path], None], str, int, str]] = [
-    (lambda folder: None, MINI, 1, r"pathmnist_mini\.npz: no such file.*--dataset phantom"),
-    (mini(lambda path: os.truncate(path, 0)), MINI, 1, r"pathmnist_mini\.npz: not a whole npz file, 0 bytes"),
-    (mini(lambda path: path.write_bytes(torn(path.read_bytes()))), MINI, 1, "not a whole npz file"),
-    (mini(lambda path: path.write_text("hello")), MINI, 1, "not a whole npz file"),
-    (mini(lambda path: None), MINI, 1, "no array test_index|index"),
-    (mini(lambda path: zipfile.ZipFile(path, "w").close()), MINI, 1, "no array train_images"),
+    (lambda folder: None, OFFICIAL, 1, r"pathmnist\.npz: no such file.*--dataset phantom"),
+    (damaged(lambda path: os.truncate(path, 0)), OFFICIAL, 1, r"pathmnist\.npz: not a whole npz file, 0 bytes"),
+    (damaged(lambda path: path.write_bytes(torn(path.read_bytes()))), OFFICIAL, 1, "not a whole npz file"),
+    (damaged(lambda path: path.write_text("hello")), OFFICIAL, 1, "not a whole npz file"),
+    (damaged(lambda path: zipfile.ZipFile(path, "w").close()), OFFICIAL, 1, "no array train_images"),
+    (damaged(lambda path: path.open("ab").write(b"x")), OFFICIAL, 1, r"pathmnist\.npz: its MD5 is"),
+    (arrays(), f"{OFFICIAL} --train_tiles=8", 2, "--train_tiles 8: must be at least 9"),
     (text("pathmnist.npz", "not the official file"), OFFICIAL, 1, r"pathmnist\.npz: not a whole npz file"),
     (arrays(val_labels=np.array([[Bomb()]] * 30, dtype=object)), OFFICIAL, 1, "val_labels is object"),
     (arrays(val_labels=np.full((30, 1), 9, np.uint8)), OFFICIAL, 1, "val_labels has 30 labels up to 9"),
@@ -254,6 +250,7 @@ def patch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     global PATCH
     PATCH = monkeypatch
     monkeypatch.setattr("common.data._official_address", lambda size: ("http://127.0.0.1:9/none.npz", "0" * 32))
+    monkeypatch.setattr("common.data.DOWNLOAD_TRIES", 1)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
 
 

@@ -45,9 +45,16 @@ def test_fresh_run_ids_differ() -> None:
     assert len(read().run_id) == 8
 
 
-def test_size_follows_the_data_set() -> None:
-    assert read().size == 64
-    assert read("--dataset", "pathmnist-mini").size == 28
+def test_the_number_of_training_tiles_follows_the_data_set() -> None:
+    assert read().train_tiles is None
+    assert read("--train_tiles=1").train_tiles == 1
+    assert read("--train_tiles=9000", "--train_tiles=None").train_tiles is None
+    assert read("--dataset=phantom").train_tiles == 9000
+    assert read("--dataset=phantom", "--train_tiles=45").train_tiles == 45
+
+
+def test_tiles_have_64_pixels_in_every_data_set() -> None:
+    assert (read().size, read("--dataset=phantom").size) == (64, 64)
     assert read("--dataset", "phantom", "--size", "128").size == 128
 
 
@@ -79,9 +86,10 @@ def test_data_root_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
         (["--resume=perhaps"], "'perhaps' is neither True nor False"),
         (["--resume"], "--resume needs --run_id"),
         (["--size=32"], "--size 32: choose from 28, 64, 128, 224"),
-        (["--dataset=pathmnst"], "--dataset pathmnst: choose from pathmnist, pathmnist-mini, phantom; did you"),
-        (["--dataset=pathmnist-mini", "--size=64"], "--size 64: pathmnist-mini exists at 28 pixels only"),
-        (["--phantom_tiles=3"], "--phantom_tiles 3: must be at least 45"),
+        (["--dataset=pathmnst"], "--dataset pathmnst: choose from pathmnist, phantom; did you"),
+        (["--dataset=phantom", "--train_tiles=44"], "--train_tiles 44: must be at least 45 on the phantom"),
+        (["--train_tiles=0"], "--train_tiles 0: must be at least 1"),
+        (["--train_tiles=half"], "'half' is not a whole number"),
         (["--device=tpu"], "--device tpu: choose from auto, cpu, cuda"),
         (["--precision=fp16"], "--precision fp16: choose from auto, fp32, bf16"),
         (["--run_id=../x"], "--run_id ../x: a run id names files"),
@@ -128,4 +136,5 @@ def test_help_explains_every_key_with_its_default() -> None:
 def test_as_dict_is_plain_data_of_every_key() -> None:
     values = Config().as_dict()
     assert set(values) == {field.name for field in dataclasses.fields(Config)}
+    assert values.pop("train_tiles") is None
     assert all(isinstance(value, str | int | float | bool) for value in values.values())

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from common import data
-from common.data import DeviceTiles, load_dataset
+from common.data import DeviceTiles, load_dataset, stratified_part
 from common.errors import Fault, UsageError
 
-COUNTS = {"train": 1200, "val": 30, "test": 7180}  # enough for pathmnist-mini's indices to exist
-REAL_TILES = Path(os.environ.get("PATHMNIST_ROOT", "/nowhere"), "pathmnist_mini.npz")
+COUNTS = {"train": 1200, "val": 30, "test": 60}
 
 
 def official_arrays(counts: dict[str, int], size: int = 28) -> dict[str, np.ndarray]:
@@ -203,7 +204,7 @@ def test_a_full_disk_leaves_no_folder_and_a_clear_line(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
         with pytest.raises(Fault, match=r"phantom-.*\.arrays: cannot be built .*too large.*--data_root"):
-            load_dataset("phantom", 28, tmp_path, phantom_tiles=45)
+            load_dataset("phantom", 28, tmp_path, train_tiles=45)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
@@ -217,7 +218,7 @@ def test_a_source_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 def load_in_a_process(root: str, barrier: Any, results: Any) -> None:
     barrier.wait()
-    dataset = load_dataset("phantom", 28, Path(root), phantom_tiles=90)
+    dataset = load_dataset("phantom", 28, Path(root), train_tiles=90)
     results.put(int(dataset.train.images.sum()))
 
 
@@ -255,8 +256,8 @@ FOREIGN = {
         "val_images is float32 (30, 28, 28, 3), should be uint8 (30, 28, 28, 3)",
     ),
     "wrong size": (
-        changed("test_images", np.zeros((7180, 32, 32, 3), np.uint8)),
-        "test_images is uint8 (7180, 32, 32, 3), should be uint8 (7180, 28, 28, 3)",
+        changed("test_images", np.zeros((60, 32, 32, 3), np.uint8)),
+        "test_images is uint8 (60, 32, 32, 3), should be uint8 (60, 28, 28, 3)",
     ),
     "wrong count": (
         changed("train_labels", np.zeros((7, 1), np.uint8)),
@@ -351,6 +352,97 @@ def test_damage_that_no_md5_guards_against_is_found_when_unpacking(
     monkeypatch.setattr(data, "_official_address", lambda size: ("http://127.0.0.1:9/", md5))
     with pytest.raises(Fault, match=r"pathmnist\.npz: (not a whole npz file|train_images)"):
         load_dataset("pathmnist", 28, tmp_path)
+
+
+def test_an_encrypted_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_official(tmp_path, monkeypatch)
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        entry = archive.start_dir
+    content[entry + 8] |= 1  # the first member's flag in the archive's table of contents
+    path.write_bytes(content)
+    with pytest.raises(Fault, match="encrypted"):
+        load_dataset("pathmnist", 28, tmp_path)
+
+
+# -------------------------------------------------------------------------------- a part of the training tiles
+
+
+def test_a_part_is_a_copy_of_the_chosen_training_tiles_and_the_other_splits_stay_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_official(tmp_path, monkeypatch)
+    part, whole = load_dataset("pathmnist", 28, tmp_path, 300), load_dataset("pathmnist", 28, tmp_path)
+    assert part.title == "PathMNIST (300 of 1,200 training tiles, 28 px)"
+    assert part.fingerprint == f"{data._md5(path)}-300-of-1200-order{data.ORDER_VERSION}"
+    chosen = stratified_part(whole.train.labels.numpy(), 300)
+    images = part.train.images
+    assert (images[:, 0, 0, 0].int() + 251 * images[:, 1, 0, 0].int()).tolist() == chosen.tolist()
+    assert torch.equal(images, whole.train.images[chosen])
+    assert torch.equal(part.train.labels, torch.from_numpy(chosen) % 9)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert DeviceTiles(part.train, torch.device("cpu")).tiles.is_contiguous()
+    for split in ("val", "test"):
+        assert torch.equal(getattr(part, split).images, getattr(whole, split).images)
+        assert torch.equal(getattr(part, split).labels, getattr(whole, split).labels)
+    assert [folder.name for folder in tmp_path.glob("*.arrays")] == ["pathmnist.arrays"]
+
+
+def test_a_part_as_large_as_the_whole_is_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_official(tmp_path, monkeypatch)
+    for train_tiles in (None, 1200):
+        dataset = load_dataset("pathmnist", 28, tmp_path, train_tiles)
+        assert dataset.title == "PathMNIST (1,200 training tiles, 28 px)"
+        assert dataset.fingerprint == data._md5(path)
+    assert load_dataset("pathmnist", 28, tmp_path, 1199).fingerprint.startswith(f"{data._md5(path)}-1199-of-1200-")
+
+
+def test_more_tiles_than_there_are_are_refused_before_any_download(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as refused:
+        load_dataset("pathmnist", 28, tmp_path, 100_000)
+    assert str(refused.value) == "--train_tiles 100000: PathMNIST has 89,996 training tiles"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_part_without_a_tile_of_every_class_is_refused_with_the_least_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_official(tmp_path, monkeypatch)
+    with pytest.raises(UsageError) as refused:
+        load_dataset("pathmnist", 28, tmp_path, 8)
+    assert str(refused.value) == "--train_tiles 8: must be at least 9, so that every class has a tile"
+    assert len(load_dataset("pathmnist", 28, tmp_path, 9).train.labels.unique()) == 9
+    rare = np.repeat([0, 1], [100, 1])
+    with pytest.raises(UsageError, match="at least 51"):
+        stratified_part(rare, 50)
+    assert 100 in stratified_part(rare, 51)
+
+
+LABELS = st.lists(st.integers(0, 8), max_size=400).map(lambda labels: np.array(labels + [*range(9)] * 9))
+
+
+@settings(deadline=None)
+@given(LABELS, st.data())
+def test_a_part_is_stratified_and_lies_within_every_larger_one(labels: np.ndarray, draw: st.DataObject) -> None:
+    least = len(labels) // 18 + 6  # with 9 tiles of the rarest class, so many hold one of every class
+    fewer, more = sorted(draw.draw(st.tuples(*[st.integers(least, len(labels))] * 2)))
+    small, large = stratified_part(labels, fewer), stratified_part(labels, more)
+    assert len(small) == fewer
+    assert np.array_equal(small, np.unique(small))
+    assert np.isin(small, large).all()
+    counts = np.bincount(labels)
+    # Each of the 9 classes is rounded by half a tile at most, and shares the sum of these.
+    allowed = 0.5 + 4.5 * counts / len(labels) + 1e-9
+    assert (abs(np.bincount(labels[small], minlength=9) - fewer * counts / len(labels)) <= allowed).all()
+
+
+def test_the_order_of_the_tiles_is_random_and_never_changes() -> None:
+    labels = np.arange(9000) % 9
+    part = stratified_part(labels, 18)
+    frozen = [76, 1069, 1488, 2319, 2362, 2678, 2789, 2907, 4122, 4368, 4757, 5771, 5860, 5905, 6632, 7458, 8723]
+    assert part.tolist() == [*frozen, 8818]
+    assert np.array_equal(stratified_part(labels.astype(np.uint8), 18), part)
+    assert 4000 < stratified_part(labels, 900).mean() < 5000
 
 
 # ------------------------------------------------------------------------------------------------ download
@@ -470,98 +562,17 @@ def test_without_network_one_line_tells_what_to_do(tmp_path: Path, serve: Callab
     assert_tells_everything(str(fault.value), tmp_path / "pathmnist.npz", "refused")
 
 
-# ------------------------------------------------------------------------------- pathmnist-mini and phantom
-
-
-def test_mini_is_cut_out_of_the_official_file_by_the_index_lists(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_official(tmp_path, monkeypatch)
-    dataset = load_dataset("pathmnist-mini", 28, tmp_path)
-    assert dataset.title == "pathmnist-mini (800 training tiles, 28 px)"
-    indices = {
-        split: getattr(dataset, split).images[:, 0, 0, 0].int()
-        + 251 * getattr(dataset, split).images[:, 1, 0, 0].int()
-        for split in ("train", "val", "test")
-    }
-    assert indices["train"].tolist() == list(range(800))
-    assert indices["val"].tolist() == list(range(800, 1000))
-    assert indices["test"].tolist() == np.loadtxt(data.MINI_TEST_INDEX, dtype=int).tolist()
-    assert torch.equal(dataset.test.labels, indices["test"].long() % 9)
-
-
-@pytest.mark.skipif(not REAL_TILES.exists(), reason="needs real tiles: pathmnist_mini.npz in $PATHMNIST_ROOT")
-def test_the_real_mini_file_has_the_carried_indices_and_known_class_counts() -> None:
-    before = {path.name for path in REAL_TILES.parent.iterdir()}
-    dataset = load_dataset("pathmnist-mini", 28, REAL_TILES.parent)
-    with np.load(REAL_TILES, allow_pickle=False) as arrays:
-        assert np.array_equal(arrays["test_index"], np.loadtxt(data.MINI_TEST_INDEX, dtype=int))
-        assert np.array_equal(arrays["test_images"], dataset.test.images.permute(0, 2, 3, 1))
-    assert dataset.train.labels.bincount().tolist() == [87, 96, 87, 110, 70, 123, 60, 72, 95]
-    assert dataset.val.labels.bincount().tolist() == [19, 23, 20, 30, 21, 22, 22, 19, 24]
-    assert dataset.test.labels.bincount().tolist() == [102, 54, 18, 42, 78, 42, 59, 19, 85]
-    if not REAL_TILES.parent.stat().st_mode & 0o222:
-        assert before == {path.name for path in REAL_TILES.parent.iterdir()}
-
-
-def write_mini(root: Path, **changes: np.ndarray) -> Path:
-    """The pathmnist_mini.npz that belongs to `official_arrays(COUNTS)`."""
-    official = official_arrays(COUNTS)
-    arrays: dict[str, np.ndarray] = {}
-    for split, index in data._mini_index().items():
-        source = "test" if split == "test" else "train"
-        arrays[f"{split}_index"] = index
-        for kind in ("images", "labels"):
-            arrays[f"{split}_{kind}"] = official[f"{source}_{kind}"][index]
-    root.mkdir(exist_ok=True)
-    np.savez(root / "pathmnist_mini.npz", **{**arrays, **changes})
-    return root / "pathmnist_mini.npz"
-
-
-def test_mini_is_the_same_from_its_own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_official(tmp_path / "official", monkeypatch)
-    write_mini(tmp_path / "own")
-    cut, own = (load_dataset("pathmnist-mini", 28, tmp_path / root) for root in ("official", "own"))
-    for split in data.SPLITS:
-        assert torch.equal(getattr(cut, split).images, getattr(own, split).images)
-        assert torch.equal(getattr(cut, split).labels, getattr(own, split).labels)
-    assert cut.fingerprint == own.fingerprint
-
-
-def test_a_mini_file_of_other_tiles_is_refused(tmp_path: Path) -> None:
-    path = write_mini(tmp_path, test_index=np.zeros(499, np.int64))
-    with pytest.raises(Fault) as fault:
-        load_dataset("pathmnist-mini", 28, tmp_path)
-    assert str(fault.value).startswith(f"{path}: test_index, int64 (499,), does not list")
-
-
-def test_an_encrypted_file_is_refused(tmp_path: Path) -> None:
-    path = write_mini(tmp_path)
-    content = bytearray(path.read_bytes())
-    with zipfile.ZipFile(path) as archive:
-        entry = archive.start_dir
-    content[entry + 8] |= 1  # the first member's flag in the archive's table of contents
-    path.write_bytes(content)
-    with pytest.raises(Fault, match="encrypted"):
-        load_dataset("pathmnist-mini", 28, tmp_path)
-
-
-def test_mini_without_any_file_names_both_choices(tmp_path: Path) -> None:
-    with pytest.raises(Fault) as fault:
-        load_dataset("pathmnist-mini", 28, tmp_path)
-    for part in ("pathmnist_mini.npz", "official pathmnist.npz", str(tmp_path), "--dataset phantom", "https://"):
-        assert part in str(fault.value)
-    with pytest.raises(UsageError, match="28 pixels only"):
-        load_dataset("pathmnist-mini", 64, tmp_path)
+# ------------------------------------------------------------------------------------------------- phantom
 
 
 def test_the_phantom_is_generated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = load_dataset("phantom", 28, tmp_path, phantom_tiles=90)
+    first = load_dataset("phantom", 28, tmp_path, train_tiles=90)
     assert (len(first.train), len(first.val), len(first.test)) == (90, 10, 18)
     assert first.title == "phantom (90 training tiles, 28 px)"
     assert "phantom" in first.fingerprint
     monkeypatch.setattr(data, "_generate_phantom", no_build)
-    again = load_dataset("phantom", 28, tmp_path, phantom_tiles=90)
+    monkeypatch.setattr(data, "PHANTOM_TRAIN_TILES", 90)
+    again = load_dataset("phantom", 28, tmp_path)
     assert torch.equal(first.train.images, again.train.images)
     assert json.loads(next(tmp_path.glob("*.arrays/meta.json")).read_text())["fingerprint"] == first.fingerprint
 
@@ -569,7 +580,7 @@ def test_the_phantom_is_generated_once(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_data_root_that_is_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "root").write_text("not a folder")
     with pytest.raises(UsageError, match="not a folder"):
-        load_dataset("phantom", 28, tmp_path / "root", phantom_tiles=45)
+        load_dataset("phantom", 28, tmp_path / "root", train_tiles=45)
 
 
 def test_batches_are_the_tiles_asked_for(tiny: data.Dataset) -> None:

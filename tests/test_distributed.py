@@ -22,7 +22,7 @@ from common.tracking import read_history
 from common.training import evaluate
 
 CPU = Compute(torch.device("cpu"), torch.float32)
-DATA = ("--dataset=phantom", "--size=64", "--phantom_tiles=91", "--device=cpu", "--wandb=disabled", "--run_id=r")
+DATA = ("--dataset=phantom", "--size=64", "--train_tiles=91", "--device=cpu", "--wandb=disabled", "--run_id=r")
 # Without BatchNorm, which normalises each process's share by itself on a CPU, and, below, without dropout.
 SQUEEZENET = ("--model_name=squeezenet1_1", "--n_epochs=3", "--batch_size=30", "--lr=0.0003")
 DRIVER = """

@@ -21,7 +21,7 @@ from common.config import run_script
 from common.errors import Stopped
 
 KILLS = 20  # of every script, in one test
-DATA = ("--dataset=phantom", "--size=28", "--phantom_tiles=90", "--wandb=disabled", "--run_id=r")
+DATA = ("--dataset=phantom", "--size=28", "--train_tiles=90", "--wandb=disabled", "--run_id=r")
 # Small, and with everything that has a state of its own: EMA, dropout, augmentation, a mixing partner.
 EVERYTHING = ("--augmentation=ta_wide,stain", "--ema_decay=0.9", "--mixup_alpha=0.4", "--tta")
 SMALL = ("--model_name=shufflenet_v2_x0_5", "--n_epochs=5", "--batch_size=45")

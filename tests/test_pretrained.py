@@ -19,10 +19,11 @@ from common import pretrained
 from common.augment import build_augmentation
 from common.compute import Compute
 from common.config import TrainingConfig
+from common.convolutions import SmallMapConv2d
 from common.data import Dataset, DeviceTiles
 from common.errors import UsageError
 from common.features import cache_features
-from common.models import PointConv2d, normalise
+from common.models import normalise
 from common.pretrained import FineTunedNetwork, Preset, Weights, build_fine_tuned, build_network, load_weights
 from common.training import build_optimizer, evaluate, generator, train_one_epoch
 
@@ -259,7 +260,7 @@ def test_a_file_of_the_official_layout_and_naming_is_loaded(
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
         f"network.classifier.{i}.{kind}" for i in (0, 3) for kind in ("weight", "bias")
     }
-    assert any(isinstance(module, PointConv2d) for module in model.modules())
+    assert any(isinstance(module, SmallMapConv2d) for module in model.modules())
 
 
 def test_a_wrong_hash_is_one_line(large: dict[str, torch.Tensor], tmp_path: Path) -> None:

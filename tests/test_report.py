@@ -15,7 +15,7 @@ import train
 from common import report, sweep
 from common.config import run_script
 
-PHANTOM = ["--dataset=phantom", "--size=28", "--phantom_tiles=90", "--wandb=disabled"]
+PHANTOM = ["--dataset=phantom", "--size=28", "--train_tiles=90", "--wandb=disabled"]
 
 
 @pytest.fixture(scope="module")

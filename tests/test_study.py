@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import yaml
 import task1
 import task2
 import task5
+import train
 from common import study, sweep
 from common.config import Keys, parse, run_script
 from common.sweep_file import read_sweep
@@ -20,8 +22,9 @@ SCRIPTS: dict[str, type[Keys]] = {
     "task1.py": task1.Task1Config,
     "task2.py": task2.Task2Config,
     "task5.py": task5.Task5Config,
+    "train.py": train.TrainConfig,
 }
-TINY = "--phantom_tiles=90"
+TINY = "--train_tiles=90"
 
 
 def configured(*arguments: str) -> study.StudyConfig:
@@ -29,8 +32,9 @@ def configured(*arguments: str) -> study.StudyConfig:
 
 
 @pytest.mark.parametrize("dataset", list(study.PLANS))
-def test_every_step_is_a_command_that_its_script_understands(dataset: str, tmp_path: Path) -> None:
-    config = configured(f"--dataset={dataset}", f"--output_dir={tmp_path}")
+@pytest.mark.parametrize("size", [28, 64])
+def test_every_step_is_a_command_that_its_script_understands(dataset: str, size: int, tmp_path: Path) -> None:
+    config = configured(f"--dataset={dataset}", f"--size={size}", f"--output_dir={tmp_path}")
     scripts = 0
     for step in study.steps(config):
         program, *arguments = step.command
@@ -39,9 +43,40 @@ def test_every_step_is_a_command_that_its_script_understands(dataset: str, tmp_p
             scripts += 1
         else:
             made = parse(sweep.SweepConfig, sweep.as_keys(arguments[1:]), "")
-            assert read_sweep(made.file, made.fixed.split()).fixed["dataset"] == dataset
+            fixed = read_sweep(made.file, made.fixed.split()).fixed
+            assert (fixed["dataset"], fixed["size"]) == (dataset, str(size))
         assert made.output_dir == tmp_path
-    assert scripts == config.plan.n_seeds + 2
+    assert scripts == config.plan.n_seeds * (1 + len(config.plan.task3_rows)) + 2
+
+
+def commands(config: study.StudyConfig) -> dict[str, list[str]]:
+    return {step.title: step.command for step in study.steps(config)}
+
+
+def test_at_28_pixels_task_3_trains_on_all_tiles_and_the_sweeps_on_a_part(tmp_path: Path) -> None:
+    config = configured(f"--output_dir={tmp_path}", "--seed=5")
+    made = commands(config)
+    for row in ("combined", "with_all"):
+        for seed in range(5, 10):
+            run = parse(train.TrainConfig, made[f"Task 3, {row}, seed {seed}"][1:], "")
+            assert (run.run_id, run.ablation, run.seed) == (f"{row}-{seed}", row, seed)
+            assert (run.size, run.train_tiles, run.batch_size) == (28, None, 512)
+    assert {"--train_tiles=18000", "--batch_size=128"} <= set(made["Task 4, ablation"])
+    assert {"--train_tiles=9000", "--count=40"} <= set(made["Task 4, search"])
+    assert "--batch_size=128" not in made["Task 4, search"]
+    for title in ("Task 1, seed 5", "Task 5"):
+        assert not [key for key in made[title] if key.startswith("--train_tiles")]
+    assert study.LITE0[0] in made["Task 5"]
+    assert tomllib.loads(study.toml(config))["task3"]["runs"] == [f"combined-{seed}" for seed in range(5, 10)]
+
+
+def test_above_28_pixels_all_runs_are_of_all_tiles_and_the_ablation_s_are_task_3_s(tmp_path: Path) -> None:
+    config = configured("--size=64", f"--output_dir={tmp_path}")
+    made = commands(config)
+    assert not [title for title in made if title.startswith("Task 3")]
+    assert not [key for command in made.values() for key in command if "train_tiles" in key]
+    assert study.LITE0[0] not in made["Task 5"]
+    assert tomllib.loads(study.toml(config))["task3"]["runs"][0] == "ablation-combined-0"
 
 
 def test_the_miniature_s_ablation_has_its_rows_and_seeds_and_the_full_one_is_the_repository_s(
@@ -57,8 +92,9 @@ def test_the_miniature_s_ablation_has_its_rows_and_seeds_and_the_full_one_is_the
 
 def test_the_study_keeps_out_of_the_repository_s_own_records_unless_it_repeats_them() -> None:
     assert configured().output_dir == Path()
-    assert configured("--dataset=pathmnist").output_dir == Path("pathmnist-64")
-    assert configured("--dataset=phantom", "--size=28").output_dir == Path("phantom-28")
+    assert configured("--dataset=pathmnist", "--size=28").output_dir == Path()
+    assert configured("--size=64").output_dir == Path("pathmnist-64")
+    assert configured("--dataset=phantom").output_dir == Path("phantom-28")
 
 
 def test_a_study_runs_to_its_report_and_then_has_nothing_to_do(
@@ -101,6 +137,6 @@ def test_a_study_runs_to_its_report_and_then_has_nothing_to_do(
     [command] = started
     assert command[1:4] == ["-m", "common.sweep", str(tmp_path / "ablation.yaml")]
     error = capfd.readouterr().err.strip()
-    assert error.endswith("Tasks 3 and 4, ablation ended with exit status 7; the same command goes on from there")
+    assert error.endswith("Task 4, ablation ended with exit status 7; the same command goes on from there")
     assert (tmp_path / "report.toml").read_text() == selection
     assert (tmp_path / "report.md").read_text() == page

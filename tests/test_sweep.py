@@ -1,6 +1,7 @@
 """Sweep files, the local engine with a program that only pretends to train, and the real `wandb agent`."""
 
 import csv
+import io
 import itertools
 import json
 import math
@@ -13,25 +14,33 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT
 from processes import end, start
 from scipy import stats
+from tqdm import tqdm
 from wandb_server import WandbServer
 
-from common import ablation, sweep
+from common import ablation, search, sweep
+from common.compute import physical_cores
 from common.config import parse, run_script
 from common.errors import Fault, UsageError
 from common.files import claimed
 from common.sweep_file import Range, read_sweep
-from common.trials import Trial, Workplace
+from common.trials import Trial, Workers, Workplace
 from train import ABLATIONS, TrainConfig
 
 FAKE_PROGRAM = """
+import os
+import signal
+import sys
 import time
 from dataclasses import dataclass
 from common.config import Config, key, run_script
@@ -45,11 +54,30 @@ class FakeConfig(Config):
     quality: float = key(0.5, "the metric of the last epoch", at_most=1)
     n_epochs: int = key(1, "epochs", at_least=1)
     pause: float = key(0.0, "seconds an epoch")
+    together: int = key(1, "wait until so many runs have started")
+    lingering: float = key(0.0, "seconds from SIGTERM to the end")
+
+
+def note(config, name, *what):
+    with open(config.output_dir / name, "a") as file:
+        file.write(" ".join(map(str, what)) + "\\n")
 
 
 def main(config):
-    with open(config.output_dir / "starts.txt", "a") as file:
-        file.write(config.run_id + "\\n")
+    begun = time.monotonic()
+
+    def linger(*_):
+        note(config, "asked.txt", time.monotonic())
+        time.sleep(config.lingering)
+        sys.exit(143)
+
+    if config.lingering:
+        signal.signal(signal.SIGTERM, linger)
+    note(config, "starts.txt", config.run_id)
+    while len((config.output_dir / "starts.txt").read_text().split()) < config.together:
+        if time.monotonic() > begun + 15:
+            raise UsageError("it is alone")
+        time.sleep(0.02)
     if config.quality < 0:
         raise UsageError(f"--quality {config.quality}: broken")
     folder = config.output_dir / "runs" / config.run_id
@@ -68,6 +96,9 @@ def main(config):
         "validate": {"validate/acc": config.quality, "validate/auc": config.quality},
         "stopped": "all epochs done", "wall_seconds": 1.0,
     })
+    while (config.output_dir / f"hold-{config.run_id}").exists() and time.monotonic() < begun + 60:
+        time.sleep(0.02)
+    note(config, "spans.txt", begun, time.monotonic(), os.environ.get("OMP_NUM_THREADS"))
 
 
 if __name__ == "__main__":
@@ -102,12 +133,15 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
 
 def run(path: Path, output: Path, **keys: Any) -> None:
     output.mkdir(exist_ok=True)
-    sweep.main(sweep.SweepConfig(file=path, output_dir=output, **keys))
+    sweep.main(sweep.SweepConfig(**{"file": path, "output_dir": output, "workers": 1, **keys}))
 
 
-def worker(path: Path, output: Path, **keys: Any) -> Any:
-    """A started worker; forked, so that it need not import PyTorch again."""
-    process = multiprocessing.get_context("fork").Process(target=run, args=(path, output), kwargs=keys)
+def begin(path: Path, output: Path, **keys: Any) -> Any:
+    """A started command; forked, so that it need not import PyTorch again."""
+    keys = {"file": path, "output_dir": output, "workers": 1, **keys}
+    arguments = [f"--{name}={value}" for name, value in keys.items()]
+    given = (sweep.main, sweep.SweepConfig, arguments)
+    process = multiprocessing.get_context("fork").Process(target=run_script, args=given)
     output.mkdir(exist_ok=True)
     process.start()
     return process
@@ -123,6 +157,17 @@ def wait_for(condition: Callable[[], bool]) -> None:
 def starts(output: Path) -> list[str]:
     path = output / "starts.txt"
     return path.read_text().split() if path.exists() else []
+
+
+def at_once(output: Path) -> int:
+    """How many runs, at most, were at work at the same time."""
+    spans = [[float(moment) for moment in line.split()[:2]] for line in (output / "spans.txt").open()]
+    return max(sum(begun <= moment < ended for begun, ended in spans) for moment, _ in spans)
+
+
+def threads(output: Path) -> set[str]:
+    """What the runs' OMP_NUM_THREADS was."""
+    return {line.split()[2] for line in (output / "spans.txt").open()}
 
 
 def lines(path: Path) -> list[dict[str, str]]:
@@ -239,10 +284,10 @@ def test_a_user_error_is_one_line_and_status_2(tmp_path: Path) -> None:
 
 def test_keys_for_every_run_reach_the_command_and_may_not_be_swept(write: Callable[..., Path]) -> None:
     path = write({**GRID, "command": ["${env}", "nice", "${interpreter}", "${program}", "${args}"]})
-    made = read_sweep(path, ["--dataset=phantom", "--phantom-tiles=90"])
+    made = read_sweep(path, ["--dataset=phantom", "--train-tiles=90"])
     command = made.command_line({"row": "b"})
     assert command[:3] == ["/usr/bin/env", "nice", sys.executable]
-    assert command[4:] == ["--dataset=phantom", "--phantom_tiles=90", "--row=b"]
+    assert command[4:] == ["--dataset=phantom", "--train_tiles=90", "--row=b"]
     for argument in ("--seed=3", "--run_id=r", "--size", "size=3", "--sise=28"):
         with pytest.raises(UsageError, match=argument.split("=")[0]):
             read_sweep(path, [argument])
@@ -306,54 +351,264 @@ def test_a_grid_that_cannot_be_named_or_enumerated_is_refused(write: Callable[..
         sweep.grid(read_sweep(write({**GRID, "name": "n" * 64})))
 
 
-def test_a_killed_grid_goes_on_and_starts_no_run_beside_its_orphan(
-    write: Callable[..., Path], tmp_path: Path
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_grid_goes_on_and_starts_no_run_beside_its_orphans(
+    write: Callable[..., Path], tmp_path: Path, workers: int
 ) -> None:
     path, output = write(GRID, {"pause": {"value": 0.5}}), tmp_path / "out"
-    killed = worker(path, output)
+    killed = begin(path, output, workers=workers)
     wait_for(lambda: len(starts(output)) == 2)
     os.kill(killed.pid, signal.SIGKILL)
     killed.join()
-    run(path, output)
-    # The killed worker's second run lived on and finished, holding its lock: nobody started it again.
+    run(path, output, workers=workers)
+    # What the killed command was at lived on and finished, holding its lock: nobody started it again.
     assert Counter(starts(output)) == {f"try-{row}-{seed}": 1 for row in "abc" for seed in (0, 1)}
     assert len(lines(output / "sweeps/try/runs.csv")) == 6
 
 
-def test_a_run_that_died_with_its_worker_is_started_again(write: Callable[..., Path], tmp_path: Path) -> None:
-    path, output = write(GRID, {"pause": {"value": 0.5}}), tmp_path / "out"
-    killed = worker(path, output)
+@pytest.mark.parametrize(("workers", "again"), [(1, ["try-b-0"]), (2, ["try-a-0", "try-b-0"])])
+def test_runs_that_died_with_their_command_are_started_again(
+    write: Callable[..., Path], tmp_path: Path, workers: int, again: list[str]
+) -> None:
+    path, output = write(GRID, {"pause": {"value": 0.5 * workers}}), tmp_path / "out"
+    killed = begin(path, output, workers=workers)
     wait_for(lambda: len(starts(output)) == 2)
     children = Path(f"/proc/{killed.pid}/task/{killed.pid}/children").read_text().split()
     os.kill(killed.pid, signal.SIGKILL)
     for child in children:
         os.kill(int(child), signal.SIGKILL)
     killed.join()
-    run(path, output)
-    assert Counter(starts(output))["try-b-0"] == 2
-    assert len(starts(output)) == 7
+    run(path, output, workers=workers)
+    assert sorted(run_id for run_id, times in Counter(starts(output)).items() if times == 2) == again
+    assert len(starts(output)) == 6 + len(again)
     assert len(lines(output / "sweeps/try/runs.csv")) == 6
 
 
-def test_sigterm_ends_the_run_with_its_worker(write: Callable[..., Path], tmp_path: Path) -> None:
-    path, output = write(GRID, {"pause": {"value": 60}}), tmp_path / "out"
-    ended = worker(path, output)
-    wait_for(lambda: len(starts(output)) == 1)
+def test_two_commands_share_a_grid(write: Callable[..., Path], tmp_path: Path) -> None:
+    path, output = write(GRID, {"pause": {"value": 0.3}}), tmp_path / "out"
+    commands = [begin(path, output, workers=workers) for workers in (1, 2)]
+    for each in commands:
+        each.join(60)
+    assert [each.exitcode for each in commands] == [0, 0]
+    assert Counter(starts(output)) == {f"try-{row}-{seed}": 1 for row in "abc" for seed in (0, 1)}
+    assert "Incomplete" not in (output / "sweeps/try/table.md").read_text()
+
+
+# Several workers
+
+
+@pytest.mark.parametrize("content", [GRID, SEARCH])
+def test_as_many_runs_as_there_are_workers_go_on_at_once_and_no_more(
+    write: Callable[..., Path], tmp_path: Path, content: Mapping[str, Any]
+) -> None:
+    # The first ones wait for each other.
+    path, output = write(content, {"pause": {"value": 0.2}, "together": {"value": 2}}), tmp_path / "out"
+    run(path, output, workers=2, count=6)
+    assert len(starts(output)) == len(set(starts(output))) == 6
+    assert at_once(output) == 2
+
+
+@pytest.mark.parametrize(
+    ("device", "cuda", "workers", "omp_num_threads"),
+    [("auto", False, 3, "1"), ("cpu", True, 3, "1"), ("auto", True, 1, "None"), ("cuda", True, 1, "None")],
+)
+def test_by_default_a_cpu_gets_a_run_a_core_with_one_thread_each_and_a_gpu_one_run(
+    write: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    cuda: bool,
+    workers: int,
+    omp_num_threads: str,
+) -> None:
+    monkeypatch.setattr(sweep, "physical_cores", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    path = write(GRID, {"device": {"value": device}, "together": {"value": workers}, "pause": {"value": 0.1}})
+    run(path, tmp_path / "out", workers=None)
+    assert at_once(tmp_path / "out") == workers
+    assert threads(tmp_path / "out") == {omp_num_threads}
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "1"), ("3", "3")])
+def test_a_single_worker_on_a_cpu_has_one_thread_too_unless_the_user_says_otherwise(
+    write: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    given: str | None,
+    expected: str,
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    run(write(GRID, {"device": {"value": "cpu"}}), tmp_path / "out", workers=1)
+    assert threads(tmp_path / "out") == {expected}
+
+
+def test_hyper_threads_and_cpus_of_other_processes_are_no_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for cpu, siblings in enumerate(["0,2", "1,3", "0,2", "1,3"]):
+        (tmp_path / f"cpu{cpu}/topology").mkdir(parents=True)
+        (tmp_path / f"cpu{cpu}/topology/thread_siblings_list").write_text(siblings + "\n")
+    for allowed, cores in (({0, 1, 2, 3}, 2), ({0, 2}, 1), ({1, 2}, 2)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, allowed=allowed: allowed)
+        assert physical_cores(tmp_path) == cores
+        assert physical_cores(tmp_path / "none") == len(allowed)  # where the topology is hidden
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 5)
+    assert physical_cores(tmp_path) == 5
+
+
+def test_no_worker_at_all_is_refused() -> None:
+    with pytest.raises(UsageError, match="--workers 0: must be at least 1"):
+        parse(sweep.SweepConfig, ["--workers=0"], "")  # type: ignore[type-var]
+
+
+def test_the_bar_counts_the_finished_runs_of_all_workers(
+    write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = {"quality": {"values": [0.5, -1]}, "seed": {"values": [0, 1]}}
+    contents = (GRID, {**SEARCH, "name": "other"}, {"method": "grid", "name": "third", "parameters": failing})
+    for content, last in zip(contents, ("6/6", "6/6", "2/4"), strict=True):
+        shown = io.StringIO()
+        drawn = partial(tqdm, file=shown)
+        for module in (sweep, search):
+            monkeypatch.setattr(module, "tqdm", lambda drawn=drawn, **keys: drawn(**{**keys, "disable": False}))
+        run(write(content), tmp_path / "out", workers=2, count=6)
+        assert f"| {last} [" in shown.getvalue().split("\r")[-1]
+
+
+@pytest.mark.parametrize(
+    ("content", "number", "send"),
+    [
+        (GRID, signal.SIGTERM, os.kill),
+        (SEARCH, signal.SIGINT, os.kill),
+        (GRID, signal.SIGINT, os.killpg),  # as from the keyboard: the runs get it too
+        (SEARCH, signal.SIGINT, os.killpg),
+    ],
+)
+def test_a_signal_ends_all_runs_and_the_same_command_goes_on(
+    write: Callable[..., Path],
+    tmp_path: Path,
+    content: Mapping[str, Any],
+    number: signal.Signals,
+    send: Callable[[int, int], None],
+) -> None:
+    path, output, log = write(content, {"pause": {"value": 60}}), tmp_path / "out", tmp_path / "log"
+    output.mkdir()
+    arguments = [f"--file={path}", f"--output_dir={output}", "--workers=2", "--count=4"]
+
+    def command() -> None:
+        run_script(sweep.main, sweep.SweepConfig, arguments)  # type: ignore[type-var]
+
+    pid = start(command, log)
+    wait_for(lambda: len(starts(output)) == 2)
+    send(pid, number)
+    assert end(pid, 20) == 128 + number, log.read_text()
+    assert f"{number.name}: the sweep ended early; the same command goes on" in log.read_text()
+    assert "FAILED" not in log.read_text()
+    for trial in starts(output):
+        with claimed(output / f"sweeps/try/{trial}.lock") as lock:
+            assert lock is not None
+
+    (tmp_path / "fake.py").write_text(FAKE_PROGRAM.replace("time.sleep(config.pause)", "pass"))
+    assert end(start(command, log)) == 0, log.read_text()
+    run(path, tmp_path / "whole", count=4)
+    name = "sweeps/try/table.csv"
+    assert lines(output / name) == lines(tmp_path / "whole" / name)
+
+
+@pytest.mark.parametrize("content", [GRID, SEARCH])
+def test_a_run_that_has_its_records_may_end_in_peace(
+    write: Callable[..., Path], tmp_path: Path, content: Mapping[str, Any]
+) -> None:
+    path, output = write(content), tmp_path / "out"
+    output.mkdir()
+    name = "try-a-0" if content is GRID else "try-0"
+    (output / f"hold-{name}").touch()
+    # The second command ends the search that the first one's only trial belongs to.
+    commands = [begin(path, output, count=1)]
+    wait_for((output / f"runs/{name}/summary.json").exists)
+    commands.append(begin(path, output, count=3))
+    n_runs = 6 if content is GRID else 3
+    wait_for(lambda: len(starts(output)) == n_runs)
+    time.sleep(1.2)
+    (output / f"hold-{name}").unlink()
+    for each in commands:
+        each.join(60)
+    assert [each.exitcode for each in commands] == [0, 0]
+    assert len((output / "spans.txt").read_text().splitlines()) == n_runs
+
+
+def test_a_run_that_somebody_has_just_finished_is_not_started(
+    write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, output, seen = write(GRID), tmp_path / "out", set()
+    run(path, output)
+    is_finished = Workplace.is_finished
+
+    def finished_since(workplace: Workplace, trial: Trial) -> bool:
+        if trial.run_id in seen:
+            return is_finished(workplace, trial)
+        seen.add(trial.run_id)
+        return False
+
+    monkeypatch.setattr(Workplace, "is_finished", finished_since)
+    run(path, output, workers=2)
+    assert len(seen) == len(starts(output)) == 6
+
+
+def test_a_trial_is_stopped_once_and_claimed_until_its_end_is_told(
+    write: Callable[..., Path], tmp_path: Path
+) -> None:
+    workplace = Workplace(read_sweep(write(GRID, {"pause": {"value": 60}, "lingering": {"value": 0.3}})), tmp_path)
+    trial = sweep.grid(workplace.sweep)[0]
+    path = workplace.lock_path(trial)
+    with Workers(workplace, 1) as workers:
+        with ExitStack() as claim:
+            lock = claim.enter_context(claimed(path))
+            assert lock is not None
+            workers.start(trial, lock, claim)
+        wait_for(lambda: bool(starts(tmp_path)))
+        workers.running[0].stop()
+        wait_for((tmp_path / "asked.txt").exists)
+        workers.running[0].stop()
+        while not (ended := workers.wait()):
+            pass
+        [(running, status)] = ended
+        assert (running.trial, running.stopped, status) == (trial, True, 143)
+        assert len((tmp_path / "asked.txt").read_text().split()) == 1
+        with claimed(path) as taken:
+            assert taken is None
+        running.claim.close()
+        with claimed(path) as taken:
+            assert taken is not None
+
+
+def test_sigterm_reaches_all_runs_at_once_and_each_only_once(write: Callable[..., Path], tmp_path: Path) -> None:
+    path, output = write(GRID, {"pause": {"value": 60}, "lingering": {"value": 3}}), tmp_path / "out"
+    ended = begin(path, output, workers=2)
+    wait_for(lambda: len(starts(output)) == 2)
+    os.kill(ended.pid, signal.SIGTERM)
+    ended.join(20)
+    first, second = (float(moment) for moment in (output / "asked.txt").read_text().split())
+    assert abs(first - second) < 2.5  # the second one was not asked only when the first had ended
+
+
+def test_a_run_that_ignores_sigterm_is_killed_in_the_end(
+    write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.trials.PATIENCE", 0.3)
+    path, output = write(GRID, {"pause": {"value": 60}, "lingering": {"value": 60}}), tmp_path / "out"
+    ended = begin(path, output, workers=2)
+    wait_for(lambda: len(starts(output)) == 2)
     os.kill(ended.pid, signal.SIGTERM)
     ended.join(20)
     assert ended.exitcode == 143
-    with claimed(output / "sweeps/try/try-a-0.lock") as lock:
-        assert lock is not None
-
-
-def test_two_workers_share_a_grid(write: Callable[..., Path], tmp_path: Path) -> None:
-    path, output = write(GRID, {"pause": {"value": 0.3}}), tmp_path / "out"
-    workers = [worker(path, output) for _ in range(2)]
-    for each in workers:
-        each.join(60)
-    assert [each.exitcode for each in workers] == [0, 0]
-    assert Counter(starts(output)) == {f"try-{row}-{seed}": 1 for row in "abc" for seed in (0, 1)}
-    assert "Incomplete" not in (output / "sweeps/try/table.md").read_text()
+    for trial in starts(output):
+        with claimed(output / f"sweeps/try/{trial}.lock") as lock:
+            assert lock is not None
 
 
 # What a grid says
@@ -514,42 +769,44 @@ def test_a_search_may_minimise(write: Callable[..., Path], tmp_path: Path) -> No
     assert values == sorted(values)
 
 
-def test_a_killed_search_takes_its_trial_up_again_and_reaches_its_count(
-    write: Callable[..., Path], tmp_path: Path
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_search_takes_its_trials_up_again_and_reaches_its_count(
+    write: Callable[..., Path], tmp_path: Path, workers: int
 ) -> None:
     run(write(SEARCH, {"pause": {"value": 0.3}}), tmp_path / "whole", count=4)
     path, output = write(SEARCH, {"pause": {"value": 0.3}}), tmp_path / "out"
-    killed = worker(path, output, count=4)
+    killed = begin(path, output, count=4, workers=workers)
     wait_for(lambda: len(starts(output)) == 2)
     os.kill(killed.pid, signal.SIGKILL)
     killed.join()
-    run(path, output, count=4)
-    assert sorted(set(starts(output))) == [f"try-{number}" for number in range(4)]
+    run(path, output, count=4, workers=workers)
+    assert Counter(starts(output)) == {f"try-{number}": 1 for number in range(4)}
     # The draws are those of an undisturbed search.
     assert lines(output / "sweeps/try/table.csv") == lines(tmp_path / "whole/sweeps/try/table.csv")
 
 
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_search_killed_within_any_write_goes_on_and_draws_what_it_would_have_drawn(
-    write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     path = write(SEARCH)
-    run(path, tmp_path / "whole", count=2)
+    run(path, tmp_path / "whole", count=workers + 1)
     undisturbed = lines(tmp_path / "whole/sweeps/try/table.csv")
     monkeypatch.chdir(tmp_path)  # the journal's path is relative, as it is by default
     fsync = os.fsync
-    for n_writes in itertools.count(1):
+    for n_writes in itertools.count(1, workers):
         output, written = Path(str(n_writes)), itertools.count(1)
 
         def die(descriptor: int) -> None:
             fsync(descriptor)
-            if next(written) == n_writes:  # noqa: B023 (the worker is forked in this very turn)
+            if next(written) == n_writes:  # noqa: B023 (the command is forked in this very turn)
                 os.kill(os.getpid(), signal.SIGKILL)
 
         with monkeypatch.context() as patched:
             patched.setattr(os, "fsync", die)
-            killed = worker(path, output, count=1)
+            killed = begin(path, output, count=workers, workers=workers)
             killed.join(60)
-        run(path, output, count=2)
+        run(path, output, count=workers + 1, workers=workers)
         assert lines(output / "sweeps/try/table.csv") == undisturbed, n_writes
         if killed.exitcode == 0:  # it made fewer writes than this
             break
@@ -577,24 +834,25 @@ def test_a_search_names_its_journal_on_a_full_disk_and_goes_on_with_room(
     assert lines(output / "sweeps/try/table.csv") == lines(tmp_path / "whole/sweeps/try/table.csv")
 
 
-def test_two_workers_share_a_search(write: Callable[..., Path], tmp_path: Path) -> None:
+def test_two_commands_share_a_search(write: Callable[..., Path], tmp_path: Path) -> None:
     path, output = write(SEARCH, {"pause": {"value": 0.2}}), tmp_path / "out"
-    workers = [worker(path, output, count=6) for _ in range(2)]
-    for each in workers:
+    commands = [begin(path, output, count=6, workers=workers) for workers in (1, 2)]
+    for each in commands:
         each.join(60)
-    assert [each.exitcode for each in workers] == [0, 0]
+    assert [each.exitcode for each in commands] == [0, 0]
     assert Counter(starts(output)) == {f"try-{number}": 1 for number in range(6)}
     assert len({line["quality"] for line in lines(output / "sweeps/try/table.csv")}) == 6
 
 
-def test_a_bad_trial_is_pruned_early(write: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_bad_trial_is_pruned_early(write: Callable[..., Path], tmp_path: Path, workers: int) -> None:
     content = {
         **SEARCH,
         "method": "random",
         "early_terminate": {"type": "hyperband", "min_iter": 2, "eta": 2},
     }
-    path = write(content, {"n_epochs": {"value": 6}, "pause": {"value": 0.12}})
-    run(path, tmp_path / "out", count=5)
+    path = write(content, {"n_epochs": {"value": 6}, "pause": {"value": 0.25}})
+    run(path, tmp_path / "out", count=5, workers=workers)
     table = lines(tmp_path / "out/sweeps/try/table.csv")
     pruned = [line for line in table if line["state"] == "pruned"]
     assert pruned
@@ -660,7 +918,7 @@ def test_the_wandb_agent_runs_train(tmp_path: Path, phantom_root: Path) -> None:
     every = {
         "dataset": "phantom",
         "size": 28,
-        "phantom_tiles": 45,
+        "train_tiles": 45,
         "model_name": "squeezenet1_1",
         "n_epochs": 2,
         "batch_size": 32,

@@ -17,7 +17,7 @@ from common import attribution_checks, checkpoint
 from common.compute import Compute
 from common.config import run_script
 
-PHANTOM = ["--dataset", "phantom", "--size", "28", "--phantom_tiles", "900"]
+PHANTOM = ["--dataset", "phantom", "--size", "28", "--train_tiles", "900"]
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ def keys(root: Path, output: Path, weights: Path | str, *more: str) -> list[str]
     return [
         "--dataset=phantom",
         "--size=28",
-        "--phantom_tiles=90",
+        "--train_tiles=90",
         f"--model_name={SMALL}",
         f"--weights={weights}",
         "--resize_to=32",
@@ -81,12 +81,13 @@ def test_weights_bring_their_network_and_a_network_its_weights() -> None:
         read("--model_name=resnet19")
 
 
-def test_the_recipe_of_data_set_and_network_is_implied_and_can_be_overridden() -> None:
-    recipe = task5.RECIPES["pathmnist-mini", "tf_efficientnet_lite0"]
-    values = read("--dataset=pathmnist-mini", "--weights=efficientnet_lite0_imagenet").as_dict()
-    assert {name: values[name] for name in recipe} == recipe
-    assert read("--dataset=pathmnist-mini", "--model_name=tf_efficientnet_lite0", "--lr=0.5").lr == 0.5
-    assert read("--dataset=pathmnist-mini", "--model_name=resnet18").lr == task5.Task5Config().lr
+def test_the_recipe_of_the_network_is_implied_and_can_be_overridden() -> None:
+    recipe = task5.RECIPES["tf_efficientnet_lite0"]
+    for arguments in (["--weights=efficientnet_lite0_imagenet"], ["--model_name=tf_efficientnet_lite0"]):
+        values = read("--dataset=phantom", *arguments).as_dict()
+        assert {name: values[name] for name in recipe} == recipe
+    assert read("--model_name=tf_efficientnet_lite0", "--lr=0.5").lr == 0.5
+    assert read("--model_name=resnet18").lr == task5.Task5Config().lr
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,168 @@
+"""Convolutions on maps of a few pixels, where PyTorch's own CPU kernels waste most of their time.
+
+A tile of 28 pixels is a map of 4, 2 or 1 pixels a side in a network's deeper layers. There, the library behind
+nn.Conv2d on a CPU (oneDNN) multiplies mostly padding, and computes the weight gradient of a depthwise convolution
+up to a hundred times slower than its forward pass. bench/results/pace.md is what this saves.
+
+In this module a map is (N, H, W, C), a kernel (C_out, kH, kW, C_in): views of PyTorch's (N, C, H, W) tensors in
+channels_last order.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.grad import conv2d_input
+
+FEW_OUTPUTS = 4  # output pixels up to which one matrix product per pixel is faster than nn.Conv2d
+
+Axes = tuple[int, ...]  # one value for rows, one for columns
+
+
+class SmallMapConv2d(nn.Conv2d):
+    """nn.Conv2d with faster ways to compute the same on a CPU: equal up to rounding, first derivatives only.
+
+    Whatever fits none of these ways runs as nn.Conv2d: a GPU, autocast, groups, dilation, padding by name.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(N, C_in, H, W) to (N, C_out, H', W'), as nn.Conv2d."""
+        if not self._is_plain(input):
+            return super().forward(input)
+        kernel, stride, padding, size = self.kernel_size, self.stride, self.padding, tuple(input.shape[2:])
+        assert isinstance(padding, tuple)
+        axes = list(zip(size, kernel, stride, padding, strict=True))
+        out = [(pixels + 2 * pad - taps) // step + 1 for pixels, taps, step, pad in axes]
+        if self.groups == 1:
+            if kernel == (1, 1) and padding == (0, 0):
+                rows = input[:, :, :: stride[0], :: stride[1]].permute(0, 2, 3, 1)
+                return _as_maps(F.linear(rows, self.weight.flatten(1), self.bias))
+            if math.prod(out) > FEW_OUTPUTS:
+                return super().forward(input)
+            output = _FewOutputs.apply(input, self.weight, stride, padding)
+        elif size == tuple(out) == (1, 1) and all(pad < taps for _, taps, _, pad in axes):  # one tap meets the map
+            output = (input.flatten(1) * self.weight[:, 0, padding[0], padding[1]])[:, :, None, None]
+        elif any(pixels < taps and before <= taps for pixels, taps, before in zip(out, kernel, size, strict=True)):
+            output = _Depthwise.apply(input, self.weight, stride, padding)
+        else:
+            return super().forward(input)
+        biased: torch.Tensor = output if self.bias is None else output + self.bias[:, None, None]
+        return biased
+
+    def _is_plain(self, input: torch.Tensor) -> bool:
+        """Whether this is an ordinary or a depthwise convolution, on a CPU, in the input's own precision."""
+        return (
+            input.device.type == "cpu"
+            and not torch.is_autocast_enabled("cpu")
+            and self.groups in (1, self.in_channels)
+            and (self.groups == 1 or self.in_channels == self.out_channels)
+            and self.padding_mode == "zeros"
+            and not isinstance(self.padding, str)
+            and self.dilation == (1, 1)
+        )
+
+
+class _FewOutputs(torch.autograd.Function):
+    """An ordinary convolution as one matrix product per output pixel, over the taps that do not meet padding."""
+
+    @staticmethod
+    def forward(ctx: Any, input: torch.Tensor, weight: torch.Tensor, stride: Axes, padding: Axes) -> torch.Tensor:
+        maps, kernel = _channels_last(input), _channels_last(weight)
+        windows = list(_windows(input, weight, stride, padding))
+        height, width = windows[-1][0] + 1, windows[-1][1] + 1
+        output = maps.new_empty(len(maps), height, width, len(kernel))
+        for row, column, pixels, taps in windows:
+            output[:, row, column] = F.linear(maps[:, *pixels].flatten(1), kernel[:, *taps].flatten(1))
+        ctx.save_for_backward(input, weight)
+        ctx.windows = windows
+        return _as_maps(output)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        input, weight = ctx.saved_tensors
+        maps, kernel, grad = _channels_last(input), _channels_last(weight), _channels_last(grad_output)
+        grad_maps = maps.new_zeros(maps.shape) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for row, column, pixels, taps in ctx.windows:
+            pixel = grad[:, row, column]
+            if grad_maps is not None:
+                part = grad_maps[:, *pixels]
+                part += (pixel @ kernel[:, *taps].flatten(1)).view_as(part)
+            if grad_weight is not None:
+                part = _channels_last(grad_weight)[:, *taps]
+                part += (pixel.T @ maps[:, *pixels].flatten(1)).view_as(part)
+        return None if grad_maps is None else _as_maps(grad_maps), grad_weight, None, None
+
+
+class _Depthwise(torch.autograd.Function):
+    """A depthwise convolution whose weight gradient is summed one output pixel after the other."""
+
+    @staticmethod
+    def forward(ctx: Any, input: torch.Tensor, weight: torch.Tensor, stride: Axes, padding: Axes) -> torch.Tensor:
+        ctx.save_for_backward(input, weight)
+        ctx.stride, ctx.padding = stride, padding
+        output = F.conv2d(input, weight, None, stride, padding, groups=len(weight))
+        return _as_maps(_channels_last(output))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        input, weight = ctx.saved_tensors
+        grad_input = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_input = conv2d_input(  # type: ignore[no-untyped-call]
+                input.shape, weight, grad_output, ctx.stride, ctx.padding, groups=len(weight)
+            )
+        if ctx.needs_input_grad[1]:
+            maps, grad = _channels_last(input), _channels_last(grad_output)
+            grad_weight = torch.zeros_like(weight)
+            kernel = grad_weight[:, 0].permute(1, 2, 0)
+            for row, column, pixels, taps in _windows(input, weight, ctx.stride, ctx.padding):
+                kernel[taps] += (maps[:, *pixels] * grad[:, row, column, None, None]).sum(0)
+        return grad_input, grad_weight, None, None
+
+
+def use_small_map_convolutions(model: nn.Module) -> nn.Module:
+    """Make each plain nn.Conv2d of the model a SmallMapConv2d with the same parameters; returns the model."""
+    for module in model.modules():
+        if type(module) is nn.Conv2d:
+            module.__class__ = SmallMapConv2d
+    return model
+
+
+def _windows(
+    input: torch.Tensor, weight: torch.Tensor, stride: Axes, padding: Axes
+) -> Iterator[tuple[int, int, tuple[slice, slice], tuple[slice, slice]]]:
+    """Each output pixel's row and column, the map's pixels that the kernel covers there, and the taps on them."""
+    rows, columns = (_spans(input.shape[2 + a], weight.shape[2 + a], stride[a], padding[a]) for a in (0, 1))
+    for row, (pixel_rows, tap_rows) in enumerate(rows):
+        for column, (pixel_columns, tap_columns) in enumerate(columns):
+            yield row, column, (pixel_rows, pixel_columns), (tap_rows, tap_columns)
+
+
+def _spans(size: int, kernel: int, stride: int, padding: int) -> list[tuple[slice, slice]]:
+    """Along one axis, for each output pixel: the pixels that the kernel covers, and the taps on them."""
+    spans = []
+    for first in range(-padding, size + padding - kernel + 1, stride):
+        low, high = (min(max(end, 0), size) for end in (first, first + kernel))
+        spans.append((slice(low, high), slice(low - first, high - first)))
+    return spans
+
+
+def _channels_last(images: torch.Tensor) -> torch.Tensor:
+    return images.permute(0, 2, 3, 1)
+
+
+def _as_maps(maps: torch.Tensor) -> torch.Tensor:
+    """(N, H, W, C) as (N, C, H, W).
+
+    The strides of a map of one pixel can be written in two ways, and BatchNorm is ten times slower where its
+    input and its gradient differ in them: they are always those of (N, C, 1, 1).
+    """
+    if maps.shape[1:3] == (1, 1):
+        return maps.flatten(1)[:, :, None, None]
+    return maps.permute(0, 3, 1, 2)
