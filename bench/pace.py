@@ -1,8 +1,8 @@
 """How fast one core trains: this checkout against another one of the same repository, in turns.
 
     git worktree add /tmp/before d099721
-    python -m bench.pace /tmp/before             # 28 and 64 pixels: half an hour on a quiet machine
-    python -m bench.pace /tmp/before --size=28   # eight minutes
+    python -m bench.pace /tmp/before             # 28 and 64 pixels: 40 minutes
+    python -m bench.pace /tmp/before --size=28   # nine minutes
 
 Each measurement is one real run of task1.py or train.py on 9,000 phantom tiles, in a process with one thread; its
 tiles/s are those of the second epoch in history.csv, so augmentation, optimiser and data work are counted, and
@@ -27,7 +27,7 @@ from common.tracking import provenance
 
 RESULTS = Path(__file__).parent / "results"
 HERE = Path(__file__).resolve().parent.parent
-TURNS = 5
+TURNS = 3
 NETWORKS = {"task1.py": "resnet18, batch 64", "train.py": "mobilenet_v3_large, batch 512"}
 
 
