@@ -71,6 +71,7 @@ def test_parts_of_the_training_tiles_are_stratified_and_nested(root: Path) -> No
     assert stratified_part(labels, 1800)[:8].tolist() == [6, 48, 106, 118, 145, 269, 448, 494]
 
 
+GENTLE = ["--augmentation=dihedral", "--ema_decay=0.99"]  # some 230 steps are too few for TrivialAugment
 SHORT = ["--size=28", "--train_tiles=1800", "--device=cpu", "--wandb=disabled", "--run_id=r"]
 
 
@@ -79,7 +80,7 @@ SHORT = ["--size=28", "--train_tiles=1800", "--device=cpu", "--wandb=disabled", 
     ("script", "keys", "least"),
     [
         (task1, ["--n_epochs=3"], 0.6),
-        (train, ["--n_epochs=4", "--lr_warmup_epochs=1", "--batch_size=64", "--augmentation=none"], 0.45),
+        (train, ["--n_epochs=8", "--lr_warmup_epochs=1", "--batch_size=64", *GENTLE], 0.58),
     ],
     ids=["task1.py", "train.py"],
 )
@@ -88,11 +89,11 @@ def test_a_short_training_learns_real_tissue(
 ) -> None:
     """Half a minute of training on one core, judged on 2,000 validation tiles.
 
-    Validation ACC of seeds 0 to 4: task1.py .675 .681 .677 .673 .664 (mean .674, standard deviation .007),
-    train.py .576 .572 .576 .570 .626 (mean .584, standard deviation .024). Another kind of CPU rounds otherwise,
-    which differs as another seed does. The bounds lie 11 and 5 standard deviations below the means. The largest
-    class alone gives .143. A logistic regression on the mean colour of all 89,996 training tiles gives .538: Task
-    1's bound lies above that, so its network must have learnt more than colour.
+    Validation ACC of task1.py, seeds 0 to 4: .675 .681 .677 .673 .664 (mean .674, standard deviation .007); of
+    train.py, seeds 0 to 2: .672 .653 .674 (mean .666, standard deviation .012). Another kind of CPU rounds
+    otherwise, which differs as another seed does. The bounds lie 11 and 7 standard deviations below the means.
+    Both lie above the .538 of a logistic regression on the mean colour of all 89,996 training tiles: a network
+    that passes has learnt more than colour. The largest class alone gives .143.
     """
 
     def with_fewer_tiles_to_judge_by(*arguments: Any) -> Dataset:
