@@ -14,10 +14,10 @@ BENCH = throughput startup scaling augment data_start frozen_features phantom su
 	touch $@
 
 demo: .venv/installed  ## a miniature of the whole study on generated tiles, into demo/
-	$(VENV) -m common.study --dataset phantom --size 28 --data_root demo/data --output_dir demo --wandb disabled
+	$(VENV) -m study --dataset phantom --size 28 --data_root demo/data --output_dir demo --wandb disabled
 
 report: .venv/installed  ## the study of a data set: all runs that are missing, then its report.md
-	$(VENV) -m common.study --dataset $(DATASET) --size $(SIZE)
+	$(VENV) -m study --dataset $(DATASET) --size $(SIZE)
 
 bench: .venv/installed  ## every measurement, into bench/results/ and README: an hour on a quiet machine
 	for name in $(BENCH); do $(VENV) -m bench.$$name || exit 1; done

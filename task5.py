@@ -28,7 +28,6 @@ from torch import nn
 
 from common import distributed, pretrained
 from common.augment import build_augmentation, dihedral_views
-from common.comparison import compare_runs
 from common.compute import Compute
 from common.config import TrainingConfig, key, run_script, with_defaults
 from common.data import Dataset, DeviceTiles, class_names, load_dataset
@@ -37,6 +36,7 @@ from common.features import CachedFeatures, View, cache_features
 from common.pretrained import SCRATCH, TRAIN_PARTS, FineTunedNetwork
 from common.tracking import VERSIONED, Run
 from common.training import fit, generator, score_test_split
+from study.comparison import compare_runs
 
 RANDOM_VIEWS = 16  # how many views of a tile stand for an augmentation that has endlessly many
 

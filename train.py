@@ -3,9 +3,9 @@
     python train.py                                 # a GPU box: the coursework's configuration, 64 pixels
     python train.py --size 28                       # a CPU: downloads 206 MB once
     python train.py --dataset phantom --size 28     # a CPU without any data: generated tiles
-    python -m common.sweep ablation.yaml            # Task 4: what each technique adds
+    python -m study.sweep ablation.yaml            # Task 4: what each technique adds
     wandb sweep sweep.yaml && wandb agent ID        # Task 4: the search, on as many machines as you like
-    python -m common.sweep sweep.yaml --count 20    # the same search without an account
+    python -m study.sweep sweep.yaml --count 20    # the same search without an account
 
 The defaults are the coursework's configuration; it reports test AUC 0.988 and test ACC 0.913 for it on the
 full PathMNIST at 64 pixels, one seed. The techniques that it does not have are off by default: EMA, mixup,

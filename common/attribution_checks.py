@@ -26,7 +26,6 @@ from torch import nn
 from torchvision.transforms.v2.functional import gaussian_blur
 from tqdm import tqdm
 
-from common.ablation import spread
 from common.attribution import (
     FORWARD_BATCH,
     INPUT_RANGE,
@@ -35,6 +34,7 @@ from common.attribution import (
     integrated_gradients_with_error,
 )
 from common.metrics import Estimate
+from study.ablation import spread
 
 # The order in which randomisation proceeds: ResNet's parts from the logits to the tile.
 STAGES = ("fc", "layer4", "layer3", "layer2", "layer1", "conv1")

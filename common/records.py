@@ -125,7 +125,7 @@ class Study:
         """The lines of one of the ablation's CSV files; UsageError where it is missing."""
         path = self.folder / "sweeps" / self.named("task4", "ablation", str) / name
         if not path.exists():
-            raise UsageError(f"{path}: missing; python -m common.sweep ablation.yaml makes it")
+            raise UsageError(f"{path}: missing; python -m study.sweep ablation.yaml makes it")
         with open(path, newline="", encoding="utf-8") as file:
             return list(csv.DictReader(file))
 

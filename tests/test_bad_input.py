@@ -18,18 +18,20 @@ import task1
 import task2
 import task5
 import train
-from common import checkpoint, report, study, sweep
+from common import checkpoint
 from common.config import run_script
 from common.files import write_json
+from study import __main__ as study
+from study import report, sweep
 
 COMMANDS: dict[str, tuple[Any, Any]] = {
     "task1.py": (task1.main, task1.Task1Config),
     "task2.py": (task2.main, task2.Task2Config),
     "train.py": (train.main, train.TrainConfig),
     "task5.py": (task5.main, task5.Task5Config),
-    "common.sweep": (sweep.main, sweep.SweepConfig),
-    "common.report": (report.main, report.ReportConfig),
-    "common.study": (study.main, study.StudyConfig),
+    "study.sweep": (sweep.main, sweep.SweepConfig),
+    "study.report": (report.main, report.ReportConfig),
+    "study.__main__": (study.main, study.StudyConfig),
 }
 PHANTOM = "--dataset=phantom --size=28 --train_tiles=90 --n_epochs=1"
 LITE0 = "--model_name=tf_efficientnet_lite0"
@@ -90,16 +92,16 @@ OPTIONS: list[tuple[str, int, str]] = [
     ("task5.py --weights=none --train_part=head", 2, "--train_part head: random weights cannot stay frozen"),
     ("task5.py --resize_to=4", 2, "--resize_to 4: must be at least 8"),
     ("task5.py --n_seeds=0", 2, "--n_seeds 0: must be at least 1"),
-    ("common.sweep", 2, "which sweep"),
-    ("common.sweep {}/none.yaml", 2, r"none\.yaml: No such file"),
-    ("common.sweep ablation.yaml --count=0", 2, "--count 0: must be at least 1"),
-    ("common.sweep ablation.yaml -- --seed=3", 2, "--seed=3: the sweep gives each run its own seed"),
-    ("common.sweep ablation.yaml -- --sise=28", 2, "unknown key --sise; did you mean --size"),
-    ("common.sweep ablation.yaml --table_only --output_dir={}", 2, "no run of ablation is finished yet"),
-    ("common.report --output_dir={}", 2, r"report\.toml: no such file"),
-    ("common.report --chek", 2, "unknown key --chek; did you mean --check"),
-    ("common.study --dataset=mnist", 2, "--dataset mnist: choose from"),
-    ("common.study --size=1", 2, "--size 1: choose from"),
+    ("study.sweep", 2, "which sweep"),
+    ("study.sweep {}/none.yaml", 2, r"none\.yaml: No such file"),
+    ("study.sweep ablation.yaml --count=0", 2, "--count 0: must be at least 1"),
+    ("study.sweep ablation.yaml -- --seed=3", 2, "--seed=3: the sweep gives each run its own seed"),
+    ("study.sweep ablation.yaml -- --sise=28", 2, "unknown key --sise; did you mean --size"),
+    ("study.sweep ablation.yaml --table_only --output_dir={}", 2, "no run of ablation is finished yet"),
+    ("study.report --output_dir={}", 2, r"report\.toml: no such file"),
+    ("study.report --chek", 2, "unknown key --chek; did you mean --check"),
+    ("study.__main__ --dataset=mnist", 2, "--dataset mnist: choose from"),
+    ("study.__main__ --size=1", 2, "--size 1: choose from"),
 ]
 
 
@@ -178,8 +180,8 @@ RUN = f"task1.py {PHANTOM} --data_root={{}} --output_dir={{}} --run_id=r"
 EXPLAIN = "task2.py --run_id=r --output_dir={} --data_root={}"
 TUNE = f"task5.py {PHANTOM} --model_name=resnet18 --data_root={{}} --output_dir={{}} --weights={{}}/w.pth"
 OFFICIAL = "task1.py --dataset=pathmnist --size=28 --data_root={} --output_dir={}"
-SWEEP = "common.sweep {}/s.yaml --output_dir={}"
-REPORT = "common.report --output_dir={}"
+SWEEP = "study.sweep {}/s.yaml --output_dir={}"
+REPORT = "study.report --output_dir={}"
 
 # The same with files: what is there, then as above.
 FILES: list[tuple[Callable[[Path], None], str, int, str]] = [
@@ -260,7 +262,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def assert_refused(line: str, status: int, message: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     program, *arguments = shlex.split(line.replace("{}", str(folder)))
-    if program == "common.sweep":
+    if program == "study.sweep":
         arguments = sweep.as_keys(arguments)
     main, config_class = COMMANDS[program]
     before = contents(folder)

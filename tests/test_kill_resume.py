@@ -16,9 +16,10 @@ from processes import assert_same, end, records, start
 import task1
 import task5
 import train
-from common import checkpoint, sweep, training
+from common import checkpoint, training
 from common.config import run_script
 from common.errors import Stopped
+from study import sweep
 
 KILLS = 20  # of every script, in one test
 DATA = ("--dataset=phantom", "--size=28", "--train_tiles=90", "--wandb=disabled", "--run_id=r")

@@ -12,8 +12,8 @@ from conftest import ROOT
 
 import task1
 import train
-from common import report, sweep
 from common.config import run_script
+from study import report, sweep
 
 PHANTOM = ["--dataset=phantom", "--size=28", "--train_tiles=90", "--wandb=disabled"]
 
@@ -124,7 +124,7 @@ def test_the_same_records_give_the_same_page(study: Path) -> None:
         ('[task1]\nruns = ["first-0"]\n[task2]\nrun = "first-0"\n', "which is not explained yet"),
         (
             '[task3]\nruns = ["small-combined-0"]\n[task4]\nablation = "gone"\n',
-            "runs.csv: missing; python -m common.sweep",
+            "runs.csv: missing; python -m study.sweep",
         ),
         (
             '[task1]\nruns = ["first-0"]\n[task5]\ncomparison = "gone"\n',

@@ -14,9 +14,10 @@ import task1
 import task2
 import task5
 import train
-from common import study, sweep
 from common.config import Keys, parse, run_script
-from common.sweep_file import read_sweep
+from study import __main__ as study
+from study import sweep
+from study.sweep_file import read_sweep
 
 SCRIPTS: dict[str, type[Keys]] = {
     "task1.py": task1.Task1Config,
@@ -135,7 +136,7 @@ def test_a_study_runs_to_its_report_and_then_has_nothing_to_do(
         run_script(study.main, study.StudyConfig, arguments)
     assert ended.value.code == 1
     [command] = started
-    assert command[1:4] == ["-m", "common.sweep", str(tmp_path / "ablation.yaml")]
+    assert command[1:4] == ["-m", "study.sweep", str(tmp_path / "ablation.yaml")]
     error = capfd.readouterr().err.strip()
     assert error.endswith("Task 4, ablation ended with exit status 7; the same command goes on from there")
     assert (tmp_path / "report.toml").read_text() == selection

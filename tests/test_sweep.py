@@ -28,13 +28,13 @@ from scipy import stats
 from tqdm import tqdm
 from wandb_server import WandbServer
 
-from common import ablation, search, sweep
 from common.compute import physical_cores
 from common.config import parse, run_script
 from common.errors import Fault, UsageError
 from common.files import claimed
-from common.sweep_file import Range, read_sweep
-from common.trials import Trial, Workers, Workplace
+from study import ablation, search, sweep
+from study.sweep_file import Range, read_sweep
+from study.trials import Trial, Workers, Workplace
 from train import ABLATIONS, TrainConfig
 
 FAKE_PROGRAM = """
@@ -276,7 +276,7 @@ def test_the_command_line_takes_the_file_first_and_the_runs_keys_after_two_hyphe
 
 @pytest.mark.slow
 def test_a_user_error_is_one_line_and_status_2(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "common.sweep", str(tmp_path / "none.yaml")]
+    command = [sys.executable, "-m", "study.sweep", str(tmp_path / "none.yaml")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert done.stderr == f"sweep.py: {tmp_path / 'none.yaml'}: No such file or directory\n"
@@ -599,7 +599,7 @@ def test_sigterm_reaches_all_runs_at_once_and_each_only_once(write: Callable[...
 def test_a_run_that_ignores_sigterm_is_killed_in_the_end(
     write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("common.trials.PATIENCE", 0.3)
+    monkeypatch.setattr("study.trials.PATIENCE", 0.3)
     path, output = write(GRID, {"pause": {"value": 60}, "lingering": {"value": 60}}), tmp_path / "out"
     ended = begin(path, output, workers=2)
     wait_for(lambda: len(starts(output)) == 2)

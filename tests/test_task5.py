@@ -9,7 +9,6 @@ import torch
 
 import task5
 from common import checkpoint, pretrained
-from common.comparison import compare_runs, convergence_epoch
 from common.compute import Compute
 from common.config import parse
 from common.data import DeviceTiles, load_dataset
@@ -18,6 +17,7 @@ from common.metrics import softmax
 from common.models import build_model, normalise
 from common.pretrained import FineTunedNetwork
 from common.training import evaluate
+from study.comparison import compare_runs, convergence_epoch
 
 CPU = Compute(torch.device("cpu"), torch.float32)
 SMALL = "mobilenet_v3_small"

@@ -11,7 +11,7 @@ from typing import Any
 from common.errors import UsageError
 from common.files import atomic_path, write_csv
 from common.tracking import read_json
-from common.trials import Trial, Workplace, markdown_line
+from study.trials import Trial, Workplace, markdown_line
 
 METRICS = {"validate/acc": "validation ACC", "test/acc": "test ACC", "test/auc": "test AUC"}
 SIGNIFICANT = 0.05

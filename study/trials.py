@@ -18,8 +18,8 @@ from common import compute
 from common.config import BOOKKEEPING_KEYS
 from common.errors import Fault, UsageError
 from common.interruption import Interruption
-from common.sweep_file import Sweep
 from common.tracking import read_json
+from study.sweep_file import Sweep
 
 POLL = 0.5  # seconds between two looks at the runs' histories, or at what other commands have finished
 BLINK = 0.05  # seconds between two looks at whether a process has ended

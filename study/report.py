@@ -1,21 +1,21 @@
 """report.md, made from the records in runs/ and sweeps/ alone.
 
-    python -m common.report                      # report.toml and runs/ here → report.md
-    python -m common.report --check              # exit status 1, naming the first difference, if it is out of date
-    python -m common.report --output_dir FOLDER  # the same for the study in FOLDER
+    python -m study.report                      # report.toml and runs/ here → report.md
+    python -m study.report --check              # exit status 1, naming the first difference, if it is out of date
+    python -m study.report --output_dir FOLDER  # the same for the study in FOLDER
 
-report.toml names the runs that each section shows. `python -m common.study` makes all that is missing first.
+report.toml names the runs that each section shows. `python -m study` makes all that is missing first.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import report_sections as sections
 from common.config import Keys, key, run_script
 from common.errors import Fault
 from common.files import atomic_path
 from common.records import SECTIONS, Study
+from study import report_sections as sections
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,16 +59,16 @@ def main(config: ReportConfig) -> None:
     study = Study(config.output_dir)
     path = config.output_dir / "report.md"
     if not config.check:
-        from common import report_figures  # matplotlib
+        from study import report_figures  # matplotlib
 
         report_figures.draw(study)
     page = build(study)
     if config.check:
         if not path.exists():
-            raise Fault(f"{path}: missing; python -m common.report makes it")
+            raise Fault(f"{path}: missing; python -m study.report makes it")
         difference = first_difference(path.read_text(encoding="utf-8"), page)
         if difference:
-            raise Fault(f"{path} is out of date: {difference}; python -m common.report makes it anew")
+            raise Fault(f"{path} is out of date: {difference}; python -m study.report makes it anew")
         print(f"{path} is what the records give")
         return
     with atomic_path(path) as temporary:

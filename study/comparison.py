@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from common.ablation import Spread, compare, spread
 from common.files import write_json
 from common.tracking import AXIS_LABELS, read_history, read_json
+from study.ablation import Spread, compare, spread
 
 CONVERGED_WITHIN = 0.005
 COLUMNS = ("train/loss", "validate/auc", "validate/acc")

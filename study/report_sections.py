@@ -6,11 +6,11 @@ No number is typed by hand but the published ones, which stand here with their s
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean, median
 
-from common.ablation import spread
 from common.data import OFFICIAL_COUNTS
 from common.errors import UsageError
 from common.records import Record, Study
-from common.trials import markdown_line
+from study.ablation import spread
+from study.trials import markdown_line
 
 # What others report, each on the full PathMNIST: 89,996 training tiles, official test split, n = 7,180.
 COURSEWORK = {  # the coursework's own report, 64 px, one seed each
@@ -213,7 +213,7 @@ def task4(study: Study) -> list[str]:
     name = study.named("task4", "ablation", str)
     folder = study.folder / "sweeps" / name
     if not (folder / "table.md").exists():
-        raise UsageError(f"{folder / 'table.md'}: missing; python -m common.sweep ablation.yaml makes it")
+        raise UsageError(f"{folder / 'table.md'}: missing; python -m study.sweep ablation.yaml makes it")
     first = study.runs("task3")[0].config
     lines = [
         "## Task 4: which technique helps",
@@ -242,7 +242,7 @@ def task4(study: Study) -> list[str]:
     if search:
         table = study.folder / "sweeps" / search / "table.md"
         if not table.exists():
-            raise UsageError(f"{table}: missing; python -m common.sweep sweep.yaml makes it")
+            raise UsageError(f"{table}: missing; python -m study.sweep sweep.yaml makes it")
         lines += ["", "### Search", "", *table.read_text(encoding="utf-8").rstrip().splitlines()]
         for figure, alt in (
             ("parallel-coordinates", "A line a trial through its parameters to its score"),
@@ -446,7 +446,7 @@ def closing(study: Study) -> list[str]:
         "(J. N. Kather et al., PLoS Medicine 2019), CC BY 4.0. Published numbers: J. Yang et al. 2023; "
         "S. Doerrich et al., Scientific Reports 2025; Y. Yue and Z. Li, *MedMamba*, 2024.",
         "",
-        "Made by `python -m common.report` from report.toml and runs/; `--check` tells whether it still is.",
+        "Made by `python -m study.report` from report.toml and runs/; `--check` tells whether it still is.",
     ]
     return lines
 

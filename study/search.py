@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from common.errors import Fault, UsageError
 from common.files import atomic_path, claimed, write_csv
-from common.sweep_file import Range, Sweep
 from common.tracking import read_json
-from common.trials import Trial, Workers, Workplace, markdown_line, say
+from study.sweep_file import Range, Sweep
+from study.trials import Trial, Workers, Workplace, markdown_line, say
 
 STATES = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
 

@@ -1,9 +1,9 @@
 """Run a W&B sweep file without an account: every run of a grid, or the trials of a search.
 
-    python -m common.sweep ablation.yaml             # a grid: every combination, then its table and figure
-    python -m common.sweep sweep.yaml --count 20     # a search: 20 trials, then their ranking and figures
-    python -m common.sweep ablation.yaml --output_dir try -- --dataset=phantom --size=28   # keys for every run
-    python -m common.sweep ablation.yaml --table_only   # what is finished, without running anything
+    python -m study.sweep ablation.yaml             # a grid: every combination, then its table and figure
+    python -m study.sweep sweep.yaml --count 20     # a search: 20 trials, then their ranking and figures
+    python -m study.sweep ablation.yaml --output_dir try -- --dataset=phantom --size=28   # keys for every run
+    python -m study.sweep ablation.yaml --table_only   # what is finished, without running anything
 
 On a CPU it runs as many at the same time as there are cores, with one thread each; on a GPU, one. --workers
 changes that. After a kill the same command goes on: it skips a finished run, and an unfinished one goes on from
@@ -28,8 +28,8 @@ from common.compute import physical_cores
 from common.config import Keys, key, run_script
 from common.errors import Fault, UsageError
 from common.files import claimed
-from common.sweep_file import Range, Sweep, read_sweep
-from common.trials import Running, Trial, Workers, Workplace, say
+from study.sweep_file import Range, Sweep, read_sweep
+from study.trials import Running, Trial, Workers, Workplace, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,19 +112,19 @@ def _succeeded(ended: Running, status: int, workplace: Workplace) -> bool:
 def main(config: SweepConfig) -> None:
     """Sweep file → runs → table and figures."""
     if config.file is None:
-        raise UsageError("which sweep? python -m common.sweep FILE.yaml")
+        raise UsageError("which sweep? python -m study.sweep FILE.yaml")
     sweep = read_sweep(config.file, shlex.split(config.fixed))
     workplace = Workplace(sweep, config.output_dir)
     n_workers = config.workers or (physical_cores() if workplace.on_cpu({}) else 1)
     if sweep.method == "grid":
-        from common.ablation import report
+        from study.ablation import report
 
         trials = grid(sweep)
         if not config.table_only:
             run_grid(trials, workplace, n_workers)
         report(trials, workplace)
     else:
-        from common.search import rank, search
+        from study.search import rank, search
 
         if not config.table_only:
             search(workplace, config.count, n_workers)

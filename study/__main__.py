@@ -1,8 +1,8 @@
 """The whole study in one command: run what is missing of Tasks 1 to 5, then write its report.
 
-    python -m common.study                       # PathMNIST at 28 pixels: what report.md here was made from
-    python -m common.study --size 64             # a GPU box: PathMNIST at 64 pixels, into pathmnist-64/
-    python -m common.study --dataset phantom     # a miniature on generated tiles, into phantom-28/
+    python -m study                       # PathMNIST at 28 pixels: what report.md here was made from
+    python -m study --size 64             # a GPU box: PathMNIST at 64 pixels, into pathmnist-64/
+    python -m study --dataset phantom     # a miniature on generated tiles, into phantom-28/
 
 Every run is a process of its own with a fixed run_id. After a kill the same command goes on: finished runs are
 skipped, an unfinished one continues from its checkpoint. report.toml, which names the runs that the report shows,
@@ -19,13 +19,13 @@ from typing import Any
 
 import yaml
 
-from common import report
 from common.config import Workspace, key, run_script
 from common.errors import Fault, UsageError
 from common.files import atomic_path
-from common.sweep import grid
-from common.sweep_file import read_sweep
-from common.trials import Workplace
+from study import report
+from study.sweep import grid
+from study.sweep_file import read_sweep
+from study.trials import Workplace
 
 REFERENCE_ROW = "combined"  # of the ablation: the coursework's configuration
 FEW_ROWS = (REFERENCE_ROW, "with_all")
@@ -177,7 +177,7 @@ def steps(config: StudyConfig) -> list[Step]:
         return [*workspace[1:], *data, *plan.keys.get("train", ()), *plan.keys.get(name, ())]
 
     def sweep(name: str, file: Path, *more: str) -> list[str]:
-        return ["-m", "common.sweep", str(file), workspace[0], *more, "--", *fixed(name)]
+        return ["-m", "study.sweep", str(file), workspace[0], *more, "--", *fixed(name)]
 
     ablation = ablation_file(config)
     found.append(
@@ -229,7 +229,7 @@ def toml(config: StudyConfig) -> str:
 
     reference = REFERENCE_ROW if config.plan.task3_rows else f"ablation-{REFERENCE_ROW}"
     lines = [
-        "# Which runs report.md shows. `python -m common.report` makes the page from them.",
+        "# Which runs report.md shows. `python -m study.report` makes the page from them.",
         "[task1]",
         f"runs = {listed([f'task1-{seed}' for seed in config.seeds])}",
         "[task2]",
