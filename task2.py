@@ -29,7 +29,8 @@ from common.data import Dataset, DeviceTiles, class_names, load_dataset
 from common.errors import Fault, UsageError, first_line
 from common.files import atomic_path, write_json
 from common.models import build_model, normalise
-from common.tracking import provenance, read_json, send, start_wandb
+from common.records import is_finished, read_json, run_folder
+from common.tracking import provenance, send, start_wandb
 from common.training import derived_seed, evaluate
 
 MODEL_NAME = "resnet18"
@@ -130,13 +131,13 @@ def find_run(config: Task2Config) -> Path:
     """
     runs = config.output_dir / "runs"
     if config.run_id is not None:
-        folder = runs / config.run_id
+        folder = run_folder(config.output_dir, config.run_id)
         if not (folder / "config.json").exists():
             raise UsageError(f"--run_id {config.run_id}: no such run in {runs}; python task1.py makes one")
         task = read_json(folder / "config.json").get("task")
         if task != "task1":
             raise UsageError(f"--run_id {config.run_id}: a run of {task}, not of task1; Task 2 explains Task 1's")
-        if not (folder / "summary.json").exists():
+        if not is_finished(config.output_dir, config.run_id):
             raise UsageError(f"--run_id {config.run_id}: not finished; task1.py with this --run_id goes on")
         return folder
     finished = [path.parent for path in runs.glob("*/summary.json")]

@@ -34,6 +34,7 @@ from common.data import Dataset, DeviceTiles, class_names, load_dataset
 from common.errors import UsageError
 from common.features import CachedFeatures, View, cache_features
 from common.pretrained import SCRATCH, TRAIN_PARTS, FineTunedNetwork
+from common.records import is_finished
 from common.tracking import VERSIONED, Run
 from common.training import fit, generator, score_test_split
 from study.comparison import compare_runs
@@ -67,7 +68,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "resize_to": 64,
         "select_on": "validate/loss",
         "train_part": "all",
-        "tta": True,
         "weight_decay": 0.01,
     },
 }
@@ -210,7 +210,7 @@ def main(config: Task5Config) -> None:
         train(config, weights[config.weights], dataset, compute)
         return
     for single in runs:
-        if (config.output_dir / "runs" / single.run_id / "summary.json").exists():
+        if is_finished(config.output_dir, single.run_id):
             print(f"run {single.run_id} is finished already")
         else:
             train(single, weights[single.weights], dataset, compute)

@@ -34,7 +34,7 @@ from common.attribution import (
     integrated_gradients_with_error,
 )
 from common.metrics import Estimate
-from study.ablation import spread
+from common.statistics import spread
 
 # The order in which randomisation proceeds: ResNet's parts from the logits to the tile.
 STAGES = ("fc", "layer4", "layer3", "layer2", "layer1", "conv1")

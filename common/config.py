@@ -237,7 +237,7 @@ class TrainingConfig(Config):
         False,
         "measure BatchNorm statistics on clean training tiles before weights are judged; EMA always does",
     )
-    tta: bool = key(False, "also score the test tiles averaged over their 8 flips and quarter turns")
+    tta: bool = key(True, "also score the test tiles averaged over their 8 flips and quarter turns")
 
 
 def _check_value(field: "dataclasses.Field[Any]", value: Any) -> None:

@@ -19,7 +19,7 @@ from common.config import check_run_id, closest
 from common.convolutions import use_small_map_convolutions
 from common.errors import UsageError, first_line
 from common.models import build_model, model_names
-from common.tracking import read_json
+from common.records import read_json, run_folder
 
 # The one network here that is not torchvision's: its weights can be installed from a package registry.
 LITE0 = "tf_efficientnet_lite0"
@@ -385,7 +385,7 @@ def _run_weights(run_id: str, model_name: str, output_dir: Path) -> Weights:
             f"--weights {run_id}: neither torchvision weights, nor {LITE0_WEIGHTS}, nor a .pth or .pt file, nor a "
             f"run with a checkpoint in {output_dir / 'checkpoints'}"
         )
-    trained = read_json(output_dir / "runs" / run_id / "config.json")["config"]
+    trained = read_json(run_folder(output_dir, run_id) / "config.json")["config"]
     if trained["model_name"] != model_name:
         raise UsageError(
             f"--weights {run_id}: that run's network is another one; add --model_name {trained['model_name']}"

@@ -1,26 +1,34 @@
-"""The records of a finished study, as report.toml selects them for its report."""
+"""The records that a run leaves in runs/<run_id>/, read in one place."""
 
 import csv
-import tomllib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import Fault, UsageError
-from common.tracking import read_history, read_json
-
-SECTIONS = ("task1", "task2", "task3", "task4", "task5")
+from common.errors import Fault, first_line
 
 
 @dataclass(frozen=True)
 class Record:
-    """A finished run: its configuration, history and scores."""
+    """A finished run: its configuration and facts, its scores, and its epochs."""
 
-    run_id: str
     facts: Mapping[str, Any]  # config.json
-    summary: Mapping[str, Any]
-    history: Sequence[Mapping[str, float]]
+    summary: Mapping[str, Any]  # summary.json
+    history: Sequence[Mapping[str, float]]  # history.csv
+
+    @classmethod
+    def read(cls, output_dir: Path, run_id: str) -> "Record":
+        """The record of a finished run; Fault where a file is missing or damaged."""
+        folder = run_folder(output_dir, run_id)
+        facts, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
+        return cls(facts, summary, read_history(folder / "history.csv"))
+
+    @property
+    def run_id(self) -> str:
+        """The run's name."""
+        return str(self.summary["run_id"])
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -28,114 +36,29 @@ class Record:
         content: Mapping[str, Any] = self.facts["config"]
         return content
 
-    @property
-    def link(self) -> str:
-        """Markdown: where the run's record is, and its W&B page if it was online."""
-        url = self.summary.get("wandb")
-        return f"[{self.run_id}](runs/{self.run_id}/)" + (f" ([W&B]({url}))" if url else "")
 
-    def figure(self, name: str) -> str:
-        """The path of one of the run's figures, from the study's folder."""
-        return f"fig/{self.facts['task']}/{self.summary['figures'][name]}"
+def run_folder(output_dir: Path, run_id: str) -> Path:
+    """Where a run's records are."""
+    return output_dir / "runs" / run_id
 
 
-class Study:
-    """A study's folder: reads what the selection names, and remembers which files the page links to."""
+def is_finished(output_dir: Path, run_id: str) -> bool:
+    """Whether the run's records are complete: summary.json is written last."""
+    return (run_folder(output_dir, run_id) / "summary.json").exists()
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.linked: list[str] = []
-        path = folder / "report.toml"
-        try:
-            self.selection = tomllib.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UsageError(f"{path}: no such file; it names the runs to show (make report writes one)") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise UsageError(f"{path}: {error}") from None
-        for name in self.selection:
-            if name not in SECTIONS:
-                raise UsageError(f"{path}: unknown section {name}; known are {', '.join(SECTIONS)}")
 
-    def named(self, section: str, name: str, kind: type) -> Any:
-        """What report.toml says in a section; UsageError where it is missing or of another type."""
-        value = self.selection.get(section, {}).get(name)
-        if not isinstance(value, kind) or not value:
-            raise UsageError(f"{self.folder / 'report.toml'}: [{section}] needs {name} = {_example(name, kind)}")
-        return value
-
-    def run(self, run_id: str) -> Record:
-        """A finished run; UsageError where there is none."""
-        folder = self.folder / "runs" / run_id
-        if not (folder / "summary.json").exists():
-            raise UsageError(
-                f"report.toml names run {run_id}, which is not finished in {folder.parent}: make report"
-            )
-        history = read_history(folder / "history.csv")
-        return Record(run_id, read_json(folder / "config.json"), read_json(folder / "summary.json"), history)
-
-    def runs(self, section: str) -> list[Record]:
-        """The runs of a section, which must be of one data set."""
-        records = [self.run(run_id) for run_id in self.named(section, "runs", list)]
-        if len({record.summary["data_fingerprint"] for record in records}) > 1:
-            raise UsageError(f"report.toml: the runs of [{section}] come from different data sets")
-        return records
-
-    def image(self, path: str, alt: str) -> str:
-        """Markdown of a figure; Fault where its file is missing."""
-        if not (self.folder / path).is_file():
-            raise Fault(f"{self.folder / path}: the report shows this figure, and it is missing: make report")
-        self.linked.append(path)
-        return f"![{alt}]({path})"
-
-    def trained(self) -> dict[str, list[Record]]:
-        """The runs of every section that trains, by the task's name."""
-        everything = {
-            title: self.runs(section)
-            for title, section in (("Task 1", "task1"), ("Task 3", "task3"))
-            if section in self.selection
-        }
-        if "task5" in self.selection:
-            everything["Task 5"] = [self.run(run["run_id"]) for run in self.comparison()["runs"]["fine-tuned"]]
-        if not everything:
-            raise UsageError("report.toml: needs at least one of [task1], [task3] and [task5]")
-        return everything
-
-    def attribution(self) -> Mapping[str, Any]:
-        """What Task 2 found out about its run; UsageError where it has not."""
-        run_id = self.named("task2", "run", str)
-        path = self.folder / "runs" / run_id / "attribution.json"
-        if not path.exists():
-            raise UsageError(
-                f"report.toml names run {run_id} for Task 2, which is not explained yet: {path} is missing; "
-                f"python task2.py --run_id {run_id} makes it"
-            )
-        content: Mapping[str, Any] = read_json(path)
-        return content
-
-    def comparison(self) -> Mapping[str, Any]:
-        """Task 5's comparison; UsageError where it is missing."""
-        name = self.named("task5", "comparison", str)
-        path = self.folder / "runs" / name / "comparison.json"
-        if not path.exists():
-            raise UsageError(f"{path}: missing; python task5.py --run_id {name} makes it")
-        content: Mapping[str, Any] = read_json(path)
-        return content
-
-    def sweep_table(self, name: str) -> list[dict[str, str]]:
-        """The lines of one of the ablation's CSV files; UsageError where it is missing."""
-        path = self.folder / "sweeps" / self.named("task4", "ablation", str) / name
-        if not path.exists():
-            raise UsageError(f"{path}: missing; python -m study.sweep ablation.yaml makes it")
+def read_history(path: Path) -> list[dict[str, float]]:
+    """The rows of a history.csv, one per epoch; Fault where it is missing or damaged."""
+    try:
         with open(path, newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
-
-    def ablation(self) -> dict[str, list[Record]]:
-        """The ablation's runs by row, in its order; empty where the page shows none."""
-        rows: dict[str, list[Record]] = {}
-        for line in self.sweep_table("runs.csv") if "task4" in self.selection else []:
-            rows.setdefault(line["ablation"], []).append(self.run(line["run_id"]))
-        return rows
+            return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    except (OSError, ValueError, TypeError) as error:
+        raise Fault(f"{path}: not a readable record ({first_line(error)})") from error
 
 
-def _example(name: str, kind: type) -> str:
-    return '["RUN_ID", …]' if kind is list else f'"{name.upper()}"'
+def read_json(path: Path) -> Any:
+    """The content of a record; Fault where it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Fault(f"{path}: not a readable record ({first_line(error)})") from error

@@ -1,8 +1,6 @@
 """The records of one run: files under runs/<run_id>/, with W&B as a sink for the same numbers."""
 
-import csv
 import importlib.metadata
-import json
 import netrc
 import os
 import platform
@@ -20,8 +18,9 @@ import numpy as np
 from common import distributed
 from common.config import BOOKKEEPING_KEYS, TrainingConfig, Workspace
 from common.data import Dataset
-from common.errors import Fault, UsageError, first_line
+from common.errors import UsageError, first_line
 from common.files import atomic_path, claim, write_csv, write_json
+from common.records import is_finished, read_json, run_folder
 
 WANDB_PROJECT = "hw1"  # the coursework's
 WANDB_PATIENCE = 60.0  # seconds to wait for its server at the start and at the end of a run
@@ -66,10 +65,10 @@ class Run:
         self.dataset = dataset
         self.title = f"{TITLES[task]} · {network or config.model_name} · {dataset.title} · seed {config.seed}"
         self.output_dir = config.output_dir
-        self.folder = config.output_dir / "runs" / config.run_id
+        self.folder = run_folder(config.output_dir, config.run_id)
         self.checkpoints = config.output_dir / "checkpoints" / config.run_id
         self.figures = config.output_dir / "fig" / task
-        if (self.folder / "summary.json").exists():
+        if is_finished(config.output_dir, config.run_id):
             raise UsageError(f"run {config.run_id} is finished already ({self.folder}): use another --run_id")
         if config.resume and not any(path.exists() for path in self.resumable):
             raise UsageError(f"--resume: run {config.run_id} has no checkpoint in {self.checkpoints}")
@@ -314,17 +313,3 @@ def _commit() -> str | None:
         return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def read_history(path: Path) -> list[dict[str, float]]:
-    """The rows of a history.csv, one an epoch."""
-    with open(path, newline="", encoding="utf-8") as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-
-
-def read_json(path: Path) -> Any:
-    """The content of a record; Fault where it is missing or torn."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise Fault(f"{path}: not a readable record ({first_line(error)})") from error

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import yaml
 from common.config import Workspace, key, run_script
 from common.errors import Fault, UsageError
 from common.files import atomic_path
+from common.records import is_finished
 from study import report
 from study.sweep import grid
 from study.sweep_file import read_sweep
@@ -48,14 +50,11 @@ class Plan:
     keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-VIEWS = ("--tta=True",)  # the test tiles are scored plain and over their 8 views
 # A CPU's study of the smallest tiles: 18,000 tiles in batches of 128 are about the coursework's number of steps.
 AT_28_PIXELS = Plan(
     search_trials=40,
     task3_rows=FEW_ROWS,
     keys={
-        "task1": VIEWS,
-        "train": VIEWS,
         "ablation": ("--train_tiles=18000", "--batch_size=128"),
         "search": ("--train_tiles=9000",),
         "task5": LITE0,
@@ -64,7 +63,7 @@ AT_28_PIXELS = Plan(
 # The phantom's is a miniature: it shows in minutes, without any download, what a study leaves.
 _FEW_TILES = "--train_tiles=1350"
 PLANS = {
-    "pathmnist": Plan(keys={"task1": VIEWS, "train": VIEWS}),
+    "pathmnist": Plan(),
     "phantom": Plan(
         n_seeds=2,
         rows=FEW_ROWS,
@@ -155,7 +154,7 @@ def steps(config: StudyConfig) -> list[Step]:
         Step(
             f"Task 1, seed {seed}",
             script("task1", f"--run_id=task1-{seed}", f"--seed={seed}"),
-            (runs / f"task1-{seed}" / "summary.json").exists,
+            partial(is_finished, config.output_dir, f"task1-{seed}"),
         )
         for seed in config.seeds
     ]
@@ -166,7 +165,7 @@ def steps(config: StudyConfig) -> list[Step]:
         Step(
             f"Task 3, {row}, seed {seed}",
             script("train", f"--ablation={row}", f"--run_id={row}-{seed}", f"--seed={seed}"),
-            (runs / f"{row}-{seed}" / "summary.json").exists,
+            partial(is_finished, config.output_dir, f"{row}-{seed}"),
         )
         for row in plan.task3_rows
         for seed in config.seeds

@@ -1,133 +1,47 @@
 """What a finished grid says: the mean of each row over its seeds, and what sets it apart from the first row."""
 
-import csv
-import math
-import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from common.errors import UsageError
 from common.files import atomic_path, write_csv
-from common.tracking import read_json
+from common.records import Record
+from common.statistics import SIGNIFICANT, Comparison, Spread, compare, interval, spread
 from study.trials import Trial, Workplace, markdown_line
 
 METRICS = {"validate/acc": "validation ACC", "test/acc": "test ACC", "test/auc": "test AUC"}
-SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished run of the grid, as its records describe it."""
+    """A finished run of the grid, as its records describe it; with `views`, scored over each tile's 8 views."""
 
     trial: Trial
-    summary: Mapping[str, Any]
-    config: Mapping[str, Any]
-    n_epochs: int
+    record: Record
+    views: bool = False
 
     @property
     def seed(self) -> int:
         """The seed, which pairs the runs of two rows."""
         return int(self.trial.values["seed"])
 
-    def value(self, metric: str, plain: bool = False) -> float:
-        """A metric of the selected epoch; the test's from the tiles' averaged views, unless `plain`."""
+    def value(self, metric: str) -> float:
+        """A metric of the selected epoch's weights; validation tiles are always scored plain."""
         if metric == "validate/acc":
-            return float(self.summary["validate"][metric])
-        if "tta" in self.summary and not plain:
-            return float(self.summary["tta"][metric.removeprefix("test/")]["value"])
-        return float(self.summary[metric])
-
-
-@dataclass(frozen=True)
-class Spread:
-    """The values of one row: their mean, standard deviation and the mean's 95 % t interval.
-
-    What a single value cannot tell is NaN.
-    """
-
-    n: int
-    mean: float
-    sd: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The differences of a row to the first one, seed by seed, and the paired t test's p value."""
-
-    differences: Spread
-    p: float
-    p_holm: float = math.nan
-
-    @property
-    def verdict(self) -> str:
-        """The comparison in words."""
-        if self.differences.n < 2:
-            return "too few seeds"
-        if self.differences.mean == 0 == self.differences.sd:
-            return "the same"
-        if self.p_holm >= SIGNIFICANT:
-            return "inside the noise"
-        return "better" if self.differences.mean > 0 else "worse"
-
-
-def spread(values: Sequence[float]) -> Spread:
-    """Mean, standard deviation (n - 1) and 95 % t interval of the mean."""
-    from scipy.stats import t
-
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return Spread(len(values), mean, math.nan, math.nan, math.nan)
-    sd = statistics.stdev(values)
-    half = float(t.ppf(0.975, len(values) - 1)) * sd / math.sqrt(len(values))
-    return Spread(len(values), mean, sd, mean - half, mean + half)
-
-
-def paired_p(differences: Spread) -> float:
-    """The two-sided p value of the paired t test; NaN for less than two pairs."""
-    from scipy.stats import t
-
-    if differences.n < 2:
-        return math.nan
-    if differences.sd == 0:  # all pairs differ by the same amount
-        return 1.0 if differences.mean == 0 else 0.0
-    statistic = abs(differences.mean) / (differences.sd / math.sqrt(differences.n))
-    return 2 * float(t.sf(statistic, differences.n - 1))
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's correction of p values; NaN stands for no test and stays NaN."""
-    order = sorted((p, place) for place, p in enumerate(p_values) if not math.isnan(p))
-    corrected = [math.nan] * len(p_values)
-    largest = 0.0
-    for rank, (p, place) in enumerate(order):
-        largest = max(largest, min(1.0, p * (len(order) - rank)))
-        corrected[place] = largest
-    return corrected
-
-
-def compare(rows: Mapping[str, Mapping[int, float]]) -> dict[str, Comparison]:
-    """Each row but the first one compared with it, over the seeds that both have; `rows` hold value by seed."""
-    reference, *others = rows
-    comparisons = {}
-    for row in others:
-        seeds = [seed for seed in rows[row] if seed in rows[reference]]
-        if seeds:
-            differences = spread([rows[row][seed] - rows[reference][seed] for seed in seeds])
-            comparisons[row] = Comparison(differences, paired_p(differences))
-    corrected = holm([comparison.p for comparison in comparisons.values()])
-    return {
-        row: Comparison(comparison.differences, comparison.p, p_holm)
-        for (row, comparison), p_holm in zip(comparisons.items(), corrected, strict=True)
-    }
+            return float(self.record.summary["validate"][metric])
+        scores = self.record.summary["tta" if self.views else "best"]
+        return float(scores[metric.removeprefix("test/")]["value"])
 
 
 def report(trials: Sequence[Trial], workplace: Workplace) -> None:
     """Write runs.csv and, where the grid has seeds, table.md, table.csv and the figure; say where they are."""
-    runs = [_read(trial, workplace) for trial in trials if workplace.is_finished(trial)]
+    runs = [
+        Finished(trial, Record.read(workplace.output_dir, trial.run_id))
+        for trial in trials
+        if workplace.is_finished(trial)
+    ]
     missing = [trial.run_id for trial in trials if not workplace.is_finished(trial)]
     if not runs:
         raise UsageError(f"no run of {workplace.sweep.name} is finished yet")
@@ -143,6 +57,8 @@ def report(trials: Sequence[Trial], workplace: Workplace) -> None:
         if not rows[reference]:
             raise UsageError(f"no run of {reference} is finished yet, with which the others are compared")
         rows = {row: members for row, members in rows.items() if members}
+        if has_views(rows[reference]):  # test-time augmentation needs no training
+            rows[f"{reference}, 8 views"] = [replace(run, views=True) for run in rows[reference]]
         comparisons = {
             metric: compare({row: {run.seed: run.value(metric) for run in rows[row]} for row in rows})
             for metric in METRICS
@@ -158,28 +74,26 @@ def report(trials: Sequence[Trial], workplace: Workplace) -> None:
         print(f"  {path}")
 
 
+def has_views(runs: Sequence[Finished]) -> bool:
+    """Whether all these runs were also scored over the 8 views of each test tile."""
+    return all("tta" in run.record.summary for run in runs)
+
+
 def _row(trial: Trial) -> str:
     return ", ".join(str(value) for name, value in trial.values.items() if name != "seed") or "all runs"
 
 
-def _read(trial: Trial, workplace: Workplace) -> Finished:
-    with open(workplace.record(trial, "history.csv"), newline="", encoding="utf-8") as file:
-        n_epochs = len(list(csv.DictReader(file)))
-    summary = read_json(workplace.record(trial, "summary.json"))
-    return Finished(trial, summary, read_json(workplace.record(trial, "config.json")), n_epochs)
-
-
 def _record(run: Finished) -> dict[str, Any]:
     """A run's line in runs.csv."""
-    summary = run.summary
+    summary = run.record.summary
     tta = summary.get("tta")
     return {
         "run_id": run.trial.run_id,
         **run.trial.values,
         "dataset": summary["dataset"],
-        "commit": run.config.get("commit"),
+        "commit": run.record.facts.get("commit"),
         "best epoch": summary["best"]["epoch"],
-        "epochs trained": run.n_epochs,
+        "epochs trained": len(run.record.history),
         "stopped": summary["stopped"],
         "validate/acc": summary["validate"]["validate/acc"],
         "validate/auc": summary["validate"]["validate/auc"],
@@ -213,8 +127,9 @@ def _table(
                 f"{metric} verdict": comparison.verdict if comparison else None,
             }
         for metric in ("test/acc", "test/auc"):
-            plain = spread([run.value(metric, plain=True) for run in runs])
-            line |= {f"{metric} plain mean": plain.mean, f"{metric} plain sd": plain.sd}
+            views = _over_views(runs, metric)
+            line |= {f"{metric} 8 views mean": views.mean if views else None}
+            line |= {f"{metric} 8 views sd": views.sd if views else None}
         lines.append(line)
     return lines
 
@@ -228,31 +143,25 @@ def _markdown(
     """The caption, the scores with what test ACC says, then the same comparison for the other metrics."""
     reference = next(iter(rows))
     lines = [caption(name, [run for runs in rows.values() for run in runs]), ""]
-    lines += markdown_line("row", "seeds", *METRICS.values())
-    lines += markdown_line("---", *["---:"] * 4)
+    lines += markdown_line("row", "seeds", *METRICS.values(), "test ACC, 8 views")
+    lines += markdown_line("---", *["---:"] * 5)
     for row, runs in rows.items():
         scores = [_score(spread([run.value(metric) for run in runs])) for metric in METRICS]
-        lines += markdown_line(row, str(len(runs)), *scores)
+        views = _over_views(runs, "test/acc")
+        lines += markdown_line(row, str(len(runs)), *scores, _score(views) if views else "")
     for metric in ("test/acc", "validate/acc", "test/auc"):
         lines += ["", f"Difference in {METRICS[metric]} to `{reference}`, seed by seed:", ""]
         lines += markdown_line("row", "pairs", "difference [95 % interval]", "p", "p (Holm)", "verdict")
         lines += markdown_line("---", *["---:"] * 4, "---")
         for row, comparison in comparisons[metric].items():
             lines += markdown_line(row, str(comparison.differences.n), *_comparison(comparison))
-    averaged = [row for row, runs in rows.items() if any("tta" in run.summary for run in runs)]
     lines += [
         "",
         "± is the standard deviation over the seeds (n - 1). Intervals are t intervals over the seeds alone: "
         "they do not tell how the numbers would change with other tiles. p is the paired t test's, then with "
-        f"Holm's correction over the rows; the verdict is by the corrected one, at {SIGNIFICANT}.",
+        f"Holm's correction over the rows; the verdict is by the corrected one, at {SIGNIFICANT}. 8 views: the "
+        "same networks' predictions averaged over each test tile's flips and quarter turns.",
     ]
-    if averaged:
-        names = ", ".join(f"`{row}`" for row in averaged)
-        lines += [
-            "",
-            f"The test numbers of {names} average each tile's 8 flips and quarter turns (test-time "
-            "augmentation); validation is scored without. The same runs' plain numbers are in table.csv.",
-        ]
     if missing:
         lines += ["", f"**Incomplete**: {len(missing)} runs are missing: {', '.join(missing)}."]
     return "\n".join(lines) + "\n"
@@ -261,18 +170,18 @@ def _markdown(
 def caption(name: str, runs: Sequence[Finished]) -> str:
     """What the numbers are of: data, tiles, resolution, seeds; and what sets the runs apart that must not."""
     first = runs[0]
-    tiles = first.summary["tiles"]
+    tiles = first.record.summary["tiles"]
     seeds = sorted({run.seed for run in runs})
     text = (
         f"**{name}**: {' / '.join(_titles(runs))}; {tiles['train']:,} training, {tiles['val']:,} validation and "
-        f"{tiles['test']:,} test tiles of {first.config['config']['size']} pixels; {len(seeds)} seeds "
+        f"{tiles['test']:,} test tiles of {first.record.config['size']} pixels; {len(seeds)} seeds "
         f"({', '.join(map(str, seeds))}); intervals are over seeds."
     )
-    if any(run.summary["synthetic"] for run in runs):
+    if any(run.record.summary["synthetic"] for run in runs):
         text += " The tiles are generated: these are no results on PathMNIST."
-    commits = sorted({str(run.config.get("commit")) for run in runs})
+    commits = sorted({str(run.record.facts.get("commit")) for run in runs})
     text += f" Commit {commits[0]}." if len(commits) == 1 else ""
-    fingerprints = {run.summary["data_fingerprint"] for run in runs}
+    fingerprints = {run.record.summary["data_fingerprint"] for run in runs}
     if len(_titles(runs)) > 1 or len(fingerprints) > 1:
         text += " **The runs come from different data sets: they cannot be compared.**"
     if len(commits) > 1:
@@ -281,19 +190,26 @@ def caption(name: str, runs: Sequence[Finished]) -> str:
 
 
 def _titles(runs: Sequence[Finished]) -> list[str]:
-    return sorted({run.summary["dataset"] for run in runs})
+    return sorted({run.record.summary["dataset"] for run in runs})
 
 
 def _score(values: Spread) -> str:
     return f"{values.mean:.4f}" + ("" if values.n < 2 else f" ± {values.sd:.4f}")
 
 
+def _over_views(runs: Sequence[Finished], metric: str) -> Spread | None:
+    """A test metric over the 8 views of each tile; None where a run lacks it, or the row is of them already."""
+    if not has_views(runs) or any(run.views for run in runs):
+        return None
+    return spread([replace(run, views=True).value(metric) for run in runs])
+
+
 def _comparison(comparison: Comparison) -> list[str]:
     differences = comparison.differences
     if differences.n < 2:
         return [f"{differences.mean:+.4f}", "", "", comparison.verdict]
-    interval = f"{differences.mean:+.4f} [{differences.low:+.4f}, {differences.high:+.4f}]"
-    return [interval, _probability(comparison.p), _probability(comparison.p_holm), comparison.verdict]
+    difference = interval(differences.mean, differences.low, differences.high, sign="+")
+    return [difference, _probability(comparison.p), _probability(comparison.p_holm), comparison.verdict]
 
 
 def _probability(p: float) -> str:

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from common.files import write_json
-from common.tracking import AXIS_LABELS, read_history, read_json
-from study.ablation import Spread, compare, spread
+from common.records import Record, run_folder
+from common.statistics import Spread, compare, spread
+from common.tracking import AXIS_LABELS
 
 CONVERGED_WITHIN = 0.005
 COLUMNS = ("train/loss", "validate/auc", "validate/acc")
@@ -36,9 +37,8 @@ def compare_runs(name: str, tuned: Sequence[str], scratch: Sequence[str], output
     runs/<name>/comparison.json and fig/task5/<name>-comparison.png. Differences are fine-tuned minus scratch,
     paired by seed. Raises Fault where a record is missing.
     """
-    folder = output_dir / "runs"
     groups = {
-        kind: [_read(folder / run_id) for run_id in run_ids]
+        kind: [_read(output_dir, run_id) for run_id in run_ids]
         for kind, run_ids in (("from scratch", scratch), ("fine-tuned", tuned))
     }
     first = groups["fine-tuned"][0]["summary"]
@@ -66,7 +66,7 @@ def compare_runs(name: str, tuned: Sequence[str], scratch: Sequence[str], output
     }
     figure = output_dir / "fig" / "task5" / f"{name}-comparison.png"
     _draw(figure, groups, f"{groups['fine-tuned'][0]['config']['model_name']} · {first['dataset']}")
-    path = folder / name / "comparison.json"
+    path = run_folder(output_dir, name) / "comparison.json"
     write_json(path, content)
     for kind, runs in groups.items():
         print(f"{kind}, {len(runs)} seed{'s' if len(runs) > 1 else ''}: " + _in_words(runs))
@@ -85,11 +85,10 @@ def _plain(values: Spread) -> dict[str, float | None]:
     return {name: None if math.isnan(value) else value for name, value in asdict(values).items()}
 
 
-def _read(folder: Path) -> dict[str, Any]:
+def _read(output_dir: Path, run_id: str) -> dict[str, Any]:
     """What the comparison needs of a finished run."""
-    summary = read_json(folder / "summary.json")
-    config = read_json(folder / "config.json")["config"]
-    history = read_history(folder / "history.csv")
+    record = Record.read(output_dir, run_id)
+    summary, config, history = record.summary, record.config, record.history
     return {
         "summary": summary,
         "config": config,

@@ -14,8 +14,8 @@ from pathlib import Path
 from common.config import Keys, key, run_script
 from common.errors import Fault
 from common.files import atomic_path
-from common.records import SECTIONS, Study
 from study import report_sections as sections
+from study.selection import SECTIONS, Study
 
 
 @dataclass(frozen=True, kw_only=True)

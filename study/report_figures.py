@@ -13,7 +13,8 @@ from common import phantom
 from common.augment import build_augmentation
 from common.figures import BLUE, STYLE, VERMILLION, curve, save
 from common.metrics import softmax
-from common.records import Record, Study
+from common.records import Record
+from study.selection import Study
 
 SHOWN = ("none", "ta_wide", "auto", "dihedral", "stain")
 TILES, SIZE = 9, 64

@@ -8,8 +8,9 @@ from statistics import fmean, median
 
 from common.data import OFFICIAL_COUNTS
 from common.errors import UsageError
-from common.records import Record, Study
-from study.ablation import spread
+from common.records import Record
+from common.statistics import interval, spread
+from study.selection import Study, figure, link
 from study.trials import markdown_line
 
 # What others report, each on the full PathMNIST: 89,996 training tiles, official test split, n = 7,180.
@@ -236,7 +237,7 @@ def task4(study: Study) -> list[str]:
         "",
         study.image(f"fig/task4/{name}.png", "Validation and test ACC of every row, a dot a seed"),
         "",
-        "Runs: " + ", ".join(study.run(row["run_id"]).link for row in study.sweep_table("runs.csv")) + ".",
+        "Runs: " + ", ".join(link(study.run(row["run_id"])) for row in study.sweep_table("runs.csv")) + ".",
     ]
     search = study.selection["task4"].get("search")
     if search:
@@ -271,7 +272,9 @@ def task5(study: Study) -> list[str]:
     for metric, by_kind in content["over_seeds"].items():
         cells = [by_kind[kind] for kind in kinds] + [content["differences"][metric]]
         digits = 1 if metric == "convergence epoch" else 4
-        lines += markdown_line(metric, *(_spread(cell, digits) for cell in cells))
+        lines += markdown_line(
+            metric, *(interval(cell["mean"], cell["low"], cell["high"], digits) for cell in cells)
+        )
     lines += ["", "Means over seeds [95 % t intervals]; the difference is paired by seed.", ""]
     lines += [study.image(f"fig/task5/{name}-comparison.png", "Curves of both kinds over the epochs"), ""]
     lines += [*_training_section(study, records)]
@@ -294,7 +297,7 @@ def _training_section(study: Study, records: Sequence[Record]) -> list[str]:
         ("validate/auc", "Validation AUC by epoch"),
         ("validate/acc", "Validation ACC by epoch"),
     ):
-        lines += [study.image(first.figure(column), f"{alt}, run {first.run_id}"), ""]
+        lines += [study.image(figure(first, column), f"{alt}, run {first.run_id}"), ""]
     lines += markdown_line(
         "run", "seed", "best epoch", "validation ACC", "test ACC", "test AUC", "last weights' ACC"
     )
@@ -302,7 +305,7 @@ def _training_section(study: Study, records: Sequence[Record]) -> list[str]:
     for record in records:
         best = record.summary["best"]
         lines += markdown_line(
-            record.link,
+            link(record),
             str(record.config["seed"]),
             f"{best['epoch']} of {len(record.history)}",
             f"{record.summary['validate']['validate/acc']:.4f}",
@@ -351,7 +354,7 @@ def _by_class(study: Study, everything: Mapping[str, Sequence[Record]]) -> list[
         lines += markdown_line(name, str(sum(first["best"]["confusion_matrix"][label])), *cells)
     for task, records in everything.items():
         alt = f"Confusion matrix of {task}, run {records[0].run_id}"
-        lines += ["", study.image(records[0].figure("test/confusion"), alt)]
+        lines += ["", study.image(figure(records[0], "test/confusion"), alt)]
     return lines
 
 
@@ -377,8 +380,15 @@ def _gap(study: Study, everything: Mapping[str, Sequence[Record]]) -> list[str]:
         test = fmean([record.summary["test/acc"] for record in records])
         last = fmean([record.summary["last"]["acc"]["value"] for record in records])
         gaps = [record.summary["test/acc"] - record.summary["validate"]["validate/acc"] for record in records]
+        over = spread(gaps)
+        gap = interval(over.mean, over.low, over.high, 3, "+")
         lines += markdown_line(
-            name, str(len(records)), f"{validation:.3f}", f"{test:.3f}", _signed(gaps), f"{last:.3f}"
+            name,
+            str(len(records)),
+            f"{validation:.3f}",
+            f"{test:.3f}",
+            gap,
+            f"{last:.3f}",
         )
     tiles = next(iter(everything.values()))[0].summary["tiles"]
     lines += [
@@ -452,24 +462,12 @@ def closing(study: Study) -> list[str]:
 
 
 def _interval(estimate: Mapping[str, float], digits: int = 2) -> str:
-    return f"{estimate['value']:.{digits}f} [{estimate['low']:.{digits}f}, {estimate['high']:.{digits}f}]"
-
-
-def _spread(values: Mapping[str, float], digits: int) -> str:
-    interval = "" if values["n"] < 2 else f" [{values['low']:.{digits}f}, {values['high']:.{digits}f}]"
-    return f"{values['mean']:.{digits}f}{interval}"
+    return interval(estimate["value"], estimate["low"], estimate["high"], digits)
 
 
 def _over_seeds(values: Sequence[float]) -> str:
+    """A score's mean with its interval, which a t interval of few seeds may push out of what a score can be."""
     over = spread(values)
-    return _bounded(over.mean, over.low, over.high) if over.n > 1 else f"{over.mean:.4f} (one seed)"
-
-
-def _bounded(mean: float, low: float, high: float) -> str:
-    """A mean with its interval, which a t interval of few seeds may push out of what a score can be."""
-    return f"{mean:.4f} [{max(low, 0):.4f}, {min(high, 1):.4f}]"
-
-
-def _signed(values: Sequence[float]) -> str:
-    over = spread(values)
-    return f"{over.mean:+.3f}" + (f" [{over.low:+.3f}, {over.high:+.3f}]" if over.n > 1 else "")
+    if over.n == 1:
+        return f"{over.mean:.4f} (one seed)"
+    return interval(over.mean, max(over.low, 0), min(over.high, 1))

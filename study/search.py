@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from common.errors import Fault, UsageError
 from common.files import atomic_path, claimed, write_csv
-from common.tracking import read_json
+from common.records import read_json
 from study.sweep_file import Range, Sweep
 from study.trials import Trial, Workers, Workplace, markdown_line, say
 

@@ -18,7 +18,7 @@ from common import compute
 from common.config import BOOKKEEPING_KEYS
 from common.errors import Fault, UsageError
 from common.interruption import Interruption
-from common.tracking import read_json
+from common.records import is_finished, read_json, run_folder
 from study.sweep_file import Sweep
 
 POLL = 0.5  # seconds between two looks at the runs' histories, or at what other commands have finished
@@ -44,7 +44,7 @@ class Workplace:
 
     def record(self, trial: Trial, name: str) -> Path:
         """The path of one of the trial's records."""
-        return self.output_dir / "runs" / trial.run_id / name
+        return run_folder(self.output_dir, trial.run_id) / name
 
     def lock_path(self, trial: Trial) -> Path:
         """The file whose lock the run itself, and the command that started it, hold as long as they live."""
@@ -52,7 +52,7 @@ class Workplace:
 
     def is_finished(self, trial: Trial) -> bool:
         """Whether the run's records are complete; UsageError where they are of another configuration."""
-        if not self.record(trial, "summary.json").exists():
+        if not is_finished(self.output_dir, trial.run_id):
             return False
         recorded = read_json(self.record(trial, "config.json"))["config"]
         wanted = self.sweep.config({**trial.values, "run_id": trial.run_id}).as_dict()

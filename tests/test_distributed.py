@@ -18,7 +18,7 @@ from common.compute import Compute
 from common.config import run_script
 from common.data import DeviceTiles, load_dataset
 from common.models import build_model
-from common.tracking import read_history
+from common.records import read_history
 from common.training import evaluate
 
 CPU = Compute(torch.device("cpu"), torch.float32)

@@ -27,11 +27,11 @@ def finished(phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     for seed in (0, 1):
         same = [*PHANTOM, *where, "--n_epochs=2", f"--seed={seed}"]
         run_script(task1.main, task1.Task1Config, [*same, f"--run_id=first-{seed}"])
-        for row in ("combined", "with_tta"):
+        for row in ("combined", "with_ema"):
             names = [f"--output_dir={folder}", f"--run_id=small-{row}-{seed}", f"--ablation={row}"]
             run_script(train.main, train.TrainConfig, [*fixed, *names, f"--seed={seed}"])
     file = folder / "small.yaml"
-    parameters = {"ablation": {"values": ["combined", "with_tta"]}, "seed": {"values": [0, 1]}}
+    parameters = {"ablation": {"values": ["combined", "with_ema"]}, "seed": {"values": [0, 1]}}
     file.write_text(yaml.safe_dump({"program": "train.py", "method": "grid", "parameters": parameters}))
     arguments = [f"--file={file}", f"--output_dir={folder}", "--table_only", f"--fixed={' '.join(fixed)}"]
     run_script(sweep.main, sweep.SweepConfig, arguments)

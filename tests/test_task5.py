@@ -59,7 +59,7 @@ def keys(root: Path, output: Path, weights: Path | str, *more: str) -> list[str]
 def finished(tmp_path_factory: pytest.TempPathFactory, phantom_root: Path, weights: Path) -> Path:
     """The output folder of a comparison over two seeds."""
     output = tmp_path_factory.mktemp("output")
-    task5.main(read(*keys(phantom_root, output, weights, "--n_seeds=2", "--tta")))
+    task5.main(read(*keys(phantom_root, output, weights, "--n_seeds=2")))
     return output
 
 
@@ -218,7 +218,7 @@ def test_the_command_again_skips_what_is_finished_and_compares_again(
 ) -> None:
     before = (finished / "runs/r/comparison.json").read_text()
     trained = {path: path.stat().st_mtime_ns for path in finished.rglob("summary.json")}
-    task5.main(read(*keys(phantom_root, finished, weights, "--n_seeds=2", "--tta")))
+    task5.main(read(*keys(phantom_root, finished, weights, "--n_seeds=2")))
     assert trained == {path: path.stat().st_mtime_ns for path in finished.rglob("summary.json")}
     assert (finished / "runs/r/comparison.json").read_text() == before
     assert "run r-scratch-seed1 is finished already" in capsys.readouterr().out
@@ -227,7 +227,7 @@ def test_the_command_again_skips_what_is_finished_and_compares_again(
 def test_the_cache_changes_how_long_a_run_takes_and_not_what_it_finds(
     finished: Path, phantom_root: Path, weights: Path, tmp_path: Path
 ) -> None:
-    task5.main(read(*keys(phantom_root, tmp_path, weights, "--scratch=False", "--tta", "--cache_features=False")))
+    task5.main(read(*keys(phantom_root, tmp_path, weights, "--scratch=False", "--cache_features=False")))
     arrays = []
     for folder in (finished, tmp_path):
         with np.load(folder / "runs/r/scores.npz", allow_pickle=False) as scores:

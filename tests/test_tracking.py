@@ -11,7 +11,8 @@ from common import tracking
 from common.config import TrainingConfig
 from common.data import Dataset
 from common.errors import Fault
-from common.tracking import Run, read_json, wandb_mode
+from common.records import read_json
+from common.tracking import Run, wandb_mode
 
 KEY = "a" * 40
 ROW = {

@@ -41,7 +41,7 @@ def test_the_defaults_are_the_courseworks_configuration() -> None:
     values = read().as_dict()
     assert {name: values[name] for name in COURSEWORK} == COURSEWORK
     assert values["optimizer"] == "adamw"
-    off = ("ema_decay", "mixup_alpha", "cutmix_alpha", "tta", "norm_weight_decay")
+    off = ("ema_decay", "mixup_alpha", "cutmix_alpha", "norm_weight_decay")
     assert not any(values[name] for name in off)
 
 
@@ -96,7 +96,6 @@ def test_every_technique_at_once_runs_and_reports_tta_beside_the_plain_score(
             "--ema_decay=0.99",
             "--norm_weight_decay=0",
             "--amsgrad=True",
-            "--tta",
             "--select_on=validate/loss",
             "--run_id=r",
             f"--data_root={phantom_root}",

@@ -1,0 +1,105 @@
+"""What several values tell together: their mean with its interval, paired comparisons, and both in words."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+SIGNIFICANT = 0.05
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The mean of n values, their standard deviation (n - 1) and the mean's 95 % t interval.
+
+    What a single value cannot tell is NaN.
+    """
+
+    n: int
+    mean: float
+    sd: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The differences of one row to another one, seed by seed, and the paired t test's p value.
+
+    `p_holm` is p after Holm's correction; NaN where it was not corrected.
+    """
+
+    differences: Spread
+    p: float
+    p_holm: float = math.nan
+
+    @property
+    def verdict(self) -> str:
+        """The comparison in words."""
+        if self.differences.n < 2:
+            return "too few seeds"
+        if self.differences.mean == 0 == self.differences.sd:
+            return "the same"
+        if self.p_holm >= SIGNIFICANT:
+            return "inside the noise"
+        return "better" if self.differences.mean > 0 else "worse"
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Mean, standard deviation and interval of at least one value."""
+    from scipy.stats import t  # half a second of import
+
+    n, mean = len(values), statistics.fmean(values)
+    if n < 2:
+        return Spread(n, mean, math.nan, math.nan, math.nan)
+    sd = statistics.stdev(values)
+    half = float(t.ppf(0.975, n - 1)) * sd / math.sqrt(n)
+    return Spread(n, mean, sd, mean - half, mean + half)
+
+
+def paired_p(differences: Sequence[float]) -> float:
+    """The two-sided p value of the paired t test; NaN for fewer than two pairs.
+
+    Where all pairs differ by the same amount, the t statistic is not defined: p is 1 for no difference, else 0.
+    """
+    from scipy.stats import ttest_1samp
+
+    if len(differences) < 2:
+        return math.nan
+    if len(set(differences)) == 1:
+        return 1.0 if differences[0] == 0 else 0.0
+    return float(ttest_1samp(differences, 0.0).pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's correction of p values (Scand. J. Statistics 6, 1979); NaN stands for no test and stays NaN."""
+    order = sorted((p, place) for place, p in enumerate(p_values) if not math.isnan(p))
+    corrected = [math.nan] * len(p_values)
+    largest = 0.0
+    for rank, (p, place) in enumerate(order):
+        largest = max(largest, min(1.0, p * (len(order) - rank)))
+        corrected[place] = largest
+    return corrected
+
+
+def compare(rows: Mapping[str, Mapping[int, float]]) -> dict[str, Comparison]:
+    """Each row but the first one compared with it, over the seeds that both have; `rows` hold value by seed."""
+    reference, *others = rows
+    differences = {
+        row: [value - rows[reference][seed] for seed, value in rows[row].items() if seed in rows[reference]]
+        for row in others
+    }
+    differences = {row: values for row, values in differences.items() if values}
+    p_values = [paired_p(values) for values in differences.values()]
+    return {
+        row: Comparison(spread(values), p, p_holm)
+        for (row, values), p, p_holm in zip(differences.items(), p_values, holm(p_values), strict=True)
+    }
+
+
+def interval(value: float, low: float | None, high: float | None, digits: int = 4, sign: str = "") -> str:
+    """`value [low, high]`; the value alone where the interval is None or NaN. `sign="+"` writes plus signs."""
+    number = f"{sign}.{digits}f"
+    if low is None or high is None or math.isnan(low) or math.isnan(high):
+        return f"{value:{number}}"
+    return f"{value:{number}} [{low:{number}}, {high:{number}}]"

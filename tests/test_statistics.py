@@ -1,0 +1,58 @@
+import math
+
+import pytest
+from scipy import stats
+
+from common.statistics import compare, holm, interval, paired_p, spread
+
+
+def test_a_spread_has_the_t_interval_of_the_mean() -> None:
+    values = [0.52, 0.61, 0.75, 0.58]
+    over = spread(values)
+    assert (over.n, over.mean) == (4, pytest.approx(0.615))
+    assert over.sd == pytest.approx(stats.tstd(values))
+    assert (over.low, over.high) == pytest.approx(stats.t.interval(0.95, 3, 0.615, stats.sem(values)))
+
+
+def test_a_single_value_has_no_interval() -> None:
+    over = spread([0.5])
+    assert (over.n, over.mean) == (1, 0.5)
+    assert math.isnan(over.sd)
+    assert math.isnan(over.low)
+    assert math.isnan(paired_p([0.1]))
+
+
+def test_rows_are_compared_over_the_seeds_that_both_have() -> None:
+    rows = {
+        "a": {0: 0.50, 1: 0.60, 2: 0.70, 3: 0.1},
+        "b": {2: 0.75, 0: 0.52, 1: 0.61, 9: 1.0},
+        "c": {7: 0.5},
+        "d": {1: 0.5},
+    }
+    compared = compare(rows)
+    assert list(compared) == ["b", "d"]  # c has no seed of a's
+    assert compared["b"].differences.n == 3
+    assert compared["b"].differences.mean == pytest.approx((0.02 + 0.01 + 0.05) / 3)
+    assert compared["b"].p == pytest.approx(stats.ttest_rel([0.52, 0.61, 0.75], [0.5, 0.6, 0.7]).pvalue)
+    assert compared["b"].verdict == "inside the noise"
+    assert compared["d"].verdict == "too few seeds"
+
+
+def test_holms_correction() -> None:
+    # By hand: .01 × 4, .02 × 3, .03 × 2 — kept monotonic — and .5 × 1.
+    assert holm([0.5, 0.01, 0.03, math.nan, 0.02])[:3] == pytest.approx([0.5, 0.04, 0.06])
+    assert holm([0.5, 0.01, 0.03, math.nan, 0.02])[4] == pytest.approx(0.06)
+    assert math.isnan(holm([0.5, math.nan])[1])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_equal_differences_have_no_division_by_zero() -> None:
+    same = compare({"a": {0: 0.5, 1: 0.25}, "b": {0: 0.5, 1: 0.25}, "c": {0: 0.75, 1: 0.5}})
+    assert (same["b"].verdict, same["b"].p) == ("the same", 1.0)
+    assert (same["c"].verdict, same["c"].p) == ("better", 0.0)
+
+
+def test_an_interval_is_written_with_its_value() -> None:
+    assert interval(0.51234, 0.4, 0.6) == "0.5123 [0.4000, 0.6000]"
+    assert interval(0.5, -0.4, 0.6, 2, "+") == "+0.50 [-0.40, +0.60]"
+    assert interval(0.5, None, None) == interval(0.5, math.nan, math.nan) == "0.5000"
