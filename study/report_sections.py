@@ -53,7 +53,7 @@ def opening(study: Study) -> list[str]:
     if not full:
         lines += [
             "> The coursework's and the published numbers come from the **full PathMNIST** (89,996 training "
-            "tiles): another experiment, shown for orientation. On a GPU box `make report DATASET=pathmnist "
+            "tiles): another experiment, shown for orientation. On a GPU box `make report "
             "SIZE=64` repeats everything on the full data.",
             ">",
         ]

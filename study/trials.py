@@ -51,18 +51,17 @@ class Workplace:
         return self.folder / f"{trial.run_id}.lock"
 
     def is_finished(self, trial: Trial) -> bool:
-        """Whether the run's records are complete; UsageError where they are of another configuration."""
-        if not is_finished(self.output_dir, trial.run_id):
-            return False
-        recorded = read_json(self.record(trial, "config.json"))["config"]
-        wanted = self.sweep.config({**trial.values, "run_id": trial.run_id}).as_dict()
-        for name in wanted.keys() & recorded.keys() - set(BOOKKEEPING_KEYS):
-            if recorded[name] != wanted[name]:
-                raise UsageError(
-                    f"run {trial.run_id} is finished already, with {name} {recorded[name]} instead of "
-                    f"{wanted[name]}: use another --output_dir, or another name in the sweep file"
-                )
-        return True
+        """Whether the run's records are complete; UsageError where a run of this name has another configuration."""
+        if self.record(trial, "config.json").exists():
+            recorded = read_json(self.record(trial, "config.json"))["config"]
+            wanted = self.sweep.config({**trial.values, "run_id": trial.run_id}).as_dict()
+            for name in sorted(wanted.keys() - set(BOOKKEEPING_KEYS)):
+                if recorded.get(name) != wanted[name]:
+                    raise UsageError(
+                        f"run {trial.run_id} exists already, with {name} {recorded.get(name)} instead of "
+                        f"{wanted[name]}: use another --output_dir, or another name in the sweep file"
+                    )
+        return is_finished(self.output_dir, trial.run_id)
 
     def on_cpu(self, values: Mapping[str, Any]) -> bool:
         """Whether a trial with these values computes on a CPU."""

@@ -316,7 +316,7 @@ def test_finished_runs_are_skipped_and_other_configurations_refused(
     run(path, output)
     run(path, output)
     assert len(starts(output)) == 6
-    with pytest.raises(UsageError, match=r"try-a-0 is finished already, with n_epochs 1 instead of 2"):
+    with pytest.raises(UsageError, match=r"try-a-0 exists already, with n_epochs 1 instead of 2"):
         run(path, output, fixed="--n_epochs=2")
 
 
@@ -838,6 +838,24 @@ def test_a_search_names_its_journal_on_a_full_disk_and_goes_on_with_room(
     assert not journal.read_text().endswith("\n")
     run(path, output, count=3)
     assert lines(output / "sweeps/try/table.csv") == lines(tmp_path / "whole/sweeps/try/table.csv")
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_search_without_its_journal_takes_no_records_of_other_values(
+    write: Callable[..., Path], tmp_path: Path, finished: bool
+) -> None:
+    run(write(SEARCH), tmp_path / "out", count=2)
+    table = (tmp_path / "out/sweeps/try/table.md").read_bytes()
+    for record in (tmp_path / "out/sweeps/try").glob("*.journal"):
+        record.unlink()  # as in a clone: the journal is not committed, the runs are
+    first = json.loads((tmp_path / "out/runs/try-0/config.json").read_text())
+    first["config"]["quality"] = 0.99  # another machine drew this
+    (tmp_path / "out/runs/try-0/config.json").write_text(json.dumps(first))
+    if not finished:  # it was pruned
+        (tmp_path / "out/runs/try-0/summary.json").unlink()
+    with pytest.raises(UsageError, match=r"run try-0 exists already, with quality 0\.99 instead of"):
+        run(write(SEARCH), tmp_path / "out", count=2)
+    assert (tmp_path / "out/sweeps/try/table.md").read_bytes() == table
 
 
 def test_two_commands_share_a_search(write: Callable[..., Path], tmp_path: Path) -> None:
