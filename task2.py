@@ -288,7 +288,7 @@ def log_to_wandb(
         ]
         columns: list[str | int] = ["index", "label", "predicted", "probability", "input", "saliency"]
         run.log({"saliency": wandb.Table(columns=columns, data=data)})
-        run.log({name: wandb.Image(str(path)) for name, path in figures.items()})
+        run.log({f"figures/{name}": wandb.Image(str(path)) for name, path in figures.items()})
         run.summary.update({f"passes/{name}": result["passes"] for name, result in checks["methods"].items()})
         run.finish()
 

@@ -206,7 +206,8 @@ class Run:
         names = list(self.dataset.class_names)
         matrix = summary["best"]["confusion_matrix"]
         rows = [[name, *counts] for name, counts in zip(names, matrix, strict=True)]
-        run.log({name: wandb.Image(str(path)) for name, path in figures.items()})
+        # Not under the names of the scores: there an image would replace the sweep's metric in the summary.
+        run.log({f"figures/{name.replace('/', '-')}": wandb.Image(str(path)) for name, path in figures.items()})
         run.log({"test/confusion": wandb.Table(columns=["true \\ predicted", *names], data=rows)})
 
     def _send(self, action: Callable[[Any], None]) -> None:

@@ -51,7 +51,7 @@ class Workplace:
         return self.folder / f"{trial.run_id}.lock"
 
     def is_finished(self, trial: Trial) -> bool:
-        """Whether the run's records are complete; UsageError where a run of this name has another configuration."""
+        """Whether the run's records are complete; UsageError where another configuration has this name."""
         if self.record(trial, "config.json").exists():
             recorded = read_json(self.record(trial, "config.json"))["config"]
             wanted = self.sweep.config({**trial.values, "run_id": trial.run_id}).as_dict()
