@@ -15,7 +15,7 @@ from common.config import Keys, key, run_script
 from common.errors import Fault
 from common.files import atomic_path
 from study import report_sections as sections
-from study.selection import SECTIONS, Study
+from study.report_selection import SECTIONS, Study
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ def build(study: Study) -> str:
     }
     lines = sections.opening(study)
     for name in SECTIONS:
-        if name in study.selection:
+        if name in study.report_selection:
             lines += ["", *writers[name](study)]
     lines += ["", *sections.beyond(study), "", *sections.closing(study)]
     return "\n".join(lines) + "\n"

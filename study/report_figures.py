@@ -14,7 +14,7 @@ from common.augment import build_augmentation
 from common.figures import BLUE, STYLE, VERMILLION, curve, save
 from common.metrics import softmax
 from common.records import Record
-from study.selection import Study
+from study.report_selection import Study
 
 SHOWN = ("none", "ta_wide", "auto", "dihedral", "stain")
 TILES, SIZE = 9, 64
@@ -31,7 +31,7 @@ def draw(study: Study) -> None:
     gap(folder / "gap.png", everything, study.ablation(), title)
     scores = {task: _scores(study, records) for task, records in everything.items()}
     calibration(folder / "calibration.png", scores, title)
-    if "task4" in study.selection:
+    if "task4" in study.report_selection:
         augmentations(folder / "augmentations.png")
         run = study.runs("task3")[0]
         curve(
