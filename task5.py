@@ -55,7 +55,10 @@ FROM_SCRATCH: dict[str, Any] = {
     "weight_decay": 1.0640579453275e-06,
 }
 
-# By network. All layers are trained, the first ones at a tenth of the head's rate.
+# By network; chosen on validation alone, with 9,000 training tiles of PathMNIST at 28 pixels, seed 0 (n = 1 each).
+# All layers are trained, the first ones at a tenth of the head's learning rate. Validation loss and ACC: 4 epochs at
+# 64 pixels .286 and .926, with lr 1e-3 .353 and .902; 8 epochs .231 and .947. At 80 pixels, three of 4 epochs gave
+# .262 and .938: better than 64 pixels, but twice as many epochs buy more at about the same cost.
 RECIPES: dict[str, dict[str, Any]] = {
     pretrained.LITE0: {
         "augmentation": "stain",
@@ -64,7 +67,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "lr": 3e-3,
         "lr_min": 0.0,
         "lr_warmup_epochs": 1,
-        "n_epochs": 4,
+        "n_epochs": 8,
         "resize_to": 64,
         "select_on": "validate/loss",
         "train_part": "all",

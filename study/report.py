@@ -37,7 +37,7 @@ def build(study: Study) -> str:
     }
     lines = sections.opening(study)
     for name in SECTIONS:
-        if name in study.report_selection:
+        if name in study.selection:
             lines += ["", *writers[name](study)]
     lines += ["", *sections.beyond(study), "", *sections.closing(study)]
     return "\n".join(lines) + "\n"

@@ -31,7 +31,7 @@ def draw(study: Study) -> None:
     gap(folder / "gap.png", everything, study.ablation(), title)
     scores = {task: _scores(study, records) for task, records in everything.items()}
     calibration(folder / "calibration.png", scores, title)
-    if "task4" in study.report_selection:
+    if "task4" in study.selection:
         augmentations(folder / "augmentations.png")
         run = study.runs("task3")[0]
         curve(

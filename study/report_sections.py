@@ -80,7 +80,7 @@ def opening(study: Study) -> list[str]:
         "",
         "Mean over seeds [95 % t interval of that mean]; each seed's interval over test tiles stands in the "
         "sections. 8 views: predictions averaged over each tile's flips and quarter turns."
-        + (f" {_passing(study)}" if "task2" in study.report_selection else ""),
+        + (f" {_passing(study)}" if "task2" in study.selection else ""),
         "",
         "The same data, other code: the coursework's and the published numbers (test n = 7,180)."
         if full
@@ -104,7 +104,7 @@ def _summarised(study: Study) -> Iterator[tuple[str, str, list[Record]]]:
         best = max(rows, key=lambda row: fmean(record.summary["validate"]["validate/acc"] for record in rows[row]))
         network = rows[best][0].config["model_name"]
         yield "Task 4", f"{network} from scratch, `{best}`: the ablation's best row by validation ACC", rows[best]
-    if "task5" in study.report_selection:
+    if "task5" in study.selection:
         network = everything["Task 5"][0].config["model_name"]
         scratch = [study.run(run["run_id"]) for run in study.comparison()["runs"]["from scratch"]]
         yield "Task 5", f"{network} from scratch", scratch
@@ -239,7 +239,7 @@ def task4(study: Study) -> list[str]:
         "",
         "Runs: " + ", ".join(link(study.run(row["run_id"])) for row in study.sweep_table("runs.csv")) + ".",
     ]
-    search = study.report_selection["task4"].get("search")
+    search = study.selection["task4"].get("search")
     if search:
         table = study.folder / "sweeps" / search / "table.md"
         if not table.exists():
@@ -437,7 +437,7 @@ def _noise_and_cost(everything: Mapping[str, Sequence[Record]]) -> list[str]:
 def closing(study: Study) -> list[str]:
     """Commit, date and versions of what the page shows, and whose the data and the published numbers are."""
     sources = {task: [record.facts for record in records] for task, records in study.trained().items()}
-    if "task2" in study.report_selection:
+    if "task2" in study.selection:
         sources["Task 2"] = [study.attribution()]
     if rows := study.ablation():
         sources["Task 4"] = [record.facts for records in rows.values() for record in records]
