@@ -24,18 +24,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from common import distributed, pretrained
 from common.augment import build_augmentation, dihedral_views
 from common.compute import Compute
 from common.config import TrainingConfig, key, run_script, with_defaults
-from common.data import Dataset, DeviceTiles, class_names, load_dataset
+from common.data import Dataset, DeviceTiles, Split, Splits, class_names, load_dataset
 from common.errors import UsageError
 from common.features import CachedFeatures, View, cache_features
 from common.pretrained import SCRATCH, TRAIN_PARTS, FineTunedNetwork
 from common.tracking import VERSIONED, Run
-from common.training import fit, generator, score_test_split
+from common.training import Trainer, generator
 from study.comparison import compare_runs
 
 RANDOM_VIEWS = 16  # how many views of a tile stand for an augmentation that has endlessly many
@@ -241,38 +240,32 @@ def train(config: Task5Config, weights: pretrained.Weights, dataset: Dataset, co
         facts={"weights": weights.record()},
         packages=(*VERSIONED, "timm") if config.model_name == pretrained.LITE0 else VERSIONED,
     )
-    splits: dict[str, CachedFeatures] = {}
     started = time.perf_counter()
-    if config.cache_features:
-        splits = cached_splits(model, dataset, config, compute)
+    cached = cached_splits(model, dataset, config, compute) if config.cache_features else None
     seconds = time.perf_counter() - started
 
-    def freeze_until(network: nn.Module, epoch: int) -> None:
-        if isinstance(network, FineTunedNetwork):
-            network.freeze(epoch < config.unfreeze_epoch)
+    def freeze_until(network: Any, epoch: int) -> None:
+        network.freeze(epoch < config.unfreeze_epoch)
 
-    fitted = fit(
+    trainer = Trainer(
         model,
-        dataset,
+        cached or dataset.on(compute.device, config.augmentation),
         config,
         compute,
         run,
-        train=splits.get("train"),
-        val=splits.get("val"),
         lr_factors=pretrained.lr_factors(model, config.backbone_lr_factor),
         before_epoch=freeze_until if config.train_part == "all" else None,
     )
-    summary = score_test_split(
-        model, fitted, dataset, config, compute, run, val=splits.get("val"), test=splits.get("test")
-    )
+    trainer.fit()
+    summary = trainer.test()
     summary["wall_seconds"] += seconds
-    run.finish(fitted.history, {**summary, "feature_seconds": seconds})
+    run.finish(trainer.history, {**summary, "feature_seconds": seconds})
 
 
-def cached_splits(
-    model: FineTunedNetwork, dataset: Dataset, config: Task5Config, compute: Compute
-) -> dict[str, CachedFeatures]:
-    """The three splits' features: the training tiles' views, validation plain, the test's as TTA needs them."""
+def cached_splits(model: FineTunedNetwork, dataset: Dataset, config: Task5Config, compute: Compute) -> Splits:
+    """The features of the three splits: augmented views of training tiles, plain validation tiles, and test tiles
+    in one view or, for test-time augmentation, in all 8.
+    """
     model.to(compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def plain(images: torch.Tensor) -> torch.Tensor:
@@ -288,15 +281,14 @@ def cached_splits(
 
     all_turned = [turned(number) for number in range(8)]
     random = [plain, *(augmented(number) for number in range(1, config.feature_views or 1))]
-    views: dict[str, list[View]] = {
-        "train": all_turned if config.augmentation == "dihedral" else random,
-        "val": [plain],
-        "test": all_turned if config.tta else [plain],
-    }
-    return {
-        split: cache_features(model, DeviceTiles(getattr(dataset, split), compute.device), chosen, compute)
-        for split, chosen in views.items()
-    }
+
+    def cached(split: Split, views: list[View]) -> CachedFeatures:
+        return cache_features(model, DeviceTiles(split, compute.device), views, compute)
+
+    train = cached(dataset.train, all_turned if config.augmentation == "dihedral" else random)
+    val = cached(dataset.val, [plain])
+    test = cached(dataset.test, all_turned if config.tta else [plain])
+    return Splits(train, val, lambda: test)
 
 
 if __name__ == "__main__":

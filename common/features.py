@@ -3,11 +3,10 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from tqdm import tqdm
 
 from common.compute import Compute
-from common.data import DeviceTiles
-from common.models import normalise
+from common.data import DeviceTiles, normalise
+from common.evaluation import progress_bar
 from common.pretrained import FineTunedNetwork
 
 BATCH = 256
@@ -15,9 +14,10 @@ View = Callable[[torch.Tensor], torch.Tensor]  # uint8 (B, 3, H, W) to the same
 
 
 class CachedFeatures:
-    """A split's features, which stand where its tiles would; on the device that trains.
+    """A split's features on the device that trains. It has the methods of `common.data.Tiles`.
 
-    `features` (views, N, …) float32 hold one or more views of every tile, the first of them plain; `labels` (N,).
+    `features` (views, N, …) float32 hold one or more views of every tile, the first of them not augmented;
+    `labels` are (N,) int64.
     """
 
     def __init__(self, features: torch.Tensor, labels: torch.Tensor) -> None:
@@ -27,10 +27,10 @@ class CachedFeatures:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(
+    def inputs(
         self, indices: torch.Tensor, draws: torch.Generator | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features (B, …) of the plain view, or with `draws` of a random view of each tile, and labels (B,)."""
+        """Features (B, …) of the first view, or with `draws` of a random view of each tile, and labels (B,)."""
         n_views = len(self.features)
         labels = self.labels.index_select(0, indices)
         if draws is None or n_views == 1:
@@ -53,8 +53,7 @@ def cache_features(
     device = compute.device
     features = torch.empty(len(views), len(tiles), *model.feature_shape, device=device)
     labels = torch.empty(len(tiles), dtype=torch.int64, device=device)
-    total = len(views) * len(tiles)
-    with tqdm(total=total, desc="features", unit=" tiles", leave=False, disable=None) as bar:
+    with progress_bar("features", len(views) * len(tiles)) as bar:
         for part in torch.split(torch.arange(len(tiles)), BATCH):
             images, labels[part] = tiles.batch(part.to(tiles.index_device))
             for number, view in enumerate(views):

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,22 @@ def mix(inputs: torch.Tensor, generator: torch.Generator, mixup_alpha: float, cu
     weights = torch.from_numpy(own).to(inputs.device)
     blended = torch.lerp(inputs[partners], inputs, weights[:, None])
     return Mixed(blended, partners, weights.mean(dim=(1, 2)))
+
+
+def cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, mixed: Mixed, label_smoothing: float
+) -> torch.Tensor:
+    """The mean loss () of logits (N, C) for mixed tiles with labels (N,) int64.
+
+    The loss of a mixed tile is that of its label times its share, plus that of its partner's label times the rest.
+    """
+    if mixed.partners is None:
+        return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    own, partners = (
+        F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="none")
+        for targets in (labels, labels[mixed.partners])
+    )
+    return (mixed.shares * own + (1 - mixed.shares) * partners).mean()
 
 
 def _spans(fraction: np.ndarray, position: np.ndarray, length: int) -> np.ndarray:

@@ -192,15 +192,15 @@ def test_a_torn_checkpoint_falls_back_to_the_one_before(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    original = training.train_one_epoch
+    original = training.Trainer.train_epoch
 
-    def stopped(*arguments: Any) -> float:
-        if arguments[3] == 4:
+    def stopped(trainer: training.Trainer, epoch: int) -> float:
+        if epoch == 4:
             raise KeyboardInterrupt
-        return original(*arguments)
+        return original(trainer, epoch)
 
     with monkeypatch.context() as patched, pytest.raises(SystemExit):
-        patched.setattr(training, "train_one_epoch", stopped)
+        patched.setattr(training.Trainer, "train_epoch", stopped)
         run_four_epochs(tmp_path, phantom_root)
     last = tmp_path / "checkpoints/r/last.pt"
     content = last.read_bytes()
