@@ -222,12 +222,7 @@ def train(config: Task5Config, weights: pretrained.Weights, dataset: Dataset, co
     """One run: model → features, where the network is frozen → fit → test → records and figures."""
     torch.manual_seed(config.seed)
     model = pretrained.build_fine_tuned(
-        config.model_name,
-        len(class_names()),
-        weights,
-        config.resize_to,
-        config.train_part,
-        config.adapt_batchnorm,
+        config.model_name, len(class_names()), weights, config.resize_to, config.train_part, config.adapt_batchnorm
     )
     name = Path(config.weights).name  # of a file without its folders
     start = "from scratch" if config.weights == SCRATCH else f"from {name}, training {config.train_part}"

@@ -2,7 +2,7 @@
 
     python -m bench.scaling
 
-Each case is a process of its own, which trains task1.py's ResNet-18 (batch 64) for an epoch or three on phantom
+Each case is a separate process, which trains task1.py's ResNet-18 (batch 64) for an epoch or three on phantom
 tiles; its first steps are not timed. Peak memory is the process's largest resident set (Linux) or, on a
 GPU, PyTorch's largest allocation. What it should be:
 

@@ -45,6 +45,7 @@ DOWNLOAD_TRIES = 4
 RESIDENT_SHARE = 0.6  # of a GPU's free memory that tiles may take; the network needs the rest
 
 Builder = Callable[[Path], str]
+Batch = tuple[torch.Tensor, torch.Tensor]  # tiles or inputs, and labels
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,7 @@ class Dataset:
         return f"{TITLES[self.name]} ({tiles:,}{part} training tiles, {self.size} px)"
 
     def on(self, device: torch.device, augmentation: str) -> "Splits":
-        """The splits, ready for a network on `device`; training tiles get the augmentation of this name.
-
-        Raises ValueError where there is no augmentation of this name.
-        """
+        """The splits for a network on `device`. Raises ValueError where no augmentation has this name."""
         return Splits(
             train=DeviceTiles(self.train, device, augmentation),
             val=DeviceTiles(self.val, device),
@@ -94,10 +92,10 @@ class Dataset:
 
 
 class Tiles(Protocol):
-    """A split as training and evaluation use it.
+    """A split as training and evaluation use it: tiles, or features that were computed from them.
 
-    Indices (B,) int64 choose tiles; they must be on `index_device`. Inputs are what the network takes, float32
-    (B, …), and labels are (B,) int64; both are on the device that computes.
+    Indices (B,) int64 on `index_device` choose tiles. Inputs are what the network takes, float32 (B, …); labels
+    are (B,) int64. Both are on the device that computes.
     """
 
     index_device: torch.device
@@ -105,9 +103,7 @@ class Tiles(Protocol):
     def __len__(self) -> int:
         """The number of tiles."""
 
-    def inputs(
-        self, indices: torch.Tensor, draws: torch.Generator | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def inputs(self, indices: torch.Tensor, draws: torch.Generator | None = None) -> Batch:
         """Inputs and labels of these tiles. With `draws`, a CPU generator, each tile is augmented at random."""
 
     def views(self, indices: torch.Tensor) -> tuple[Iterable[torch.Tensor], torch.Tensor]:
@@ -127,10 +123,9 @@ class Splits:
 
 
 class DeviceTiles:
-    """A split's tiles on the device that computes or, where they don't fit there, in pinned memory of the host.
+    """`Tiles` on the device that computes or, where they don't fit there, in pinned memory of the host.
 
-    Has the methods of `Tiles`; inputs are (B, 3, H, W) in -1..1. `augmentation` is a name that
-    `build_augmentation` takes, and raises its ValueError.
+    Inputs are (B, 3, H, W) in -1..1. Raises ValueError where `build_augmentation` does not know the augmentation.
     """
 
     def __init__(self, split: Split, device: torch.device, augmentation: str = "none") -> None:
@@ -147,7 +142,7 @@ class DeviceTiles:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(self, indices: torch.Tensor) -> Batch:
         """Tiles (B, 3, H, W) uint8 in channels_last order and labels (B,) int64, on the device."""
         # Rows of the (N, H, W, 3) file copied whole: ten times as fast on a CPU as images[indices].
         images = self.tiles.index_select(0, indices).permute(0, 3, 1, 2)
@@ -159,9 +154,7 @@ class DeviceTiles:
             labels.to(self.device, non_blocking=True),
         )
 
-    def inputs(
-        self, indices: torch.Tensor, draws: torch.Generator | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def inputs(self, indices: torch.Tensor, draws: torch.Generator | None = None) -> Batch:
         """Inputs and labels of these tiles; see `Tiles`."""
         images, labels = self.batch(indices)
         return normalise(self.augment(images, draws) if draws else images), labels

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from common.compute import Compute
-from common.data import DeviceTiles, normalise
+from common.data import Batch, DeviceTiles, normalise
 from common.evaluation import progress_bar
 from common.pretrained import FineTunedNetwork
 
@@ -14,7 +14,7 @@ View = Callable[[torch.Tensor], torch.Tensor]  # uint8 (B, 3, H, W) to the same
 
 
 class CachedFeatures:
-    """A split's features on the device that trains. It has the methods of `common.data.Tiles`.
+    """`Tiles` of which only the features are kept, on the device that trains.
 
     `features` (views, N, …) float32 hold one or more views of every tile, the first of them not augmented;
     `labels` are (N,) int64.
@@ -27,19 +27,17 @@ class CachedFeatures:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def inputs(
-        self, indices: torch.Tensor, draws: torch.Generator | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def inputs(self, indices: torch.Tensor, draws: torch.Generator | None = None) -> Batch:
         """Features (B, …) of the first view, or with `draws` of a random view of each tile, and labels (B,)."""
         n_views = len(self.features)
         labels = self.labels.index_select(0, indices)
         if draws is None or n_views == 1:
             return self.features[0].index_select(0, indices), labels
-        # The very draw of the augmentation `dihedral`: its 8 views in order give what augmented tiles would.
+        # The augmentation `dihedral` draws in the same way: from its 8 views, both choose the same one for a tile.
         view = torch.randint(n_views, (len(indices),), generator=draws).to(self.index_device)
         return self.features[view, indices], labels
 
-    def views(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def views(self, indices: torch.Tensor) -> Batch:
         """Features (views, B, …) of every view, and labels (B,)."""
         return self.features.index_select(1, indices), self.labels.index_select(0, indices)
 
@@ -48,7 +46,7 @@ class CachedFeatures:
 def cache_features(
     model: FineTunedNetwork, tiles: DeviceTiles, views: Sequence[View], compute: Compute
 ) -> CachedFeatures:
-    """Run every view of every tile through the frozen part once."""
+    """Run every view of every tile through the frozen part of the network once."""
     model.eval()
     device = compute.device
     features = torch.empty(len(views), len(tiles), *model.feature_shape, device=device)

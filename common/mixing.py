@@ -21,7 +21,7 @@ class Mixed:
 
 
 def mix(inputs: torch.Tensor, generator: torch.Generator, mixup_alpha: float, cutmix_alpha: float) -> Mixed:
-    """Mix each tile of a batch with a random partner by a draw of its own.
+    """Mix each tile of a batch with a random partner, in a share that is drawn for each tile.
 
     Mixup (Zhang et al. 2018) blends the two by Beta(alpha, alpha); cutmix (Yun et al. 2019) cuts a rectangle
     whose area is such a draw out of the partner. An alpha of 0 switches a method off; with both on, each tile
@@ -30,7 +30,7 @@ def mix(inputs: torch.Tensor, generator: torch.Generator, mixup_alpha: float, cu
     if not mixup_alpha and not cutmix_alpha:  # whatever the inputs are: cached features are no images
         return Mixed(inputs, None, torch.ones(len(inputs), device=inputs.device))
     n, _, height, width = inputs.shape
-    # numpy has the Beta distribution with a generator of its own; ours decides its seed.
+    # PyTorch's Beta distribution takes no generator, numpy's does; our generator draws the seed for numpy's.
     draws = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
     partners = torch.randperm(n, generator=generator).to(inputs.device)
     cut = np.full(n, cutmix_alpha > 0)
@@ -56,7 +56,7 @@ def cross_entropy(
 ) -> torch.Tensor:
     """The mean loss () of logits (N, C) for mixed tiles with labels (N,) int64.
 
-    The loss of a mixed tile is that of its label times its share, plus that of its partner's label times the rest.
+    A mixed tile's loss is its share times the loss by its label, plus the rest times the loss by its partner's.
     """
     if mixed.partners is None:
         return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)

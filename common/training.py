@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -104,10 +105,8 @@ class Trainer:
         self.model = distributed.synchronised(model, compute.device)
         self.optimizer = build_optimizer(self.model, config, lr_factors)
         self.steps_per_epoch = len(self.batches())
-        self.average = None
-        if config.ema_decay:
-            n_steps = config.n_epochs * self.steps_per_epoch
-            self.average = ExponentialMovingAverage(self.model, config.ema_decay, n_steps)
+        n_steps, decay = config.n_epochs * self.steps_per_epoch, config.ema_decay
+        self.average = ExponentialMovingAverage(self.model, decay, n_steps) if decay else None
         self.judged = self.average.model if self.average else self.model
         self.before_epoch = before_epoch
         self.interruption = Interruption()
@@ -172,15 +171,15 @@ class Trainer:
         An epoch that was stopped is continued after its last step. Several processes each take a share of every
         batch and draw different random numbers; the gradients are those of the whole batch.
 
-        The loss stays on the device: it is read once a second and at the end, so that a GPU need not wait. Raises
-        Fault where it is not finite, and Stopped, with last.pt written, after a step in which Ctrl-C or SIGTERM
-        came.
+        The loss is read once a second and at the end, because a GPU waits while a value is read. Raises Fault
+        where the loss is not finite. Raises Stopped, with last.pt written, after a step in which Ctrl-C or
+        SIGTERM came.
         """
         config, tiles = self.config, self.splits.train
         self.parallel.train()
-        other = f"-{distributed.rank()}" if distributed.rank() else ""  # not the first process
-        draws = generator(config.seed, epoch, f"augment{other}")
-        torch.manual_seed(derived_seed(config.seed, epoch, f"dropout{other}"))
+        process = f"-{distributed.rank()}" if distributed.rank() else ""
+        draws = generator(config.seed, epoch, f"augment{process}")
+        torch.manual_seed(derived_seed(config.seed, epoch, f"dropout{process}"))
         order = self.batches(generator(config.seed, epoch, "shuffle"))
         done, total = self.continue_epoch(draws)
         seen = sum(map(len, order[:done]))
@@ -220,32 +219,28 @@ class Trainer:
         the facts that `Run` adds. Raises Fault where best.pt cannot be read, or an output is not finite.
         """
         started = time.perf_counter()
-        config, compute, network, test = self.config, self.compute, self.judged, self.splits.test()
-        scores = {"last": evaluate(network, test, compute)}
-        network.load_state_dict(checkpoint.load(self.run.checkpoints / "best.pt")["state_dict"])
-        scores["best"] = evaluate(network, test, compute)
-        if config.tta:
-            scores["tta"] = evaluate(network, test, compute, tta=True)
-        validation = evaluate(network, self.splits.val, compute)
-        foreign = {
-            name: evaluate(network, DeviceTiles(split, compute.device), compute)
-            for name, split in shifted(self.run.dataset.val)
-        }
+        dataset, device, test = self.run.dataset, self.compute.device, self.splits.test()
+        score = partial(evaluate, self.judged, compute=self.compute)
+        scores = {"last": score(test)}
+        self.judged.load_state_dict(checkpoint.load(self.run.checkpoints / "best.pt")["state_dict"])
+        scores["best"] = score(test)
+        if self.config.tta:
+            scores["tta"] = score(test, tta=True)
+        validation = score(self.splits.val)
+        foreign = {name: score(DeviceTiles(split, device)) for name, split in shifted(dataset.val)}
         self.run.save_scores(
             **{f"{name}_logits": evaluation.logits for name, evaluation in scores.items()},
             targets=scores["best"].targets,
             validate_logits=validation.logits,
             validate_targets=validation.targets,
-            **{f"shifted_{name}": found.logits.argmax(1).astype(np.uint8) for name, found in foreign.items()},
+            **{f"shifted_{name}": one.logits.argmax(1).astype(np.uint8) for name, one in foreign.items()},
         )
         epochs = {"best": self.best_epoch, "tta": self.best_epoch, "last": len(self.history)}
         described = {
-            name: {"epoch": epochs[name], **evaluation.described(self.run.dataset.class_names)}
+            name: {"epoch": epochs[name], **evaluation.described(dataset.class_names)}
             for name, evaluation in scores.items()
         }
-        shifted_acc = {
-            name: metrics.accuracy(found.probabilities, found.targets) for name, found in foreign.items()
-        }
+        shifted_acc = {name: metrics.accuracy(one.probabilities, one.targets) for name, one in foreign.items()}
         return {
             "test/auc": described["best"]["auc"]["value"],
             "test/acc": described["best"]["acc"]["value"],
@@ -253,7 +248,7 @@ class Trainer:
             "validate": self.history[self.best_epoch - 1],
             "validate/shifted_acc": fmean(shifted_acc.values()),
             "shifted": shifted_acc,
-            "select_on": config.select_on,
+            "select_on": self.config.select_on,
             "stopped": self.stopped,
             "wall_seconds": sum(row["seconds"] for row in self.history) + time.perf_counter() - started,
         }

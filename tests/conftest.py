@@ -17,14 +17,8 @@ from common.training import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = Compute(torch.device("cpu"), torch.float32)
-SMALL_RUN: dict[str, Any] = {
-    "dataset": "phantom",
-    "size": 28,
-    "model_name": "mobilenet_v3_small",  # small and quick; has BatchNorm and dropout
-    "n_epochs": 3,
-    "batch_size": 32,
-    "run_id": "r",
-}
+MODEL = "mobilenet_v3_small"  # small and quick; has BatchNorm and dropout
+SMALL_RUN: dict[str, Any] = {"dataset": "phantom", "size": 28, "n_epochs": 3, "batch_size": 32, "run_id": "r"}
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +78,7 @@ def trainer_of(
     **keys: Any,
 ) -> Trainer:
     """The trainer of a small network, or of `model`, on the data set, or on the training tiles `train`."""
-    config = TrainingConfig(**{**SMALL_RUN, "output_dir": folder, **keys})
+    config = TrainingConfig(**{**SMALL_RUN, "model_name": MODEL, "output_dir": folder, **keys})
     if model is None:
         torch.manual_seed(config.seed)
         model = build_model(config.model_name, 9, 28)

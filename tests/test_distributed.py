@@ -9,19 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import CPU, ROOT
 from processes import assert_same
 
 import task1
 from common import checkpoint
-from common.compute import Compute
 from common.config import run_script
 from common.data import DeviceTiles, load_dataset
 from common.evaluation import evaluate
 from common.models import build_model
 from common.tracking import read_history
 
-CPU = Compute(torch.device("cpu"), torch.float32)
 DATA = ("--dataset=phantom", "--size=64", "--train_tiles=91", "--device=cpu", "--wandb=disabled", "--run_id=r")
 # Without BatchNorm, which normalises each process's share by itself on a CPU, and, below, without dropout.
 SQUEEZENET = ("--model_name=squeezenet1_1", "--n_epochs=3", "--batch_size=30", "--lr=0.0003")

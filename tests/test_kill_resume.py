@@ -1,4 +1,4 @@
-"""Runs that are killed at any moment end as if they had never been: bit for bit, on a CPU."""
+"""A run that is killed at any moment and goes on ends as an undisturbed run does: bit for bit, on a CPU."""
 
 import os
 import random
@@ -23,7 +23,7 @@ from study import sweep
 
 KILLS = 20  # of every script, in one test
 DATA = ("--dataset=phantom", "--size=28", "--train_tiles=90", "--wandb=disabled", "--run_id=r")
-# Small, and with everything that has a state of its own: EMA, dropout, augmentation, a mixing partner.
+# Small, and with everything that keeps a state or draws: EMA, dropout, augmentation, a mixing partner.
 EVERYTHING = ("--augmentation=ta_wide,stain", "--ema_decay=0.9", "--mixup_alpha=0.4", "--tta")
 SMALL = ("--model_name=shufflenet_v2_x0_5", "--n_epochs=5", "--batch_size=45")
 SCRIPTS: dict[str, tuple[Any, Any, tuple[str, ...]]] = {

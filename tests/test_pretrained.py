@@ -18,7 +18,7 @@ from torch import nn
 from common import pretrained
 from common.augment import build_augmentation
 from common.convolutions import SmallMapConv2d
-from common.data import Dataset, DeviceTiles, Tiles, normalise
+from common.data import Dataset, DeviceTiles, normalise
 from common.errors import UsageError
 from common.evaluation import evaluate
 from common.features import cache_features
@@ -47,15 +47,8 @@ def network(train_part: str = "classifier", adapt_batchnorm: bool = False, name:
     return model
 
 
-def trained(
-    model: FineTunedNetwork,
-    dataset: Dataset,
-    folder: Path,
-    epochs: int = 2,
-    train: Tiles | None = None,
-    **keys: Any,
-) -> FineTunedNetwork:
-    trainer = trainer_of(dataset, folder, model, train=train, **{"n_epochs": 5, "lr": 0.01, **keys})
+def trained(model: FineTunedNetwork, tiny: Dataset, folder: Path, epochs: int = 2, **keys: Any) -> nn.Module:
+    trainer = trainer_of(tiny, folder, model, **{"n_epochs": 5, "lr": 0.01, **keys})
     for epoch in range(1, epochs + 1):
         trainer.train_epoch(epoch)
     return model

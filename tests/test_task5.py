@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import CPU
 
 import task5
 from common import checkpoint, pretrained
-from common.compute import Compute
 from common.config import parse
 from common.data import DeviceTiles, load_dataset, normalise
 from common.errors import UsageError
@@ -19,7 +19,6 @@ from common.models import build_model
 from common.pretrained import FineTunedNetwork
 from study.comparison import compare_runs, convergence_epoch
 
-CPU = Compute(torch.device("cpu"), torch.float32)
 SMALL = "mobilenet_v3_small"
 
 

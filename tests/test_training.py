@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, SMALL_RUN, trainer_of
+from conftest import CPU, MODEL, trainer_of
+from processes import without_timings
 
 from common import checkpoint, data, evaluation, training
 from common.compute import Compute
@@ -24,8 +25,6 @@ from common.selection import best_epoch, reason_to_stop
 from common.shift import shifted
 from common.training import Trainer, build_optimizer, learning_rate_factor
 
-MODEL = SMALL_RUN["model_name"]
-
 
 def fitted(dataset: Dataset, folder: Path, **keys: Any) -> Trainer:
     """A small network, trained on the tiny data set."""
@@ -34,16 +33,8 @@ def fitted(dataset: Dataset, folder: Path, **keys: Any) -> Trainer:
     return trainer
 
 
-def best_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    weights: dict[str, torch.Tensor] = checkpoint.load(trainer.run.checkpoints / "best.pt")["state_dict"]
-    return weights
-
-
-def without_timings(history: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [
-        {name: value for name, value in row.items() if name not in ("seconds", "tiles_per_second")}
-        for row in history
-    ]
+def best_weights(trainer: Trainer) -> Any:
+    return checkpoint.load(trainer.run.checkpoints / "best.pt")["state_dict"]
 
 
 def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
@@ -136,6 +127,16 @@ def test_the_best_weights_are_kept_and_tested_not_the_last(
             np.testing.assert_array_equal(arrays[f"shifted_{name}"], expected)
             assert summary["shifted"][name] == np.mean(expected == tiny.val.labels.numpy())
     assert summary["validate/shifted_acc"] == pytest.approx(np.mean(list(summary["shifted"].values())))
+
+
+def test_the_test_tiles_are_asked_for_when_they_are_scored(tiny: Dataset, tmp_path: Path) -> None:
+    trainer, asked = trainer_of(tiny, tmp_path, n_epochs=1), []
+    tiles = trainer.splits.test
+    trainer.splits = dataclasses.replace(trainer.splits, test=lambda: asked.append(1) or tiles())
+    trainer.fit()
+    assert not asked
+    trainer.test()
+    assert asked == [1]
 
 
 @pytest.mark.parametrize(
