@@ -83,7 +83,10 @@ class Dataset:
         return f"{TITLES[self.name]} ({tiles:,}{part} training tiles, {self.size} px)"
 
     def on(self, device: torch.device, augmentation: str) -> "Splits":
-        """The splits for a network on `device`. Raises ValueError where no augmentation has this name."""
+        """The splits on `device`; the training tiles are augmented as `build_augmentation(augmentation)` does it.
+
+        Raises ValueError where no augmentation has this name.
+        """
         return Splits(
             train=DeviceTiles(self.train, device, augmentation),
             val=DeviceTiles(self.val, device),
