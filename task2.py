@@ -27,11 +27,12 @@ from common.compute import Compute
 from common.config import Workspace, check_run_id, key, run_script
 from common.data import Dataset, DeviceTiles, class_names, load_dataset
 from common.errors import Fault, UsageError, first_line
+from common.evaluation import evaluate
 from common.files import atomic_path, write_json
-from common.models import build_model, normalise
+from common.models import build_model
 from common.records import is_finished, read_json, run_folder
 from common.tracking import provenance, send, start_wandb
-from common.training import derived_seed, evaluate
+from common.training import derived_seed
 
 MODEL_NAME = "resnet18"
 SHOWN = 10
@@ -77,8 +78,8 @@ def main(config: Task2Config) -> None:
 
     def inputs_of(indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         where = torch.tensor(indices)
-        images, _ = test.batch(where.to(test.index_device))
-        return normalise(images), targets[where].to(compute.device)
+        inputs, _ = test.inputs(where.to(test.index_device))
+        return inputs, targets[where].to(compute.device)
 
     pictured = sorted({*shown, *(index for index in right + wrong if index is not None)})
     by_method = {

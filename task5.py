@@ -24,19 +24,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from common import distributed, pretrained
 from common.augment import build_augmentation, dihedral_views
 from common.compute import Compute
 from common.config import TrainingConfig, key, run_script, with_defaults
-from common.data import Dataset, DeviceTiles, class_names, load_dataset
+from common.data import Dataset, DeviceTiles, Split, Splits, class_names, load_dataset
 from common.errors import UsageError
 from common.features import CachedFeatures, View, cache_features
 from common.pretrained import SCRATCH, TRAIN_PARTS, FineTunedNetwork
 from common.records import is_finished
 from common.tracking import VERSIONED, Run
-from common.training import fit, generator, score_test_split
+from common.training import Trainer, generator
 from study.comparison import compare_runs
 
 RANDOM_VIEWS = 16  # how many views of a tile stand for an augmentation that has endlessly many
@@ -56,9 +55,9 @@ FROM_SCRATCH: dict[str, Any] = {
 }
 
 # By network; chosen on validation alone, with 9,000 training tiles of PathMNIST at 28 pixels, seed 0 (n = 1 each).
-# All layers are trained, the first ones at a tenth of the head's learning rate. Validation loss and ACC: 4 epochs at
-# 64 pixels .286 and .926, with lr 1e-3 .353 and .902; 8 epochs .231 and .947. At 80 pixels, three of 4 epochs gave
-# .262 and .938: better than 64 pixels, but twice as many epochs buy more at about the same cost.
+# All layers are trained, the first ones at a tenth of the head's learning rate. Validation loss and ACC: 4 epochs
+# at 64 pixels .286 and .926, with lr 1e-3 .353 and .902; 8 epochs .231 and .947. At 80 pixels, after three of 4
+# epochs, .262 and .938: better than 64 pixels, but twice as many epochs buy more at about the same cost.
 RECIPES: dict[str, dict[str, Any]] = {
     pretrained.LITE0: {
         "augmentation": "stain",
@@ -226,12 +225,7 @@ def train(config: Task5Config, weights: pretrained.Weights, dataset: Dataset, co
     """One run: model → features, where the network is frozen → fit → test → records and figures."""
     torch.manual_seed(config.seed)
     model = pretrained.build_fine_tuned(
-        config.model_name,
-        len(class_names()),
-        weights,
-        config.resize_to,
-        config.train_part,
-        config.adapt_batchnorm,
+        config.model_name, len(class_names()), weights, config.resize_to, config.train_part, config.adapt_batchnorm
     )
     name = Path(config.weights).name  # of a file without its folders
     start = "from scratch" if config.weights == SCRATCH else f"from {name}, training {config.train_part}"
@@ -244,38 +238,32 @@ def train(config: Task5Config, weights: pretrained.Weights, dataset: Dataset, co
         facts={"weights": weights.record()},
         packages=(*VERSIONED, "timm") if config.model_name == pretrained.LITE0 else VERSIONED,
     )
-    splits: dict[str, CachedFeatures] = {}
     started = time.perf_counter()
-    if config.cache_features:
-        splits = cached_splits(model, dataset, config, compute)
+    cached = cached_splits(model, dataset, config, compute) if config.cache_features else None
     seconds = time.perf_counter() - started
 
-    def freeze_until(network: nn.Module, epoch: int) -> None:
-        if isinstance(network, FineTunedNetwork):
-            network.freeze(epoch < config.unfreeze_epoch)
+    def freeze_until(network: Any, epoch: int) -> None:
+        network.freeze(epoch < config.unfreeze_epoch)
 
-    fitted = fit(
+    trainer = Trainer(
         model,
-        dataset,
+        cached or dataset.on(compute.device, config.augmentation),
         config,
         compute,
         run,
-        train=splits.get("train"),
-        val=splits.get("val"),
         lr_factors=pretrained.lr_factors(model, config.backbone_lr_factor),
         before_epoch=freeze_until if config.train_part == "all" else None,
     )
-    summary = score_test_split(
-        model, fitted, dataset, config, compute, run, val=splits.get("val"), test=splits.get("test")
-    )
+    trainer.fit()
+    summary = trainer.test()
     summary["wall_seconds"] += seconds
-    run.finish(fitted.history, {**summary, "feature_seconds": seconds})
+    run.finish(trainer.history, {**summary, "feature_seconds": seconds})
 
 
-def cached_splits(
-    model: FineTunedNetwork, dataset: Dataset, config: Task5Config, compute: Compute
-) -> dict[str, CachedFeatures]:
-    """The three splits' features: the training tiles' views, validation plain, the test's as TTA needs them."""
+def cached_splits(model: FineTunedNetwork, dataset: Dataset, config: Task5Config, compute: Compute) -> Splits:
+    """The features of the three splits: augmented views of training tiles, plain validation tiles, and test tiles
+    in one view or, for test-time augmentation, in all 8.
+    """
     model.to(compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def plain(images: torch.Tensor) -> torch.Tensor:
@@ -291,15 +279,14 @@ def cached_splits(
 
     all_turned = [turned(number) for number in range(8)]
     random = [plain, *(augmented(number) for number in range(1, config.feature_views or 1))]
-    views: dict[str, list[View]] = {
-        "train": all_turned if config.augmentation == "dihedral" else random,
-        "val": [plain],
-        "test": all_turned if config.tta else [plain],
-    }
-    return {
-        split: cache_features(model, DeviceTiles(getattr(dataset, split), compute.device), chosen, compute)
-        for split, chosen in views.items()
-    }
+
+    def cached(split: Split, views: list[View]) -> CachedFeatures:
+        return cache_features(model, DeviceTiles(split, compute.device), views, compute)
+
+    train = cached(dataset.train, all_turned if config.augmentation == "dihedral" else random)
+    val = cached(dataset.val, [plain])
+    test = cached(dataset.test, all_turned if config.tta else [plain])
+    return Splits(train, val, lambda: test)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from common.data import class_names, load_dataset
 from common.errors import UsageError
 from common.models import build_model
 from common.tracking import Run
-from common.training import fit, score_test_split
+from common.training import Trainer
 
 # The rows of the ablation table: what each changes in the coursework's configuration. The rows with_… add ours.
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -92,9 +92,9 @@ def main(config: TrainConfig) -> None:
     model = build_model(config.model_name, len(class_names()), config.size)
     dataset = load_dataset(config.dataset, config.size, config.data_root, config.train_tiles)
     run = Run("task3", config, dataset, compute.name)
-    fitted = fit(model, dataset, config, compute, run)
-    summary = score_test_split(model, fitted, dataset, config, compute, run)
-    run.finish(fitted.history, summary)
+    trainer = Trainer(model, dataset.on(compute.device, config.augmentation), config, compute, run)
+    trainer.fit()
+    run.finish(trainer.history, trainer.test())
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def write_file(root: Path) -> Path:
     for split, count in data.OFFICIAL_COUNTS.items():
         for kind in ("images", "labels"):
             arrays[f"{split}_{kind}"] = pool[f"train_{kind}"][np.arange(count) % POOL]
-    path = root / data._official_name(SIZE)
+    path = root / data.official_name(SIZE)
     np.savez_compressed(path, **arrays)
     return path
 

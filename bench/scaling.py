@@ -2,7 +2,7 @@
 
     python -m bench.scaling
 
-Each case is a process of its own, which trains task1.py's ResNet-18 (batch 64) for an epoch or three on phantom
+Each case is a separate process, which trains task1.py's ResNet-18 (batch 64) for an epoch or three on phantom
 tiles; its first steps are not timed. Peak memory is the process's largest resident set (Linux) or, on a
 GPU, PyTorch's largest allocation. What it should be:
 
@@ -30,11 +30,10 @@ from typing import Any
 
 import torch
 
+from bench.tiles import trainer_of
 from common import data
 from common.compute import Compute
-from common.models import build_model, normalise
 from common.tracking import provenance
-from common.training import build_optimizer, train_one_epoch
 from task1 import Task1Config
 
 RESULTS = Path(__file__).parent / "results"
@@ -83,24 +82,21 @@ def case(n_tiles: int, size: int, root: Path, on_host: bool) -> dict[str, Any]:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     base = 0 if cuda else peak(compute)
 
-    torch.manual_seed(0)
-    model = build_model(config.model_name, 9, size)
-    model.to(compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = build_optimizer(model, config)
     if on_host:
         data.RESIDENT_SHARE = 0.0
     split = data.Split(dataset.train.images[:n_tiles], dataset.train.labels[:n_tiles])
-    few = data.DeviceTiles(data.Split(split.images[:256], split.labels[:256]), compute.device)
-    train_one_epoch(model, few, optimizer, 1, config, compute)
-    tiles = data.DeviceTiles(split, compute.device)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer_of(config, data.Split(split.images[:256], split.labels[:256]), Path(folder)).train_epoch(1)
+        trainer = trainer_of(config, split, Path(folder))
+    model, tiles = trainer.model, trainer.splits.train
     seconds = []
     for epoch in range(1, (EPOCHS if n_tiles < LARGE else 1) + 1):
         started = time.perf_counter()
-        train_one_epoch(model, tiles, optimizer, epoch, config, compute)  # reads the loss: it waits for a GPU
+        trainer.train_epoch(epoch)  # reads the loss: it waits for a GPU
         seconds.append(time.perf_counter() - started)
     measured = peak(compute)
-    images, _ = tiles.batch(torch.arange(config.batch_size, device=tiles.index_device))
-    activations = saved_bytes(model, normalise(images), compute)
+    inputs, _ = tiles.inputs(torch.arange(config.batch_size, device=tiles.index_device))
+    activations = saved_bytes(model, inputs, compute)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     resident = 0 if cuda and tiles.index_device != compute.device else split.images.nbytes
     return {

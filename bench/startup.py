@@ -79,7 +79,7 @@ def seconds(program: str, environment: dict[str, str]) -> float:
 
 def write_file(root: Path) -> str:
     """A file of the official layout; returns its MD5."""
-    path = root / data._official_name(SIZE)
+    path = root / data.official_name(SIZE)
     np.savez_compressed(path, **official_arrays(data.OFFICIAL_COUNTS, SIZE))
     return data._md5(path)
 

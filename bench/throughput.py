@@ -5,9 +5,9 @@
 
 (a) The plain loop is what a user would write: medmnist's PathMNIST (PIL images), torchvision's transforms tile by
 tile, a shuffling DataLoader with the best of several worker counts, fp32, PyTorch's default optimiser. (b) is
-`train_one_epoch` with the configuration that task1.py and train.py have. (c) repeats forward, backward and step
-on one batch that lies on the device, in (b)'s precision and memory format. All three take turns, so that whatever
-else the machine does falls on them alike, each in a process of its own, so that what one sets up helps no other.
+`Trainer.train_epoch` with the configuration of task1.py and of train.py. (c) repeats forward, backward and step
+on one batch that lies on the device, in (b)'s precision and memory format. The three take turns, so that a busy
+machine slows all of them alike; each runs in a separate process, so that no one profits from another's settings.
 Same network, batch size, augmentation and loss; the tiles are phantom ones.
 
 Writes bench/results/throughput-<device>.json (a list of rows) and .md (a table).
@@ -37,14 +37,12 @@ from torchvision.transforms import v2
 
 import task1
 import train
-from bench.tiles import official_arrays
+from bench.tiles import official_arrays, trainer_of
 from common import data
 from common.compute import Compute
 from common.config import TrainingConfig
-from common.data import DeviceTiles, Split
-from common.models import build_model, normalise
+from common.data import Split
 from common.tracking import provenance
-from common.training import build_optimizer, train_one_epoch
 
 RESULTS = Path(__file__).parent / "results"
 REPEATS = 5
@@ -130,20 +128,21 @@ def plain_way(config: TrainingConfig, root: Path) -> tuple[Callable[[], float], 
 
 def our_way(config: TrainingConfig, root: Path) -> tuple[Callable[[], float], int]:
     """The project's epoch, as `fit` runs it; without workers."""
-    compute, tiles, model, optimizer = begin(config, root)
+    trainer = trainer_of(config, read_tiles(root), root / "ours")
 
     def epoch() -> int:
-        train_one_epoch(model, tiles, optimizer, 1, config, compute)
-        return len(tiles)
+        trainer.train_epoch(1)
+        return len(trainer.splits.train)
 
-    return lambda: rate(epoch, compute.device), 0
+    return lambda: rate(epoch, trainer.compute.device), 0
 
 
 def ceiling_way(config: TrainingConfig, root: Path) -> tuple[Callable[[], float], int]:
     """Nothing but the network: the same batch again and again; without workers."""
-    compute, tiles, model, optimizer = begin(config, root)
-    images, labels = tiles.batch(torch.arange(config.batch_size, device=tiles.index_device))
-    inputs = normalise(images)
+    trainer = trainer_of(config, read_tiles(root), root / "ceiling")
+    compute, tiles, model, optimizer = trainer.compute, trainer.splits.train, trainer.model, trainer.optimizer
+    inputs, labels = tiles.inputs(torch.arange(config.batch_size, device=tiles.index_device))
+    model.train()
     steps = len(tiles) // config.batch_size
 
     def epoch() -> int:
@@ -158,19 +157,9 @@ def ceiling_way(config: TrainingConfig, root: Path) -> tuple[Callable[[], float]
     return lambda: rate(epoch, compute.device), 0
 
 
-def begin(config: TrainingConfig, root: Path) -> tuple[Compute, DeviceTiles, nn.Module, torch.optim.Optimizer]:
-    """What an epoch needs, as task1.py and train.py have it; the network is in training mode."""
-    compute = Compute.of("auto", "auto")
-    tiles = DeviceTiles(read_tiles(root), compute.device)
-    torch.manual_seed(0)
-    model = build_model(config.model_name, 9, config.size)
-    model.to(compute.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    return compute, tiles, model, build_optimizer(model, config)
-
-
 def write_tiles(root: Path, config: TrainingConfig, n_tiles: int) -> None:
     """A file of the official layout with phantom training tiles only."""
-    np.savez(root / data._official_name(config.size), **official_arrays({"train": n_tiles}, config.size))
+    np.savez(root / data.official_name(config.size), **official_arrays({"train": n_tiles}, config.size))
 
 
 def read_tiles(root: Path) -> Split:

@@ -1,11 +1,22 @@
-"""Phantom tiles in the layout of PathMNIST's official file, for the measurements that read such a file."""
+"""Tiles for the measurements: a file in the layout of PathMNIST's official one, and a trainer of given tiles."""
 
+import contextlib
+import dataclasses
+import io
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from common import phantom
+from common.compute import Compute
+from common.config import TrainingConfig
+from common.data import Dataset, DeviceTiles, Split, Splits, class_names
+from common.models import build_model
+from common.tracking import Run
+from common.training import Trainer
 
 
 def official_arrays(counts: Mapping[str, int], size: int) -> dict[str, NDArray[np.uint8]]:
@@ -16,3 +27,16 @@ def official_arrays(counts: Mapping[str, int], size: int) -> dict[str, NDArray[n
         arrays[f"{split}_images"] = np.concatenate(images)
         arrays[f"{split}_labels"] = np.concatenate(labels).astype(np.uint8)[:, None]
     return arrays
+
+
+def trainer_of(config: TrainingConfig, split: Split, folder: Path) -> Trainer:
+    """The trainer that task1.py and train.py build, on these training tiles; its records go to `folder`."""
+    compute = Compute.of(config.device, config.precision)
+    torch.manual_seed(config.seed)
+    model = build_model(config.model_name, len(class_names()), config.size)
+    tiles = DeviceTiles(split, compute.device, config.augmentation)
+    dataset = Dataset("phantom", config.size, class_names(), split, split, split, fingerprint="bench")
+    config = dataclasses.replace(config, output_dir=folder, wandb="disabled")
+    with contextlib.redirect_stdout(io.StringIO()):
+        run = Run("task1", config, dataset, compute.name)
+    return Trainer(model, Splits(tiles, tiles, lambda: tiles), config, compute, run)

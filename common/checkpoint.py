@@ -65,8 +65,3 @@ def load_newest(*paths: Path) -> dict[str, Any] | None:
     if faults:
         raise next(iter(faults.values()))
     return None
-
-
-def copy_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The model's state_dict as copies on the CPU: `state_dict()` itself is an alias of the live weights."""
-    return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}

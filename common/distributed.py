@@ -77,6 +77,12 @@ def share(indices: torch.Tensor) -> torch.Tensor:
     return indices.tensor_split(world_size())[rank()]
 
 
+def weighted(loss: torch.Tensor, share: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+    """The mean loss of a share, scaled so that the mean over all processes is the mean over the whole batch."""
+    weight = len(share) * world_size() / len(batch)
+    return loss * weight if weight != 1 else loss
+
+
 def total(value: torch.Tensor) -> torch.Tensor:
     """The sum of a tensor over all processes."""
     if world_size() > 1:

@@ -3,11 +3,10 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from tqdm import tqdm
 
 from common.compute import Compute
-from common.data import DeviceTiles
-from common.models import normalise
+from common.data import Batch, DeviceTiles, normalise
+from common.evaluation import progress_bar
 from common.pretrained import FineTunedNetwork
 
 BATCH = 256
@@ -15,9 +14,10 @@ View = Callable[[torch.Tensor], torch.Tensor]  # uint8 (B, 3, H, W) to the same
 
 
 class CachedFeatures:
-    """A split's features, which stand where its tiles would; on the device that trains.
+    """`Tiles` of which only the features are kept, on the device that trains.
 
-    `features` (views, N, …) float32 hold one or more views of every tile, the first of them plain; `labels` (N,).
+    `features` (views, N, …) float32 hold one or more views of every tile, the first of them not augmented;
+    `labels` are (N,) int64.
     """
 
     def __init__(self, features: torch.Tensor, labels: torch.Tensor) -> None:
@@ -27,19 +27,17 @@ class CachedFeatures:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(
-        self, indices: torch.Tensor, draws: torch.Generator | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features (B, …) of the plain view, or with `draws` of a random view of each tile, and labels (B,)."""
+    def inputs(self, indices: torch.Tensor, draws: torch.Generator | None = None) -> Batch:
+        """Features (B, …) of the first view, or with `draws` of a random view of each tile, and labels (B,)."""
         n_views = len(self.features)
         labels = self.labels.index_select(0, indices)
         if draws is None or n_views == 1:
             return self.features[0].index_select(0, indices), labels
-        # The very draw of the augmentation `dihedral`: its 8 views in order give what augmented tiles would.
+        # The augmentation `dihedral` draws in the same way: from its 8 views, both choose the same one for a tile.
         view = torch.randint(n_views, (len(indices),), generator=draws).to(self.index_device)
         return self.features[view, indices], labels
 
-    def views(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def views(self, indices: torch.Tensor) -> Batch:
         """Features (views, B, …) of every view, and labels (B,)."""
         return self.features.index_select(1, indices), self.labels.index_select(0, indices)
 
@@ -48,13 +46,12 @@ class CachedFeatures:
 def cache_features(
     model: FineTunedNetwork, tiles: DeviceTiles, views: Sequence[View], compute: Compute
 ) -> CachedFeatures:
-    """Run every view of every tile through the frozen part once."""
+    """Run every view of every tile through the frozen part of the network once."""
     model.eval()
     device = compute.device
     features = torch.empty(len(views), len(tiles), *model.feature_shape, device=device)
     labels = torch.empty(len(tiles), dtype=torch.int64, device=device)
-    total = len(views) * len(tiles)
-    with tqdm(total=total, desc="features", unit=" tiles", leave=False, disable=None) as bar:
+    with progress_bar("features", len(views) * len(tiles)) as bar:
         for part in torch.split(torch.arange(len(tiles)), BATCH):
             images, labels[part] = tiles.batch(part.to(tiles.index_device))
             for number, view in enumerate(views):

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Mixed:
 
 
 def mix(inputs: torch.Tensor, generator: torch.Generator, mixup_alpha: float, cutmix_alpha: float) -> Mixed:
-    """Mix each tile of a batch with a random partner by a draw of its own.
+    """Mix each tile of a batch with a random partner, in a share that is drawn for each tile.
 
     Mixup (Zhang et al. 2018) blends the two by Beta(alpha, alpha); cutmix (Yun et al. 2019) cuts a rectangle
     whose area is such a draw out of the partner. An alpha of 0 switches a method off; with both on, each tile
@@ -29,7 +30,7 @@ def mix(inputs: torch.Tensor, generator: torch.Generator, mixup_alpha: float, cu
     if not mixup_alpha and not cutmix_alpha:  # whatever the inputs are: cached features are no images
         return Mixed(inputs, None, torch.ones(len(inputs), device=inputs.device))
     n, _, height, width = inputs.shape
-    # numpy has the Beta distribution with a generator of its own; ours decides its seed.
+    # PyTorch's Beta distribution takes no generator, numpy's does; our generator draws the seed for numpy's.
     draws = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
     partners = torch.randperm(n, generator=generator).to(inputs.device)
     cut = np.full(n, cutmix_alpha > 0)
@@ -48,6 +49,22 @@ def mix(inputs: torch.Tensor, generator: torch.Generator, mixup_alpha: float, cu
     weights = torch.from_numpy(own).to(inputs.device)
     blended = torch.lerp(inputs[partners], inputs, weights[:, None])
     return Mixed(blended, partners, weights.mean(dim=(1, 2)))
+
+
+def cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, mixed: Mixed, label_smoothing: float
+) -> torch.Tensor:
+    """The mean loss () of logits (N, C) for mixed tiles with labels (N,) int64.
+
+    A mixed tile's loss is its share times the loss by its label, plus the rest times the loss by its partner's.
+    """
+    if mixed.partners is None:
+        return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    own, partners = (
+        F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="none")
+        for targets in (labels, labels[mixed.partners])
+    )
+    return (mixed.shares * own + (1 - mixed.shares) * partners).mean()
 
 
 def _spans(fraction: np.ndarray, position: np.ndarray, length: int) -> np.ndarray:

@@ -43,8 +43,3 @@ def build_model(model_name: str, num_classes: int, size: int) -> nn.Module:
             "choose a larger --size or another model"
         ) from error
     return use_small_map_convolutions(model).train()
-
-
-def normalise(images: torch.Tensor) -> torch.Tensor:
-    """uint8 (N, 3, H, W) in 0..255 to float32 in -1..1, the coursework's mean .5 and std .5."""
-    return images.float().div_(127.5).sub_(1.0)

@@ -1,94 +1,34 @@
-"""The one training loop: fit a network, keep its best and last weights, score the test split once."""
+"""The one training loop: train an epoch, validate, keep the best weights; at the end score the test split."""
 
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from common import checkpoint, distributed, metrics
-from common.augment import Augmentation, build_augmentation, dihedral_views
 from common.averaging import ExponentialMovingAverage, reestimate_batchnorm
 from common.compute import Compute
 from common.config import TrainingConfig
-from common.data import Dataset, DeviceTiles
+from common.data import DeviceTiles, Splits, batches
 from common.errors import Fault, first_line
-from common.features import CachedFeatures
+from common.evaluation import EVALUATION_BATCH, evaluate, progress_bar
 from common.interruption import Interruption
-from common.mixing import Mixed, mix
-from common.models import normalise
+from common.mixing import cross_entropy, mix
+from common.selection import best_epoch, reason_to_stop
 from common.shift import shifted
 from common.tracking import Run
 
-Tiles = DeviceTiles | CachedFeatures
-EVALUATION_BATCH = 512
 BATCHNORM_TILES = 2048  # enough for statistics good to a few percent, at a small part of an epoch's cost
-HISTORY_COLUMNS = (
-    "epoch",
-    "train/loss",
-    "validate/loss",
-    "validate/auc",
-    "validate/acc",
-    "lr",
-    "tiles_per_second",
-    "seconds",
-)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A split's logits (N, C) float32 and targets (N,) int64, in the split's own order."""
-
-    logits: np.ndarray
-    targets: np.ndarray
-
-    @property
-    def probabilities(self) -> np.ndarray:
-        """Softmax of the logits, (N, C) float64."""
-        return metrics.softmax(self.logits)
-
-    def summary(self, split: str) -> dict[str, float]:
-        """Loss (mean cross-entropy), AUC and ACC under the coursework's keys, such as `validate/auc`."""
-        loss = F.cross_entropy(torch.from_numpy(self.logits), torch.from_numpy(self.targets)).item()
-        probabilities = self.probabilities
-        return {
-            f"{split}/loss": loss,
-            f"{split}/auc": metrics.auc(probabilities, self.targets),
-            f"{split}/acc": metrics.accuracy(probabilities, self.targets),
-        }
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """What `fit` returns: copies of the best and the last judged weights, and how they came about.
-
-    Judged weights are those that validation sees: the EMA where there is one.
-    """
-
-    best: dict[str, torch.Tensor]
-    last: dict[str, torch.Tensor]
-    best_epoch: int
-    history: list[dict[str, float]]
-    stopped: str  # why training ended
-
-
-class EpochCut(Exception):
-    """An epoch was left after a step; `begun` is what `train_one_epoch` needs to go on from there."""
-
-    def __init__(self, begun: dict[str, Any]) -> None:
-        super().__init__()
-        self.begun = begun
 
 
 def derived_seed(seed: int, epoch: int, purpose: str) -> int:
-    """A seed of its own for each epoch and purpose, so that a run can be resumed at any epoch."""
+    """A different seed for each epoch and purpose, so that a run can be resumed at any epoch."""
     entropy = [seed, epoch, *purpose.encode()]
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
@@ -96,32 +36,6 @@ def derived_seed(seed: int, epoch: int, purpose: str) -> int:
 def generator(seed: int, epoch: int, purpose: str) -> torch.Generator:
     """A CPU generator seeded by `derived_seed`: a GPU run shuffles and augments as a CPU run does."""
     return torch.Generator().manual_seed(derived_seed(seed, epoch, purpose))
-
-
-def _draws_state(draws: torch.Generator, device: torch.device) -> dict[str, torch.Tensor]:
-    """Where the augmentation's generator and those of dropout stand."""
-    state = {"augment": draws.get_state(), "cpu": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-
-
-def _restore_draws(draws: torch.Generator, device: torch.device, state: Mapping[str, torch.Tensor]) -> None:
-    draws.set_state(state["augment"])
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
-
-
-def batches(
-    n_tiles: int, batch_size: int, device: torch.device, shuffle: torch.Generator | None = None
-) -> list[torch.Tensor]:
-    """Cut 0..n_tiles-1 into batches of int64 indices on `device`, each index once, shuffled if asked.
-
-    The fewest batches that `batch_size` allows, equal in size up to one tile: a last batch of a few leftover
-    tiles would spoil BatchNorm's running statistics, and of a single tile could not be trained on at all.
-    """
-    order = torch.randperm(n_tiles, generator=shuffle) if shuffle else torch.arange(n_tiles)
-    n_batches = max(1, min(math.ceil(n_tiles / batch_size), n_tiles // 2))
-    return list(order.to(device).tensor_split(n_batches))
 
 
 def learning_rate_factor(step: int, steps_per_epoch: int, config: TrainingConfig) -> float:
@@ -141,7 +55,7 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The fused optimiser that the configuration names, over every trainable parameter.
 
-    Parameters of one dimension (norm layers' and biases) form a group of their own with `norm_weight_decay`.
+    Parameters of one dimension (of norm layers, and biases) are a separate group with `norm_weight_decay`.
     `lr_factors` multiply the learning rate of the parameters that they name; each factor has its groups.
     """
     norm_decay = config.weight_decay if config.norm_weight_decay is None else config.norm_weight_decay
@@ -161,391 +75,282 @@ def build_optimizer(
     return optimizer
 
 
-def train_one_epoch(
-    model: nn.Module,
-    tiles: Tiles,
-    optimizer: torch.optim.Optimizer,
-    epoch: int,
-    config: TrainingConfig,
-    compute: Compute,
-    average: ExponentialMovingAverage | None = None,
-    interruption: Interruption | None = None,
-    begun: Mapping[str, Any] | None = None,
-) -> float:
-    """One pass over the training tiles; returns the mean loss a tile. `epoch` counts from 1.
+class Trainer:
+    """One network in training, with everything that training changes and that a checkpoint must hold.
 
-    Of each batch a process takes its share, with draws of its own, and gradients are as those of the whole batch.
-
-    The loss stays on the device: it is read once a second, for the progress bar and to stop a run whose
-    loss is no longer finite (Fault), and once at the end. Raises EpochCut after the step in which an
-    `interruption` came; what that holds goes on, as `begun`, as if nothing had been.
+    `model` is the network that steps change. `judged` is the network that is validated and tested: the moving
+    average (EMA) of `model` where the configuration asks for one, else `model` itself. `history` has one row for
+    each finished epoch, with the columns of history.csv.
     """
-    model.train()
-    augment = build_augmentation(config.augmentation)
-    own = f"-{distributed.rank()}" if distributed.rank() else ""
-    draws = generator(config.seed, epoch, f"augment{own}")
-    torch.manual_seed(derived_seed(config.seed, epoch, f"dropout{own}"))
-    shuffle = generator(config.seed, epoch, "shuffle")
-    parts = batches(len(tiles), config.batch_size, tiles.index_device, shuffle)
-    total = torch.zeros((), device=compute.device)
-    done = 0
-    if begun:
-        done, total = begun["steps"], begun["total"].to(compute.device)
-        _restore_draws(draws, compute.device, begun["draws"])
-    seen = sum(map(len, parts[:done]))
-    looked = time.monotonic()
-    with _bar(f"epoch {epoch}/{config.n_epochs}", len(tiles)) as bar:
-        bar.update(seen)
-        first = (epoch - 1) * len(parts)
-        for step, part in enumerate(parts[done:], start=first + done):
-            for group in optimizer.param_groups:
-                peak = config.lr * group.get("lr_factor", 1.0)
-                group["lr"] = peak * learning_rate_factor(step, len(parts), config)
-            shared = distributed.share(part)
-            inputs, targets = _inputs(tiles, shared, augment, draws)
-            mixed = mix(inputs, draws, config.mixup_alpha, config.cutmix_alpha)
-            with compute.autocast():
-                loss = _loss(model(mixed.inputs), targets, mixed, config.label_smoothing)
-            optimizer.zero_grad(set_to_none=True)
-            # The mean over processes that follows is the batch's only if every tile weighs the same.
-            weight = len(shared) * distributed.world_size() / len(part)
-            (loss * weight if weight != 1 else loss).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            if average:
-                average.update(model, step)
-            total += loss.detach() * len(shared)
-            seen += len(shared)
-            bar.update(len(part))
-            if time.monotonic() - looked > 1:
-                bar.set_postfix(loss=f"{_finite(total, epoch) / seen:.3f}")
-                looked = time.monotonic()
-            if interruption and interruption.came and distributed.world_size() == 1:
-                _finite(total, epoch)
-                state = _draws_state(draws, compute.device)
-                raise EpochCut({"steps": step + 1 - first, "total": total.cpu(), "draws": state})
-        return _finite(distributed.total(total), epoch) / len(tiles)
 
+    def __init__(
+        self,
+        model: nn.Module,
+        splits: Splits,
+        config: TrainingConfig,
+        compute: Compute,
+        run: Run,
+        *,
+        lr_factors: Mapping[str, float] | None = None,
+        before_epoch: Callable[[nn.Module, int], None] | None = None,
+    ) -> None:
+        """Move the model to the device, build its optimiser, and load the run's last checkpoint if there is one.
 
-@torch.no_grad()
-def evaluate(model: nn.Module, tiles: Tiles, compute: Compute, tta: bool = False) -> Evaluation:
-    """The logits of every tile, in order, from the model in eval mode; Fault where they are not finite.
+        `lr_factors` are those of `build_optimizer`. `before_epoch` is called with the network, and again with its
+        average, and the number of the epoch that is about to start. Raises Fault where there are checkpoints and
+        none can be read, UsageError where they are of another configuration.
+        """
+        self.splits, self.config, self.compute, self.run = splits, config, compute, run
+        model.to(compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = distributed.synchronised(model, compute.device)
+        self.optimizer = build_optimizer(self.model, config, lr_factors)
+        self.steps_per_epoch = len(self.batches())
+        n_steps, decay = config.n_epochs * self.steps_per_epoch, config.ema_decay
+        self.average = ExponentialMovingAverage(self.model, decay, n_steps) if decay else None
+        self.judged = self.average.model if self.average else self.model
+        self.before_epoch = before_epoch
+        self.interruption = Interruption()
+        self.history: list[dict[str, float]] = []
+        self.begun: Mapping[str, Any] | None = None  # what `epoch_state` gave where training was stopped
+        self.restore()
+        self.parallel = distributed.parallel(self.model, changing=before_epoch is not None)
 
-    With `tta` the logits are the logarithm of the mean probability over the tile's 8 dihedral views. Processes
-    share the tiles, and each gets all logits.
-    """
-    model.eval()
-    logits, targets = [], []
-    own = distributed.share(torch.arange(len(tiles), device=tiles.index_device))
-    with _bar("evaluate", len(own)) as bar:
-        for number in batches(len(own), EVALUATION_BATCH, tiles.index_device):
-            part = own[number]
-            with compute.autocast():
-                if tta:
-                    inputs, labels = _views(tiles, part)
-                    views = [model(view).float().log_softmax(1) for view in inputs]
-                    logits.append(torch.stack(views).logsumexp(0) - math.log(len(views)))
-                else:
-                    images, labels = _inputs(tiles, part)
-                    logits.append(model(images).float())
-            targets.append(labels)
-            bar.update(len(part))
-    scores = distributed.gathered(torch.cat(logits), len(tiles))
-    if not scores.isfinite().all():
-        raise Fault("the network's outputs are no longer finite; lower --lr")
-    labels = distributed.gathered(torch.cat(targets), len(tiles))
-    return Evaluation(scores.cpu().numpy(), labels.cpu().numpy())
+    @property
+    def stopped(self) -> str:
+        """Why training ended, or an empty string where it is not over."""
+        return reason_to_stop(self.history, self.config)
 
+    @property
+    def best_epoch(self) -> int:
+        """The number of the best epoch so far."""
+        return best_epoch(self.history, self.config.select_on)
 
-def fit(
-    model: nn.Module,
-    dataset: Dataset,
-    config: TrainingConfig,
-    compute: Compute,
-    run: Run,
-    *,
-    train: Tiles | None = None,
-    val: Tiles | None = None,
-    lr_factors: Mapping[str, float] | None = None,
-    before_epoch: Callable[[nn.Module, int], None] | None = None,
-) -> Fitted:
-    """Train for the configured epochs, or on from the run's last checkpoint, and keep the best weights.
+    def fit(self) -> None:
+        """Train until there is a reason to stop; the best weights are then in best.pt.
 
-    After each epoch best.pt (if the epoch is the best so far), last.pt and history.csv are written whole, so
-    that a kill loses at most the epoch in progress; the last.pt before stays as previous.pt, in case. Ctrl-C and
-    SIGTERM lose nothing: after the step in progress last.pt is written, and Stopped raised. `train` and `val`
-    stand in for the data set's tiles. `before_epoch` gets the network, and its EMA, with the number of the epoch
-    about to start. Raises Fault where the loss is no longer finite, or no checkpoint can be read.
-    """
-    model.to(compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    model = distributed.synchronised(model, compute.device)
-    train = train or DeviceTiles(dataset.train, compute.device)
-    val = val or DeviceTiles(dataset.val, compute.device)
-    optimizer = build_optimizer(model, config, lr_factors)
-    average = None
-    if config.ema_decay:
-        steps = config.n_epochs * len(batches(len(train), config.batch_size, train.index_device))
-        average = ExponentialMovingAverage(model, config.ema_decay, steps)
-    judged = average.model if average else model
-    last_path, previous_path = run.resumable
-    best_path = run.checkpoints / "best.pt"
-    history, begun = _restore(run, config, model, judged, optimizer)
-    trained = distributed.parallel(model, changing=before_epoch is not None)
+        After each epoch best.pt (if this epoch is the best so far), last.pt and history.csv are written whole: a
+        kill loses the epoch in progress and no more. The former last.pt stays as previous.pt, in case last.pt is
+        damaged. Ctrl-C and SIGTERM lose nothing: the step in progress ends, last.pt is written, and Stopped is
+        raised. Raises Fault where the loss or the network's outputs are not finite.
+        """
+        with self.interruption:
+            while not self.stopped:
+                epoch = len(self.history) + 1
+                self.history.append(self.train_and_validate(epoch))
+                if self.best_epoch == epoch:
+                    self.save_best()
+                self.save_last()
+                self.run.log_epoch(self.history)
+                if distributed.any_of_all(self.interruption.came is not None, self.compute.device):
+                    raise self.interruption.stopped(f"run {self.run.run_id} is saved after epoch {epoch}")
+        print(f"training ended: {self.stopped}; best epoch {self.best_epoch} by {self.config.select_on}")
 
-    def save(begun: Mapping[str, Any] | None = None) -> None:
+    def train_and_validate(self, epoch: int) -> dict[str, float]:
+        """Train one epoch and validate; returns the epoch's row of the history. Raises what `fit` does."""
+        started = time.perf_counter()
+        if self.before_epoch:
+            for network in {self.model, self.judged}:
+                self.before_epoch(network, epoch)
+        loss = self.train_epoch(epoch)
+        seconds = time.perf_counter() - started
+        distributed.same_buffers(self.model)
+        if self.average or self.config.reestimate_batchnorm:
+            reestimate_batchnorm(self.judged, self.clean_inputs())
+        return {
+            "epoch": epoch,
+            "train/loss": loss,
+            **evaluate(self.judged, self.splits.val, self.compute).summary("validate"),
+            "lr": max(group["lr"] for group in self.optimizer.param_groups),
+            "tiles_per_second": len(self.splits.train) / seconds,
+            "seconds": time.perf_counter() - started,
+        }
+
+    def train_epoch(self, epoch: int) -> float:
+        """Pass once over the training tiles; returns the mean loss of a tile. `epoch` counts from 1.
+
+        An epoch that was stopped is continued after its last step. Several processes each take a share of every
+        batch and draw different random numbers; the gradients are those of the whole batch.
+
+        The loss is read once a second and at the end, because a GPU waits while a value is read. Raises Fault
+        where the loss is not finite. Raises Stopped, with last.pt written, after a step in which Ctrl-C or
+        SIGTERM came.
+        """
+        config, tiles = self.config, self.splits.train
+        self.parallel.train()
+        process = f"-{distributed.rank()}" if distributed.rank() else ""
+        draws = generator(config.seed, epoch, f"augment{process}")
+        torch.manual_seed(derived_seed(config.seed, epoch, f"dropout{process}"))
+        order = self.batches(generator(config.seed, epoch, "shuffle"))
+        done, total = self.continue_epoch(draws)
+        seen = sum(map(len, order[:done]))
+        read = time.monotonic()
+        with progress_bar(f"epoch {epoch}/{config.n_epochs}", len(tiles), seen) as bar:
+            for number, batch in enumerate(order[done:], start=done + 1):
+                step = (epoch - 1) * self.steps_per_epoch + number - 1
+                self.set_learning_rate(step)
+                share = distributed.share(batch)
+                inputs, labels = tiles.inputs(share, draws)
+                mixed = mix(inputs, draws, config.mixup_alpha, config.cutmix_alpha)
+                with self.compute.autocast():
+                    loss = cross_entropy(self.parallel(mixed.inputs), labels, mixed, config.label_smoothing)
+                self.optimizer.zero_grad(set_to_none=True)
+                distributed.weighted(loss, share, batch).backward()  # type: ignore[no-untyped-call]
+                self.optimizer.step()
+                if self.average:
+                    self.average.update(self.model, step)
+                total += loss.detach() * len(share)
+                seen += len(share)
+                bar.update(len(batch))
+                if time.monotonic() - read > 1:
+                    bar.set_postfix(loss=f"{read_loss(total, epoch) / seen:.3f}")
+                    read = time.monotonic()
+                if self.interruption.came and distributed.world_size() == 1:
+                    read_loss(total, epoch)
+                    self.save_last(self.epoch_state(number, total, draws))
+                    where = f"after epoch {epoch - 1} and {number} steps"
+                    raise self.interruption.stopped(f"run {self.run.run_id} is saved {where}")
+        return read_loss(distributed.total(total), epoch) / len(tiles)
+
+    def test(self) -> dict[str, Any]:
+        """Score the test tiles with the last weights and with the best ones, and write scores.npz.
+
+        To be called once, after `fit`. The best weights also score the validation tiles, plain and under each
+        shift of common/shift.py. `judged` then has the best weights. Returns the content of summary.json, without
+        the facts that `Run` adds. Raises Fault where best.pt cannot be read, or an output is not finite.
+        """
+        started = time.perf_counter()
+        dataset, device, test = self.run.dataset, self.compute.device, self.splits.test()
+        score = partial(evaluate, self.judged, compute=self.compute)
+        scores = {"last": score(test)}
+        self.judged.load_state_dict(checkpoint.load(self.run.checkpoints / "best.pt")["state_dict"])
+        scores["best"] = score(test)
+        if self.config.tta:
+            scores["tta"] = score(test, tta=True)
+        validation = score(self.splits.val)
+        foreign = {name: score(DeviceTiles(split, device)) for name, split in shifted(dataset.val)}
+        self.run.save_scores(
+            **{f"{name}_logits": evaluation.logits for name, evaluation in scores.items()},
+            targets=scores["best"].targets,
+            validate_logits=validation.logits,
+            validate_targets=validation.targets,
+            **{f"shifted_{name}": one.logits.argmax(1).astype(np.uint8) for name, one in foreign.items()},
+        )
+        epochs = {"best": self.best_epoch, "tta": self.best_epoch, "last": len(self.history)}
+        described = {
+            name: {"epoch": epochs[name], **evaluation.described(dataset.class_names)}
+            for name, evaluation in scores.items()
+        }
+        shifted_acc = {name: metrics.accuracy(one.probabilities, one.targets) for name, one in foreign.items()}
+        return {
+            "test/auc": described["best"]["auc"]["value"],
+            "test/acc": described["best"]["acc"]["value"],
+            **described,
+            "validate": self.history[self.best_epoch - 1],
+            "validate/shifted_acc": fmean(shifted_acc.values()),
+            "shifted": shifted_acc,
+            "select_on": self.config.select_on,
+            "stopped": self.stopped,
+            "wall_seconds": sum(row["seconds"] for row in self.history) + time.perf_counter() - started,
+        }
+
+    def batches(self, shuffle: torch.Generator | None = None) -> list[torch.Tensor]:
+        """The indices of the training tiles, batch by batch; see `common.data.batches`."""
+        tiles = self.splits.train
+        return batches(len(tiles), self.config.batch_size, tiles.index_device, shuffle)
+
+    def set_learning_rate(self, step: int) -> None:
+        """Set the learning rate of every group to that of `step`, which counts from 0 over the whole run."""
+        factor = learning_rate_factor(step, self.steps_per_epoch, self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * group.get("lr_factor", 1.0) * factor
+
+    def clean_inputs(self) -> Iterator[torch.Tensor]:
+        """Tiles to measure BatchNorm's statistics on: random training tiles, the same each time, not augmented."""
+        tiles = self.splits.train
+        order = torch.randperm(len(tiles), generator=generator(self.config.seed, 0, "batchnorm"))[:BATCHNORM_TILES]
+        for batch in torch.split(order, EVALUATION_BATCH):
+            inputs, _ = tiles.inputs(batch.to(tiles.index_device))
+            yield inputs
+
+    def save_best(self) -> None:
+        """Write best.pt: the judged weights, and what a reader must know to use them."""
+        if not distributed.is_first():
+            return
+        dataset = self.run.dataset
+        content = {
+            "state_dict": self.judged.state_dict(),
+            "epoch": len(self.history),
+            "model_name": self.config.model_name,
+            "class_names": list(dataset.class_names),
+            "dataset": dataset.title,
+            "size": dataset.size,
+            "config": self.config.as_dict(),
+        }
+        checkpoint.save(self.run.checkpoints / "best.pt", content)
+
+    def save_last(self, begun: Mapping[str, Any] | None = None) -> None:
+        """Write last.pt, from which training can go on; `begun` is the `epoch_state` of an epoch in progress."""
         if not distributed.is_first():
             return
         content = {
-            "state_dict": model.state_dict(),
-            "judged_state_dict": judged.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "history": history,
+            "state_dict": self.model.state_dict(),
+            "judged_state_dict": self.judged.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "history": self.history,
             "begun": begun,
-            "config": config.as_dict(),
+            "config": self.config.as_dict(),
         }
-        checkpoint.save(last_path, content, previous_path)
+        last, previous = self.run.resumable
+        checkpoint.save(last, content, previous)
 
-    with Interruption() as interruption:
-        while not (stopped := reason_to_stop(history, config)):
-            started = time.perf_counter()
-            epoch = len(history) + 1
-            if before_epoch:
-                for network in {model, judged}:
-                    before_epoch(network, epoch)
-            try:
-                loss = train_one_epoch(
-                    trained, train, optimizer, epoch, config, compute, average, interruption, begun
-                )
-            except EpochCut as cut:
-                save(cut.begun)
-                done = f"after epoch {len(history)} and {cut.begun['steps']} steps"
-                raise interruption.stopped(f"run {run.run_id} is saved {done}") from None
-            begun = None
-            seconds = time.perf_counter() - started
-            distributed.same_buffers(model)
-            if average or config.reestimate_batchnorm:
-                reestimate_batchnorm(judged, _clean_inputs(train, config.seed))
-            row = {
-                "epoch": epoch,
-                "train/loss": loss,
-                **evaluate(judged, val, compute).summary("validate"),
-                "lr": max(group["lr"] for group in optimizer.param_groups),
-                "tiles_per_second": len(train) / seconds,
-                "seconds": time.perf_counter() - started,
-            }
-            history.append({column: row[column] for column in HISTORY_COLUMNS})
-            if best_epoch(history, config.select_on) == epoch and distributed.is_first():
-                checkpoint.save(best_path, _best_content(judged, dataset, config, epoch))
-            save()
-            run.log_epoch(history)
-            if distributed.any_of_all(interruption.came is not None, compute.device):
-                raise interruption.stopped(f"run {run.run_id} is saved after epoch {epoch}")
-    best = best_epoch(history, config.select_on)
-    print(f"training ended: {stopped}; best epoch {best} by {config.select_on}")
-    best_weights = checkpoint.load(best_path)["state_dict"]
-    return Fitted(best_weights, checkpoint.copy_weights(judged), best, history, stopped)
+    def restore(self) -> None:
+        """Load the run's last checkpoint, if there is one; raises what the constructor does."""
+        saved = checkpoint.load_newest(*self.run.resumable)
+        if saved is None:
+            return
+        try:
+            self.run.check_same(self.config, saved["config"])
+            self.model.load_state_dict(saved["state_dict"])
+            self.judged.load_state_dict(saved["judged_state_dict"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.history, self.begun = saved["history"], saved["begun"]
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise Fault(
+                f"{self.run.resumable[0]}: not a checkpoint that a run can go on from ({first_line(error)}); "
+                "train anew under another --run_id"
+            ) from error
+        steps = f" and {self.begun['steps']} steps" if self.begun else ""
+        print(f"continuing run {self.run.run_id} after epoch {len(self.history)}{steps}")
+        if self.history:
+            self.run.write_history(self.history)  # a kill may have come after last.pt and before history.csv
 
+    def epoch_state(self, steps: int, total: torch.Tensor, draws: torch.Generator) -> dict[str, Any]:
+        """An epoch in progress: its finished steps, the sum of its losses, and the state of every generator."""
+        states = {"augment": draws.get_state(), "cpu": torch.get_rng_state()}
+        if self.compute.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.compute.device)
+        return {"steps": steps, "total": total.cpu(), "draws": states}
 
-def _restore(
-    run: Run, config: TrainingConfig, model: nn.Module, judged: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[list[dict[str, float]], Mapping[str, Any] | None]:
-    """Put the run's last checkpoint, if it has one, into place; its history, and the epoch that it has begun."""
-    saved = checkpoint.load_newest(*run.resumable)
-    if saved is None:
-        return [], None
-    try:
-        run.check_same(config, saved["config"])
-        model.load_state_dict(saved["state_dict"])
-        judged.load_state_dict(saved["judged_state_dict"])
-        optimizer.load_state_dict(saved["optimizer"])
-        history, begun = saved["history"], saved["begun"]
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise Fault(
-            f"{run.resumable[0]}: not a checkpoint that a run can go on from ({first_line(error)}); train anew "
-            "under another --run_id"
-        ) from error
-    print(
-        f"continuing run {run.run_id} after epoch {len(history)}"
-        + (f" and {begun['steps']} steps" if begun else "")
-    )
-    if history:
-        run.write_history(history)  # the kill may have come between last.pt and it
-    return history, begun
+    def continue_epoch(self, draws: torch.Generator) -> tuple[int, torch.Tensor]:
+        """The finished steps and the sum of losses () of the epoch that was stopped, or two zeros.
+
+        `draws` and PyTorch's generators are set to where that epoch left them.
+        """
+        begun, self.begun = self.begun, None
+        if begun is None:
+            return 0, torch.zeros((), device=self.compute.device)
+        draws.set_state(begun["draws"]["augment"])
+        torch.set_rng_state(begun["draws"]["cpu"])
+        if "cuda" in begun["draws"]:
+            torch.cuda.set_rng_state(begun["draws"]["cuda"], self.compute.device)
+        return begun["steps"], begun["total"].to(self.compute.device)
 
 
-def best_epoch(history: list[dict[str, float]], select_on: str) -> int:
-    """The number of the epoch with the least error by `select_on`, the first of equals; or the last epoch."""
-    if select_on == "last":
-        return len(history)
-    errors = [_error(row, select_on) for row in history]
-    return errors.index(min(errors)) + 1
-
-
-def reason_to_stop(history: list[dict[str, float]], config: TrainingConfig) -> str:
-    """Why training is over, or an empty string while it goes on.
-
-    Early stopping counts the epochs since the error last fell by the fraction `early_stopping_delta`. It is a
-    fraction because ACC saturates: from .98 on, no epoch gains .01 twice. Epochs of the warm-up do not count.
-    With `select_on=last` the validation loss is watched.
-    """
-    if len(history) >= config.n_epochs:
-        return f"all {config.n_epochs} epochs done"
-    if config.early_stopping_patience is None:
-        return ""
-    metric = "validate/loss" if config.select_on == "last" else config.select_on
-    reference, reference_epoch = math.inf, config.lr_warmup_epochs
-    for epoch, row in enumerate(history, start=1):
-        error = _error(row, metric)
-        if error < reference * (1 - config.early_stopping_delta):
-            reference, reference_epoch = error, max(epoch, config.lr_warmup_epochs)
-    if len(history) - reference_epoch < config.early_stopping_patience:
-        return ""
-    return (
-        f"early stopping after epoch {len(history)}: none since epoch {reference_epoch} cut the error by "
-        f"{metric} by {config.early_stopping_delta:.0%}"
-    )
-
-
-def score_test_split(
-    model: nn.Module,
-    fitted: Fitted,
-    dataset: Dataset,
-    config: TrainingConfig,
-    compute: Compute,
-    run: Run,
-    *,
-    val: Tiles | None = None,
-    test: Tiles | None = None,
-) -> dict[str, Any]:
-    """Score the test tiles once, with the best weights and with the last ones; write scores.npz.
-
-    The best weights are also scored on the validation tiles, plain and under each shift of common/shift.py.
-
-    Returns the content of summary.json but for the run's own facts. The model is left with its best weights.
-    `val` and `test` stand in for the data set's tiles.
-    """
-    started = time.perf_counter()
-    test = test or DeviceTiles(dataset.test, compute.device)
-    val = val or DeviceTiles(dataset.val, compute.device)
-    scores: dict[str, Evaluation] = {}
-    model.load_state_dict(fitted.last)
-    scores["last"] = evaluate(model, test, compute)
-    model.load_state_dict(fitted.best)
-    scores["best"] = evaluate(model, test, compute)
-    if config.tta:
-        scores["tta"] = evaluate(model, test, compute, tta=True)
-    validation = evaluate(model, val, compute)
-    foreign = {
-        name: evaluate(model, DeviceTiles(split, compute.device), compute) for name, split in shifted(dataset.val)
-    }
-    run.save_scores(
-        **{f"{name}_logits": evaluation.logits for name, evaluation in scores.items()},
-        targets=scores["best"].targets,
-        validate_logits=validation.logits,
-        validate_targets=validation.targets,
-        **{
-            f"shifted_{name}": evaluation.logits.argmax(1).astype(np.uint8) for name, evaluation in foreign.items()
-        },
-    )
-    shifted_acc = {
-        name: metrics.accuracy(evaluation.probabilities, evaluation.targets)
-        for name, evaluation in foreign.items()
-    }
-    described = {name: _described(evaluation, dataset.class_names) for name, evaluation in scores.items()}
-    epochs = {"best": fitted.best_epoch, "tta": fitted.best_epoch, "last": len(fitted.history)}
-    return {
-        "test/auc": described["best"]["auc"]["value"],
-        "test/acc": described["best"]["acc"]["value"],
-        **{name: {"epoch": epochs[name], **described[name]} for name in described},
-        "validate": fitted.history[fitted.best_epoch - 1],
-        "validate/shifted_acc": fmean(shifted_acc.values()),
-        "shifted": shifted_acc,
-        "select_on": config.select_on,
-        "stopped": fitted.stopped,
-        "wall_seconds": sum(row["seconds"] for row in fitted.history) + time.perf_counter() - started,
-    }
-
-
-def _described(scores: Evaluation, class_names: tuple[str, ...]) -> dict[str, Any]:
-    probabilities, targets = scores.probabilities, scores.targets
-    per_class = metrics.auc_per_class(probabilities, targets)
-    return {
-        "n": len(targets),
-        "auc": vars(metrics.auc_estimate(probabilities, targets)),
-        "acc": vars(metrics.accuracy_estimate(probabilities, targets)),
-        "expected_calibration_error": metrics.expected_calibration_error(probabilities, targets),
-        "auc_per_class": {
-            name: None if math.isnan(value) else value
-            for name, value in zip(class_names, per_class.tolist(), strict=True)
-        },
-        "confusion_matrix": metrics.confusion_matrix(probabilities, targets).tolist(),
-    }
-
-
-def _error(row: dict[str, float], metric: str) -> float:
-    """What selection minimises: the loss, or what AUC or ACC lack to 1; NaN counts as worst."""
-    error = row[metric] if metric == "validate/loss" else 1 - row[metric]
-    return math.inf if math.isnan(error) else error
-
-
-def _best_content(model: nn.Module, dataset: Dataset, config: TrainingConfig, epoch: int) -> dict[str, Any]:
-    return {
-        "state_dict": model.state_dict(),
-        "epoch": epoch,
-        "model_name": config.model_name,
-        "class_names": list(dataset.class_names),
-        "dataset": dataset.title,
-        "size": dataset.size,
-        "config": config.as_dict(),
-    }
-
-
-def _inputs(
-    tiles: Tiles, part: torch.Tensor, augment: Augmentation | None = None, draws: torch.Generator | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the network takes in the place of these tiles, augmented if asked, and their labels."""
-    if isinstance(tiles, CachedFeatures):
-        return tiles.batch(part, draws)
-    images, targets = tiles.batch(part)
-    if augment and draws:
-        images = augment(images, draws)
-    return normalise(images), targets
-
-
-def _views(tiles: Tiles, part: torch.Tensor) -> tuple[torch.Tensor | Iterator[torch.Tensor], torch.Tensor]:
-    """The 8 dihedral views of these tiles as the network takes them, one after the other, and their labels."""
-    if isinstance(tiles, CachedFeatures):
-        return tiles.views(part)
-    images, targets = tiles.batch(part)
-    return map(normalise, dihedral_views(images)), targets
-
-
-def _clean_inputs(tiles: Tiles, seed: int) -> Iterator[torch.Tensor]:
-    """The same random training tiles each time, not augmented, as BatchNorm re-estimation takes them."""
-    order = torch.randperm(len(tiles), generator=generator(seed, 0, "batchnorm"))[:BATCHNORM_TILES]
-    for part in torch.split(order, EVALUATION_BATCH):
-        inputs, _ = _inputs(tiles, part.to(tiles.index_device))
-        yield inputs
-
-
-def _loss(logits: torch.Tensor, targets: torch.Tensor, mixed: Mixed, label_smoothing: float) -> torch.Tensor:
-    """Mean cross-entropy, each tile's own label and its partner's weighted by their shares."""
-    if mixed.partners is None:
-        return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
-    own, partners = (
-        F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="none")
-        for labels in (targets, targets[mixed.partners])
-    )
-    return (mixed.shares * own + (1 - mixed.shares) * partners).mean()
-
-
-def _finite(total: torch.Tensor, epoch: int) -> float:
+def read_loss(total: torch.Tensor, epoch: int) -> float:
+    """An epoch's sum of losses () as a number; raises Fault where it is not finite."""
     loss = float(total)
     if not math.isfinite(loss):
         raise Fault(
             f"the loss became {loss} in epoch {epoch}; lower --lr. last.pt keeps the epoch before it, if any"
         )
     return loss
-
-
-def _bar(description: str, n_tiles: int) -> Any:
-    return tqdm(total=n_tiles, desc=description, unit=" tiles", leave=False, disable=None, dynamic_ncols=True)

@@ -1,14 +1,24 @@
 """Shared by the tests: nothing leaves the temporary folders, nothing asks the network."""
 
+import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from common.data import Dataset, Split
+from common.compute import Compute
+from common.config import TrainingConfig
+from common.data import Dataset, Split, Tiles
+from common.models import build_model
+from common.tracking import Run
+from common.training import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
+CPU = Compute(torch.device("cpu"), torch.float32)
+MODEL = "mobilenet_v3_small"  # small and quick; has BatchNorm and dropout
+SMALL_RUN: dict[str, Any] = {"dataset": "phantom", "size": 28, "n_epochs": 3, "batch_size": 32, "run_id": "r"}
 
 
 @pytest.fixture(autouse=True)
@@ -55,3 +65,25 @@ def tiny() -> Dataset:
         test=coloured_tiles(63, 28, 3),
         fingerprint="tiny",
     )
+
+
+def trainer_of(
+    dataset: Dataset,
+    folder: Path,
+    model: torch.nn.Module | None = None,
+    *,
+    train: Tiles | None = None,
+    compute: Compute = CPU,
+    lr_factors: dict[str, float] | None = None,
+    **keys: Any,
+) -> Trainer:
+    """The trainer of a small network, or of `model`, on the data set, or on the training tiles `train`."""
+    config = TrainingConfig(**{**SMALL_RUN, "model_name": MODEL, "output_dir": folder, **keys})
+    if model is None:
+        torch.manual_seed(config.seed)
+        model = build_model(config.model_name, 9, 28)
+    splits = dataset.on(compute.device, config.augmentation)
+    if train is not None:
+        splits = dataclasses.replace(splits, train=train)
+    run = Run("task1", config, dataset, compute.name)
+    return Trainer(model, splits, config, compute, run, lr_factors=lr_factors)

@@ -60,6 +60,8 @@ def end(pid: int, within: float | None = None, send: int = signal.SIGKILL) -> in
 
 
 def without_timings(content: Any) -> Any:
+    if isinstance(content, list):
+        return [without_timings(value) for value in content]
     if isinstance(content, dict):
         return {name: without_timings(value) for name, value in content.items() if name not in TIMINGS}
     return content
@@ -72,7 +74,7 @@ def records(folder: Path) -> dict[str, Any]:
         name = str(path.relative_to(folder))
         if path.suffix == ".csv":
             with open(path, newline="") as file:
-                found[name] = [without_timings(row) for row in csv.DictReader(file)]
+                found[name] = without_timings(list(csv.DictReader(file)))
         elif path.name == "summary.json":
             found[name] = without_timings(json.loads(path.read_text()))
         elif path.suffix == ".npz":

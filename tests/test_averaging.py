@@ -2,38 +2,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import trainer_of
 from torch import nn
 
 from common.averaging import ExponentialMovingAverage, reestimate_batchnorm
-from common.compute import Compute
-from common.config import TrainingConfig
-from common.data import Dataset
-from common.models import build_model, normalise
-from common.tracking import Run
-from common.training import fit
-
-CPU = Compute(torch.device("cpu"), torch.float32)
+from common.data import Dataset, normalise
+from common.models import build_model
 
 
 def test_a_20_step_mobilenet_looks_random_unless_batchnorm_is_reestimated(tiny: Dataset, tmp_path: Path) -> None:
     """MobileNetV3's BatchNorm momentum of 0.01 leaves 82 % of the initial statistics after 20 steps."""
     accuracies = {}
+    keys = {"model_name": "mobilenet_v3_large", "n_epochs": 4, "batch_size": 26, "lr": 2e-3}  # 5 steps an epoch
     for reestimate in (False, True):
-        config = TrainingConfig(
-            model_name="mobilenet_v3_large",
-            dataset="phantom",
-            size=28,
-            n_epochs=4,
-            batch_size=26,  # 130 tiles: 5 steps an epoch
-            lr=2e-3,
-            reestimate_batchnorm=reestimate,
-            output_dir=tmp_path,
-            run_id=str(reestimate),
-        )
-        torch.manual_seed(0)
-        model = build_model(config.model_name, 9, 28)
-        fitted = fit(model, tiny, config, CPU, Run("task1", config, tiny, CPU.name))
-        accuracies[reestimate] = fitted.history[-1]["validate/acc"]
+        trainer = trainer_of(tiny, tmp_path / str(reestimate), reestimate_batchnorm=reestimate, **keys)
+        trainer.fit()
+        accuracies[reestimate] = trainer.history[-1]["validate/acc"]
     assert accuracies[False] < 0.25  # chance is 0.11
     assert accuracies[True] > 0.4
 
@@ -89,26 +73,18 @@ def test_early_steps_follow_fast() -> None:
 
 
 def test_the_judged_weights_are_the_averages(tiny: Dataset, tmp_path: Path) -> None:
-    config = TrainingConfig(
-        model_name="shufflenet_v2_x0_5",
-        size=28,
-        n_epochs=2,
-        batch_size=32,
-        ema_decay=0.999,
-        output_dir=tmp_path,
-        run_id="r",
-    )
-    model = build_model(config.model_name, 9, 28)
+    model = build_model("shufflenet_v2_x0_5", 9, 28)
     initial = model.state_dict()["fc.weight"].clone()
-    fitted = fit(model, tiny, config, CPU, Run("task1", config, tiny, CPU.name))
-    trained = model.state_dict()["fc.weight"]
-    # It has left where the weights began, and is not where they are.
-    moved, averaged = (trained - initial).norm(), (fitted.last["fc.weight"] - initial).norm()
+    trainer = trainer_of(tiny, tmp_path, model, model_name="shufflenet_v2_x0_5", n_epochs=2, ema_decay=0.999)
+    trainer.fit()
+    trained, last = model.state_dict()["fc.weight"], trainer.judged.state_dict()
+    # The average has left where the weights began, and is not where they are.
+    moved, averaged = (trained - initial).norm(), (last["fc.weight"] - initial).norm()
     assert averaged > 0.5 * moved
-    assert not torch.equal(fitted.last["fc.weight"], trained)
-    judged = build_model(config.model_name, 9, 28).eval()
-    judged.load_state_dict(fitted.last)
+    assert not torch.equal(last["fc.weight"], trained)
+    judged = build_model("shufflenet_v2_x0_5", 9, 28).eval()
+    judged.load_state_dict(last)
     with torch.no_grad():
         logits = judged(normalise(tiny.val.images))
     loss = nn.functional.cross_entropy(logits, tiny.val.labels).item()
-    assert fitted.history[-1]["validate/loss"] == pytest.approx(loss, rel=1e-3)
+    assert trainer.history[-1]["validate/loss"] == pytest.approx(loss, rel=1e-3)

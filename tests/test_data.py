@@ -59,8 +59,8 @@ def test_names_and_addresses_are_medmnists() -> None:
     assert info["n_samples"] == data.OFFICIAL_COUNTS
     for size, suffix in ((28, ""), (64, "_64"), (128, "_128"), (224, "_224")):
         assert data._official_address(size) == (info[f"url{suffix}"], info[f"MD5{suffix}"])
-        assert data._official_name(size) == f"pathmnist{suffix}.npz"
-        assert f"/{data._official_name(size)}?" in info[f"url{suffix}"]
+        assert data.official_name(size) == f"pathmnist{suffix}.npz"
+        assert f"/{data.official_name(size)}?" in info[f"url{suffix}"]
 
 
 def test_a_file_of_the_official_layout_and_counts_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,19 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import CPU, ROOT
 from processes import assert_same
 
 import task1
 from common import checkpoint
-from common.compute import Compute
 from common.config import run_script
 from common.data import DeviceTiles, load_dataset
+from common.evaluation import evaluate
 from common.models import build_model
 from common.records import read_history
-from common.training import evaluate
 
-CPU = Compute(torch.device("cpu"), torch.float32)
 DATA = ("--dataset=phantom", "--size=64", "--train_tiles=91", "--device=cpu", "--wandb=disabled", "--run_id=r")
 # Without BatchNorm, which normalises each process's share by itself on a CPU, and, below, without dropout.
 SQUEEZENET = ("--model_name=squeezenet1_1", "--n_epochs=3", "--batch_size=30", "--lr=0.0003")
@@ -30,18 +28,18 @@ import os, sys
 sys.path.insert(0, os.getcwd())
 import torch
 import task1
-from common import training
 from common.config import run_script
+from common.training import Trainer
 
 torch.nn.functional.dropout = lambda inputs, *_: inputs
-epoch_of = training.train_one_epoch
+epoch_of = Trainer.train_epoch
 
-def dying(*arguments):
-    if arguments[3] == 2 and os.environ["RANK"] == "1" and "DIE" in os.environ:
+def dying(trainer, epoch):
+    if epoch == 2 and os.environ["RANK"] == "1" and "DIE" in os.environ:
         os._exit(9)
-    return epoch_of(*arguments)
+    return epoch_of(trainer, epoch)
 
-training.train_one_epoch = dying
+Trainer.train_epoch = dying
 run_script(task1.main, task1.Task1Config)
 """
 

@@ -1,4 +1,4 @@
-"""Runs that are killed at any moment end as if they had never been: bit for bit, on a CPU."""
+"""A run that is killed at any moment and goes on ends as an undisturbed run does: bit for bit, on a CPU."""
 
 import os
 import random
@@ -23,7 +23,7 @@ from study import sweep
 
 KILLS = 20  # of every script, in one test
 DATA = ("--dataset=phantom", "--size=28", "--train_tiles=90", "--wandb=disabled", "--run_id=r")
-# Small, and with everything that has a state of its own: EMA, dropout, augmentation, a mixing partner.
+# Small, and with everything that keeps a state or draws: EMA, dropout, augmentation, a mixing partner.
 EVERYTHING = ("--augmentation=ta_wide,stain", "--ema_decay=0.9", "--mixup_alpha=0.4", "--tta")
 SMALL = ("--model_name=shufflenet_v2_x0_5", "--n_epochs=5", "--batch_size=45")
 SCRIPTS: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
@@ -192,15 +192,15 @@ def test_a_torn_checkpoint_falls_back_to_the_one_before(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    original = training.train_one_epoch
+    original = training.Trainer.train_epoch
 
-    def stopped(*arguments: Any) -> float:
-        if arguments[3] == 4:
+    def stopped(trainer: training.Trainer, epoch: int) -> float:
+        if epoch == 4:
             raise KeyboardInterrupt
-        return original(*arguments)
+        return original(trainer, epoch)
 
     with monkeypatch.context() as patched, pytest.raises(SystemExit):
-        patched.setattr(training, "train_one_epoch", stopped)
+        patched.setattr(training.Trainer, "train_epoch", stopped)
         run_four_epochs(tmp_path, phantom_root)
     last = tmp_path / "checkpoints/r/last.pt"
     content = last.read_bytes()

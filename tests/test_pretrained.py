@@ -12,22 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import CPU, ROOT, trainer_of
 from torch import nn
 
 from common import pretrained
 from common.augment import build_augmentation
-from common.compute import Compute
-from common.config import TrainingConfig
 from common.convolutions import SmallMapConv2d
-from common.data import Dataset, DeviceTiles
+from common.data import Dataset, DeviceTiles, normalise
 from common.errors import UsageError
+from common.evaluation import evaluate
 from common.features import cache_features
-from common.models import normalise
 from common.pretrained import FineTunedNetwork, Preset, Weights, build_fine_tuned, build_network, load_weights
-from common.training import build_optimizer, evaluate, generator, train_one_epoch
+from common.training import generator
 
-CPU = Compute(torch.device("cpu"), torch.float32)
 PRESET = Preset(40, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
 SMALL = "mobilenet_v3_small"  # small and quick; has BatchNorm, dropout and a classifier of two layers
 LARGE = "mobilenet_v3_large"
@@ -50,16 +47,10 @@ def network(train_part: str = "classifier", adapt_batchnorm: bool = False, name:
     return model
 
 
-def config(**keys: Any) -> TrainingConfig:
-    settings: dict[str, Any] = {"dataset": "phantom", "size": 28, "batch_size": 32, "lr": 0.01}
-    return TrainingConfig(**{**settings, **keys})
-
-
-def trained(model: FineTunedNetwork, tiles: Any, epochs: int = 2, **keys: Any) -> FineTunedNetwork:
-    settings = config(**keys)
-    optimizer = build_optimizer(model, settings)
+def trained(model: FineTunedNetwork, tiny: Dataset, folder: Path, epochs: int = 2, **keys: Any) -> nn.Module:
+    trainer = trainer_of(tiny, folder, model, **{"n_epochs": 5, "lr": 0.01, **keys})
     for epoch in range(1, epochs + 1):
-        train_one_epoch(model, tiles, optimizer, epoch, settings, CPU)
+        trainer.train_epoch(epoch)
     return model
 
 
@@ -82,11 +73,11 @@ def changed(before: dict[str, torch.Tensor], model: nn.Module) -> set[str]:
     ],
 )
 def test_a_frozen_part_is_the_same_to_the_bit_after_training(
-    tiny: Dataset, train_part: str, moving: set[str]
+    tiny: Dataset, tmp_path: Path, train_part: str, moving: set[str]
 ) -> None:
     model = network(train_part)
     before = state(model)
-    trained(model, DeviceTiles(tiny.train, CPU.device), weight_decay=0.1)
+    trained(model, tiny, tmp_path, weight_decay=0.1)
     assert changed(before, model) == moving
     model.train()
     for name, module in model.network.named_modules():
@@ -96,24 +87,24 @@ def test_a_frozen_part_is_the_same_to_the_bit_after_training(
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in frozen)
 
 
-def test_adapting_batchnorm_moves_its_statistics_and_no_frozen_weight(tiny: Dataset) -> None:
+def test_adapting_batchnorm_moves_its_statistics_and_no_frozen_weight(tiny: Dataset, tmp_path: Path) -> None:
     model = network(adapt_batchnorm=True)
     before = state(model)
-    trained(model, DeviceTiles(tiny.train, CPU.device))
+    trained(model, tiny, tmp_path)
     moved = {name for name in changed(before, model) if "classifier" not in name}
     statistics = {name for name in before if "running_" in name or "num_batches" in name}
     assert moved == statistics
     assert statistics
 
 
-def test_training_all_moves_every_layer(tiny: Dataset) -> None:
+def test_training_all_moves_every_layer(tiny: Dataset, tmp_path: Path) -> None:
     model = network("all")
     before = state(model)
-    trained(model, DeviceTiles(tiny.train, CPU.device), epochs=1)
+    trained(model, tiny, tmp_path, epochs=1)
     assert changed(before, model) == set(before) - {"mean", "std"}
 
 
-def test_the_first_block_learns_slowest_and_the_head_at_the_full_rate(tiny: Dataset) -> None:
+def test_the_first_block_learns_slowest_and_the_head_at_the_full_rate(tiny: Dataset, tmp_path: Path) -> None:
     model = network("all")
     factors = pretrained.lr_factors(model, 0.01)
     blocks = [factors[f"network.features.{i}.{rest}"] for i, rest in ((0, "0.weight"), (12, "0.weight"))]
@@ -129,10 +120,9 @@ def test_the_first_block_learns_slowest_and_the_head_at_the_full_rate(tiny: Data
     }
     assert len(ratios) == 1  # geometric
     assert not any("classifier" in name for name in factors)
-    settings = config(lr=0.5, lr_min=1.0)
-    optimizer = build_optimizer(model, settings, factors)
-    train_one_epoch(model, DeviceTiles(tiny.train, CPU.device), optimizer, 1, settings, CPU)
-    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    trainer = trainer_of(tiny, tmp_path, model, lr_factors=factors, lr=0.5, lr_min=1.0)
+    trainer.train_epoch(1)
+    rates = {id(p): group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
     assert len(rates) == len(list(model.parameters()))
     for name, parameter in model.named_parameters():
         assert rates[id(parameter)] == pytest.approx(0.5 * factors.get(name, 1.0))
@@ -182,7 +172,7 @@ def vit() -> FineTunedNetwork:
 
 @pytest.mark.parametrize(("augmentation", "n_views"), [("none", 1), ("dihedral", 8)])
 def test_cached_features_train_the_same_network_as_the_plain_path(
-    tiny: Dataset, augmentation: str, n_views: int
+    tiny: Dataset, tmp_path: Path, augmentation: str, n_views: int
 ) -> None:
     from common.augment import dihedral_views
 
@@ -190,10 +180,11 @@ def test_cached_features_train_the_same_network_as_the_plain_path(
     val = DeviceTiles(tiny.val, CPU.device)
     views = [lambda images, n=n: dihedral_views(images)[n] for n in range(n_views)]
     keys = {"augmentation": augmentation, "lr": 0.01, "lr_min": 1.0, "label_smoothing": 0.1}
-    plain = trained(network(), tiles, epochs=3, **keys)
+    plain = trained(network(), tiny, tmp_path / "plain", epochs=3, **keys)
     model = network()
     untrained = evaluate(model, val, CPU).logits
-    cached = trained(model, cache_features(model, tiles, views, CPU), epochs=3, **keys)
+    train = cache_features(model, tiles, views, CPU)
+    cached = trained(model, tiny, tmp_path / "cached", epochs=3, train=train, **keys)
     one, other = evaluate(plain, val, CPU).logits, evaluate(cached, val, CPU).logits
     np.testing.assert_allclose(one, other, atol=1e-4)
     assert np.abs(one - untrained).max() > 0.05  # training did something
@@ -219,12 +210,12 @@ def test_a_random_view_is_drawn_for_each_tile_in_each_batch(tiny: Dataset) -> No
     stain = build_augmentation("stain")
     cached = cache_features(model, tiles, [lambda images: images, lambda images: stain(images, draws)], CPU)
     indices = torch.arange(len(tiles))
-    drawn, labels = cached.batch(indices, generator(0, 2, "augment"))
+    drawn, labels = cached.inputs(indices, generator(0, 2, "augment"))
     assert torch.equal(labels, tiny.val.labels)
     from_view = [(drawn == view).all(1) for view in cached.features]
     assert (from_view[0] ^ from_view[1]).all()
     assert all(10 < int(part.sum()) < len(tiles) - 10 for part in from_view)
-    assert torch.equal(cached.batch(indices)[0], cached.features[0])
+    assert torch.equal(cached.inputs(indices)[0], cached.features[0])
 
 
 # Weights

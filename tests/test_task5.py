@@ -6,20 +6,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import CPU
 
 import task5
 from common import checkpoint, pretrained
-from common.compute import Compute
 from common.config import parse
-from common.data import DeviceTiles, load_dataset
+from common.data import DeviceTiles, load_dataset, normalise
 from common.errors import UsageError
+from common.evaluation import evaluate
 from common.metrics import softmax
-from common.models import build_model, normalise
+from common.models import build_model
 from common.pretrained import FineTunedNetwork
-from common.training import evaluate
 from study.comparison import compare_runs, convergence_epoch
 
-CPU = Compute(torch.device("cpu"), torch.float32)
 SMALL = "mobilenet_v3_small"
 
 

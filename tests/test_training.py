@@ -1,4 +1,5 @@
 import contextlib
+import copy
 import dataclasses
 import math
 import platform
@@ -10,55 +11,30 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import CPU, MODEL, trainer_of
+from processes import without_timings
 
-from common import checkpoint, training
-from common.averaging import ExponentialMovingAverage
+from common import checkpoint, data, evaluation, training
+from common.compute import Compute
 from common.config import TrainingConfig
-from common.data import Dataset, DeviceTiles
+from common.data import Dataset, DeviceTiles, batches
 from common.errors import Fault, UsageError
+from common.evaluation import Evaluation, evaluate
 from common.models import build_model
+from common.selection import best_epoch, reason_to_stop
 from common.shift import shifted
-from common.tracking import Run
-from common.training import (
-    Compute,
-    Evaluation,
-    Fitted,
-    batches,
-    best_epoch,
-    build_optimizer,
-    evaluate,
-    fit,
-    learning_rate_factor,
-    reason_to_stop,
-    train_one_epoch,
-)
-
-MODEL = "mobilenet_v3_small"  # small and quick; has BatchNorm and dropout
-CPU = Compute(torch.device("cpu"), torch.float32)
+from common.training import Trainer, build_optimizer, learning_rate_factor
 
 
-def train(dataset: Dataset, folder: Path, **keys: Any) -> tuple[Fitted, torch.nn.Module, Run]:
-    """`fit` on the tiny data set with a small network."""
-    settings: dict[str, Any] = {
-        "dataset": "phantom",
-        "size": 28,
-        "model_name": MODEL,
-        "n_epochs": 3,
-        "batch_size": 32,
-        "run_id": "r",
-    }
-    config = TrainingConfig(**{**settings, "output_dir": folder, **keys})
-    torch.manual_seed(config.seed)
-    model = build_model(config.model_name, 9, 28)
-    run = Run("task1", config, dataset, CPU.name)
-    return fit(model, dataset, config, CPU, run), model, run
+def fitted(dataset: Dataset, folder: Path, **keys: Any) -> Trainer:
+    """A small network, trained on the tiny data set."""
+    trainer = trainer_of(dataset, folder, **keys)
+    trainer.fit()
+    return trainer
 
 
-def without_timings(history: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [
-        {name: value for name, value in row.items() if name not in ("seconds", "tiles_per_second")}
-        for row in history
-    ]
+def best_weights(trainer: Trainer) -> Any:
+    return checkpoint.load(trainer.run.checkpoints / "best.pt")["state_dict"]
 
 
 def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
@@ -68,44 +44,44 @@ def assert_same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
 
 def test_training_learns(tiny: Dataset, tmp_path: Path) -> None:
     # Three seeds ended at 0.02 to 0.15 of the first epoch's loss, and reached 0.73 to 0.84 in validation ACC.
-    fitted, _, _ = train(tiny, tmp_path, n_epochs=8, lr=0.003, reestimate_batchnorm=True)
-    history = fitted.history
+    trainer = fitted(tiny, tmp_path, n_epochs=8, lr=0.003, reestimate_batchnorm=True)
+    history = trainer.history
     assert history[-1]["train/loss"] < 0.5 * history[0]["train/loss"]
     assert max(row["validate/acc"] for row in history) > 0.5  # chance is 0.11
     assert [row["epoch"] for row in history] == [1, 2, 3, 4, 5, 6, 7, 8]
-    assert fitted.stopped == "all 8 epochs done"
+    assert trainer.stopped == "all 8 epochs done"
 
 
 def test_the_same_seed_gives_the_same_history_and_weights(tiny: Dataset, tmp_path: Path) -> None:
-    one, _, _ = train(tiny, tmp_path / "one", seed=3)
+    one = fitted(tiny, tmp_path / "one", seed=3)
     torch.rand(7)  # whatever else drew from the global generator must not matter
-    two, _, _ = train(tiny, tmp_path / "two", seed=3)
-    other, _, _ = train(tiny, tmp_path / "other", seed=4)
+    two = fitted(tiny, tmp_path / "two", seed=3)
+    other = fitted(tiny, tmp_path / "other", seed=4)
     assert without_timings(one.history) == without_timings(two.history)
-    assert_same_weights(one.last, two.last)
-    assert_same_weights(one.best, two.best)
+    assert_same_weights(one.judged.state_dict(), two.judged.state_dict())
+    assert_same_weights(best_weights(one), best_weights(two))
     assert without_timings(one.history) != without_timings(other.history)
 
 
 def test_resume_after_a_stop_gives_the_same_weights(
     tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, _, _ = train(tiny, tmp_path / "whole", n_epochs=4)
-    original = training.train_one_epoch
+    whole = fitted(tiny, tmp_path / "whole", n_epochs=4)
+    original = Trainer.train_epoch
 
-    def killed(*arguments: Any) -> float:
-        if arguments[3] == 3:
+    def killed(trainer: Trainer, epoch: int) -> float:
+        if epoch == 3:
             raise KeyboardInterrupt
-        return original(*arguments)
+        return original(trainer, epoch)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(training, "train_one_epoch", killed)
-        train(tiny, tmp_path / "parts", n_epochs=4)
-    parts, _, _ = train(tiny, tmp_path / "parts", n_epochs=4, resume=True)
+        patched.setattr(Trainer, "train_epoch", killed)
+        fitted(tiny, tmp_path / "parts", n_epochs=4)
+    parts = fitted(tiny, tmp_path / "parts", n_epochs=4, resume=True)
     assert without_timings(whole.history) == without_timings(parts.history)
     assert whole.best_epoch == parts.best_epoch
-    assert_same_weights(whole.last, parts.last)
-    assert_same_weights(whole.best, parts.best)
+    assert_same_weights(whole.judged.state_dict(), parts.judged.state_dict())
+    assert_same_weights(best_weights(whole), best_weights(parts))
 
 
 def test_the_best_weights_are_kept_and_tested_not_the_last(
@@ -118,27 +94,26 @@ def test_the_best_weights_are_kept_and_tested_not_the_last(
     def pretended(self: Evaluation, split: str) -> dict[str, float]:
         return {**original(self, split), "validate/acc": accuracies[len(kept)]}
 
-    original_epoch = training.train_one_epoch
+    original_epoch = Trainer.train_epoch
 
-    def noted(model: torch.nn.Module, *rest: Any) -> float:
-        loss = original_epoch(model, *rest)
-        kept[rest[2]] = checkpoint.copy_weights(model)
+    def noted(trainer: Trainer, epoch: int) -> float:
+        loss = original_epoch(trainer, epoch)
+        kept[epoch] = copy.deepcopy(trainer.model.state_dict())
         return loss
 
     monkeypatch.setattr(Evaluation, "summary", pretended)
-    monkeypatch.setattr(training, "train_one_epoch", noted)
-    fitted, model, run = train(tiny, tmp_path)
-    assert fitted.best_epoch == 2
-    assert_same_weights(fitted.best, kept[2])
-    assert_same_weights(fitted.last, kept[3])
+    monkeypatch.setattr(Trainer, "train_epoch", noted)
+    trainer = fitted(tiny, tmp_path)
+    run, model = trainer.run, trainer.model
+    assert trainer.best_epoch == 2
+    assert_same_weights(model.state_dict(), kept[3])
     saved = checkpoint.load(run.checkpoints / "best.pt")
     assert saved["epoch"] == 2
     assert_same_weights(saved["state_dict"], kept[2])
     assert_same_weights(checkpoint.load(run.checkpoints / "last.pt")["state_dict"], kept[3])
 
-    config = TrainingConfig(n_epochs=3, output_dir=tmp_path, run_id="r")
-    summary = training.score_test_split(model, fitted, tiny, config, CPU, run)
-    model.load_state_dict(kept[2])
+    summary = trainer.test()
+    assert_same_weights(model.state_dict(), kept[2])
     scores = evaluate(model, DeviceTiles(tiny.test, CPU.device), CPU)
     assert summary["best"]["epoch"] == 2
     assert summary["last"]["epoch"] == 3
@@ -152,6 +127,16 @@ def test_the_best_weights_are_kept_and_tested_not_the_last(
             np.testing.assert_array_equal(arrays[f"shifted_{name}"], expected)
             assert summary["shifted"][name] == np.mean(expected == tiny.val.labels.numpy())
     assert summary["validate/shifted_acc"] == pytest.approx(np.mean(list(summary["shifted"].values())))
+
+
+def test_the_test_tiles_are_asked_for_when_they_are_scored(tiny: Dataset, tmp_path: Path) -> None:
+    trainer, asked = trainer_of(tiny, tmp_path, n_epochs=1), []
+    tiles = trainer.splits.test
+    trainer.splits = dataclasses.replace(trainer.splits, test=lambda: asked.append(1) or tiles())
+    trainer.fit()
+    assert not asked
+    trainer.test()
+    assert asked == [1]
 
 
 @pytest.mark.parametrize(
@@ -194,7 +179,7 @@ def test_early_stopping_does_not_count_the_warm_up() -> None:
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
     tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = training.normalise
+    original = data.normalise
     calls = []
 
     def poisoned(images: torch.Tensor) -> torch.Tensor:
@@ -202,23 +187,23 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         # The second epoch's first step; an epoch is 5 steps and an evaluation.
         return original(images) * (math.nan if len(calls) == 7 else 1)
 
-    monkeypatch.setattr(training, "normalise", poisoned)
+    monkeypatch.setattr(data, "normalise", poisoned)
     with pytest.raises(Fault, match="the loss became nan in epoch 2; lower --lr"):
-        train(tiny, tmp_path)
+        fitted(tiny, tmp_path)
     saved = checkpoint.load(tmp_path / "checkpoints" / "r" / "last.pt")
     assert len(saved["history"]) == 1
     assert all(value.isfinite().all() for value in saved["state_dict"].values())
 
 
 def test_a_run_is_continued_only_with_its_own_configuration(tiny: Dataset, tmp_path: Path) -> None:
-    train(tiny, tmp_path, n_epochs=1)
+    fitted(tiny, tmp_path, n_epochs=1)
     with pytest.raises(UsageError, match=r"another configuration \(lr was 0.001\)"):
-        train(tiny, tmp_path, n_epochs=1, lr=0.5)
+        fitted(tiny, tmp_path, n_epochs=1, lr=0.5)
 
 
 def test_resume_without_a_checkpoint_is_refused(tiny: Dataset, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="run r has no checkpoint"):
-        train(tiny, tmp_path, resume=True)
+        fitted(tiny, tmp_path, resume=True)
     assert not (tmp_path / "runs").exists()
 
 
@@ -280,14 +265,14 @@ def test_evaluation_is_in_order_in_eval_mode_and_counts_every_tile(
     tiny: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build_model(MODEL, 9, 28)
-    monkeypatch.setattr(training, "EVALUATION_BATCH", 7)
-    before = checkpoint.copy_weights(model)
+    monkeypatch.setattr(evaluation, "EVALUATION_BATCH", 7)
+    before = copy.deepcopy(model.state_dict())
     one = evaluate(model, DeviceTiles(tiny.test, CPU.device), CPU)
-    monkeypatch.setattr(training, "EVALUATION_BATCH", 63)
+    monkeypatch.setattr(evaluation, "EVALUATION_BATCH", 63)
     other = evaluate(model, DeviceTiles(tiny.test, CPU.device), CPU)
     np.testing.assert_allclose(one.logits, other.logits, atol=1e-5)
     np.testing.assert_array_equal(one.targets, tiny.test.labels)
-    assert_same_weights(before, checkpoint.copy_weights(model))
+    assert_same_weights(before, model.state_dict())
 
 
 def test_summary_of_an_evaluation_is_that_of_its_logits() -> None:
@@ -341,32 +326,26 @@ class Unreadable(Compute):
 
 @pytest.mark.parametrize("augmentation", ["auto", "ta_wide,stain", "dihedral,channel,scale"])
 def test_no_training_step_reads_a_value_from_the_device(
-    augmentation: str, tiny: Dataset, monkeypatch: pytest.MonkeyPatch
+    augmentation: str, tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compute = Unreadable(torch.device("meta"), torch.float32)
-    monkeypatch.setattr(training, "_finite", lambda total, epoch: 0.0)  # once a second, and at the epoch's end
-    keys: dict[str, Any] = {"mixup_alpha": 0.2, "cutmix_alpha": 1.0, "label_smoothing": 0.1, "run_id": "r"}
-    config = TrainingConfig(dataset="phantom", size=28, augmentation=augmentation, batch_size=32, **keys)
-    model = build_model(MODEL, 9, 28).to("meta", memory_format=torch.channels_last)
-    tiles = DeviceTiles(tiny.train, torch.device("cpu"))
+    monkeypatch.setattr(training, "read_loss", lambda total, epoch: 0.0)  # once a second, and at the epoch's end
+    tiles = DeviceTiles(tiny.train, CPU.device, augmentation)
     tiles.tiles, tiles.labels = tiles.tiles.to("meta"), tiles.labels.to("meta")
     tiles.device = tiles.index_device = compute.device
-    optimizer = torch.optim.Adam(model.parameters(), foreach=True)
-    average = ExponentialMovingAverage(model, 0.99, 10)
-    train_one_epoch(model, tiles, optimizer, 1, config, compute, average)  # reading a value raises here
+    monkeypatch.setattr(  # "meta" has no fused optimiser
+        training, "build_optimizer", lambda model, *_: torch.optim.Adam(model.parameters(), foreach=True)
+    )
+    keys = {"mixup_alpha": 0.2, "cutmix_alpha": 1.0, "label_smoothing": 0.1, "ema_decay": 0.99}
+    trainer = trainer_of(tiny, tmp_path, train=tiles, compute=compute, **keys)
+    trainer.train_epoch(1)  # reading a value raises here
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_training_on_cuda_agrees_with_the_cpu(tiny: Dataset, tmp_path: Path) -> None:
-    on_cpu, _, _ = train(tiny, tmp_path, n_epochs=1, run_id="cpu")
-    config = TrainingConfig(
-        size=28, model_name=MODEL, n_epochs=1, batch_size=32, output_dir=tmp_path, run_id="gpu"
-    )
-    torch.manual_seed(config.seed)
-    model = build_model(config.model_name, 9, 28)
-    compute = Compute.of("cuda", "fp32")
-    on_gpu = fit(model, tiny, config, compute, Run("task1", config, tiny, compute.name))
-    losses = [fitted.history[0]["train/loss"] for fitted in (on_cpu, on_gpu)]
+    on_cpu = fitted(tiny, tmp_path, n_epochs=1, run_id="cpu")
+    on_gpu = fitted(tiny, tmp_path, n_epochs=1, run_id="gpu", compute=Compute.of("cuda", "fp32"))
+    losses = [trainer.history[0]["train/loss"] for trainer in (on_cpu, on_gpu)]
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
@@ -380,7 +359,7 @@ def test_tta_averages_the_probabilities_of_the_eight_views_and_so_ignores_the_ti
     views = [turned for k in range(4) for turned in (images.rot90(k, (2, 3)), images.rot90(k, (2, 3)).flip(3))]
     model.eval()
     with torch.no_grad():
-        expected = torch.stack([model(training.normalise(view)).softmax(1) for view in views]).mean(0)
+        expected = torch.stack([model(data.normalise(view)).softmax(1) for view in views]).mean(0)
     averaged = evaluate(model, tiles, CPU, tta=True)
     np.testing.assert_allclose(averaged.probabilities, expected, atol=1e-5)
     turned = DeviceTiles(dataclasses.replace(tiny.val, images=images.rot90(1, (2, 3))), CPU.device)

@@ -1,0 +1,47 @@
+"""Which epoch is the best one, and when training ends: the history alone decides both."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from common.config import TrainingConfig
+
+History = Sequence[Mapping[str, float]]  # one row for each epoch, as in history.csv
+
+
+def best_epoch(history: History, select_on: str) -> int:
+    """The number of the epoch with the smallest error by `select_on`, the first of equals; or the last epoch's."""
+    if select_on == "last":
+        return len(history)
+    errors = [_error(row, select_on) for row in history]
+    return errors.index(min(errors)) + 1
+
+
+def reason_to_stop(history: History, config: TrainingConfig) -> str:
+    """Why training ends after these epochs, or an empty string where it goes on.
+
+    Early stopping counts the epochs since the error last fell by the fraction `early_stopping_delta`. It is a
+    fraction because ACC cannot exceed 1: from 0.98 on, it cannot rise by 0.01 three times. Epochs of the warm-up
+    do not count. With `select_on=last` the error is the validation loss.
+    """
+    if len(history) >= config.n_epochs:
+        return f"all {config.n_epochs} epochs done"
+    if config.early_stopping_patience is None:
+        return ""
+    metric = "validate/loss" if config.select_on == "last" else config.select_on
+    reference, reference_epoch = math.inf, config.lr_warmup_epochs
+    for epoch, row in enumerate(history, start=1):
+        error = _error(row, metric)
+        if error < reference * (1 - config.early_stopping_delta):
+            reference, reference_epoch = error, max(epoch, config.lr_warmup_epochs)
+    if len(history) - reference_epoch < config.early_stopping_patience:
+        return ""
+    return (
+        f"early stopping after epoch {len(history)}: none since epoch {reference_epoch} cut the error by "
+        f"{metric} by {config.early_stopping_delta:.0%}"
+    )
+
+
+def _error(row: Mapping[str, float], metric: str) -> float:
+    """The number that is to be small: the loss, or 1 - AUC, or 1 - ACC; infinity for NaN."""
+    error = row[metric] if metric == "validate/loss" else 1 - row[metric]
+    return math.inf if math.isnan(error) else error
