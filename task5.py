@@ -33,8 +33,8 @@ from common.data import Dataset, DeviceTiles, Split, Splits, class_names, load_d
 from common.errors import UsageError
 from common.features import CachedFeatures, View, cache_features
 from common.pretrained import SCRATCH, TRAIN_PARTS, FineTunedNetwork
-from common.records import is_finished
-from common.tracking import VERSIONED, Run
+from common.records import is_finished, read_json, run_folder
+from common.tracking import VERSIONED, Run, check_same
 from common.training import Trainer, generator
 from study.comparison import compare_runs
 
@@ -211,8 +211,11 @@ def main(config: Task5Config) -> None:
     if len(runs) == 1:
         train(config, weights[config.weights], dataset, compute)
         return
+    finished = [single for single in runs if is_finished(config.output_dir, single.run_id)]
+    for single in finished:  # before any other run starts
+        check_same(single, read_json(run_folder(config.output_dir, single.run_id) / "config.json")["config"])
     for single in runs:
-        if is_finished(config.output_dir, single.run_id):
+        if single in finished:
             print(f"run {single.run_id} is finished already")
         else:
             train(single, weights[single.weights], dataset, compute)

@@ -92,7 +92,7 @@ class Run:
         self._sweep_up()
         fresh = not (self.folder / "config.json").exists()
         if not fresh:
-            self.check_same(config, read_json(self.folder / "config.json")["config"])
+            check_same(config, read_json(self.folder / "config.json")["config"])
         if fresh:
             write_json(
                 self.folder / "config.json",
@@ -116,20 +116,6 @@ class Run:
         for folder in (self.folder, self.checkpoints):
             for path in folder.glob(".*-*.*"):
                 path.unlink(missing_ok=True)
-
-    def check_same(self, config: TrainingConfig, before: Mapping[str, Any]) -> None:
-        """Raise UsageError, naming the differing keys, where the run was started with another configuration."""
-        now = config.as_dict()
-        differing = [
-            f"{name} was {before.get(name)}"
-            for name in now
-            if name not in BOOKKEEPING_KEYS and before.get(name) != now[name]
-        ]
-        if differing:
-            raise UsageError(
-                f"run {config.run_id} was started with another configuration ({', '.join(differing)}): "
-                "use that one or another --run_id"
-            )
 
     def write_history(self, history: Sequence[Mapping[str, float]]) -> None:
         """Write history.csv whole."""
@@ -212,6 +198,21 @@ class Run:
 
     def _send(self, action: Callable[[Any], None]) -> None:
         self._wandb = send(self._wandb, action)
+
+
+def check_same(config: TrainingConfig, before: Mapping[str, Any]) -> None:
+    """Raise UsageError, naming the differing keys, where the run was started with another configuration."""
+    now = config.as_dict()
+    differing = [
+        f"{name} was {before.get(name)}"
+        for name in now
+        if name not in BOOKKEEPING_KEYS and before.get(name) != now[name]
+    ]
+    if differing:
+        raise UsageError(
+            f"run {config.run_id} was started with another configuration ({', '.join(differing)}): "
+            "use that one or another --run_id"
+        )
 
 
 def send(run: Any, action: Callable[[Any], None]) -> Any:

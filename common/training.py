@@ -22,7 +22,7 @@ from common.interruption import Interruption
 from common.mixing import cross_entropy, mix
 from common.selection import best_epoch, reason_to_stop
 from common.shift import shifted
-from common.tracking import Run
+from common.tracking import Run, check_same
 
 BATCHNORM_TILES = 2048  # enough for statistics good to a few percent, at a small part of an epoch's cost
 
@@ -309,7 +309,7 @@ class Trainer:
         if saved is None:
             return
         try:
-            self.run.check_same(self.config, saved["config"])
+            check_same(self.config, saved["config"])
             self.model.load_state_dict(saved["state_dict"])
             self.judged.load_state_dict(saved["judged_state_dict"])
             self.optimizer.load_state_dict(saved["optimizer"])

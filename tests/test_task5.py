@@ -223,6 +223,22 @@ def test_the_command_again_skips_what_is_finished_and_compares_again(
     assert "run r-scratch-seed1 is finished already" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("run_id", ["r", "r-scratch-seed1"])
+def test_finished_runs_of_another_configuration_are_refused(
+    finished: Path, phantom_root: Path, weights: Path, run_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = finished / f"runs/{run_id}/config.json"
+    before, comparison = path.read_text(), (finished / "runs/r/comparison.json").read_text()
+    record = json.loads(before)
+    record["config"]["lr"] = 0.123
+    path.write_text(json.dumps(record))
+    monkeypatch.setattr(task5, "train", lambda *_: pytest.fail("nothing may be trained"))
+    with pytest.raises(UsageError, match=rf"run {run_id} was started with another configuration \(lr was 0\.123"):
+        task5.main(read(*keys(phantom_root, finished, weights, "--n_seeds=3")))
+    path.write_text(before)
+    assert (finished / "runs/r/comparison.json").read_text() == comparison
+
+
 def test_the_cache_changes_how_long_a_run_takes_and_not_what_it_finds(
     finished: Path, phantom_root: Path, weights: Path, tmp_path: Path
 ) -> None:
