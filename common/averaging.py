@@ -49,9 +49,12 @@ def reestimate_batchnorm(model: nn.Module, inputs: Iterable[torch.Tensor]) -> No
         return
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # a plain mean over the batches
         norm.train()
+    seen = 0
     for batch in inputs:
+        seen += len(batch)
+        for norm in norms:
+            norm.momentum = len(batch) / seen  # of the new batch in the mean over all tiles so far
         model(batch)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

@@ -268,8 +268,8 @@ class Trainer:
         """Tiles to measure BatchNorm's statistics on: random training tiles, the same each time, not augmented."""
         tiles = self.splits.train
         order = torch.randperm(len(tiles), generator=generator(self.config.seed, 0, "batchnorm"))[:BATCHNORM_TILES]
-        for batch in torch.split(order, EVALUATION_BATCH):
-            inputs, _ = tiles.inputs(batch.to(tiles.index_device))
+        for places in batches(len(order), EVALUATION_BATCH, order.device):
+            inputs, _ = tiles.inputs(order[places].to(tiles.index_device))
             yield inputs
 
     def save_best(self) -> None:

@@ -52,6 +52,14 @@ def test_training_learns(tiny: Dataset, tmp_path: Path) -> None:
     assert trainer.stopped == "all 8 epochs done"
 
 
+def test_batchnorm_is_never_measured_on_a_few_leftover_tiles(
+    tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "EVALUATION_BATCH", 43)
+    trainer = trainer_of(tiny, tmp_path, reestimate_batchnorm=True)
+    assert sorted(map(len, trainer.clean_inputs())) == [32, 32, 33, 33]  # 130 tiles; not 43, 43, 43 and 1
+
+
 def test_the_same_seed_gives_the_same_history_and_weights(tiny: Dataset, tmp_path: Path) -> None:
     one = fitted(tiny, tmp_path / "one", seed=3)
     torch.rand(7)  # whatever else drew from the global generator must not matter
