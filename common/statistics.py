@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 SIGNIFICANT = 0.05
+ROUNDING = 1e-9  # far below one tile's share of an ACC, far above what floating point adds
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,15 @@ def spread(values: Sequence[float]) -> Spread:
 def paired_p(differences: Sequence[float]) -> float:
     """The two-sided p value of the paired t test; NaN for fewer than two pairs.
 
-    Where all pairs differ by the same amount, the t statistic is not defined: p is 1 for no difference, else 0.
+    Where all pairs differ by the same amount, up to rounding, the t statistic is not defined: p is then 1 for no
+    difference, else 0.
     """
     from scipy.stats import ttest_1samp
 
     if len(differences) < 2:
         return math.nan
-    if len(set(differences)) == 1:
-        return 1.0 if differences[0] == 0 else 0.0
+    if max(differences) - min(differences) < ROUNDING:
+        return 1.0 if abs(differences[0]) < ROUNDING else 0.0
     return float(ttest_1samp(differences, 0.0).pvalue)
 
 

@@ -22,6 +22,12 @@ def test_a_single_value_has_no_interval() -> None:
     assert math.isnan(paired_p([0.1]))
 
 
+def test_differences_that_are_equal_up_to_rounding_are_equal() -> None:
+    assert paired_p([0.3 - 0.2, 0.4 - 0.3]) == 0.0  # 0.09999999999999998 and 0.10000000000000003
+    assert paired_p([0.3 - 0.2 - 0.1, 0.0]) == 1.0
+    assert 0 < paired_p([0.1, 0.1 + 1 / 7180]) < 0.001  # one test tile
+
+
 def test_rows_are_compared_over_the_seeds_that_both_have() -> None:
     rows = {
         "a": {0: 0.50, 1: 0.60, 2: 0.70, 3: 0.1},
