@@ -82,7 +82,7 @@ def opening(study: Study) -> list[str]:
         "sections. 8 views: predictions averaged over each tile's flips and quarter turns."
         + (f" {_passing(study)}" if "task2" in study.selection else ""),
         "",
-        "The full PathMNIST, other resolutions and other code: the coursework's and the published numbers (n = 7,180)."
+        "The full PathMNIST, other resolutions and code: the coursework's and the published numbers (n = 7,180)."
         if full
         else "Not comparable with the above, the full PathMNIST (89,996 training tiles; test n = 7,180):",
         "",
