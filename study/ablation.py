@@ -37,12 +37,9 @@ class Finished:
 
 def report(trials: Sequence[Trial], workplace: Workplace) -> None:
     """Write runs.csv and, where the grid has seeds, table.md, table.csv and the figure; say where they are."""
-    runs = [
-        Finished(trial, Record.read(workplace.output_dir, trial.run_id))
-        for trial in trials
-        if workplace.is_finished(trial)
-    ]
-    missing = [trial.run_id for trial in trials if not workplace.is_finished(trial)]
+    finished = [trial for trial in trials if workplace.is_finished(trial)]
+    runs = [Finished(trial, Record.read(workplace.output_dir, trial.run_id)) for trial in finished]
+    missing = [trial.run_id for trial in trials if trial not in finished]
     if not runs:
         raise UsageError(f"no run of {workplace.sweep.name} is finished yet")
     folder = workplace.folder
