@@ -25,12 +25,13 @@ from torch import nn
 from common import checkpoint
 from common.compute import Compute
 from common.config import Workspace, check_run_id, key, run_script
-from common.data import Dataset, DeviceTiles, class_names, load_dataset
+from common.data import Dataset, class_names, load_dataset
 from common.errors import Fault, UsageError, first_line
 from common.evaluation import evaluate
 from common.files import atomic_path, write_json
 from common.models import build_model
 from common.records import is_finished, read_json, run_folder
+from common.tiles import DeviceTiles
 from common.tracking import provenance, send, start_wandb
 from common.training import derived_seed
 

@@ -29,11 +29,13 @@ from common import distributed, pretrained
 from common.augment import build_augmentation, dihedral_views
 from common.compute import Compute
 from common.config import TrainingConfig, key, run_script, with_defaults
-from common.data import Dataset, DeviceTiles, Split, Splits, class_names, load_dataset
+from common.data import Dataset, Split, class_names, load_dataset
 from common.errors import UsageError
 from common.features import CachedFeatures, View, cache_features
 from common.pretrained import SCRATCH, TRAIN_PARTS, FineTunedNetwork
 from common.records import is_finished, read_json, run_folder
+from common.shift import shifted
+from common.tiles import DeviceTiles, Splits, device_splits
 from common.tracking import VERSIONED, Run, check_same
 from common.training import Trainer, generator
 from study.comparison import compare_runs
@@ -119,8 +121,10 @@ class Task5Config(TrainingConfig):
     unfreeze_epoch: int = key(
         1, "with train_part=all: the epoch from which more than the classifier is trained", at_least=1
     )
-    resize_to: int = key(
-        None, "side in pixels that tiles are resized to (default: what the weights were trained with)", at_least=8
+    resize_to: int | None = key(
+        None,
+        "side in pixels that tiles are resized to, after augmentation (default: what the weights were trained on)",
+        at_least=8,
     )
     cache_features: bool | None = key(
         None, "compute a frozen network's features once instead of in every epoch (default: where possible)"
@@ -228,7 +232,12 @@ def train(config: Task5Config, weights: pretrained.Weights, dataset: Dataset, co
     """One run: model → features, where the network is frozen → fit → test → records and figures."""
     torch.manual_seed(config.seed)
     model = pretrained.build_fine_tuned(
-        config.model_name, len(class_names()), weights, config.resize_to, config.train_part, config.adapt_batchnorm
+        config.model_name,
+        len(class_names()),
+        weights,
+        config.input_size,
+        config.train_part,
+        config.adapt_batchnorm,
     )
     name = Path(config.weights).name  # of a file without its folders
     start = "from scratch" if config.weights == SCRATCH else f"from {name}, training {config.train_part}"
@@ -250,7 +259,7 @@ def train(config: Task5Config, weights: pretrained.Weights, dataset: Dataset, co
 
     trainer = Trainer(
         model,
-        cached or dataset.on(compute.device, config.augmentation),
+        cached or device_splits(dataset, compute.device, config.augmentation, config.resize_to),
         config,
         compute,
         run,
@@ -284,12 +293,16 @@ def cached_splits(model: FineTunedNetwork, dataset: Dataset, config: Task5Config
     random = [plain, *(augmented(number) for number in range(1, config.feature_views or 1))]
 
     def cached(split: Split, views: list[View]) -> CachedFeatures:
-        return cache_features(model, DeviceTiles(split, compute.device), views, compute)
+        return cache_features(
+            model, DeviceTiles(split, compute.device, resize_to=config.resize_to), views, compute
+        )
 
     train = cached(dataset.train, all_turned if config.augmentation == "dihedral" else random)
     val = cached(dataset.val, [plain])
     test = cached(dataset.test, all_turned if config.tta else [plain])
-    return Splits(train, val, lambda: test)
+    foreign = [(name, cached(split, [plain])) for name, split in shifted(dataset.val)]
+    model.takes_features = True
+    return Splits(train, val, lambda: test, lambda: iter(foreign))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from common.config import TrainingConfig, key, run_script, with_defaults
 from common.data import class_names, load_dataset
 from common.errors import UsageError
 from common.models import build_model
+from common.tiles import device_splits
 from common.tracking import Run
 from common.training import Trainer
 
@@ -89,10 +90,11 @@ def main(config: TrainConfig) -> None:
     """Configuration → model → data → fit → test → records and figures."""
     compute = Compute.of(config.device, config.precision)
     torch.manual_seed(config.seed)
-    model = build_model(config.model_name, len(class_names()), config.size)
+    model = build_model(config.model_name, len(class_names()), config.input_size)
     dataset = load_dataset(config.dataset, config.size, config.data_root, config.train_tiles)
     run = Run("task3", config, dataset, compute.name)
-    trainer = Trainer(model, dataset.on(compute.device, config.augmentation), config, compute, run)
+    splits = device_splits(dataset, compute.device, config.augmentation, config.resize_to)
+    trainer = Trainer(model, splits, config, compute, run)
     trainer.fit()
     run.finish(trainer.history, trainer.test())
 

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from common import phantom
 from common.compute import Compute
 from common.config import TrainingConfig
-from common.data import Dataset, DeviceTiles, Split, Splits, class_names
+from common.data import Dataset, Split, class_names
 from common.models import build_model
+from common.tiles import DeviceTiles, Splits
 from common.tracking import Run
 from common.training import Trainer
 
@@ -39,4 +40,4 @@ def trainer_of(config: TrainingConfig, split: Split, folder: Path) -> Trainer:
     config = dataclasses.replace(config, output_dir=folder, wandb="disabled")
     with contextlib.redirect_stdout(io.StringIO()):
         run = Run("task1", config, dataset, compute.name)
-    return Trainer(model, Splits(tiles, tiles, lambda: tiles), config, compute, run)
+    return Trainer(model, Splits(tiles, tiles, lambda: tiles, lambda: iter(())), config, compute, run)

@@ -237,7 +237,15 @@ class TrainingConfig(Config):
         False,
         "measure BatchNorm statistics on clean training tiles before weights are judged; EMA always does",
     )
+    resize_to: int | None = key(
+        None, "side in pixels that tiles are resized to, after augmentation (default: as they are)", at_least=8
+    )
     tta: bool = key(True, "also score the test tiles averaged over their 8 flips and quarter turns")
+
+    @property
+    def input_size(self) -> int:
+        """The side in pixels of what the network takes."""
+        return self.resize_to or self.size
 
 
 def _check_value(field: "dataclasses.Field[Any]", value: Any) -> None:

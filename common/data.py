@@ -1,4 +1,4 @@
-"""The two data sets: found or generated, unpacked once into memory-mapped arrays, served in batches.
+"""The two data sets: found or generated, and unpacked once into memory-mapped arrays.
 
 Whatever the data set, it ends as a folder `<name>.arrays` of six .npy files and a meta.json, beside its source
 or, where the data root cannot be written, in the user's cache folder. Later starts map that folder.
@@ -8,7 +8,6 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import math
 import os
 import shutil
 import sys
@@ -17,19 +16,18 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from http.client import HTTPException
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from common.augment import build_augmentation, dihedral_views
 from common.config import PHANTOM_TRAIN_TILES
 from common.errors import Fault, UsageError
 from common.files import atomic_folder, claimed, write_json
@@ -42,10 +40,8 @@ ORDER_VERSION = 1  # of stratified_part: a change of any chosen tile needs a new
 CHUNK = 16 << 20  # bytes: what a read, a checksum or a progress step handles at once
 DOWNLOAD_PATIENCE = 20  # seconds without an answer
 DOWNLOAD_TRIES = 4
-RESIDENT_SHARE = 0.6  # of a GPU's free memory that tiles may take; the network needs the rest
 
 Builder = Callable[[Path], str]
-Batch = tuple[torch.Tensor, torch.Tensor]  # tiles or inputs, and labels
 
 
 @dataclass(frozen=True)
@@ -81,109 +77,6 @@ class Dataset:
         tiles, whole = len(self.train), OFFICIAL_COUNTS["train"]
         part = f" of {whole:,}" if self.name == "pathmnist" and tiles < whole else ""
         return f"{TITLES[self.name]} ({tiles:,}{part} training tiles, {self.size} px)"
-
-    def on(self, device: torch.device, augmentation: str) -> "Splits":
-        """The splits on `device`; the training tiles are augmented as `build_augmentation(augmentation)` does it.
-
-        Raises ValueError where no augmentation has this name.
-        """
-        return Splits(
-            train=DeviceTiles(self.train, device, augmentation),
-            val=DeviceTiles(self.val, device),
-            test=lambda: DeviceTiles(self.test, device),
-        )
-
-
-class Tiles(Protocol):
-    """A split as training and evaluation use it: tiles, or features that were computed from them.
-
-    Indices (B,) int64 on `index_device` choose tiles. Inputs are what the network takes, float32 (B, …); labels
-    are (B,) int64. Both are on the device that computes.
-    """
-
-    index_device: torch.device
-
-    def __len__(self) -> int:
-        """The number of tiles."""
-
-    def inputs(self, indices: torch.Tensor, draws: torch.Generator | None = None) -> Batch:
-        """Inputs and labels of these tiles. With `draws`, a CPU generator, each tile is augmented at random."""
-
-    def views(self, indices: torch.Tensor) -> tuple[Iterable[torch.Tensor], torch.Tensor]:
-        """Inputs of the 8 dihedral views of these tiles, one view after the other, and the tiles' labels."""
-
-
-@dataclass(frozen=True)
-class Splits:
-    """The tiles of a run: it trains on `train`, validates on `val`, and scores the tiles of `test()` at its end.
-
-    `test` is a function, so that test tiles take no memory of a GPU before they are scored.
-    """
-
-    train: Tiles
-    val: Tiles
-    test: Callable[[], Tiles]
-
-
-class DeviceTiles:
-    """`Tiles` on the device that computes or, where they don't fit there, in pinned memory of the host.
-
-    Inputs are (B, 3, H, W) in -1..1. Raises ValueError where `build_augmentation` does not know the augmentation.
-    """
-
-    def __init__(self, split: Split, device: torch.device, augmentation: str = "none") -> None:
-        self.device, self.augment = device, build_augmentation(augmentation)
-        images, labels = split.images, split.labels
-        self.index_device = torch.device("cpu")
-        if device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(device)
-            if images.nbytes <= RESIDENT_SHARE * free:
-                self.index_device = device
-                images, labels = images.to(device), labels.to(device)
-        self.tiles, self.labels = images.permute(0, 2, 3, 1), labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def batch(self, indices: torch.Tensor) -> Batch:
-        """Tiles (B, 3, H, W) uint8 in channels_last order and labels (B,) int64, on the device."""
-        # Rows of the (N, H, W, 3) file copied whole: ten times as fast on a CPU as images[indices].
-        images = self.tiles.index_select(0, indices).permute(0, 3, 1, 2)
-        labels = self.labels.index_select(0, indices)
-        if self.index_device != self.device:
-            images, labels = images.pin_memory(), labels.pin_memory()
-        return (
-            images.to(self.device, non_blocking=True, memory_format=torch.channels_last),
-            labels.to(self.device, non_blocking=True),
-        )
-
-    def inputs(self, indices: torch.Tensor, draws: torch.Generator | None = None) -> Batch:
-        """Inputs and labels of these tiles; see `Tiles`."""
-        images, labels = self.batch(indices)
-        return normalise(self.augment(images, draws) if draws else images), labels
-
-    def views(self, indices: torch.Tensor) -> tuple[Iterable[torch.Tensor], torch.Tensor]:
-        """Inputs of the 8 dihedral views of these tiles, and labels; see `Tiles`."""
-        images, labels = self.batch(indices)
-        return map(normalise, dihedral_views(images)), labels
-
-
-def normalise(images: torch.Tensor) -> torch.Tensor:
-    """uint8 (N, 3, H, W) in 0..255 to float32 in -1..1, by the coursework's mean .5 and std .5."""
-    return images.float().div_(127.5).sub_(1.0)
-
-
-def batches(
-    n_tiles: int, batch_size: int, device: torch.device, shuffle: torch.Generator | None = None
-) -> list[torch.Tensor]:
-    """Cut 0..n_tiles-1 into batches of int64 indices on `device`, each index once, shuffled if asked.
-
-    There are as few batches as `batch_size` allows, and their sizes differ by one tile at most: a last batch of a
-    few tiles would spoil BatchNorm's running statistics, and a batch of one tile cannot be trained on at all.
-    """
-    order = torch.randperm(n_tiles, generator=shuffle) if shuffle else torch.arange(n_tiles)
-    n_batches = max(1, min(math.ceil(n_tiles / batch_size), n_tiles // 2))
-    return list(order.to(device).tensor_split(n_batches))
 
 
 def load_dataset(name: str, size: int, data_root: Path, train_tiles: int | None = None) -> Dataset:

@@ -12,18 +12,27 @@ from tqdm import tqdm
 
 from common import distributed, metrics
 from common.compute import Compute
-from common.data import Tiles, batches
 from common.errors import Fault
+from common.tiles import Tiles, batches
 
 EVALUATION_BATCH = 512
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The logits (N, C) float32 and the targets (N,) int64 of a split, in the order of the split."""
+    """The logits (N, C), float32 or rounded to float16, and the targets (N,) int64 of a split, in its order."""
 
     logits: np.ndarray
     targets: np.ndarray
+
+    def rounded(self) -> "Evaluation":
+        """The same as scores.npz keeps it: the logits are log-probabilities in float16, three digits of each.
+
+        This halves the file. A tile whose two best classes are equal in three digits may change its class.
+        """
+        logarithms = torch.from_numpy(self.logits).double().log_softmax(1)
+        lowest = float(np.finfo(np.float16).min)
+        return Evaluation(logarithms.clamp(min=lowest).numpy().astype(np.float16), self.targets)
 
     @property
     def probabilities(self) -> np.ndarray:
@@ -32,12 +41,13 @@ class Evaluation:
 
     def summary(self, split: str) -> dict[str, float]:
         """Loss (mean cross-entropy), AUC and ACC under the coursework's keys, such as `validate/auc`."""
-        loss = F.cross_entropy(torch.from_numpy(self.logits), torch.from_numpy(self.targets)).item()
+        loss = F.cross_entropy(torch.from_numpy(self.logits).float(), torch.from_numpy(self.targets)).item()
         probabilities = self.probabilities
         return {
             f"{split}/loss": loss,
             f"{split}/auc": metrics.auc(probabilities, self.targets),
             f"{split}/acc": metrics.accuracy(probabilities, self.targets),
+            f"{split}/balanced_acc": metrics.balanced_accuracy(probabilities, self.targets),
         }
 
     def described(self, class_names: tuple[str, ...]) -> dict[str, Any]:
@@ -48,6 +58,7 @@ class Evaluation:
             "n": len(targets),
             "auc": vars(metrics.auc_estimate(probabilities, targets)),
             "acc": vars(metrics.accuracy_estimate(probabilities, targets)),
+            "balanced_acc": vars(metrics.balanced_accuracy_estimate(probabilities, targets)),
             "expected_calibration_error": metrics.expected_calibration_error(probabilities, targets),
             "auc_per_class": {
                 name: None if math.isnan(value) else value

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from common.compute import Compute
-from common.data import Batch, DeviceTiles, normalise
 from common.evaluation import progress_bar
 from common.pretrained import FineTunedNetwork
+from common.tiles import Batch, DeviceTiles
 
 BATCH = 256
 View = Callable[[torch.Tensor], torch.Tensor]  # uint8 (B, 3, H, W) to the same
@@ -56,6 +56,6 @@ def cache_features(
             images, labels[part] = tiles.batch(part.to(tiles.index_device))
             for number, view in enumerate(views):
                 with compute.autocast():
-                    features[number, part] = model.features(normalise(view(images))).float()
+                    features[number, part] = model.features(tiles.prepared(view(images))).float()
                 bar.update(len(part))
     return CachedFeatures(features, labels)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from common import checkpoint
@@ -165,8 +164,8 @@ def last_layer(network: nn.Module) -> str:
 class FineTunedNetwork(nn.Module):
     """A network that takes this project's inputs and gives its own weights what they expect, frozen in part.
 
-    Inputs are the loop's, (N, 3, H, W) float32 in -1..1: they are resized to `resize_to` pixels, bilinearly, and
-    get the weights' mean and std. In the place of images, `forward` takes what `features` has made of them.
+    Inputs are (N, 3, size, size) float32 in -1..1; they get the weights' mean and std. Where `takes_features` is
+    set, `forward` takes what `features` has made of them instead.
 
     The trained part is `head` (the last linear layer), `classifier` (the outermost module around it, which is all
     that is not convolutional) or `all`. The rest is frozen: no gradients, and eval mode whatever mode the network
@@ -180,20 +179,20 @@ class FineTunedNetwork(nn.Module):
         self,
         network: nn.Module,
         preset: Preset,
-        resize_to: int,
+        size: int,
         train_part: str = "classifier",
         adapt_batchnorm: bool = False,
     ) -> None:
         super().__init__()
         self.network = network
-        self.resize_to = resize_to
+        self.takes_features = False
         self.adapt_batchnorm = adapt_batchnorm
         self.register_buffer("mean", torch.tensor(preset.mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(preset.std).view(3, 1, 1))
         last = last_layer(network)
         self.head_name = last if train_part == "head" else last.partition(".")[0]
         with torch.no_grad():
-            self.feature_shape = self.eval().features(torch.zeros(1, 3, resize_to, resize_to)).shape[1:]
+            self.feature_shape = self.eval().features(torch.zeros(1, 3, size, size)).shape[1:]
         self.freeze(train_part != "all")
 
     @property
@@ -220,13 +219,13 @@ class FineTunedNetwork(nn.Module):
         return self
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Logits (N, C) of images (N, 3, H, W) in -1..1, or of their features (N, *feature_shape)."""
-        if inputs.shape[1:] == self.feature_shape:
+        """Logits (N, C) of images (N, 3, size, size) in -1..1, or of their features (N, *feature_shape)."""
+        if self.takes_features:
             return self.head(inputs)  # type: ignore[no-any-return]
         return self.network(self._prepared(inputs))  # type: ignore[no-any-return]
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        """What enters the head when the network sees `images` (N, 3, H, W) in -1..1: (N, *feature_shape)."""
+        """What enters the head when the network sees `images` (N, 3, size, size) in -1..1: (N, *feature_shape)."""
         seen: list[torch.Tensor] = []
         hook = self.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         try:
@@ -236,11 +235,6 @@ class FineTunedNetwork(nn.Module):
         return seen[0]
 
     def _prepared(self, images: torch.Tensor) -> torch.Tensor:
-        size = (self.resize_to, self.resize_to)
-        if images.shape[2:] != size:
-            # As the weights' own preprocessing; antialiasing matters only where a tile shrinks.
-            shrinks = images.shape[2] > self.resize_to
-            images = F.interpolate(images, size=size, mode="bilinear", antialias=shrinks)
         return (images * 0.5 + 0.5 - self.mean) / self.std
 
 
@@ -248,7 +242,7 @@ def build_fine_tuned(
     model_name: str,
     num_classes: int,
     weights: Weights,
-    resize_to: int,
+    size: int,
     train_part: str = "classifier",
     adapt_batchnorm: bool = False,
 ) -> FineTunedNetwork:
@@ -256,7 +250,7 @@ def build_fine_tuned(
 
     Raises UsageError where the weights are not this network's, naming the first tensor that differs.
     """
-    network = build_network(model_name, num_classes, resize_to)
+    network = build_network(model_name, num_classes, size)
     # PyTorch's own initialisation: timm's is twelve times as wide, and hundreds of steps go into undoing it.
     fresh = network.get_submodule(last_layer(network))
     if isinstance(fresh, nn.Linear):
@@ -279,7 +273,7 @@ def build_fine_tuned(
         if extra:
             raise UsageError(f"--weights {weights.name}: {model_name} has no tensor {extra[0]}: {_OTHER}")
         network.load_state_dict(own)
-    return FineTunedNetwork(network, weights.preset, resize_to, train_part, adapt_batchnorm)
+    return FineTunedNetwork(network, weights.preset, size, train_part, adapt_batchnorm)
 
 
 _OTHER = "name the weights' own --model_name, or other weights"
@@ -391,9 +385,10 @@ def _run_weights(run_id: str, model_name: str, output_dir: Path) -> Weights:
             f"--weights {run_id}: that run's network is another one; add --model_name {trained['model_name']}"
         )
     state_dict, sha256 = _read(path)
-    preset = Preset(trained["size"], (0.5,) * 3, (0.5,) * 3)
+    size = trained.get("resize_to") or trained["size"]
+    preset = Preset(size, (0.5,) * 3, (0.5,) * 3)
     if "mean" in state_dict:  # a Task 5 run's network, which brings its preprocessing along
         mean, std = (tuple(state_dict.pop(name).flatten().tolist()) for name in ("mean", "std"))
-        preset = Preset(trained["resize_to"], mean, std)
+        preset = Preset(size, mean, std)
         state_dict = {name.removeprefix("network."): value for name, value in state_dict.items()}
     return Weights(run_id, f"run {run_id} of this project, best.pt", sha256, state_dict, preset)

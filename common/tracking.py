@@ -135,7 +135,7 @@ class Run:
         )
 
     def save_scores(self, **arrays: np.ndarray) -> None:
-        """Write scores.npz: logits (N, C) float32 and targets (N,) int64 of the scored splits."""
+        """Write scores.npz: logits (N, C) and targets (N,) of the scored splits; see `Trainer.test`."""
         if not distributed.is_first():
             return
         with atomic_path(self.folder / "scores.npz") as temporary:

@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -15,13 +14,12 @@ from common import checkpoint, distributed, metrics
 from common.averaging import ExponentialMovingAverage, reestimate_batchnorm
 from common.compute import Compute
 from common.config import TrainingConfig
-from common.data import DeviceTiles, Splits, batches
 from common.errors import Fault, first_line
-from common.evaluation import EVALUATION_BATCH, evaluate, progress_bar
+from common.evaluation import EVALUATION_BATCH, Evaluation, evaluate, progress_bar
 from common.interruption import Interruption
 from common.mixing import cross_entropy, mix
 from common.selection import best_epoch, reason_to_stop
-from common.shift import shifted
+from common.tiles import Splits, Tiles, batches
 from common.tracking import Run, check_same
 
 BATCHNORM_TILES = 2048  # enough for statistics good to a few percent, at a small part of an epoch's cost
@@ -128,7 +126,7 @@ class Trainer:
     def fit(self) -> None:
         """Train until there is a reason to stop; the best weights are then in best.pt.
 
-        After each epoch best.pt (if this epoch is the best so far), last.pt and history.csv are written whole: a
+        After each epoch last.pt, best.pt (if this epoch is the best so far) and history.csv are written whole: a
         kill loses the epoch in progress and no more. The former last.pt stays as previous.pt, in case last.pt is
         damaged. Ctrl-C and SIGTERM lose nothing: the step in progress ends, last.pt is written, and Stopped is
         raised. Raises Fault where the loss or the network's outputs are not finite.
@@ -137,9 +135,9 @@ class Trainer:
             while not self.stopped:
                 epoch = len(self.history) + 1
                 self.history.append(self.train_and_validate(epoch))
+                self.save_last()
                 if self.best_epoch == epoch:
                     self.save_best()
-                self.save_last()
                 self.run.log_epoch(self.history)
                 if distributed.any_of_all(self.interruption.came is not None, self.compute.device):
                     raise self.interruption.stopped(f"run {self.run.run_id} is saved after epoch {epoch}")
@@ -214,30 +212,36 @@ class Trainer:
     def test(self) -> dict[str, Any]:
         """Score the test tiles with the last weights and with the best ones, and write scores.npz.
 
-        To be called once, after `fit`. The best weights also score the validation tiles, plain and under each
-        shift of common/shift.py. `judged` then has the best weights. Returns the content of summary.json, without
-        the facts that `Run` adds. Raises Fault where best.pt cannot be read, or an output is not finite.
+        Call it once, after `fit`. The best weights also score the validation tiles, plain and under each shift of
+        common/shift.py; afterwards `judged` has the best weights. Returns the content of summary.json without the
+        facts that `Run` adds. Every score of the test tiles can be computed again from scores.npz, which has
+        log-probabilities (N, C) float16 and targets (N,) uint8, and for each shift the predicted classes (N,) uint8.
+        Raises Fault where best.pt cannot be read or is of another epoch than the history says, or where an output
+        is not finite.
         """
         started = time.perf_counter()
-        dataset, device, test = self.run.dataset, self.compute.device, self.splits.test()
-        score = partial(evaluate, self.judged, compute=self.compute)
+        test = self.splits.test()
+
+        def score(tiles: Tiles, tta: bool = False) -> Evaluation:
+            return evaluate(self.judged, tiles, self.compute, tta).rounded()
+
         scores = {"last": score(test)}
-        self.judged.load_state_dict(checkpoint.load(self.run.checkpoints / "best.pt")["state_dict"])
+        self.load_best()
         scores["best"] = score(test)
         if self.config.tta:
             scores["tta"] = score(test, tta=True)
         validation = score(self.splits.val)
-        foreign = {name: score(DeviceTiles(split, device)) for name, split in shifted(dataset.val)}
+        foreign = {name: score(tiles) for name, tiles in self.splits.shifted()}
         self.run.save_scores(
             **{f"{name}_logits": evaluation.logits for name, evaluation in scores.items()},
-            targets=scores["best"].targets,
+            targets=scores["best"].targets.astype(np.uint8),
             validate_logits=validation.logits,
-            validate_targets=validation.targets,
+            validate_targets=validation.targets.astype(np.uint8),
             **{f"shifted_{name}": one.logits.argmax(1).astype(np.uint8) for name, one in foreign.items()},
         )
         epochs = {"best": self.best_epoch, "tta": self.best_epoch, "last": len(self.history)}
         described = {
-            name: {"epoch": epochs[name], **evaluation.described(dataset.class_names)}
+            name: {"epoch": epochs[name], **evaluation.described(self.run.dataset.class_names)}
             for name, evaluation in scores.items()
         }
         shifted_acc = {name: metrics.accuracy(one.probabilities, one.targets) for name, one in foreign.items()}
@@ -254,7 +258,7 @@ class Trainer:
         }
 
     def batches(self, shuffle: torch.Generator | None = None) -> list[torch.Tensor]:
-        """The indices of the training tiles, batch by batch; see `common.data.batches`."""
+        """The indices of the training tiles, batch by batch; see `common.tiles.batches`."""
         tiles = self.splits.train
         return batches(len(tiles), self.config.batch_size, tiles.index_device, shuffle)
 
@@ -280,6 +284,7 @@ class Trainer:
         content = {
             "state_dict": self.judged.state_dict(),
             "epoch": len(self.history),
+            "history": self.history,  # so that these weights are never taken for those of another training
             "model_name": self.config.model_name,
             "class_names": list(dataset.class_names),
             "dataset": dataset.title,
@@ -287,6 +292,14 @@ class Trainer:
             "config": self.config.as_dict(),
         }
         checkpoint.save(self.run.checkpoints / "best.pt", content)
+
+    def load_best(self) -> None:
+        """Load best.pt into `judged`; Fault where it cannot be read or is not of the history's best epoch."""
+        path = self.run.checkpoints / "best.pt"
+        saved = checkpoint.load(path)
+        if saved.get("history") != self.history[: self.best_epoch]:
+            raise Fault(f"{path}: not the weights of epoch {self.best_epoch}; train anew under another --run_id")
+        self.judged.load_state_dict(saved["state_dict"])
 
     def save_last(self, begun: Mapping[str, Any] | None = None) -> None:
         """Write last.pt, from which training can go on; `begun` is the `epoch_state` of an epoch in progress."""
@@ -321,8 +334,10 @@ class Trainer:
             ) from error
         steps = f" and {self.begun['steps']} steps" if self.begun else ""
         print(f"continuing run {self.run.run_id} after epoch {len(self.history)}{steps}")
-        if self.history:
-            self.run.write_history(self.history)  # a kill may have come after last.pt and before history.csv
+        if self.history:  # a kill may have come after last.pt and before the other two
+            if self.best_epoch == len(self.history) and not self.begun:
+                self.save_best()
+            self.run.write_history(self.history)
 
     def epoch_state(self, steps: int, total: torch.Tensor, draws: torch.Generator) -> dict[str, Any]:
         """An epoch in progress: its finished steps, the sum of its losses, and the state of every generator."""

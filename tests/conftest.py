@@ -10,8 +10,9 @@ import torch
 
 from common.compute import Compute
 from common.config import TrainingConfig
-from common.data import Dataset, Split, Tiles
+from common.data import Dataset, Split
 from common.models import build_model
+from common.tiles import Tiles, device_splits
 from common.tracking import Run
 from common.training import Trainer
 
@@ -81,8 +82,8 @@ def trainer_of(
     config = TrainingConfig(**{**SMALL_RUN, "model_name": MODEL, "output_dir": folder, **keys})
     if model is None:
         torch.manual_seed(config.seed)
-        model = build_model(config.model_name, 9, 28)
-    splits = dataset.on(compute.device, config.augmentation)
+        model = build_model(config.model_name, 9, config.input_size)
+    splits = device_splits(dataset, compute.device, config.augmentation, config.resize_to)
     if train is not None:
         splits = dataclasses.replace(splits, train=train)
     run = Run("task1", config, dataset, compute.name)

@@ -6,8 +6,9 @@ from conftest import trainer_of
 from torch import nn
 
 from common.averaging import ExponentialMovingAverage, reestimate_batchnorm
-from common.data import Dataset, normalise
+from common.data import Dataset
 from common.models import build_model
+from common.tiles import normalise
 
 
 def test_a_20_step_mobilenet_looks_random_unless_batchnorm_is_reestimated(tiny: Dataset, tmp_path: Path) -> None:

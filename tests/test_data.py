@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import data
-from common.data import DeviceTiles, load_dataset, stratified_part
+from common.data import load_dataset, stratified_part
 from common.errors import Fault, UsageError
+from common.tiles import DeviceTiles
 
 COUNTS = {"train": 1200, "val": 30, "test": 60}
 

@@ -15,10 +15,11 @@ from processes import assert_same
 import task1
 from common import checkpoint
 from common.config import run_script
-from common.data import DeviceTiles, load_dataset
+from common.data import load_dataset
 from common.evaluation import evaluate
 from common.models import build_model
 from common.records import read_history
+from common.tiles import DeviceTiles
 
 DATA = ("--dataset=phantom", "--size=64", "--train_tiles=91", "--device=cpu", "--wandb=disabled", "--run_id=r")
 # Without BatchNorm, which normalises each process's share by itself on a CPU, and, below, without dropout.

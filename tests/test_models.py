@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from common.data import normalise
 from common.errors import UsageError
 from common.models import build_model, model_names
+from common.tiles import normalise
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_large", "googlenet", "vit_b_32"])

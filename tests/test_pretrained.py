@@ -18,11 +18,12 @@ from torch import nn
 from common import pretrained
 from common.augment import build_augmentation
 from common.convolutions import SmallMapConv2d
-from common.data import Dataset, DeviceTiles, normalise
+from common.data import Dataset
 from common.errors import UsageError
 from common.evaluation import evaluate
 from common.features import cache_features
 from common.pretrained import FineTunedNetwork, Preset, Weights, build_fine_tuned, build_network, load_weights
+from common.tiles import DeviceTiles, normalise
 from common.training import generator
 
 PRESET = Preset(40, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25))

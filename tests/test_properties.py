@@ -11,7 +11,7 @@ from sklearn.metrics import accuracy_score, roc_auc_score
 from common import metrics
 from common.augment import build_augmentation
 from common.config import TrainingConfig
-from common.data import batches
+from common.tiles import batches
 from common.training import learning_rate_factor
 
 AUGMENTATIONS = ("none", "ta_wide", "auto", "dihedral", "stain", "flip", "erase", "channel", "scale")

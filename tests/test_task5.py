@@ -11,12 +11,13 @@ from conftest import CPU
 import task5
 from common import checkpoint, pretrained
 from common.config import parse
-from common.data import DeviceTiles, load_dataset, normalise
+from common.data import load_dataset
 from common.errors import UsageError
 from common.evaluation import evaluate
 from common.metrics import softmax
 from common.models import build_model
 from common.pretrained import FineTunedNetwork
+from common.tiles import DeviceTiles, normalise
 from study.comparison import compare_runs, convergence_epoch
 
 SMALL = "mobilenet_v3_small"

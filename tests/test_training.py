@@ -14,15 +14,16 @@ import torch
 from conftest import CPU, MODEL, trainer_of
 from processes import without_timings
 
-from common import checkpoint, data, evaluation, training
+from common import checkpoint, evaluation, tiles, training
 from common.compute import Compute
 from common.config import TrainingConfig
-from common.data import Dataset, DeviceTiles, batches
+from common.data import Dataset
 from common.errors import Fault, UsageError
 from common.evaluation import Evaluation, evaluate
 from common.models import build_model
 from common.selection import best_epoch, reason_to_stop
 from common.shift import shifted
+from common.tiles import DeviceTiles, batches
 from common.training import Trainer, build_optimizer, learning_rate_factor
 
 
@@ -187,7 +188,7 @@ def test_early_stopping_does_not_count_the_warm_up() -> None:
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
     tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = data.normalise
+    original = tiles.normalise
     calls = []
 
     def poisoned(images: torch.Tensor) -> torch.Tensor:
@@ -195,7 +196,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         # The second epoch's first step; an epoch is 5 steps and an evaluation.
         return original(images) * (math.nan if len(calls) == 7 else 1)
 
-    monkeypatch.setattr(data, "normalise", poisoned)
+    monkeypatch.setattr(tiles, "normalise", poisoned)
     with pytest.raises(Fault, match="the loss became nan in epoch 2; lower --lr"):
         fitted(tiny, tmp_path)
     saved = checkpoint.load(tmp_path / "checkpoints" / "r" / "last.pt")
@@ -362,14 +363,14 @@ def test_tta_averages_the_probabilities_of_the_eight_views_and_so_ignores_the_ti
 ) -> None:
     torch.manual_seed(0)
     model = build_model("resnet18", 9, 28)
-    tiles = DeviceTiles(tiny.val, CPU.device)
+    plain = DeviceTiles(tiny.val, CPU.device)
     images = tiny.val.images
     views = [turned for k in range(4) for turned in (images.rot90(k, (2, 3)), images.rot90(k, (2, 3)).flip(3))]
     model.eval()
     with torch.no_grad():
-        expected = torch.stack([model(data.normalise(view)).softmax(1) for view in views]).mean(0)
-    averaged = evaluate(model, tiles, CPU, tta=True)
+        expected = torch.stack([model(tiles.normalise(view)).softmax(1) for view in views]).mean(0)
+    averaged = evaluate(model, plain, CPU, tta=True)
     np.testing.assert_allclose(averaged.probabilities, expected, atol=1e-5)
     turned = DeviceTiles(dataclasses.replace(tiny.val, images=images.rot90(1, (2, 3))), CPU.device)
     np.testing.assert_allclose(evaluate(model, turned, CPU, tta=True).logits, averaged.logits, atol=1e-4)
-    assert np.abs(evaluate(model, turned, CPU).logits - evaluate(model, tiles, CPU).logits).max() > 1e-3
+    assert np.abs(evaluate(model, turned, CPU).logits - evaluate(model, plain, CPU).logits).max() > 1e-3

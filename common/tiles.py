@@ -1,0 +1,139 @@
+"""Tiles on the device that computes: batches of indices, augmentation, and what the network takes."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from common.augment import build_augmentation, dihedral_views
+from common.data import Dataset, Split
+from common.shift import shifted
+
+RESIDENT_SHARE = 0.6  # of a GPU's free memory that tiles may take; the network needs the rest
+
+Batch = tuple[torch.Tensor, torch.Tensor]  # tiles or inputs, and labels
+
+
+class Tiles(Protocol):
+    """A split as training and evaluation use it: tiles, or features that were computed from them.
+
+    Indices (B,) int64 on `index_device` choose tiles. Inputs are what the network takes, float32 (B, …); labels
+    are (B,) int64. Both are on the device that computes.
+    """
+
+    index_device: torch.device
+
+    def __len__(self) -> int:
+        """The number of tiles."""
+
+    def inputs(self, indices: torch.Tensor, draws: torch.Generator | None = None) -> Batch:
+        """Inputs and labels of these tiles. With `draws`, a CPU generator, each tile is augmented at random."""
+
+    def views(self, indices: torch.Tensor) -> tuple[Iterable[torch.Tensor], torch.Tensor]:
+        """Inputs of the 8 dihedral views of these tiles, one view after the other, and the tiles' labels."""
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The tiles of a run: it trains on `train` and validates on `val`; at its end it scores the others.
+
+    `test` and `shifted` (the validation tiles under each shift of common/shift.py, by name) are functions, so
+    that these tiles take no memory of a GPU before they are scored.
+    """
+
+    train: Tiles
+    val: Tiles
+    test: Callable[[], Tiles]
+    shifted: Callable[[], Iterator[tuple[str, Tiles]]]
+
+
+class DeviceTiles:
+    """`Tiles` on the device that computes or, where they don't fit there, in pinned memory of the host.
+
+    Inputs are (B, 3, H, W) in -1..1, or (B, 3, resize_to, resize_to) where `resize_to` is given. Tiles are
+    augmented before they are resized. Raises ValueError where `build_augmentation` does not know the augmentation.
+    """
+
+    def __init__(
+        self, split: Split, device: torch.device, augmentation: str = "none", resize_to: int | None = None
+    ) -> None:
+        self.device, self.augment, self.resize_to = device, build_augmentation(augmentation), resize_to
+        images, labels = split.images, split.labels
+        self.index_device = torch.device("cpu")
+        if device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+            if images.nbytes <= RESIDENT_SHARE * free:
+                self.index_device = device
+                images, labels = images.to(device), labels.to(device)
+        self.tiles, self.labels = images.permute(0, 2, 3, 1), labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, indices: torch.Tensor) -> Batch:
+        """Tiles (B, 3, H, W) uint8 in channels_last order and labels (B,) int64, on the device."""
+        # Rows of the (N, H, W, 3) file copied whole: ten times as fast on a CPU as images[indices].
+        images = self.tiles.index_select(0, indices).permute(0, 3, 1, 2)
+        labels = self.labels.index_select(0, indices)
+        if self.index_device != self.device:
+            images, labels = images.pin_memory(), labels.pin_memory()
+        return (
+            images.to(self.device, non_blocking=True, memory_format=torch.channels_last),
+            labels.to(self.device, non_blocking=True),
+        )
+
+    def inputs(self, indices: torch.Tensor, draws: torch.Generator | None = None) -> Batch:
+        """Inputs and labels of these tiles; see `Tiles`."""
+        images, labels = self.batch(indices)
+        return self.prepared(self.augment(images, draws) if draws else images), labels
+
+    def views(self, indices: torch.Tensor) -> tuple[Iterable[torch.Tensor], torch.Tensor]:
+        """Inputs of the 8 dihedral views of these tiles, and labels; see `Tiles`."""
+        images, labels = self.batch(indices)
+        return map(self.prepared, dihedral_views(images)), labels
+
+    def prepared(self, images: torch.Tensor) -> torch.Tensor:
+        """Tiles (B, 3, H, W) uint8 as the network takes them: float32 in -1..1, resized bilinearly."""
+        inputs = normalise(images)
+        side = images.shape[2]
+        if self.resize_to is None or self.resize_to == side:
+            return inputs
+        size = (self.resize_to, self.resize_to)
+        return F.interpolate(inputs, size=size, mode="bilinear", antialias=self.resize_to < side)
+
+
+def device_splits(
+    dataset: Dataset, device: torch.device, augmentation: str = "none", resize_to: int | None = None
+) -> Splits:
+    """A data set's splits as `DeviceTiles`; only training tiles are augmented. Raises ValueError as they do."""
+
+    def plain(split: Split) -> DeviceTiles:
+        return DeviceTiles(split, device, resize_to=resize_to)
+
+    return Splits(
+        train=DeviceTiles(dataset.train, device, augmentation, resize_to),
+        val=plain(dataset.val),
+        test=lambda: plain(dataset.test),
+        shifted=lambda: ((name, plain(split)) for name, split in shifted(dataset.val)),
+    )
+
+
+def normalise(images: torch.Tensor) -> torch.Tensor:
+    """uint8 (N, 3, H, W) in 0..255 to float32 in -1..1, by the coursework's mean .5 and std .5."""
+    return images.float().div_(127.5).sub_(1.0)
+
+
+def batches(
+    n_tiles: int, batch_size: int, device: torch.device, shuffle: torch.Generator | None = None
+) -> list[torch.Tensor]:
+    """Cut 0..n_tiles-1 into batches of int64 indices on `device`, each index once, shuffled if asked.
+
+    There are as few batches as `batch_size` allows, and their sizes differ by one tile at most: a last batch of a
+    few tiles would spoil BatchNorm's running statistics, and a batch of one tile cannot be trained on at all.
+    """
+    order = torch.randperm(n_tiles, generator=shuffle) if shuffle else torch.arange(n_tiles)
+    n_batches = max(1, min(math.ceil(n_tiles / batch_size), n_tiles // 2))
+    return list(order.to(device).tensor_split(n_batches))
