@@ -215,9 +215,9 @@ class Trainer:
         Call it once, after `fit`. The best weights also score the validation tiles, plain and under each shift of
         common/shift.py; afterwards `judged` has the best weights. Returns the content of summary.json without the
         facts that `Run` adds. Every score of the test tiles can be computed again from scores.npz, which has
-        log-probabilities (N, C) float16 and targets (N,) uint8, and for each shift the predicted classes (N,) uint8.
-        Raises Fault where best.pt cannot be read or is of another epoch than the history says, or where an output
-        is not finite.
+        log-probabilities (N, C) float16, targets (N,) uint8, and for each shift the predicted classes (N,) uint8.
+        Raises Fault where best.pt cannot be read or is not of the history's best epoch, or where an output is not
+        finite.
         """
         started = time.perf_counter()
         test = self.splits.test()

@@ -161,13 +161,14 @@ def test_the_records_name_the_weights_and_where_they_came_from(finished: Path, w
 
 
 def test_the_best_checkpoint_is_the_network_that_was_scored(finished: Path, phantom_root: Path) -> None:
-    test = DeviceTiles(load_dataset("phantom", 28, phantom_root, 90).test, CPU.device)
+    test = DeviceTiles(load_dataset("phantom", 28, phantom_root, 90).test, CPU.device, resize_to=32)
     for run_id in ("r", "r-scratch"):
         model = pretrained.load_fine_tuned(finished / f"checkpoints/{run_id}/best.pt")
         with np.load(finished / f"runs/{run_id}/scores.npz", allow_pickle=False) as scores:
-            np.testing.assert_allclose(evaluate(model, test, CPU).logits, scores["best_logits"], atol=1e-4)
+            scored = evaluate(model, test, CPU)
+            np.testing.assert_allclose(scored.probabilities, softmax(scores["best_logits"]), atol=1e-3)
             views = evaluate(model, test, CPU, tta=True).logits
-            np.testing.assert_allclose(softmax(views), softmax(scores["tta_logits"]), atol=1e-4)
+            np.testing.assert_allclose(softmax(views), softmax(scores["tta_logits"]), atol=1e-3)
 
 
 def test_the_frozen_part_of_a_whole_run_is_that_of_the_file(finished: Path, weights: Path) -> None:

@@ -23,7 +23,7 @@ from common.evaluation import Evaluation, evaluate
 from common.models import build_model
 from common.selection import best_epoch, reason_to_stop
 from common.shift import shifted
-from common.tiles import DeviceTiles, batches
+from common.tiles import DeviceTiles, batches, device_splits
 from common.training import Trainer, build_optimizer, learning_rate_factor
 
 
@@ -123,7 +123,7 @@ def test_the_best_weights_are_kept_and_tested_not_the_last(
 
     summary = trainer.test()
     assert_same_weights(model.state_dict(), kept[2])
-    scores = evaluate(model, DeviceTiles(tiny.test, CPU.device), CPU)
+    scores = evaluate(model, DeviceTiles(tiny.test, CPU.device), CPU).rounded()
     assert summary["best"]["epoch"] == 2
     assert summary["last"]["epoch"] == 3
     assert summary["test/acc"] == np.mean(scores.logits.argmax(1) == scores.targets)
@@ -374,3 +374,74 @@ def test_tta_averages_the_probabilities_of_the_eight_views_and_so_ignores_the_ti
     turned = DeviceTiles(dataclasses.replace(tiny.val, images=images.rot90(1, (2, 3))), CPU.device)
     np.testing.assert_allclose(evaluate(model, turned, CPU, tta=True).logits, averaged.logits, atol=1e-4)
     assert np.abs(evaluate(model, turned, CPU).logits - evaluate(model, plain, CPU).logits).max() > 1e-3
+
+
+def test_the_scores_of_a_run_can_be_computed_again_from_its_file_of_scores(tiny: Dataset, tmp_path: Path) -> None:
+    trainer = fitted(tiny, tmp_path)
+    summary = trainer.test()
+    with np.load(trainer.run.folder / "scores.npz", allow_pickle=False) as arrays:
+        for name in ("last", "best", "tta"):
+            again = Evaluation(arrays[f"{name}_logits"], arrays["targets"].astype(np.int64))
+            assert again.logits.dtype == np.float16
+            assert summary[name] == {"epoch": summary[name]["epoch"], **again.described(tiny.class_names)}
+
+
+def test_rounded_scores_are_finite_and_close_to_the_networks() -> None:
+    logits = np.random.default_rng(0).normal(0, 3, (200, 9)).astype(np.float32)
+    logits[0, 0] = 1e9  # a network that has diverged
+    exact = Evaluation(logits, np.zeros(200, np.int64))
+    rounded = exact.rounded()
+    assert np.isfinite(rounded.logits).all()
+    np.testing.assert_allclose(rounded.probabilities, exact.probabilities, atol=1e-3)
+
+
+def test_best_weights_of_another_training_are_refused(tiny: Dataset, tmp_path: Path) -> None:
+    trainer = fitted(tiny, tmp_path)
+    path = trainer.run.checkpoints / "best.pt"
+    saved = checkpoint.load(path)
+    saved["history"][0]["train/loss"] += 1e-9
+    checkpoint.save(path, saved)
+    with pytest.raises(Fault, match=r"best.pt: not the weights of epoch"):
+        trainer.test()
+
+
+def test_best_weights_follow_the_last_checkpoint_when_a_kill_came_between_the_two(
+    tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_best, saves = Trainer.save_best, []
+
+    def dying(trainer: Trainer) -> None:
+        saves.append(len(trainer.history))
+        if len(saves) == 2:
+            raise KeyboardInterrupt
+        save_best(trainer)
+
+    monkeypatch.setattr(Trainer, "save_best", dying)
+    with pytest.raises(KeyboardInterrupt):
+        fitted(tiny, tmp_path, select_on="last")
+    assert checkpoint.load(tmp_path / "checkpoints/r/best.pt")["epoch"] < saves[-1]
+    monkeypatch.undo()
+    resumed = trainer_of(tiny, tmp_path, select_on="last")
+    saved = checkpoint.load(tmp_path / "checkpoints/r/best.pt")
+    assert saved["history"] == resumed.history
+    assert_same_weights(saved["state_dict"], resumed.judged.state_dict())
+
+
+def test_tiles_are_resized_after_augmentation(tiny: Dataset) -> None:
+    split = device_splits(tiny, CPU.device, "dihedral", resize_to=40).train
+    indices = torch.arange(6)
+    images = DeviceTiles(tiny.train, CPU.device, "dihedral")
+    draws = torch.Generator().manual_seed(0)
+    augmented = images.inputs(indices, draws)[0]
+    expected = torch.nn.functional.interpolate(augmented, size=(40, 40), mode="bilinear")
+    torch.testing.assert_close(split.inputs(indices, draws.manual_seed(0))[0], expected)
+    assert [view.shape for view in split.views(indices)[0]] == [(6, 3, 40, 40)] * 8
+    small = DeviceTiles(tiny.train, CPU.device, resize_to=14)
+    whole = images.prepared(images.batch(indices)[0])
+    expected = torch.nn.functional.interpolate(whole, size=(14, 14), mode="bilinear", antialias=True)
+    torch.testing.assert_close(small.inputs(indices)[0], expected)
+
+
+def test_a_network_can_be_trained_on_resized_tiles(tiny: Dataset, tmp_path: Path) -> None:
+    trainer = fitted(tiny, tmp_path, model_name="squeezenet1_1", resize_to=40, n_epochs=1)
+    assert {"shifted", "best"} <= trainer.test().keys()
