@@ -1,14 +1,16 @@
-"""Several processes that train one network together, as torchrun starts them; alone, every function is a no-op.
+"""Several processes, started by torchrun, that train one network together; one process alone changes nothing here.
 
     torchrun --nproc-per-node=2 train.py --run_id=r
 
-Each process takes its share of every batch and of every split to score; gradients are averaged by PyTorch's
-DistributedDataParallel, scores are gathered, and the first process alone writes records.
+Each process trains on its share of every batch and scores its share of every split. PyTorch's
+DistributedDataParallel averages the gradients, the scores are gathered, and only the first process writes records.
 """
 
 import atexit
 import os
 import sys
+from functools import cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +20,7 @@ from common.errors import UsageError
 
 
 def join(cuda: bool) -> None:
-    """Join the other processes, if torchrun has started any; the first one speaks for all."""
+    """Join the other processes, if torchrun has started any; only the first one prints."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
         return
     if cuda:
@@ -32,6 +34,12 @@ def join(cuda: bool) -> None:
     atexit.register(dist.destroy_process_group)
     if not is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+
+
+@cache
+def _cpus() -> Any:
+    """The group in which the processes' CPUs exchange values."""
+    return dist.new_group(backend="gloo")
 
 
 def local_rank() -> int:
@@ -55,16 +63,16 @@ def is_first() -> bool:
 
 
 def parallel(model: nn.Module, changing: bool) -> nn.Module:
-    """The network as all processes train it; `changing` says that parts of it may be frozen for a while."""
+    """The network, with gradients averaged over all processes; `changing`: parts may be frozen for a while."""
     if world_size() == 1:
         return model
     return nn.parallel.DistributedDataParallel(model, find_unused_parameters=changing)
 
 
 def synchronised(model: nn.Module, device: torch.device) -> nn.Module:
-    """The network with BatchNorm over the whole batch, where PyTorch has that: on GPUs.
+    """The network with BatchNorm over the whole batch, which PyTorch has for GPUs only.
 
-    On CPUs each process normalises by its own share of the batch.
+    On CPUs each process normalises its share of the batch by that share's statistics.
     """
     if world_size() == 1 or device.type != "cuda":
         return model
@@ -73,12 +81,12 @@ def synchronised(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def share(indices: torch.Tensor) -> torch.Tensor:
-    """The part of a batch that this process takes: consecutive, and equal to the others' up to one."""
+    """The consecutive indices of a batch that this process takes; the shares' sizes differ by one at most."""
     return indices.tensor_split(world_size())[rank()]
 
 
 def weighted(loss: torch.Tensor, share: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
-    """The mean loss of a share, scaled so that the mean over all processes is the mean over the whole batch."""
+    """The mean loss of a share, scaled so that its mean over all processes is the mean over the whole batch."""
     weight = len(share) * world_size() / len(batch)
     return loss * weight if weight != 1 else loss
 
@@ -91,7 +99,7 @@ def total(value: torch.Tensor) -> torch.Tensor:
 
 
 def gathered(rows: torch.Tensor, n: int) -> torch.Tensor:
-    """All processes' rows, (n, …), each having brought those of its `share`."""
+    """The rows (n, …) of all processes, where each process has the rows of its `share`."""
     if world_size() == 1:
         return rows
     sizes = [len(part) for part in torch.arange(n).tensor_split(world_size())]
@@ -102,13 +110,26 @@ def gathered(rows: torch.Tensor, n: int) -> torch.Tensor:
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
-def any_of_all(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set in any process."""
-    return bool(total(torch.tensor(float(flag), device=device)))
+def any_of_all(flag: bool) -> bool:
+    """Whether the flag is set in any process; the processes' CPUs agree on it, and no GPU waits."""
+    if world_size() == 1:
+        return flag
+    flags = torch.tensor(int(flag))
+    dist.all_reduce(flags, group=_cpus())
+    return bool(flags)
+
+
+def of_all(value: Any) -> list[Any]:
+    """Every process's value, in the order of their ranks."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value, group=_cpus())
+    return values
 
 
 def same_buffers(model: nn.Module) -> None:
-    """Give every process the first one's buffers: BatchNorm's statistics are of each one's own tiles."""
+    """Copy the first process's buffers to all: each process's BatchNorm statistics come from its tiles alone."""
     if world_size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)

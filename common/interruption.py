@@ -1,20 +1,21 @@
-"""Ctrl-C and SIGTERM as a request that the training loop grants after its current step."""
+"""Ctrl-C and SIGTERM as a request: the training loop ends after its current step."""
 
 import signal
 import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+from common import distributed
 from common.errors import Stopped
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption:
-    """A context in which the first Ctrl-C or SIGTERM is only noted; the second one acts as it always does.
+    """A context in which the first Ctrl-C or SIGTERM is only noted, in `came`; a second one ends the process.
 
-    `came` is the one that did, or None. Outside the main thread, where Python handles no signals, nothing is
-    noted.
+    Under torchrun later ones are ignored: Ctrl-C reaches torchrun as well, which then sends every process SIGTERM
+    and, half a minute later, SIGKILL. Outside the main thread, where Python handles no signals, nothing is noted.
     """
 
     came: signal.Signals | None = None
@@ -34,10 +35,12 @@ class Interruption:
             signal.signal(number, handler)
 
     def stopped(self, message: str) -> Stopped:
-        """The error to raise once what there is to save is saved."""
+        """The error to raise when everything is saved."""
         number = self.came or signal.SIGINT
         return Stopped(f"{number.name}: {message}", number)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.came = signal.Signals(number)
-        self.__exit__(None, None, None)
+        if self.came is None:
+            self.came = signal.Signals(number)
+        if distributed.world_size() == 1:
+            self.__exit__(None, None, None)

@@ -14,7 +14,7 @@ from common import checkpoint, distributed, metrics
 from common.averaging import ExponentialMovingAverage, reestimate_batchnorm
 from common.compute import Compute
 from common.config import TrainingConfig
-from common.errors import Fault, first_line
+from common.errors import Fault, UsageError, first_line
 from common.evaluation import EVALUATION_BATCH, Evaluation, evaluate, progress_bar
 from common.interruption import Interruption
 from common.mixing import cross_entropy, mix
@@ -102,14 +102,19 @@ class Trainer:
         model.to(compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model = distributed.synchronised(model, compute.device)
         self.optimizer = build_optimizer(self.model, config, lr_factors)
-        self.steps_per_epoch = len(self.batches())
+        sizes = list(map(len, self.batches()))
+        if min(sizes) < 2 * distributed.world_size():  # BatchNorm needs two tiles in each process
+            n_processes = distributed.world_size()
+            raise UsageError(f"--batch_size {config.batch_size}: too small for {n_processes} processes")
+        self.steps_per_epoch = len(sizes)
         n_steps, decay = config.n_epochs * self.steps_per_epoch, config.ema_decay
         self.average = ExponentialMovingAverage(self.model, decay, n_steps) if decay else None
         self.judged = self.average.model if self.average else self.model
         self.before_epoch = before_epoch
         self.interruption = Interruption()
         self.history: list[dict[str, float]] = []
-        self.begun: Mapping[str, Any] | None = None  # what `epoch_state` gave where training was stopped
+        self.begun: Mapping[str, Any] | None = None  # the `epoch_state` of an epoch that was stopped
+        self.epoch_started = time.perf_counter()
         self.restore()
         self.parallel = distributed.parallel(self.model, changing=before_epoch is not None)
 
@@ -139,39 +144,42 @@ class Trainer:
                 if self.best_epoch == epoch:
                     self.save_best()
                 self.run.log_epoch(self.history)
-                if distributed.any_of_all(self.interruption.came is not None, self.compute.device):
+                if distributed.any_of_all(self.interruption.came is not None):
                     raise self.interruption.stopped(f"run {self.run.run_id} is saved after epoch {epoch}")
         print(f"training ended: {self.stopped}; best epoch {self.best_epoch} by {self.config.select_on}")
 
     def train_and_validate(self, epoch: int) -> dict[str, float]:
         """Train one epoch and validate; returns the epoch's row of the history. Raises what `fit` does."""
-        started = time.perf_counter()
+        self.epoch_started = time.perf_counter() - (self.begun["seconds"] if self.begun else 0.0)
         if self.before_epoch:
             for network in {self.model, self.judged}:
                 self.before_epoch(network, epoch)
         loss = self.train_epoch(epoch)
-        seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - self.epoch_started
         distributed.same_buffers(self.model)
         if self.average or self.config.reestimate_batchnorm:
-            reestimate_batchnorm(self.judged, self.clean_inputs())
-        return {
+            with self.compute.autocast():
+                reestimate_batchnorm(self.judged, self.clean_inputs())
+        row = {
             "epoch": epoch,
             "train/loss": loss,
             **evaluate(self.judged, self.splits.val, self.compute).summary("validate"),
             "lr": max(group["lr"] for group in self.optimizer.param_groups),
             "tiles_per_second": len(self.splits.train) / seconds,
-            "seconds": time.perf_counter() - started,
+            "seconds": time.perf_counter() - self.epoch_started,
         }
+        first: dict[str, float] = distributed.of_all(row)[0]  # each process has measured other seconds
+        return first
 
     def train_epoch(self, epoch: int) -> float:
         """Pass once over the training tiles; returns the mean loss of a tile. `epoch` counts from 1.
 
-        An epoch that was stopped is continued after its last step. Several processes each take a share of every
-        batch and draw different random numbers; the gradients are those of the whole batch.
+        An epoch that was stopped is continued after its last step. Each process trains on its share of a batch
+        with its own random stream; the gradients are those of the whole batch.
 
         The loss is read once a second and at the end, because a GPU waits while a value is read. Raises Fault
-        where the loss is not finite. Raises Stopped, with last.pt written, after a step in which Ctrl-C or
-        SIGTERM came.
+        where the loss is not finite. Ctrl-C or SIGTERM in any process ends the epoch after the step: last.pt is
+        written and Stopped is raised.
         """
         config, tiles = self.config, self.splits.train
         self.parallel.train()
@@ -202,8 +210,8 @@ class Trainer:
                 if time.monotonic() - read > 1:
                     bar.set_postfix(loss=f"{read_loss(total, epoch) / seen:.3f}")
                     read = time.monotonic()
-                if self.interruption.came and distributed.world_size() == 1:
-                    read_loss(total, epoch)
+                if distributed.any_of_all(self.interruption.came is not None):
+                    read_loss(distributed.total(total.clone()), epoch)
                     self.save_last(self.epoch_state(number, total, draws))
                     where = f"after epoch {epoch - 1} and {number} steps"
                     raise self.interruption.stopped(f"run {self.run.run_id} is saved {where}")
@@ -332,6 +340,11 @@ class Trainer:
                 f"{self.run.resumable[0]}: not a checkpoint that a run can go on from ({first_line(error)}); "
                 "train anew under another --run_id"
             ) from error
+        if self.begun and len(self.begun["processes"]) != distributed.world_size():
+            raise UsageError(
+                f"run {self.run.run_id} was stopped within an epoch of {len(self.begun['processes'])} processes; "
+                "continue it with as many"
+            )
         steps = f" and {self.begun['steps']} steps" if self.begun else ""
         print(f"continuing run {self.run.run_id} after epoch {len(self.history)}{steps}")
         if self.history:  # a kill may have come after last.pt and before the other two
@@ -340,25 +353,27 @@ class Trainer:
             self.run.write_history(self.history)
 
     def epoch_state(self, steps: int, total: torch.Tensor, draws: torch.Generator) -> dict[str, Any]:
-        """An epoch in progress: its finished steps, the sum of its losses, and the state of every generator."""
-        states = {"augment": draws.get_state(), "cpu": torch.get_rng_state()}
+        """An epoch in progress: finished steps, seconds, and each process's sum of losses and random streams."""
+        process = {"total": total.cpu(), "augment": draws.get_state(), "cpu": torch.get_rng_state()}
         if self.compute.device.type == "cuda":
-            states["cuda"] = torch.cuda.get_rng_state(self.compute.device)
-        return {"steps": steps, "total": total.cpu(), "draws": states}
+            process["cuda"] = torch.cuda.get_rng_state(self.compute.device)
+        seconds = time.perf_counter() - self.epoch_started
+        return {"steps": steps, "seconds": seconds, "processes": distributed.of_all(process)}
 
     def continue_epoch(self, draws: torch.Generator) -> tuple[int, torch.Tensor]:
-        """The finished steps and the sum of losses () of the epoch that was stopped, or two zeros.
+        """The finished steps and the sum of losses () of an epoch that was stopped, or two zeros.
 
         `draws` and PyTorch's generators are set to where that epoch left them.
         """
         begun, self.begun = self.begun, None
         if begun is None:
             return 0, torch.zeros((), device=self.compute.device)
-        draws.set_state(begun["draws"]["augment"])
-        torch.set_rng_state(begun["draws"]["cpu"])
-        if "cuda" in begun["draws"]:
-            torch.cuda.set_rng_state(begun["draws"]["cuda"], self.compute.device)
-        return begun["steps"], begun["total"].to(self.compute.device)
+        process = begun["processes"][distributed.rank()]
+        draws.set_state(process["augment"])
+        torch.set_rng_state(process["cpu"])
+        if "cuda" in process:
+            torch.cuda.set_rng_state(process["cuda"], self.compute.device)
+        return begun["steps"], process["total"].to(self.compute.device)
 
 
 def read_loss(total: torch.Tensor, epoch: int) -> float:

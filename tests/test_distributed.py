@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -25,32 +27,45 @@ DATA = ("--dataset=phantom", "--size=64", "--train_tiles=91", "--device=cpu", "-
 # Without BatchNorm, which normalises each process's share by itself on a CPU, and, below, without dropout.
 SQUEEZENET = ("--model_name=squeezenet1_1", "--n_epochs=3", "--batch_size=30", "--lr=0.0003")
 DRIVER = """
-import os, sys
+import os, sys, time
 sys.path.insert(0, os.getcwd())
 import torch
 import task1
+from common import training
 from common.config import run_script
 from common.training import Trainer
 
 torch.nn.functional.dropout = lambda inputs, *_: inputs
 epoch_of = Trainer.train_epoch
+mix = training.mix
 
 def dying(trainer, epoch):
     if epoch == 2 and os.environ["RANK"] == "1" and "DIE" in os.environ:
         os._exit(9)
     return epoch_of(trainer, epoch)
 
+def waiting(*arguments):
+    if "WAIT" in os.environ and os.path.exists(os.path.join(os.environ["WAIT"], "runs/r/history.csv")):
+        open(os.path.join(os.environ["WAIT"], "second-epoch"), "w").close()
+        time.sleep(0.5)
+    return mix(*arguments)
+
 Trainer.train_epoch = dying
+training.mix = waiting
 run_script(task1.main, task1.Task1Config)
 """
+
+
+def command(script: str, *keys: str, data_root: Path, output: Path) -> list[str]:
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", script]
+    return [*start, *keys, f"--data_root={data_root}", f"--output_dir={output}"]
 
 
 def together(
     script: str, *keys: str, data_root: Path, output: Path, **environment: str
 ) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", script, *keys]
     return subprocess.run(
-        [*command, f"--data_root={data_root}", f"--output_dir={output}"],
+        command(script, *keys, data_root=data_root, output=output),
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
@@ -113,6 +128,39 @@ def test_the_death_of_one_process_ends_both_and_the_same_command_goes_on(
     again = together(driver, *keys, data_root=phantom_root, output=tmp_path)
     assert again.returncode == 0, again.stderr
     assert "continuing run r after epoch 1\n" in again.stdout
+    assert_same(tmp_path, two)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_both_processes_after_the_same_step_and_the_same_command_continues_there(
+    two: Path, driver: str, phantom_root: Path, tmp_path: Path
+) -> None:
+    keys = [*DATA, *SQUEEZENET]
+    with open(tmp_path / "log", "w") as log:
+        running = subprocess.Popen(
+            command(driver, *keys, data_root=phantom_root, output=tmp_path),
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "WAIT": str(tmp_path)},
+            stdout=log,
+            stderr=log,
+        )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "second-epoch").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    assert running.wait(60) != 0
+    text = (tmp_path / "log").read_text()
+    begun = checkpoint.load(tmp_path / "checkpoints/r/last.pt")["begun"]
+    assert begun is not None, text
+    assert 1 <= begun["steps"] < 4, text
+    assert len(begun["processes"]) == 2
+    assert "is saved after epoch 1 and" in text
+    (tmp_path / "second-epoch").unlink()
+    again = together(driver, *keys, data_root=phantom_root, output=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert f"continuing run r after epoch 1 and {begun['steps']} steps" in again.stdout
+    (tmp_path / "log").unlink()
     assert_same(tmp_path, two)
 
 
