@@ -1,4 +1,4 @@
-"""Mixup and cutmix: training tiles blended with, or patched from, another tile of their batch."""
+"""Mixup and cutmix: each training tile is blended with, or patched from, another tile of its batch."""
 
 from dataclasses import dataclass
 
@@ -9,10 +9,10 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class Mixed:
-    """Inputs (N, 3, H, W) float32 and what the loss must know of them.
+    """Mixed inputs (N, 3, H, W) float32, and what they were mixed from.
 
-    Tile i is `shares[i]` (N,) float32 itself and the rest tile `partners[i]` (N,) int64; `partners` is None
-    where nothing was mixed.
+    A share of `shares[i]`, (N,) float32, of input i is tile i; the rest is tile `partners[i]`, (N,) int64.
+    `partners` is None where nothing was mixed.
     """
 
     inputs: torch.Tensor
@@ -21,32 +21,37 @@ class Mixed:
 
 
 def mix(inputs: torch.Tensor, generator: torch.Generator, mixup_alpha: float, cutmix_alpha: float) -> Mixed:
-    """Mix each tile of a batch with a random partner, in a share that is drawn for each tile.
+    """Mix each tile of a batch with a random partner; each tile has its own random share.
 
-    Mixup (Zhang et al. 2018) blends the two by Beta(alpha, alpha); cutmix (Yun et al. 2019) cuts a rectangle
-    whose area is such a draw out of the partner. An alpha of 0 switches a method off; with both on, each tile
-    takes either with probability one half. torchvision's MixUp and CutMix draw once a batch instead.
+    Mixup (Zhang et al. 2018) blends the two; the tile's share follows Beta(alpha, alpha). Cutmix (Yun et al. 2019)
+    puts a rectangle of the partner into the tile; the rest of the area follows Beta(alpha, alpha). An alpha of 0
+    switches a method off; with both on, each tile gets one of the two with probability one half. torchvision's
+    MixUp and CutMix choose one share for the whole batch instead.
     """
-    if not mixup_alpha and not cutmix_alpha:  # whatever the inputs are: cached features are no images
+    if not mixup_alpha and not cutmix_alpha:  # inputs may be cached features, which are no images
         return Mixed(inputs, None, torch.ones(len(inputs), device=inputs.device))
     n, _, height, width = inputs.shape
-    # PyTorch's Beta distribution takes no generator, numpy's does; our generator draws the seed for numpy's.
-    draws = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
-    partners = torch.randperm(n, generator=generator).to(inputs.device)
+    # PyTorch's Beta distribution takes no generator, numpy's does; our generator gives the seed for numpy's.
+    random = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
+    partners = torch.randperm(n, generator=generator)
     cut = np.full(n, cutmix_alpha > 0)
     if mixup_alpha and cutmix_alpha:
-        cut = draws.random(n) < 0.5
+        cut = random.random(n) < 0.5
     shares = np.where(
         cut,
-        draws.beta(cutmix_alpha or 1, cutmix_alpha or 1, n),
-        draws.beta(mixup_alpha or 1, mixup_alpha or 1, n),
+        random.beta(cutmix_alpha or 1, cutmix_alpha or 1, n),
+        random.beta(mixup_alpha or 1, mixup_alpha or 1, n),
     )
-    # A cut tile takes its partner inside the rectangle and itself outside; the pixels decide the true share.
-    rows = _spans(np.sqrt(1 - shares), draws.random(n), height)
-    columns = _spans(np.sqrt(1 - shares), draws.random(n), width)
-    inside = rows[:, :, None] & columns[:, None, :]
-    own = np.where(cut[:, None, None], ~inside, shares[:, None, None]).astype(np.float32)
-    weights = torch.from_numpy(own).to(inputs.device)
+    # One copy to the device, which then makes the masks: (N, H, W) numbers take long on the host.
+    numbers = torch.from_numpy(np.stack([partners.numpy(), cut, shares, random.random(n), random.random(n)]))
+    if inputs.is_cuda:
+        numbers = numbers.pin_memory()
+    numbers = numbers.to(inputs.device, non_blocking=True)
+    partners, is_cut, (share, row, column) = numbers[0].long(), numbers[1].bool(), numbers[2:]
+    # A cut tile is its partner inside the rectangle and itself outside; its pixels give the true share.
+    side = (1 - share).sqrt()
+    inside = _spans(side, row, height)[:, :, None] & _spans(side, column, width)[:, None, :]
+    weights = torch.where(is_cut[:, None, None], ~inside, share[:, None, None]).float()
     blended = torch.lerp(inputs[partners], inputs, weights[:, None])
     return Mixed(blended, partners, weights.mean(dim=(1, 2)))
 
@@ -67,8 +72,8 @@ def cross_entropy(
     return (mixed.shares * own + (1 - mixed.shares) * partners).mean()
 
 
-def _spans(fraction: np.ndarray, position: np.ndarray, length: int) -> np.ndarray:
+def _spans(fraction: torch.Tensor, position: torch.Tensor, length: int) -> torch.Tensor:
     """(N, length) bool: a stretch of `fraction` of the side around `position`, both (N,) in 0..1, clipped."""
-    pixels = np.arange(length) + 0.5
+    pixels = torch.arange(length, device=position.device) + 0.5
     centre, half = position * length, fraction * length / 2
-    return np.asarray(np.abs(pixels - centre[:, None]) < half[:, None])
+    return (pixels - centre[:, None]).abs() < half[:, None]
