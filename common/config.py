@@ -11,6 +11,7 @@ import math
 import os
 import re
 import secrets
+import signal
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from common.errors import Fault, Stopped, UsageError
 C = TypeVar("C", bound="Keys")
 
 # Keys that say where and how a run is kept, not what it computes: a resumed run may change them.
-BOOKKEEPING_KEYS = ("data_root", "output_dir", "wandb", "resume", "scratch", "n_seeds")
+BOOKKEEPING_KEYS = ("data_root", "output_dir", "wandb", "wandb_model", "resume", "scratch", "n_seeds")
 PHANTOM_TRAIN_TILES = 9000  # training tiles of the phantom, unless --train_tiles says another number
 
 
@@ -164,6 +165,7 @@ class Config(Workspace):
     precision: str = key(
         "auto", "auto is bf16 autocast on a GPU that has it, else fp32", choices=("auto", "fp32", "bf16")
     )
+    wandb_model: bool = key(False, "upload the best weights to W&B, too")
     resume: bool = key(False, "insist that run_id is continued: an error if it has no checkpoint")
 
     def __post_init__(self) -> None:
@@ -366,6 +368,14 @@ def _with_underscores(argument: str) -> str:
     return f"--{name.replace('-', '_')}{equals}{value}"
 
 
+def end_by(number: signal.Signals) -> None:
+    """End this process as `number` does by default."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
 def run_script(main: Callable[[C], None], config_class: type[C], arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, call `main`, and turn an expected error into one line and an exit status."""
     description = sys.modules[main.__module__].__doc__ or ""
@@ -378,6 +388,8 @@ def run_script(main: Callable[[C], None], config_class: type[C], arguments: Sequ
         main(config)
     except Stopped as stopped:
         print(f"{name}: {stopped}{again}", file=sys.stderr)
+        if "WANDB_SWEEP_ID" in os.environ:  # its agent takes an exit status for a failure, but not a signal
+            end_by(stopped.number)
         sys.exit(stopped.exit_status)
     except (UsageError, Fault) as error:
         print(f"{name}: {error}", file=sys.stderr)

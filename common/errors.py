@@ -1,5 +1,7 @@
 """The errors that end a script with one line on stderr instead of a traceback, and others' first lines."""
 
+import signal
+
 
 class UsageError(Exception):
     """What the user asked for cannot be done; the message names it and the remedy. Exit status 2."""
@@ -14,11 +16,12 @@ class Fault(Exception):
 
 
 class Stopped(Exception):
-    """A signal ended the run, which can go on from where it was. Exit status 128 + the signal's number."""
+    """A signal stopped the run, which can be continued from there. Exit status 128 + the signal's number."""
 
-    def __init__(self, message: str, signal: int) -> None:
+    def __init__(self, message: str, number: signal.Signals) -> None:
         super().__init__(message)
-        self.exit_status = 128 + signal
+        self.number = number
+        self.exit_status = 128 + number
 
 
 def first_line(error: Exception) -> str:

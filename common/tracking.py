@@ -1,10 +1,13 @@
-"""The records of one run: files under runs/<run_id>/, with W&B as a sink for the same numbers."""
+"""The records of one run: files under runs/<run_id>/, and the same numbers sent to W&B."""
 
+import hashlib
 import importlib.metadata
+import json
 import netrc
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import urllib.parse
@@ -22,7 +25,7 @@ from common.errors import UsageError, first_line
 from common.files import atomic_path, claim, write_csv, write_json
 from common.records import is_finished, read_json, run_folder
 
-WANDB_PROJECT = "hw1"  # the coursework's
+WANDB_PROJECT = "hw1"  # the coursework's; $WANDB_PROJECT takes its place
 WANDB_PATIENCE = 60.0  # seconds to wait for its server at the start and at the end of a run
 REPOSITORY = Path(__file__).resolve().parent.parent
 CODE = ("*.py", ":(glob)*.yaml", "constraints.txt")  # as git takes paths: what a result depends on
@@ -32,6 +35,8 @@ AXIS_LABELS = {
     "validate/auc": "Validation AUC (mean over classes, one vs rest)",
     "validate/acc": "Validation ACC (share of tiles)",
 }
+UNDER_AGENT = "WANDB_SWEEP_ID" in os.environ
+PARENT = os.getppid()
 VERSIONED = ("torch", "torchvision", "numpy", "medmnist", "wandb", "matplotlib")
 
 
@@ -67,6 +72,7 @@ class Run:
         self.output_dir = config.output_dir
         self.folder = run_folder(config.output_dir, config.run_id)
         self.checkpoints = config.output_dir / "checkpoints" / config.run_id
+        self.upload_model = config.wandb_model
         self.figures = config.output_dir / "fig" / task
         if is_finished(config.output_dir, config.run_id):
             raise UsageError(f"run {config.run_id} is finished already ({self.folder}): use another --run_id")
@@ -122,17 +128,32 @@ class Run:
         if distributed.is_first():
             write_csv(self.folder / "history.csv", history)
 
-    def log_epoch(self, history: Sequence[Mapping[str, float]]) -> None:
-        """Write history.csv and pass its last row on to W&B and to the terminal."""
+    def continue_from(self, history: Sequence[Mapping[str, float]]) -> None:
+        """Write history.csv and send W&B all its rows: a kill may have come before either had the last ones."""
         self.write_history(history)
-        row = dict(history[-1])
-        self._send(lambda run: run.log(row))
+        for row in history:
+            self._send_row(row)
+
+    def log_epoch(self, history: Sequence[Mapping[str, float]]) -> None:
+        """Write history.csv, and pass its last row on to W&B and to the terminal."""
+        self.write_history(history)
+        row = history[-1]
+        self._send_row(row)
         print(
             f"epoch {row['epoch']:3.0f}  train/loss {row['train/loss']:.4f}  "
             + "  ".join(f"{name} {row[name]:.4f}" for name in row if name.startswith("validate/"))
             + f"  {row['tiles_per_second']:,.0f} tiles/s  {row['seconds']:.1f} s",
             flush=True,
         )
+
+    def stop(self, number: signal.Signals) -> None:
+        """End the W&B run of a training that a signal has stopped; mark it where a machine was taken away.
+
+        W&B starts a marked run of a sweep again on another machine.
+        """
+        if number == signal.SIGTERM and not (UNDER_AGENT and os.getppid() == PARENT):
+            self._send(lambda run: run.mark_preempting())
+        self._send(lambda run: run.finish(exit_code=128 + number))
 
     def save_scores(self, **arrays: np.ndarray) -> None:
         """Write scores.npz: logits (N, C) and targets (N,) of the scored splits; see `Trainer.test`."""
@@ -195,6 +216,12 @@ class Run:
         # Not under the names of the scores: there an image would replace the sweep's metric in the summary.
         run.log({f"figures/{name.replace('/', '-')}": wandb.Image(str(path)) for name, path in figures.items()})
         run.log({"test/confusion": wandb.Table(columns=["true \\ predicted", *names], data=rows)})
+        if self.upload_model:
+            run.log_model(str(self.checkpoints / "best.pt"), name=self.run_id)
+
+    def _send_row(self, row: Mapping[str, float]) -> None:
+        """Send an epoch's row; W&B drops a row of a step that it has."""
+        self._send(lambda run: run.log(dict(row), step=int(row["epoch"])))
 
     def _send(self, action: Callable[[Any], None]) -> None:
         self._wandb = send(self._wandb, action)
@@ -260,19 +287,21 @@ def start_wandb(task: str, run_id: str, config: Workspace, facts: Mapping[str, A
         silent=True,
         console="off",
         save_code=False,
-        x_disable_stats=True,
+        x_disable_stats=os.environ.get("WANDB_X_DISABLE_STATS", "true").lower() != "false",
         init_timeout=WANDB_PATIENCE,
         finish_timeout=WANDB_PATIENCE,
         finish_timeout_raises=False,
     )
     config.output_dir.mkdir(parents=True, exist_ok=True)
+    project = os.environ.get("WANDB_PROJECT") or WANDB_PROJECT
     for attempt in (mode, "offline"):
         try:
             run = wandb.init(
-                project=WANDB_PROJECT,
+                project=project,
                 id=run_id,
+                group=os.environ.get("WANDB_RUN_GROUP") or group(task, config),
                 job_type=task,
-                config={**config.as_dict(), **facts},
+                config={**config.as_dict(), "facts": dict(facts)},
                 dir=str(config.output_dir),
                 mode=attempt,  # type: ignore[arg-type]
                 resume="allow",
@@ -283,9 +312,16 @@ def start_wandb(task: str, run_id: str, config: Workspace, facts: Mapping[str, A
             wandb.teardown()  # else its service holds the run's id, and the second attempt is refused
             continue
         run.define_metric("*", step_metric="epoch")
-        print(f"W&B: {attempt}, project {WANDB_PROJECT}, run {run.url or run.dir}")
+        print(f"W&B: {attempt}, project {project}, run {run.url or run.dir}")
         return run
     return None
+
+
+def group(task: str, config: Workspace) -> str:
+    """The W&B group of a run: runs that differ in the seed alone share it."""
+    apart = {"seed", "run_id", *BOOKKEEPING_KEYS}
+    same = {name: value for name, value in config.as_dict().items() if name not in apart}
+    return f"{task}-{hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:8]}"
 
 
 def provenance(packages: Sequence[str]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from common import checkpoint, distributed, metrics
 from common.averaging import ExponentialMovingAverage, reestimate_batchnorm
 from common.compute import Compute
 from common.config import TrainingConfig
-from common.errors import Fault, UsageError, first_line
+from common.errors import Fault, Stopped, UsageError, first_line
 from common.evaluation import EVALUATION_BATCH, Evaluation, evaluate, progress_bar
 from common.interruption import Interruption
 from common.mixing import cross_entropy, mix
@@ -145,7 +145,7 @@ class Trainer:
                     self.save_best()
                 self.run.log_epoch(self.history)
                 if distributed.any_of_all(self.interruption.came is not None):
-                    raise self.interruption.stopped(f"run {self.run.run_id} is saved after epoch {epoch}")
+                    raise self.stop(f"after epoch {epoch}")
         print(f"training ended: {self.stopped}; best epoch {self.best_epoch} by {self.config.select_on}")
 
     def train_and_validate(self, epoch: int) -> dict[str, float]:
@@ -213,9 +213,14 @@ class Trainer:
                 if distributed.any_of_all(self.interruption.came is not None):
                     read_loss(distributed.total(total.clone()), epoch)
                     self.save_last(self.epoch_state(number, total, draws))
-                    where = f"after epoch {epoch - 1} and {number} steps"
-                    raise self.interruption.stopped(f"run {self.run.run_id} is saved {where}")
+                    raise self.stop(f"after epoch {epoch - 1} and {number} steps")
         return read_loss(distributed.total(total), epoch) / len(tiles)
+
+    def stop(self, where: str) -> Stopped:
+        """End the W&B run; returns the error to raise when everything is saved."""
+        stopped = self.interruption.stopped(f"run {self.run.run_id} is saved {where}")
+        self.run.stop(stopped.number)
+        return stopped
 
     def test(self) -> dict[str, Any]:
         """Score the test tiles with the last weights and with the best ones, and write scores.npz.
@@ -350,7 +355,7 @@ class Trainer:
         if self.history:  # a kill may have come after last.pt and before the other two
             if self.best_epoch == len(self.history) and not self.begun:
                 self.save_best()
-            self.run.write_history(self.history)
+            self.run.continue_from(self.history)
 
     def epoch_state(self, steps: int, total: torch.Tensor, draws: torch.Generator) -> dict[str, Any]:
         """An epoch in progress: finished steps, seconds, and each process's sum of losses and random streams."""

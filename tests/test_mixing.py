@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from common.mixing import mix
+from common.mixing import Mixed, cross_entropy, mix
 
 
 def draws() -> torch.Generator:
@@ -55,3 +55,35 @@ def test_the_generator_decides() -> None:
     other = mix(inputs, torch.Generator().manual_seed(1), 1.0, 1.0)
     assert torch.equal(one.inputs, same.inputs)
     assert not torch.equal(one.inputs, other.inputs)
+
+
+def test_with_both_on_about_half_of_the_tiles_are_cut() -> None:
+    values = [len(torch.unique(tile)) for tile in mix(constant_tiles(), draws(), 1.0, 1.0).inputs]
+    cut = sum(number == 2 for number in values) / len(values)  # a blended tile has one value
+    assert cut == pytest.approx(0.5, abs=0.1)
+
+
+def test_the_cut_rectangles_area_is_the_partners_share() -> None:
+    # Beta(10 000, 10 000) is one half, nearly: a rectangle that the border does not clip has half of the tile.
+    shares = mix(constant_tiles(), draws(), 0.0, 1e4).shares
+    assert shares.min().item() == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
+def test_the_loss_of_a_mixed_tile_has_its_labels_and_its_partners_share(label_smoothing: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 9, generator=generator)
+    labels, partners = torch.arange(6), torch.tensor([3, 4, 5, 0, 1, 2])
+    shares = torch.tensor([1.0, 0.9, 0.7, 0.5, 0.2, 0.0])
+
+    def smoothed(classes: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.one_hot(classes, 9) * (1 - label_smoothing) + label_smoothing / 9
+
+    def loss(targets: torch.Tensor) -> torch.Tensor:
+        return -(targets * logits.log_softmax(1)).sum(1).mean()
+
+    mixed_targets = shares[:, None] * smoothed(labels) + (1 - shares)[:, None] * smoothed(labels[partners])
+    mixed = Mixed(torch.empty(0), partners, shares)
+    torch.testing.assert_close(cross_entropy(logits, labels, mixed, label_smoothing), loss(mixed_targets))
+    plain = Mixed(torch.empty(0), None, torch.ones(6))
+    torch.testing.assert_close(cross_entropy(logits, labels, plain, label_smoothing), loss(smoothed(labels)))

@@ -912,8 +912,9 @@ def test_another_search_of_the_same_name_or_an_unknown_metric_is_refused(
 class Sweeper:
     """W&B's server as an agent sees it: hands out runs one after the other, then says to exit."""
 
-    def __init__(self, runs: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(self, runs: Mapping[str, Mapping[str, Any]], stopped: Mapping[str, Path] | None = None) -> None:
         self.waiting = list(runs.items())
+        self.stopped = dict(stopped or {})  # runs to stop, each when this file of it is there
 
     def answer(self, operation: str, variables: dict[str, Any]) -> dict[str, Any] | None:
         if operation == "SweepWithRuns":
@@ -923,7 +924,11 @@ class Sweeper:
         if operation == "CreateAgent":
             return {"createAgent": {"agent": {"id": "A"}}}
         if operation == "Heartbeat":
-            commands = [] if json.loads(variables["runState"]) else [self._next()]
+            running = json.loads(variables["runState"])
+            commands = [] if running else [self._next()]
+            for run_id in running:
+                if run_id in self.stopped and self.stopped[run_id].exists():
+                    commands.append({"type": "stop", "run_id": run_id})
             return {"agentHeartbeat": {"agent": {"id": "A"}, "commands": json.dumps(commands)}}
         if "iewer" in operation:
             return {"viewer": {"id": "V", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}}
@@ -937,9 +942,8 @@ class Sweeper:
         return {"type": "run", "run_id": run_id, "program": "train.py", "args": args}
 
 
-@pytest.mark.slow
-def test_the_wandb_agent_runs_train(tmp_path: Path, phantom_root: Path) -> None:
-    every = {
+def agent_keys(output_dir: Path, data_root: Path) -> dict[str, Any]:
+    return {
         "dataset": "phantom",
         "size": 28,
         "train_tiles": 45,
@@ -949,25 +953,49 @@ def test_the_wandb_agent_runs_train(tmp_path: Path, phantom_root: Path) -> None:
         "device": "cpu",
         "amsgrad": False,
         "early_stopping_patience": None,
-        "output_dir": str(tmp_path),
-        "data_root": str(phantom_root),
+        "output_dir": str(output_dir),
+        "data_root": str(data_root),
     }
-    runs = {"t0": {**every, "lr": 0.01}, "t1": {**every, "lr": -1}, "t2": {**every, "lr": 0.001}}
-    with WandbServer(Sweeper(runs).answer) as server:
+
+
+def run_agent(sweeper: Sweeper, folder: Path) -> tuple[str, list[str]]:
+    """W&B's own agent against a server that hands out these runs: its output, and what it asked the server."""
+    with WandbServer(sweeper.answer) as server:
         environment = {
             **os.environ,
             "WANDB_BASE_URL": server.url,
             "WANDB_API_KEY": "a" * 40,
             "WANDB_MODE": "offline",
-            "WANDB_DIR": str(tmp_path),
+            "WANDB_DIR": str(folder),
             "OMP_NUM_THREADS": "1",
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         }
         command = [str(Path(sys.executable).parent / "wandb"), "agent", "me/hw1/s"]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
-    output = done.stdout + done.stderr
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    return done.stdout + done.stderr, server.operations
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(420)
+def test_the_wandb_agent_continues_after_trials_that_its_server_has_stopped(
+    tmp_path: Path, phantom_root: Path
+) -> None:
+    every = agent_keys(tmp_path, phantom_root)
+    runs = {f"t{number}": {**every, "n_epochs": 10_000} for number in range(3)}
+    stopped = {run_id: tmp_path / "runs" / run_id / "history.csv" for run_id in runs}
+    output, _ = run_agent(Sweeper({**runs, "last": every}, stopped), tmp_path)
+    assert output.count("SIGTERM: run t") == 3, output
+    assert "failed runs" not in output
+    assert (tmp_path / "runs/last/summary.json").exists(), output
+
+
+@pytest.mark.slow
+def test_the_wandb_agent_runs_train(tmp_path: Path, phantom_root: Path) -> None:
+    every = agent_keys(tmp_path, phantom_root)
+    runs = {"t0": {**every, "lr": 0.01}, "t1": {**every, "lr": -1}, "t2": {**every, "lr": 0.001}}
+    output, operations = run_agent(Sweeper(runs), tmp_path)
     assert "train.py: --lr -1.0: must be above 0" in output
-    assert {"SweepWithRuns", "CreateAgent", "Heartbeat"} <= set(server.operations)
+    assert {"SweepWithRuns", "CreateAgent", "Heartbeat"} <= set(operations)
     assert not (tmp_path / "runs/t1").exists(), output
     for run_id in ("t0", "t2"):
         assert (tmp_path / "runs" / run_id / "summary.json").exists(), output

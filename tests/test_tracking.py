@@ -1,8 +1,10 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
@@ -12,7 +14,7 @@ from common.config import TrainingConfig
 from common.data import Dataset
 from common.errors import Fault
 from common.records import read_json
-from common.tracking import Run, wandb_mode
+from common.tracking import Run, group, wandb_mode
 
 KEY = "a" * 40
 ROW = {
@@ -96,8 +98,8 @@ def open_run():
     config = TrainingConfig(output_dir=tracking.Path({str(output_dir)!r}), run_id="r")
     return tracking.Run("task1", config, tiny, "cpu")
 
-def finish(run):
-    run.log_epoch([ROW])
+def finish(run, rows=(ROW,)):
+    run.log_epoch(rows)
     run._send(lambda wandb_run: wandb_run.finish())
     print("finished")
 
@@ -175,6 +177,72 @@ finish(run)
     assert "W&B: online" in done.stdout
     assert "finished" in done.stdout
     assert (tmp_path / "runs" / "r" / "history.csv").exists()
+
+
+def records(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """The records of one kind in the file of the newest offline W&B run."""
+    path = max(folder.glob("wandb/offline-run-*-r/run-r.wandb"), key=lambda path: path.stat().st_mtime_ns)
+    command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(path)]
+    printed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    return [
+        entry
+        for line in printed.splitlines()
+        if line.startswith("{") and (entry := json.loads(line))["type"] == kind
+    ]
+
+
+ROWS = 'rows = [{**ROW, "epoch": epoch, "validate/acc": epoch / 10} for epoch in (1, 2, 3)]\nrun = open_run()\n'
+
+
+def test_a_continued_run_sends_wandb_the_epochs_that_a_kill_has_lost(tmp_path: Path) -> None:
+    body = ROWS + "run.log_epoch(rows[:1])\nrun.log_epoch(rows[:2])\nos.kill(os.getpid(), 9)"
+    assert track(tmp_path, body).returncode == -9
+    done = track(tmp_path, ROWS + "run.continue_from(rows[:2])\nfinish(run, rows)")
+    assert done.returncode == 0, done.stderr
+    sent = [entry["history"]["item"] for entry in records(tmp_path, "history")]
+    assert [(row["epoch"], row["validate/acc"]) for row in sent] == [(1, 0.1), (2, 0.2), (3, 0.3)]
+
+
+def test_wandb_gets_the_users_project_every_key_and_a_group_of_seeds(tmp_path: Path) -> None:
+    done = track(tmp_path, 'os.environ["WANDB_PROJECT"] = "mine"\nfinish(open_run())')
+    assert "project mine" in done.stdout
+    (record,) = records(tmp_path, "run")
+    assert record["run"]["project"] == "mine"
+    config = record["run"]["config"]["update"]
+    assert (config["dataset"], config["device"]) == ("pathmnist", "auto")
+    assert config["facts"]["dataset"] == "phantom (9 training tiles, 28 px)"
+    assert record["run"]["run_group"] == group("task1", TrainingConfig(run_id="other", seed=5))
+    assert record["run"]["run_group"] != group("task1", TrainingConfig(lr=0.5))
+
+
+class Recorder:
+    """In the place of a W&B run: notes what was called."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments, **keys: self.calls.append((name, arguments or keys))
+
+
+@pytest.mark.parametrize(
+    ("number", "under_agent", "marked"),
+    [(signal.SIGTERM, False, True), (signal.SIGTERM, True, False), (signal.SIGINT, False, False)],
+)
+def test_a_run_is_marked_as_preempted_where_its_machine_is_taken_away(
+    number: signal.Signals,
+    under_agent: bool,
+    marked: bool,
+    tiny: Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tracking, "UNDER_AGENT", under_agent)
+    run = Run("task1", TrainingConfig(output_dir=tmp_path, run_id="r"), tiny, "cpu")
+    run._wandb = sink = Recorder()
+    run.stop(number)
+    assert (("mark_preempting", {}) in sink.calls) == marked
+    assert sink.calls[-1] == ("finish", {"exit_code": 128 + number})
 
 
 def test_a_record_names_its_commit_and_whether_code_but_not_results_differ_from_it(

@@ -3,8 +3,10 @@ import copy
 import dataclasses
 import math
 import platform
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from common import checkpoint, evaluation, tiles, training
 from common.compute import Compute
 from common.config import TrainingConfig
 from common.data import Dataset
-from common.errors import Fault, UsageError
+from common.errors import Fault, Stopped, UsageError
 from common.evaluation import Evaluation, evaluate
 from common.models import build_model
 from common.selection import best_epoch, reason_to_stop
@@ -445,3 +447,107 @@ def test_tiles_are_resized_after_augmentation(tiny: Dataset) -> None:
 def test_a_network_can_be_trained_on_resized_tiles(tiny: Dataset, tmp_path: Path) -> None:
     trainer = fitted(tiny, tmp_path, model_name="squeezenet1_1", resize_to=40, n_epochs=1)
     assert {"shifted", "best"} <= trainer.test().keys()
+
+
+def test_every_step_has_the_schedules_learning_rate(
+    tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(tiny, tmp_path, n_epochs=2, lr=0.01, lr_warmup_epochs=1)
+    rates: list[float] = []
+    trainer.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    trainer.fit()
+    steps = trainer.steps_per_epoch
+    expected = [0.01 * learning_rate_factor(step, steps, trainer.config) for step in range(2 * steps)]
+    assert rates == pytest.approx(expected)
+    assert len(set(rates)) > steps
+
+
+def test_batchnorm_is_measured_on_random_training_tiles_the_same_in_every_epoch(
+    tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "BATCHNORM_TILES", 40)
+    trainer = trainer_of(tiny, tmp_path, augmentation="ta_wide")
+    seen = torch.cat(list(trainer.clean_inputs()))
+    assert torch.equal(seen, torch.cat(list(trainer.clean_inputs())))
+    rows = tiles.normalise(tiny.train.images).flatten(1)
+    places = [int((rows == row).all(1).nonzero()[0]) for row in seen.flatten(1)]
+    assert len(set(places)) == 40
+    assert max(places) > 100
+
+
+def test_an_averages_batchnorm_is_always_measured_and_its_steps_count_through_the_run(
+    tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(tiny, tmp_path, n_epochs=2, ema_decay=0.9)
+    measured: list[Any] = []
+    steps: list[int] = []
+    monkeypatch.setattr(training, "reestimate_batchnorm", lambda model, inputs: measured.append(model))
+    assert trainer.average is not None
+    monkeypatch.setattr(trainer.average, "update", lambda model, step: steps.append(step))
+    trainer.fit()
+    assert measured == [trainer.average.model] * 2
+    assert steps == list(range(2 * trainer.steps_per_epoch))
+
+
+def test_training_measuring_and_scoring_compute_in_the_precision_that_was_asked_for(
+    tiny: Dataset, tmp_path: Path
+) -> None:
+    compute = dataclasses.replace(CPU, dtype=torch.bfloat16)
+    trainer = trainer_of(tiny, tmp_path, compute=compute, n_epochs=1, reestimate_batchnorm=True)
+    seen: set[tuple[torch.dtype, bool, bool]] = set()
+    first = next(module for module in trainer.model.modules() if isinstance(module, torch.nn.Conv2d))
+    norm = next(module for module in trainer.model.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    first.register_forward_hook(
+        lambda module, inputs, outputs: seen.add((outputs.dtype, norm.training, torch.is_grad_enabled()))
+    )
+    trainer.fit()
+    assert seen == {  # a training step, BatchNorm's measurement, and an evaluation
+        (torch.bfloat16, True, True),
+        (torch.bfloat16, True, False),
+        (torch.bfloat16, False, False),
+    }
+
+
+def test_augmentation_differs_by_seed_and_epoch(
+    tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: set[int] = set()
+    mix = training.mix
+
+    def noted(inputs: torch.Tensor, draws: torch.Generator, *alphas: float) -> Any:
+        seeds.add(draws.initial_seed())
+        return mix(inputs, draws, *alphas)
+
+    monkeypatch.setattr(training, "mix", noted)
+    for seed in (0, 1):
+        fitted(tiny, tmp_path / str(seed), seed=seed, n_epochs=2)
+    assert len(seeds) == 4
+
+
+def test_the_file_of_scores_has_the_validation_tiles_of_the_best_weights(tiny: Dataset, tmp_path: Path) -> None:
+    trainer = fitted(tiny, tmp_path)
+    trainer.test()
+    expected = evaluate(trainer.judged, DeviceTiles(tiny.val, CPU.device), CPU).rounded()
+    with np.load(trainer.run.folder / "scores.npz", allow_pickle=False) as arrays:
+        np.testing.assert_array_equal(arrays["validate_logits"], expected.logits)
+        np.testing.assert_array_equal(arrays["validate_targets"], expected.targets)
+
+
+def test_a_continued_epoch_has_the_seconds_of_both_parts(
+    tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(tiny, tmp_path, n_epochs=1)
+    set_learning_rate = Trainer.set_learning_rate
+
+    def slow(trainer: Trainer, step: int) -> None:
+        time.sleep(1.0)
+        if step == 1:
+            trainer.interruption.came = signal.SIGTERM
+        set_learning_rate(trainer, step)
+
+    with monkeypatch.context() as patched, pytest.raises(Stopped, match="after epoch 0 and 2 steps"):
+        patched.setattr(Trainer, "set_learning_rate", slow)
+        trainer.fit()
+    row = fitted(tiny, tmp_path, n_epochs=1).history[0]
+    assert row["seconds"] > 2
+    assert row["tiles_per_second"] < len(tiny.train) / 2
