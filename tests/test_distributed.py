@@ -1,4 +1,4 @@
-"""Two processes that train together, on a CPU: as one would, with one set of records."""
+"""Two processes train one network on a CPU: with the results of one process, and one set of records."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from common.models import build_model
 from common.records import read_history
 
 DATA = ("--dataset=phantom", "--size=64", "--train_tiles=91", "--device=cpu", "--wandb=disabled", "--run_id=r")
-# Without BatchNorm, which normalises each process's share by itself on a CPU, and, below, without dropout.
+# No BatchNorm, because on a CPU each process normalises its own share; DRIVER switches dropout off.
 SQUEEZENET = ("--model_name=squeezenet1_1", "--n_epochs=3", "--batch_size=30", "--lr=0.0003")
 DRIVER = """
 import os, sys
@@ -34,12 +34,12 @@ from common.training import Trainer
 torch.nn.functional.dropout = lambda inputs, *_: inputs
 epoch_of = Trainer.train_epoch
 
-def dying(trainer, epoch):
+def train_epoch(trainer, epoch):
     if epoch == 2 and os.environ["RANK"] == "1" and "DIE" in os.environ:
         os._exit(9)
     return epoch_of(trainer, epoch)
 
-Trainer.train_epoch = dying
+Trainer.train_epoch = train_epoch
 run_script(task1.main, task1.Task1Config)
 """
 
@@ -67,7 +67,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def two(driver: str, phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes left."""
+    """The output folder of a run on two processes."""
     folder = tmp_path_factory.mktemp("two")
     done = together(driver, *DATA, *SQUEEZENET, data_root=phantom_root, output=folder)
     assert done.returncode == 0, done.stderr
@@ -76,7 +76,7 @@ def two(driver: str, phantom_root: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_loss_curve_of_one(
+def test_two_processes_have_the_same_loss_curve_as_one(
     two: Path, phantom_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.nn.functional, "dropout", lambda inputs, *_: inputs)
@@ -84,12 +84,12 @@ def test_two_processes_have_the_loss_curve_of_one(
     run_script(task1.main, task1.Task1Config, keys)
     alone, together = (read_history(folder / "runs/r/history.csv") for folder in (tmp_path, two))
     assert alone[-1]["train/loss"] < alone[0]["train/loss"]
-    for column in ("train/loss", "validate/loss", "lr"):  # AUC and ACC of so few tiles jump at a tie
+    for column in ("train/loss", "validate/loss", "lr"):  # one tie changes AUC and ACC of so few tiles a lot
         np.testing.assert_allclose([row[column] for row in together], [row[column] for row in alone], atol=1e-4)
     assert "2 × " in json.loads((two / "runs/r/config.json").read_text())["device"]
 
 
-def test_the_gathered_scores_are_those_of_the_weights_in_one_process(two: Path, phantom_root: Path) -> None:
+def test_two_processes_record_the_scores_that_one_process_computes(two: Path, phantom_root: Path) -> None:
     model = build_model("squeezenet1_1", 9, 64)
     model.load_state_dict(checkpoint.load(two / "checkpoints/r/best.pt")["state_dict"])
     test = load_dataset("phantom", 64, phantom_root, 91).test
@@ -102,7 +102,7 @@ def test_the_gathered_scores_are_those_of_the_weights_in_one_process(two: Path, 
 
 
 @pytest.mark.slow
-def test_the_death_of_one_process_ends_both_and_the_same_command_goes_on(
+def test_one_dead_process_ends_both_and_the_same_command_continues(
     two: Path, driver: str, phantom_root: Path, tmp_path: Path
 ) -> None:
     keys = [*DATA, *SQUEEZENET]
@@ -138,7 +138,7 @@ def test_every_script_runs_on_two_processes(
     assert done.stdout.count("best weights") == 1
 
 
-def test_without_a_run_id_every_process_would_have_its_own(
+def test_two_processes_without_a_run_id_are_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
