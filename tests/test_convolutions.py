@@ -15,6 +15,7 @@ KERNELS = [
     (1, 1, 0),
     (1, 2, 0),
     (1, 1, 1),
+    (1, 3, 1),
     (3, 1, 1),
     (3, 2, 1),
     (5, 1, 2),
@@ -61,10 +62,20 @@ def test_outputs_and_gradients_equal_those_of_the_plain_convolution(
             torch.testing.assert_close(got, expected, check_stride=False)
 
 
-@pytest.mark.parametrize("options", [{"dilation": 2}, {"padding_mode": "reflect"}, {"padding": "same"}])
-def test_a_convolution_without_a_special_way_runs_as_the_plain_one(options: dict[str, object]) -> None:
-    plain, small = pair(4, 4, 3, **{"padding": 2, **options})
-    images = torch.randn(2, 4, 3, 3, dtype=torch.double)
+@pytest.mark.parametrize(
+    ("channels", "kernel", "size", "options"),
+    [
+        (4, 2, 3, {"dilation": 2}),
+        (4, 3, 2, {"padding_mode": "reflect", "padding": 1}),
+        (4, 3, 2, {"padding": "same"}),
+        (8, 3, 2, {"groups": 4, "padding": 1}),
+    ],
+)
+def test_a_convolution_without_a_special_way_runs_as_the_plain_one(
+    channels: int, kernel: int, size: int, options: dict[str, object]
+) -> None:
+    plain, small = pair(4, channels, kernel, **options)
+    images = torch.randn(2, 4, size, size, dtype=torch.double)
     for got, expected in zip(results(small, images), results(plain, images), strict=True):
         assert torch.equal(got, expected)
 
@@ -79,7 +90,7 @@ def test_oblong_kernels_and_strides_larger_than_the_map_equal_the_plain_convolut
                 torch.testing.assert_close(got, expected)
 
 
-def test_frozen_weights_and_plain_inputs_need_no_gradient() -> None:
+def test_backward_works_for_frozen_weights_and_for_plain_inputs() -> None:
     for groups in (1, 4):
         _, small = pair(4, 4, 3, padding=1, groups=groups, bias=False)
         images = torch.randn(2, 4, 2, 2, dtype=torch.double)

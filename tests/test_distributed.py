@@ -24,7 +24,7 @@ DATA = ("--dataset=phantom", "--size=64", "--train_tiles=91", "--device=cpu", "-
 # No BatchNorm, because on a CPU each process normalises its own share; DRIVER switches dropout off.
 SQUEEZENET = ("--model_name=squeezenet1_1", "--n_epochs=3", "--batch_size=30", "--lr=0.0003")
 DRIVER = """
-import os, sys
+import os, signal, sys
 sys.path.insert(0, os.getcwd())
 import torch
 import task1
@@ -35,8 +35,11 @@ torch.nn.functional.dropout = lambda inputs, *_: inputs
 epoch_of = Trainer.train_epoch
 
 def train_epoch(trainer, epoch):
-    if epoch == 2 and os.environ["RANK"] == "1" and "DIE" in os.environ:
-        os._exit(9)
+    if epoch == 2 and os.environ["RANK"] == "1":
+        if "DIE" in os.environ:
+            os._exit(9)
+        if "STOP" in os.environ:
+            os.kill(os.getpid(), signal.SIGTERM)
     return epoch_of(trainer, epoch)
 
 Trainer.train_epoch = train_epoch
@@ -89,16 +92,39 @@ def test_two_processes_have_the_same_loss_curve_as_one(
     assert "2 × " in json.loads((two / "runs/r/config.json").read_text())["device"]
 
 
-def test_two_processes_record_the_scores_that_one_process_computes(two: Path, phantom_root: Path) -> None:
-    model = build_model("squeezenet1_1", 9, 64)
-    model.load_state_dict(checkpoint.load(two / "checkpoints/r/best.pt")["state_dict"])
-    test = load_dataset("phantom", 64, phantom_root, 91).test
+def assert_scores_are_those_of_one_process(folder: Path, model_name: str, data_root: Path) -> None:
+    """Score the test tiles with best.pt in this process, and compare with the run's records."""
+    model = build_model(model_name, 9, 64)
+    model.load_state_dict(checkpoint.load(folder / "checkpoints/r/best.pt")["state_dict"])
+    test = load_dataset("phantom", 64, data_root, 91).test
     scored = evaluate(model, DeviceTiles(test, CPU.device), CPU)
-    with np.load(two / "runs/r/scores.npz", allow_pickle=False) as scores:
+    with np.load(folder / "runs/r/scores.npz", allow_pickle=False) as scores:
         np.testing.assert_allclose(scores["best_logits"], scored.logits, atol=1e-5)
         np.testing.assert_array_equal(scores["targets"], scored.targets)
-    summary = json.loads((two / "runs/r/summary.json").read_text())
+    summary = json.loads((folder / "runs/r/summary.json").read_text())
     assert summary["test/acc"] == float((scored.logits.argmax(1) == scored.targets).mean())
+
+
+def test_two_processes_record_the_scores_that_one_process_computes(two: Path, phantom_root: Path) -> None:
+    assert_scores_are_those_of_one_process(two, "squeezenet1_1", phantom_root)
+
+
+@pytest.mark.slow
+def test_two_processes_score_with_the_same_batchnorm_statistics(phantom_root: Path, tmp_path: Path) -> None:
+    keys = ("--model_name=shufflenet_v2_x0_5", "--n_epochs=1", "--batch_size=30")
+    done = together("task1.py", *DATA, *keys, data_root=phantom_root, output=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert_scores_are_those_of_one_process(tmp_path, "shufflenet_v2_x0_5", phantom_root)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_ends_both_after_the_epoch(
+    driver: str, phantom_root: Path, tmp_path: Path
+) -> None:
+    stopped = together(driver, *DATA, *SQUEEZENET, data_root=phantom_root, output=tmp_path, STOP="1")
+    assert stopped.returncode != 0
+    assert "SIGTERM: run r is saved after epoch 2" in stopped.stderr
+    assert len(checkpoint.load(tmp_path / "checkpoints/r/last.pt")["history"]) == 2
 
 
 @pytest.mark.slow

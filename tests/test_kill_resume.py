@@ -6,11 +6,13 @@ import re
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from conftest import MODEL
 from processes import assert_same, end, records, start
 
 import task1
@@ -23,7 +25,7 @@ from study import sweep
 
 KILLS = 20  # per script
 DATA = ("--dataset=phantom", "--size=28", "--train_tiles=90", "--wandb=disabled", "--run_id=r")
-# All that has a state or draws random numbers: EMA, dropout, augmentation, mixing.
+# All that has a state or draws random numbers, besides dropout.
 EVERYTHING = ("--augmentation=ta_wide,stain", "--ema_decay=0.9", "--mixup_alpha=0.4", "--tta")
 SMALL = ("--model_name=shufflenet_v2_x0_5", "--n_epochs=5", "--batch_size=45")
 SCRIPTS: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
@@ -98,9 +100,10 @@ def test_a_run_killed_twenty_times_leaves_the_same_records_and_weights(
 
 
 def run_six_steps(folder: Path, data_root: Path) -> None:
-    """Two epochs of six steps."""
-    keys = ["--n_epochs=2", "--batch_size=15", *EVERYTHING, f"--data_root={data_root}", f"--output_dir={folder}"]
-    run_script(train.main, train.TrainConfig, [*DATA, *keys])
+    """Two epochs of six steps, with a network that has dropout."""
+    keys = [f"--model_name={MODEL}", "--n_epochs=2", "--batch_size=15", *EVERYTHING]
+    where = [f"--data_root={data_root}", f"--output_dir={folder}"]
+    run_script(train.main, train.TrainConfig, [*DATA, *keys, *where])
 
 
 @pytest.fixture(scope="module")
@@ -110,15 +113,10 @@ def six_steps(phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
-def run_four_epochs(folder: Path, data_root: Path) -> None:
-    keys = ["--n_epochs=4", "--batch_size=45", f"--data_root={data_root}", f"--output_dir={folder}"]
-    run_script(task1.main, task1.Task1Config, [*DATA, *keys])
-
-
 @pytest.fixture(scope="module")
-def four_epochs(phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("four-epochs")
-    run_four_epochs(folder, phantom_root)
+def whole_task1(phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole-task1")
+    script("task1.py", folder, phantom_root)()
     return folder
 
 
@@ -183,12 +181,23 @@ def test_the_second_signal_stops_the_process_at_once() -> None:
         signal.signal(signal.SIGINT, before)
 
 
+def test_outside_the_main_thread_no_signal_is_handled() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def enter() -> list[Any]:
+        with training.Interruption() as interruption:
+            return [interruption.came, *(signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM))]
+
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(enter).result() == [None, *before]
+
+
 @pytest.mark.parametrize("damage", ["torn", "missing"])
 def test_a_damaged_checkpoint_is_replaced_by_the_previous_one(
     damage: str,
     tmp_path: Path,
     phantom_root: Path,
-    four_epochs: Path,
+    whole_task1: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -201,23 +210,23 @@ def test_a_damaged_checkpoint_is_replaced_by_the_previous_one(
 
     with monkeypatch.context() as patched, pytest.raises(SystemExit):
         patched.setattr(training.Trainer, "train_epoch", stopped)
-        run_four_epochs(tmp_path, phantom_root)
+        script("task1.py", tmp_path, phantom_root)()
     last = tmp_path / "checkpoints/r/last.pt"
     content = last.read_bytes()
     last.unlink()
     if damage == "torn":
         last.write_bytes(content[: len(content) // 2])
     capsys.readouterr()
-    run_four_epochs(tmp_path, phantom_root)
+    script("task1.py", tmp_path, phantom_root)()
     printed = capsys.readouterr()
     assert "continuing run r after epoch 2\n" in printed.out
     if damage == "torn":
         assert printed.err.startswith(f"{last} cannot be read; ")
-    assert_same(tmp_path, four_epochs)
+    assert_same(tmp_path, whole_task1)
 
 
 def test_a_kill_between_last_checkpoint_and_history_loses_no_row(
-    tmp_path: Path, phantom_root: Path, four_epochs: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, phantom_root: Path, whole_task1: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = training.Run.log_epoch
 
@@ -228,9 +237,9 @@ def test_a_kill_between_last_checkpoint_and_history_loses_no_row(
 
     with monkeypatch.context() as patched, pytest.raises(SystemExit):
         patched.setattr(training.Run, "log_epoch", killed)
-        run_four_epochs(tmp_path, phantom_root)
-    run_four_epochs(tmp_path, phantom_root)
-    assert_same(tmp_path, four_epochs)
+        script("task1.py", tmp_path, phantom_root)()
+    script("task1.py", tmp_path, phantom_root)()
+    assert_same(tmp_path, whole_task1)
 
 
 def test_two_damaged_checkpoints_end_the_run_with_one_line(
