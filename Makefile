@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV = .venv/bin/python
 DATASET ?= pathmnist
 SIZE ?= 28
-BENCH = throughput startup scaling summary
+BENCH = throughput scaling startup summary
 .PHONY: bench demo report test lint
 
 .venv/installed: pyproject.toml constraints.txt
