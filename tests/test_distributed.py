@@ -20,7 +20,8 @@ from common.evaluation import evaluate
 from common.models import build_model
 from common.records import read_history
 
-DATA = ("--dataset=phantom", "--size=64", "--train_tiles=91", "--device=cpu", "--wandb=disabled", "--run_id=r")
+# 99 training, 11 validation and 19 test tiles: no two processes can share these equally.
+DATA = ("--dataset=phantom", "--size=64", "--train_tiles=99", "--device=cpu", "--wandb=disabled", "--run_id=r")
 # No BatchNorm, because on a CPU each process normalises its own share; DRIVER switches dropout off.
 SQUEEZENET = ("--model_name=squeezenet1_1", "--n_epochs=3", "--batch_size=30", "--lr=0.0003")
 DRIVER = """
@@ -93,16 +94,17 @@ def test_two_processes_have_the_same_loss_curve_as_one(
 
 
 def assert_scores_are_those_of_one_process(folder: Path, model_name: str, data_root: Path) -> None:
-    """Score the test tiles with best.pt in this process, and compare with the run's records."""
+    """Score the test tiles with both checkpoints in this process, and compare with the run's records."""
     model = build_model(model_name, 9, 64)
-    model.load_state_dict(checkpoint.load(folder / "checkpoints/r/best.pt")["state_dict"])
-    test = load_dataset("phantom", 64, data_root, 91).test
-    scored = evaluate(model, DeviceTiles(test, CPU.device), CPU)
-    with np.load(folder / "runs/r/scores.npz", allow_pickle=False) as scores:
-        np.testing.assert_allclose(scores["best_logits"], scored.logits, atol=1e-5)
-        np.testing.assert_array_equal(scores["targets"], scored.targets)
+    tiles = DeviceTiles(load_dataset("phantom", 64, data_root, 99).test, CPU.device)
     summary = json.loads((folder / "runs/r/summary.json").read_text())
-    assert summary["test/acc"] == float((scored.logits.argmax(1) == scored.targets).mean())
+    for name, weights in (("best", "state_dict"), ("last", "judged_state_dict")):
+        model.load_state_dict(checkpoint.load(folder / f"checkpoints/r/{name}.pt")[weights])
+        scored = evaluate(model, tiles, CPU)
+        with np.load(folder / "runs/r/scores.npz", allow_pickle=False) as scores:
+            np.testing.assert_allclose(scores[f"{name}_logits"], scored.logits, atol=1e-5)
+            np.testing.assert_array_equal(scores["targets"], scored.targets)
+        assert summary[name]["acc"]["value"] == float((scored.logits.argmax(1) == scored.targets).mean())
 
 
 def test_two_processes_record_the_scores_that_one_process_computes(two: Path, phantom_root: Path) -> None:
@@ -123,7 +125,7 @@ def test_a_signal_to_one_process_ends_both_after_the_epoch(
 ) -> None:
     stopped = together(driver, *DATA, *SQUEEZENET, data_root=phantom_root, output=tmp_path, STOP="1")
     assert stopped.returncode != 0
-    assert "SIGTERM: run r is saved after epoch 2" in stopped.stderr
+    assert stopped.stderr.count("run r is saved after epoch 2") == 2  # by either process
     assert len(checkpoint.load(tmp_path / "checkpoints/r/last.pt")["history"]) == 2
 
 
