@@ -1,25 +1,25 @@
-# All that follows needs Python >= 3.11 and make; everything else is installed into .venv.
+# You need Python >= 3.11 and make; everything else is installed into .venv.
 PYTHON ?= python3
 VENV = .venv/bin/python
 DATASET ?= pathmnist
 SIZE ?= 28
-BENCH = throughput startup scaling augment data_start frozen_features phantom summary
+BENCH = throughput scaling startup summary
 .PHONY: bench demo report test lint
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
-	@echo "installing PyTorch and the rest into .venv: minutes, several GB"
+	@echo "installing PyTorch and other packages into .venv: some minutes, several GB"
 	$(VENV) -m pip install --quiet --editable '.[demo,dev]' --constraint constraints.txt
 	touch $@
 
-demo: .venv/installed  ## a miniature of the whole study on generated tiles, into demo/
+demo: .venv/installed  ## the whole study in miniature on generated tiles, into demo/
 	$(VENV) -m study --dataset phantom --size 28 --data_root demo/data --output_dir demo --wandb disabled
 
-report: .venv/installed  ## the study of a data set: all runs that are missing, then its report.md
+report: .venv/installed  ## the study of a data set: run what is missing, then write report.md
 	$(VENV) -m study --dataset $(DATASET) --size $(SIZE)
 
-bench: .venv/installed  ## every measurement, into bench/results/ and README: an hour on a quiet machine
+bench: .venv/installed  ## measure speed, into bench/results/ and README: an hour on a quiet machine
 	for name in $(BENCH); do $(VENV) -m bench.$$name || exit 1; done
 
 test: .venv/installed

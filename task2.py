@@ -6,7 +6,7 @@
 Ten test tiles, the coursework's ten on the full test split, are explained by Captum's Saliency in eval mode;
 beside it stand SmoothGrad, Integrated Gradients, Grad-CAM and Occlusion. Then every method is checked: do its maps
 change when the network is randomised, do the pixels that it names matter more than random ones, and than edges?
-About two minutes on two CPU cores at 28 pixels (bench/saliency.py).
+About two minutes on two CPU cores at 28 pixels (bench/results/one_offs.md).
 
 Leaves fig/task2/NNNNN-input.png and NNNNN-saliency.png for each tile, four figures fig/task2/<run_id>-*.png,
 runs/<run_id>/saliency.md and runs/<run_id>/attribution.json.

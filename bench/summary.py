@@ -1,78 +1,82 @@
-"""Writes README's tables of speed from bench/results: what stands between its two `bench/summary` comments.
+"""Writes README's tables of speed from bench/results/, between README's two `bench/summary` comments.
 
 python -m bench.summary
 """
 
-import json
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from bench.scaling import predicted
-from study.trials import markdown_line
+from bench.shared import saved
 
-RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
 START, END = "<!-- bench/summary: begin -->\n", "<!-- bench/summary: end -->\n"
 
 
-def read(stem: str) -> list[Any]:
-    """The rows of one measurement on every device that has been measured."""
-    return [row for path in sorted(RESULTS.glob(f"{stem}-*.json")) for row in json.loads(path.read_text())]
+def table(titles: list[str], rows: Iterable[list[str]]) -> list[str]:
+    """The lines of a Markdown table and an empty line; its first column is aligned left, the others right."""
+    rules = ["---", *["---:"] * (len(titles) - 1)]
+    return [f"| {' | '.join(cells)} |" for cells in (titles, rules, *rows)] + [""]
+
+
+def medians(row: dict[str, Any], names: Iterable[str], digits: int = 0) -> list[str]:
+    return [f"{row[name]['median']:,.{digits}f}" for name in names]
 
 
 def throughput() -> list[str]:
-    lines = [
-        "| tiles/s while training | size | device | plain loop | ours | ceiling | ours / plain | ours / ceiling |",
-        "|---|---:|---|---:|---:|---:|---:|---:|",
-    ]
-    for row in read("throughput"):
-        numbers = [f"{row[way]:,.0f}" for way in ("plain", "ours", "ceiling")]
-        numbers += [f"{row[ratio]:.2f}" for ratio in ("ours/plain", "ours/ceiling")]
-        network = f"{row['model']}, batch {row['batch_size']}"
-        lines += markdown_line(network, str(row["size"]), row["device"], *numbers)
-    return lines
+    ways, ratios = ("plain", "ours", "ceiling"), ("ours/plain", "ours/ceiling")
+    titles = ["tiles/s while training", "size", "device", "plain loop", "ours", "ceiling"]
+    rows = []
+    for record in saved("throughput"):
+        for row in record["rows"]:
+            network = f"{row['model']}, batch {row['batch_size']}"
+            numbers = [*medians(row, ways), *medians(row, ratios, 2)]
+            rows.append([network, str(row["size"]), record["device"], *numbers])
+    return table([*titles, "ours / plain", "ours / ceiling"], rows)
 
 
 def pace() -> list[str]:
-    content = json.loads((RESULTS / "pace.json").read_text())
-    title = f"tiles/s while training, {content['device']}, 1 thread"
-    lines = [
-        f"| {title} | size | commit {content['before'][:7]} | commit {content['after'][:7]} | ratio |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    for row in content["rows"]:
-        numbers = [f"{row['before']:,.0f}", f"{row['after']:,.0f}", f"{row['ratio']:.2f}"]
-        lines += markdown_line(row["network"], str(row["size"]), *numbers)
+    lines = []
+    for record in saved("pace"):
+        titles = [f"tiles/s while training, {record['device']}", "size"]
+        commits = [f"commit {record[name][:7]}" for name in ("before", "commit")]
+        rows = [
+            [row["network"], str(row["size"]), *medians(row, ("before", "after")), *medians(row, ("ratio",), 2)]
+            for row in record["rows"]
+        ]
+        lines += table([*titles, *commits, "ratio"], rows)
     return lines
 
 
 def startup() -> list[str]:
-    content = json.loads((RESULTS / "startup.json").read_text())
-    lines = [f"| until the end of the first training step, 28 px, {content['device']} | seconds |", "|---|---:|"]
-    return lines + [f"| {row['start']} | {row['seconds']:.1f} |" for row in content["rows"]]
-
-
-def scaling() -> list[str]:
-    lines = [
-        "| Task 1's epoch | size | device | seconds | ms a tile | peak memory, GB | predicted, GB |",
-        "|---:|---:|---|---:|---:|---:|---:|",
-    ]
-    for row in read("scaling"):
-        seconds = f"{statistics.median(row['epoch_seconds']):,.1f}"
-        memory = [f"{value / 1e9:.2f}" for value in (row["peak_bytes"], predicted(row))]
-        device = row["device"] + (", tiles on the host" if row["tiles_on"] == "host" else "")
-        per_tile = f"{row['milliseconds_per_tile']:.2f}"
-        lines += markdown_line(f"{row['tiles']:,} tiles", str(row["size"]), device, seconds, per_tile, *memory)
+    lines = []
+    for record in saved("startup"):
+        title = f"until the end of the first training step, 28 px, {record['device']}"
+        rows = [[row["start"], *medians(row, ["seconds"], 1)] for row in record["rows"]]
+        lines += table([title, "seconds"], rows)
     return lines
 
 
+def scaling() -> list[str]:
+    titles = ["Task 1's epoch", "size", "device", "seconds", "ms per tile", "peak memory, GB", "predicted, GB"]
+    rows = []
+    for record in saved("scaling"):
+        for row in record["rows"]:
+            device = record["device"] + (", tiles on the host" if row["tiles_on"] == "host" else "")
+            seconds = f"{statistics.median(row['epoch_seconds']):,.1f}"
+            memory = [f"{value / 1e9:.2f}" for value in (row["peak_bytes"], predicted(row))]
+            tiles, per_tile = f"{row['tiles']:,} tiles", f"{row['milliseconds_per_tile']:.2f}"
+            rows.append([tiles, str(row["size"]), device, seconds, per_tile, *memory])
+    return table(titles, rows)
+
+
 def filled(readme: str) -> str:
-    """README with the tables as bench/results has them now."""
+    """README with the tables that bench/results/ gives now."""
     before, rest = readme.split(START)
     after = rest.split(END)[1]
-    tables = [*throughput(), "", *pace(), "", *startup(), "", *scaling(), ""]
-    return before + START + "\n".join(tables) + END + after
+    return before + START + "\n".join([*throughput(), *pace(), *startup(), *scaling()]) + END + after
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 A tile of 28 pixels is a map of 4, 2 or 1 pixels a side in a network's deeper layers. There, the library behind
 nn.Conv2d on a CPU (oneDNN) multiplies mostly padding, and computes the weight gradient of a depthwise convolution
-up to a hundred times slower than its forward pass. bench/results/pace.md is what this saves.
+up to a hundred times slower than its forward pass. README's tables of speed show what this saves.
 
 In this module a map is (N, H, W, C), a kernel (C_out, kH, kW, C_in): views of PyTorch's (N, C, H, W) tensors in
 channels_last order.

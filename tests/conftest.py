@@ -1,13 +1,15 @@
-"""Shared by the tests: nothing leaves the temporary folders, nothing asks the network."""
+"""What the tests share. No test writes outside temporary folders, and none uses the network."""
 
 import dataclasses
 import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from common import data
 from common.compute import Compute
 from common.config import TrainingConfig
 from common.data import Dataset, Split
@@ -19,12 +21,13 @@ from common.training import Trainer
 ROOT = Path(__file__).resolve().parent.parent
 CPU = Compute(torch.device("cpu"), torch.float32)
 MODEL = "mobilenet_v3_small"  # small and quick; has BatchNorm and dropout
+COUNTS = {"train": 1200, "val": 30, "test": 60}  # the tiles of a small file in the official layout
 SMALL_RUN: dict[str, Any] = {"dataset": "phantom", "size": 28, "n_epochs": 3, "batch_size": 32, "run_id": "r"}
 
 
 @pytest.fixture(autouse=True)
 def isolated(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """No W&B, no user's cache folder, no API key of whoever runs the tests."""
+    """Run each test without W&B, and without the user's cache folder and API key."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("WANDB_MODE", "disabled")
@@ -34,18 +37,18 @@ def isolated(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    # The tests' networks are too small to gain from a second thread, and lose much where cores are busy.
+    # The networks are too small to gain from a second thread, and lose much time where cores are busy.
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def phantom_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data root shared by the tests, so that each small phantom is made once."""
+    """A data root that all tests share, so that each small phantom is generated once."""
     return tmp_path_factory.mktemp("phantom")
 
 
 def coloured_tiles(n_tiles: int, size: int, seed: int) -> Split:
-    """Tiles whose class is their colour plus noise: learnt in a few steps. Every class appears."""
+    """Tiles with one colour per class, plus noise: a network learns them in a few steps. Every class occurs."""
     draws = torch.Generator().manual_seed(seed)
     labels = torch.arange(n_tiles) % 9
     colours = torch.randint(60, 200, (9, 1, 1, 3), generator=torch.Generator().manual_seed(0))
@@ -56,7 +59,7 @@ def coloured_tiles(n_tiles: int, size: int, seed: int) -> Split:
 
 @pytest.fixture(scope="session")
 def tiny() -> Dataset:
-    """A data set that trains in a second."""
+    """A data set on which a small network trains in a second."""
     return Dataset(
         name="phantom",
         size=28,
@@ -78,7 +81,7 @@ def trainer_of(
     lr_factors: dict[str, float] | None = None,
     **keys: Any,
 ) -> Trainer:
-    """The trainer of a small network, or of `model`, on the data set, or on the training tiles `train`."""
+    """The trainer of `model`, or of a small network, on the training tiles `train`, or those of the data set."""
     config = TrainingConfig(**{**SMALL_RUN, "model_name": MODEL, "output_dir": folder, **keys})
     if model is None:
         torch.manual_seed(config.seed)
@@ -88,3 +91,26 @@ def trainer_of(
         splits = dataclasses.replace(splits, train=train)
     run = Run("task1", config, dataset, compute.name)
     return Trainer(model, splits, config, compute, run, lr_factors=lr_factors)
+
+
+def official_arrays(counts: dict[str, int], size: int = 28) -> dict[str, np.ndarray]:
+    """Arrays in the layout of PathMNIST's official file; the first bytes of a tile give its index."""
+    arrays = {}
+    for split, count in counts.items():
+        index = np.arange(count)
+        images = np.zeros((count, size, size, 3), np.uint8)
+        images[:, 0, 0, 0], images[:, 0, 0, 1] = index % 251, index // 251
+        arrays[f"{split}_images"] = images
+        arrays[f"{split}_labels"] = (index % 9).astype(np.uint8)[:, None]
+    return arrays
+
+
+def write_official(root: Path, monkeypatch: pytest.MonkeyPatch, arrays: dict[str, Any] | None = None) -> Path:
+    """Write a small pathmnist.npz and make `common.data` expect its counts and its MD5; returns its path."""
+    root.mkdir(parents=True, exist_ok=True)
+    path = root / "pathmnist.npz"
+    np.savez_compressed(path, **(arrays or official_arrays(COUNTS)))
+    monkeypatch.setattr(data, "OFFICIAL_COUNTS", COUNTS)
+    md5 = data._md5(path)
+    monkeypatch.setattr(data, "_official_address", lambda size: ("http://127.0.0.1:9/pathmnist.npz", md5))
+    return path

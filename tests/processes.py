@@ -1,4 +1,4 @@
-"""Runs in processes of their own, to be killed, starved and compared: to the bit, but for timings."""
+"""Forked processes that a test can kill, and a comparison, bit by bit, of the files that two runs have written."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ TIMINGS = ("seconds", "tiles_per_second", "wall_seconds", "feature_seconds")
 
 
 def start(action: Callable[[], None], log: Path) -> int:
-    """Run something in a forked process, which need not import PyTorch again; returns its id."""
+    """Run `action` in a forked process, which need not import PyTorch again; returns the process id."""
     pid = os.fork()
     if pid:
         return pid
@@ -29,7 +29,7 @@ def start(action: Callable[[], None], log: Path) -> int:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
-        # pytest's own captures must not see what is said here.
+        # Else pytest would capture this output.
         sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
         action()
         status = 0
@@ -44,9 +44,9 @@ def start(action: Callable[[], None], log: Path) -> int:
 
 
 def end(pid: int, within: float | None = None, send: int = signal.SIGKILL) -> int | None:
-    """The exit status of the process, or minus the signal that ended it; `send` it a signal after a while.
+    """Wait for the process; returns its exit status, or minus the number of the signal that ended it.
 
-    With SIGKILL the whole process group is killed.
+    After `within` seconds, if given, the process gets the signal `send`: SIGKILL for its whole process group.
     """
     deadline = time.monotonic() + (120 if within is None else within)
     while time.monotonic() < deadline:
@@ -71,7 +71,7 @@ def without_timings(content: Any) -> Any:
 
 
 def records(folder: Path) -> dict[str, Any]:
-    """All that a finished run left, but for its timings; PNG files as bytes, weights as they are."""
+    """The content of every file in `folder`, by name, without timings and without config.json."""
     found: dict[str, Any] = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = str(path.relative_to(folder))
@@ -87,13 +87,13 @@ def records(folder: Path) -> dict[str, Any]:
             found[name] = plain(torch.load(path, weights_only=True))
         elif path.suffix == ".png" and not path.name.startswith("."):
             found[name] = path.read_bytes()
-        elif path.name != "config.json":  # which has the time of its start
+        elif path.name != "config.json":  # it holds the time of the start
             found[name] = None
     return found
 
 
 def plain(content: Any) -> Any:
-    """A checkpoint as something that can be compared with ==, to the bit."""
+    """A checkpoint as something that == compares bit by bit."""
     if isinstance(content, torch.Tensor):
         return content.numpy().tobytes()
     if isinstance(content, dict):
@@ -106,8 +106,9 @@ def plain(content: Any) -> Any:
 
 
 def assert_same(killed: Path, whole: Path) -> None:
+    """Fail where the records of a killed and continued run differ from those of a run without a kill."""
     found, expected = records(killed), records(whole)
-    # A figure that was being written leaves a hidden file, which nobody sees; runs and checkpoints are swept up.
+    # A kill may leave the hidden file of a figure and a lock; the next run deletes other such files.
     found = {name: value for name, value in found.items() if not re.match(r"fig/.*/\.|runs/[^/]*/\.lock", name)}
     assert found.keys() == expected.keys()
     for name in expected:

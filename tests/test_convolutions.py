@@ -1,4 +1,4 @@
-"""SmallMapConv2d computes what nn.Conv2d computes, whichever way it takes."""
+"""SmallMapConv2d computes the same as nn.Conv2d, in each of its ways."""
 
 import copy
 from itertools import product
@@ -15,6 +15,7 @@ KERNELS = [
     (1, 1, 0),
     (1, 2, 0),
     (1, 1, 1),
+    (1, 3, 1),
     (3, 1, 1),
     (3, 2, 1),
     (5, 1, 2),
@@ -46,7 +47,7 @@ def results(conv: nn.Conv2d, images: torch.Tensor) -> list[torch.Tensor]:
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("groups", [1, 2, 12])
-def test_outputs_and_gradients_equal_the_plain_convolutions(
+def test_outputs_and_gradients_equal_those_of_the_plain_convolution(
     groups: int, bias: bool, layout: torch.memory_format
 ) -> None:
     torch.manual_seed(0)
@@ -61,15 +62,25 @@ def test_outputs_and_gradients_equal_the_plain_convolutions(
             torch.testing.assert_close(got, expected, check_stride=False)
 
 
-@pytest.mark.parametrize("options", [{"dilation": 2}, {"padding_mode": "reflect"}, {"padding": "same"}])
-def test_what_no_special_way_computes_runs_as_the_plain_convolution(options: dict[str, object]) -> None:
-    plain, small = pair(4, 4, 3, **{"padding": 2, **options})
-    images = torch.randn(2, 4, 3, 3, dtype=torch.double)
+@pytest.mark.parametrize(
+    ("channels", "kernel", "size", "options"),
+    [
+        (4, 2, 3, {"dilation": 2}),
+        (4, 3, 2, {"padding_mode": "reflect", "padding": 1}),
+        (4, 3, 2, {"padding": "same"}),
+        (8, 3, 2, {"groups": 4, "padding": 1}),
+    ],
+)
+def test_a_convolution_without_a_special_way_runs_as_the_plain_one(
+    channels: int, kernel: int, size: int, options: dict[str, object]
+) -> None:
+    plain, small = pair(4, channels, kernel, **options)
+    images = torch.randn(2, 4, size, size, dtype=torch.double)
     for got, expected in zip(results(small, images), results(plain, images), strict=True):
         assert torch.equal(got, expected)
 
 
-def test_kernels_that_are_not_square_and_steps_beyond_the_map() -> None:
+def test_oblong_kernels_and_strides_larger_than_the_map_equal_the_plain_convolution() -> None:
     torch.manual_seed(0)
     for groups in (1, 6):
         plain, small = pair(6, 6, (3, 5), stride=(4, 3), padding=(3, 4), groups=groups)
@@ -79,7 +90,7 @@ def test_kernels_that_are_not_square_and_steps_beyond_the_map() -> None:
                 torch.testing.assert_close(got, expected)
 
 
-def test_only_the_gradients_that_are_asked_for_are_computed() -> None:
+def test_backward_works_for_frozen_weights_and_for_plain_inputs() -> None:
     for groups in (1, 4):
         _, small = pair(4, 4, 3, padding=1, groups=groups, bias=False)
         images = torch.randn(2, 4, 2, 2, dtype=torch.double)
@@ -90,7 +101,7 @@ def test_only_the_gradients_that_are_asked_for_are_computed() -> None:
         assert images.grad is not None
 
 
-def test_in_autocast_the_plain_convolution_runs() -> None:
+def test_the_plain_convolution_runs_in_autocast() -> None:
     conv = use_small_map_convolutions(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)))
     with torch.autocast("cpu", torch.bfloat16):
         assert conv(torch.randn(2, 4, 2, 2)).dtype == torch.bfloat16
@@ -99,7 +110,7 @@ def test_in_autocast_the_plain_convolution_runs() -> None:
 @pytest.mark.parametrize(
     ("name", "plain", "few_outputs", "depthwise"), [("resnet18", 9, 8, 0), ("mobilenet_v3_large", 6, 0, 8)]
 )
-def test_the_deep_layers_of_a_small_tile_take_the_fast_ways(
+def test_the_deep_layers_take_the_fast_ways_on_a_small_tile(
     name: str, plain: int, few_outputs: int, depthwise: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build_model(name, 9, 28)

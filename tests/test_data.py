@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import COUNTS, official_arrays, write_official
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,31 +22,6 @@ from common import data
 from common.data import load_dataset, stratified_part
 from common.errors import Fault, UsageError
 from common.tiles import DeviceTiles
-
-COUNTS = {"train": 1200, "val": 30, "test": 60}
-
-
-def official_arrays(counts: dict[str, int], size: int = 28) -> dict[str, np.ndarray]:
-    """Arrays of the official layout; a tile's bytes tell its index."""
-    arrays = {}
-    for split, count in counts.items():
-        index = np.arange(count)
-        images = np.zeros((count, size, size, 3), np.uint8)
-        images[:, 0, 0, 0], images[:, 0, 0, 1] = index % 251, index // 251
-        arrays[f"{split}_images"] = images
-        arrays[f"{split}_labels"] = (index % 9).astype(np.uint8)[:, None]
-    return arrays
-
-
-def write_official(root: Path, monkeypatch: pytest.MonkeyPatch, arrays: dict[str, Any] | None = None) -> Path:
-    """A small pathmnist.npz that passes for the official one: its counts and MD5 are made the expected ones."""
-    root.mkdir(parents=True, exist_ok=True)
-    path = root / "pathmnist.npz"
-    np.savez_compressed(path, **(arrays or official_arrays(COUNTS)))
-    monkeypatch.setattr(data, "OFFICIAL_COUNTS", COUNTS)
-    md5 = data._md5(path)
-    monkeypatch.setattr(data, "_official_address", lambda size: ("http://127.0.0.1:9/pathmnist.npz", md5))
-    return path
 
 
 def no_build(*arguments: Any) -> str:

@@ -1,4 +1,4 @@
-"""A run that is killed at any moment and goes on ends as an undisturbed run does: bit for bit, on a CPU."""
+"""On a CPU, a killed and continued run leaves the same files, bit by bit, as a run that nothing interrupts."""
 
 import os
 import random
@@ -6,11 +6,13 @@ import re
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from conftest import MODEL
 from processes import assert_same, end, records, start
 
 import task1
@@ -21,9 +23,9 @@ from common.config import run_script
 from common.errors import Stopped
 from study import sweep
 
-KILLS = 20  # of every script, in one test
+KILLS = 20  # per script
 DATA = ("--dataset=phantom", "--size=28", "--train_tiles=90", "--wandb=disabled", "--run_id=r")
-# Small, and with everything that keeps a state or draws: EMA, dropout, augmentation, a mixing partner.
+# All that has a state or draws random numbers, besides dropout.
 EVERYTHING = ("--augmentation=ta_wide,stain", "--ema_decay=0.9", "--mixup_alpha=0.4", "--tta")
 SMALL = ("--model_name=shufflenet_v2_x0_5", "--n_epochs=5", "--batch_size=45")
 SCRIPTS: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
@@ -33,8 +35,8 @@ SCRIPTS: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
 }
 
 
-def dying_at_write(action: Callable[[], None], number: int, before: bool) -> Callable[[], None]:
-    """The action, killed at its `number`-th rename of a finished file, before or after it."""
+def killed_at_write(action: Callable[[], None], number: int, before: bool) -> Callable[[], None]:
+    """The action; a SIGKILL comes before or after its `number`-th rename of a finished file."""
 
     def killed() -> None:
         rename, count = os.replace, 0
@@ -64,16 +66,16 @@ def script(name: str, folder: Path, data_root: Path) -> Callable[[], None]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", list(SCRIPTS))
-def test_twenty_kills_leave_the_records_and_weights_of_an_undisturbed_run(
+def test_a_run_killed_twenty_times_leaves_the_same_records_and_weights(
     name: str, tmp_path: Path, phantom_root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     draws = random.Random(name)
     log = tmp_path / "log"
-    script(name, tmp_path / "whole", phantom_root)()  # here, so that the forks need not import anything any more
+    script(name, tmp_path / "whole", phantom_root)()  # in this process, so that the forks have all imports
     started = time.monotonic()
     assert end(start(script(name, tmp_path / "timed", phantom_root), log)) == 0
     duration = time.monotonic() - started
-    writes = len(records(tmp_path / "whole")) + 3 * 5  # an epoch writes its history and one or two checkpoints
+    writes = len(records(tmp_path / "whole")) + 3 * 5  # the history and one or two checkpoints per epoch
     kills, runs = 0, 0
     while kills < KILLS:
         folder = tmp_path / f"killed-{runs}"
@@ -85,22 +87,23 @@ def test_twenty_kills_leave_the_records_and_weights_of_an_undisturbed_run(
                 status = end(start(action, log))
             elif kills % 2:
                 number, before = draws.randint(1, writes // 2), draws.random() < 0.5
-                status = end(start(dying_at_write(action, number, before), log))
+                status = end(start(killed_at_write(action, number, before), log))
             else:
                 status = end(start(action, log), within=draws.uniform(0, duration))
             kills += status == -signal.SIGKILL
-            if (folder / "runs/r/summary.json").exists():  # the last file: whatever kills it now, it is finished
+            if (folder / "runs/r/summary.json").exists():  # the last file: the run is finished
                 status = 0
         assert status == 0, log.read_text()[-2000:]
         assert_same(folder, tmp_path / "whole")
     with capsys.disabled():
-        print(f"\n{name}: {kills} kills over {runs} runs, every one ended like the undisturbed one")
+        print(f"\n{name}: {kills} kills in {runs} runs, each with the files of the run without kills")
 
 
 def run_six_steps(folder: Path, data_root: Path) -> None:
-    """An epoch of six steps, and another one."""
-    keys = ["--n_epochs=2", "--batch_size=15", *EVERYTHING, f"--data_root={data_root}", f"--output_dir={folder}"]
-    run_script(train.main, train.TrainConfig, [*DATA, *keys])
+    """Two epochs of six steps, with a network that has dropout."""
+    keys = [f"--model_name={MODEL}", "--n_epochs=2", "--batch_size=15", *EVERYTHING]
+    where = [f"--data_root={data_root}", f"--output_dir={folder}"]
+    run_script(train.main, train.TrainConfig, [*DATA, *keys, *where])
 
 
 @pytest.fixture(scope="module")
@@ -110,21 +113,15 @@ def six_steps(phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
-def run_four_epochs(folder: Path, data_root: Path) -> None:
-    keys = ["--n_epochs=4", "--batch_size=45", f"--data_root={data_root}", f"--output_dir={folder}"]
-    run_script(task1.main, task1.Task1Config, [*DATA, *keys])
-
-
 @pytest.fixture(scope="module")
-def four_epochs(phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("four-epochs")
-    run_four_epochs(folder, phantom_root)
+def whole_task1(phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole-task1")
+    script("task1.py", folder, phantom_root)()
     return folder
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("step", [1, 5, 6])
-def test_a_signal_lets_the_step_end_and_loses_nothing(
+@pytest.mark.parametrize(("signal_number", "step"), [(signal.SIGTERM, 1), (signal.SIGINT, 5), (signal.SIGTERM, 6)])
+def test_a_signal_ends_the_run_after_its_step_and_the_run_can_be_continued(
     signal_number: signal.Signals,
     step: int,
     tmp_path: Path,
@@ -145,13 +142,13 @@ def test_a_signal_lets_the_step_end_and_loses_nothing(
         patched.setattr(training, "mix", signalled)
         run_six_steps(tmp_path, phantom_root)
     assert ended.value.code == 128 + signal_number
-    assert steps == step  # the step in progress was the last
+    assert steps == step  # no step came after it
     assert checkpoint.load(tmp_path / "checkpoints/r/last.pt")["begun"]["steps"] == step
     run_six_steps(tmp_path, phantom_root)
     assert_same(tmp_path, six_steps)
 
 
-def test_a_signal_in_an_evaluation_keeps_the_epoch(
+def test_a_signal_during_validation_ends_the_run_after_the_epoch(
     tmp_path: Path, phantom_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     original = training.evaluate
@@ -167,12 +164,13 @@ def test_a_signal_in_an_evaluation_keeps_the_epoch(
     assert ended.value.code == 143
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1
-    assert error[0].endswith("SIGTERM: run r is saved after epoch 1; the same command with --run_id=r goes on")
+    assert "SIGTERM: run r is saved after epoch 1" in error[0]
+    assert "--run_id=r" in error[0]
     assert len(checkpoint.load(tmp_path / "checkpoints/r/last.pt")["history"]) == 1
 
 
-def test_the_second_signal_is_obeyed_at_once() -> None:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+def test_the_second_signal_stops_the_process_at_once() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets background jobs ignore it
     try:
         with pytest.raises(KeyboardInterrupt), training.Interruption() as interruption:
             os.kill(os.getpid(), signal.SIGINT)
@@ -183,12 +181,23 @@ def test_the_second_signal_is_obeyed_at_once() -> None:
         signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("damage", ["torn", "empty", "missing"])
-def test_a_torn_checkpoint_falls_back_to_the_one_before(
+def test_outside_the_main_thread_no_signal_is_handled() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def enter() -> list[Any]:
+        with training.Interruption() as interruption:
+            return [interruption.came, *(signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM))]
+
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(enter).result() == [None, *before]
+
+
+@pytest.mark.parametrize("damage", ["torn", "missing"])
+def test_a_damaged_checkpoint_is_replaced_by_the_previous_one(
     damage: str,
     tmp_path: Path,
     phantom_root: Path,
-    four_epochs: Path,
+    whole_task1: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -201,23 +210,23 @@ def test_a_torn_checkpoint_falls_back_to_the_one_before(
 
     with monkeypatch.context() as patched, pytest.raises(SystemExit):
         patched.setattr(training.Trainer, "train_epoch", stopped)
-        run_four_epochs(tmp_path, phantom_root)
+        script("task1.py", tmp_path, phantom_root)()
     last = tmp_path / "checkpoints/r/last.pt"
     content = last.read_bytes()
     last.unlink()
-    if damage != "missing":
-        last.write_bytes(content[: len(content) // 2] if damage == "torn" else b"")
+    if damage == "torn":
+        last.write_bytes(content[: len(content) // 2])
     capsys.readouterr()
-    run_four_epochs(tmp_path, phantom_root)
-    said = capsys.readouterr()
-    assert "continuing run r after epoch 2\n" in said.out
-    if damage != "missing":
-        assert said.err.startswith(f"{last} cannot be read; going on from previous.pt, an earlier one\n")
-    assert_same(tmp_path, four_epochs)
+    script("task1.py", tmp_path, phantom_root)()
+    printed = capsys.readouterr()
+    assert "continuing run r after epoch 2\n" in printed.out
+    if damage == "torn":
+        assert printed.err.startswith(f"{last} cannot be read; ")
+    assert_same(tmp_path, whole_task1)
 
 
-def test_a_kill_between_the_last_checkpoint_and_the_history_loses_no_line(
-    tmp_path: Path, phantom_root: Path, four_epochs: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_kill_between_last_checkpoint_and_history_loses_no_row(
+    tmp_path: Path, phantom_root: Path, whole_task1: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = training.Run.log_epoch
 
@@ -228,12 +237,12 @@ def test_a_kill_between_the_last_checkpoint_and_the_history_loses_no_line(
 
     with monkeypatch.context() as patched, pytest.raises(SystemExit):
         patched.setattr(training.Run, "log_epoch", killed)
-        run_four_epochs(tmp_path, phantom_root)
-    run_four_epochs(tmp_path, phantom_root)
-    assert_same(tmp_path, four_epochs)
+        script("task1.py", tmp_path, phantom_root)()
+    script("task1.py", tmp_path, phantom_root)()
+    assert_same(tmp_path, whole_task1)
 
 
-def test_two_torn_checkpoints_are_a_fault_in_one_line(
+def test_two_damaged_checkpoints_end_the_run_with_one_line(
     tmp_path: Path, phantom_root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "checkpoints" / "r"
@@ -248,7 +257,7 @@ def test_two_torn_checkpoints_are_a_fault_in_one_line(
     assert (folder / "last.pt").read_text() == "torn"
 
 
-def test_a_checkpoint_of_another_configuration_is_refused_though_its_record_is_gone(
+def test_a_checkpoint_of_another_configuration_is_refused_without_its_record_too(
     tmp_path: Path, phantom_root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     keys = [*DATA, f"--data_root={phantom_root}", f"--output_dir={tmp_path}"]
@@ -261,7 +270,7 @@ def test_a_checkpoint_of_another_configuration_is_refused_though_its_record_is_g
     assert "started with another configuration (lr was 0.01)" in capsys.readouterr().err
 
 
-def test_a_run_belongs_to_one_process_at_a_time(tmp_path: Path, phantom_root: Path) -> None:
+def test_two_processes_cannot_train_the_same_run(tmp_path: Path, phantom_root: Path) -> None:
     log = tmp_path / "log"
     main, config_class, _ = SCRIPTS["task1.py"]
     keys = [*DATA, "--n_epochs=50", f"--data_root={phantom_root}", f"--output_dir={tmp_path}"]
@@ -273,12 +282,12 @@ def test_a_run_belongs_to_one_process_at_a_time(tmp_path: Path, phantom_root: Pa
             time.sleep(0.02)
         assert end(start(lambda: run_script(main, config_class, keys), log)) == 2
         [line] = log.read_text().strip().splitlines()
-        assert line.endswith("run r is another process's at the moment: use another --run_id")
+        assert line.endswith(": use another --run_id")
     finally:
         end(first, within=0)
 
 
-# The sweeps: a killed worker leaves its run behind, or takes it along
+# Sweeps: the kill may end only the worker, or its trial with it
 
 
 def sweep_file(folder: Path, method: str, data_root: Path) -> Path:
@@ -308,7 +317,7 @@ def sweep_file(folder: Path, method: str, data_root: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("method", ["grid", "bayes"])
-def test_twenty_kills_of_a_sweep_leave_its_table_as_it_is_without_them(
+def test_a_sweep_killed_twenty_times_leaves_the_same_table(
     method: str,
     tmp_path: Path,
     phantom_root: Path,
@@ -325,13 +334,13 @@ def test_twenty_kills_of_a_sweep_leave_its_table_as_it_is_without_them(
     whole, killed, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log"
     started = time.monotonic()
     assert end(start(work(whole), log)) == 0, log.read_text()
-    longest = (time.monotonic() - started) / 4  # of the time until a kill: about that of a trial
+    longest = (time.monotonic() - started) / 4  # the latest kill: about the time of one trial
     draws = random.Random(method)
     kills = 0
     while kills < KILLS:
         started = time.monotonic()
         status = end(start(work(killed), log), within=draws.uniform(0, longest))
-        if status == 0:  # finished all the same: from now on only the table is made again, and killed at that
+        if status == 0:  # it finished first; further runs only write the table, so kill them earlier
             longest = min(longest, time.monotonic() - started)
             continue
         assert status == -signal.SIGKILL, log.read_text()
@@ -341,4 +350,4 @@ def test_twenty_kills_of_a_sweep_leave_its_table_as_it_is_without_them(
     for table in ("table.csv", *(["runs.csv"] if method == "grid" else [])):
         assert records(killed / "sweeps")[f"s/{table}"] == records(whole / "sweeps")[f"s/{table}"]
     with capsys.disabled():
-        print(f"\n{method} sweep: {kills} kills, its table is that of an undisturbed one")
+        print(f"\n{method} sweep: {kills} kills, and the table of the sweep without kills")

@@ -7,7 +7,7 @@ from common.tiles import normalise
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_large", "googlenet", "vit_b_32"])
-def test_models_take_small_tiles_and_give_one_logit_a_class(name: str) -> None:
+def test_models_take_small_tiles_and_return_one_logit_per_class(name: str) -> None:
     model = build_model(name, 9, 64)
     assert model.training
     assert model.eval()(torch.zeros(2, 3, 64, 64)).shape == (2, 9)
@@ -22,8 +22,13 @@ def test_the_global_seed_decides_the_weights() -> None:
     assert not torch.equal(first_weights(1), first_weights(2))
 
 
+def test_googlenet_has_torchvisions_initial_weights() -> None:
+    first = next(build_model("googlenet", 9, 64).parameters())
+    assert first.std().item() == pytest.approx(0.01, rel=0.05)  # PyTorch's default would be 0.048
+
+
 @pytest.mark.parametrize(("name", "size"), [("alexnet", 28), ("vit_b_16", 28), ("inception_v3", 64)])
-def test_a_model_that_cannot_take_the_tiles_is_refused_in_one_line(name: str, size: int) -> None:
+def test_a_model_that_cannot_take_the_tiles_is_refused_with_one_line(name: str, size: int) -> None:
     with pytest.raises(UsageError, match=rf"--model_name {name} cannot take tiles of {size} pixels") as refused:
         build_model(name, 9, size)
     assert "\n" not in str(refused.value)

@@ -1,4 +1,4 @@
-"""The official PathMNIST file itself: what is in it, what a part of it is, and that the networks learn it."""
+"""The official PathMNIST file: its content, its parts, and that the networks learn from it."""
 
 import dataclasses
 import json
@@ -33,14 +33,14 @@ pytestmark = pytest.mark.skipif(not FILE.exists(), reason="needs real tiles: pat
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A data root with a link to the file: its arrays are made once, and nothing is written beside the file."""
+    """A data root with a link to the file: the arrays are unpacked once, and not beside the file."""
     folder = tmp_path_factory.mktemp("real")
     (folder / "pathmnist.npz").symlink_to(FILE.resolve())
     yield folder
     shutil.rmtree(folder)  # 250 MB
 
 
-def test_the_file_is_the_official_one_with_its_counts(root: Path) -> None:
+def test_the_official_file_has_the_official_counts(root: Path) -> None:
     dataset = load_dataset("pathmnist", 28, root)
     assert dataset.fingerprint == MD5
     assert dataset.title == "PathMNIST (89,996 training tiles, 28 px)"
@@ -52,7 +52,7 @@ def test_the_file_is_the_official_one_with_its_counts(root: Path) -> None:
         assert tiles.labels.bincount().tolist() == counts
 
 
-def test_parts_of_the_training_tiles_are_stratified_and_nested(root: Path) -> None:
+def test_every_part_is_stratified_and_lies_within_the_larger_parts(root: Path) -> None:
     whole = load_dataset("pathmnist", 28, root)
     labels, counts = whole.train.labels.numpy(), np.array(CLASS_COUNTS["train"])
     before: set[int] = set()
@@ -87,20 +87,20 @@ SHORT = ["--size=28", "--train_tiles=1800", "--device=cpu", "--wandb=disabled", 
 def test_a_short_training_learns_real_tissue(
     script: ModuleType, keys: list[str], least: float, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half a minute of training on one core, judged on 2,000 validation tiles.
+    """Train half a minute on one core; the ACC on 2,000 validation tiles must exceed a bound.
 
-    Validation ACC of task1.py, seeds 0 to 4: .675 .681 .677 .673 .664 (mean .674, standard deviation .007); of
-    train.py, seeds 0 to 2: .672 .653 .674 (mean .666, standard deviation .012). Another kind of CPU rounds
-    otherwise, which differs as another seed does. The bounds lie 11 and 7 standard deviations below the means.
-    Both lie above the .538 of a logistic regression on the mean colour of all 89,996 training tiles: a network
-    that passes has learnt more than colour. The largest class alone gives .143.
+    Measured ACC of task1.py, seeds 0 to 4: .675 .681 .677 .673 .664 (mean .674, standard deviation .007); of
+    train.py, seeds 0 to 2: .672 .653 .674 (mean .666, standard deviation .012). Another CPU changes the ACC about
+    as much as another seed. The bounds lie 11 and 7 standard deviations below the means. A logistic regression on
+    the mean colour of all 89,996 training tiles has an ACC of .538, the largest class alone .143: a network above
+    the bound has learnt more than colour.
     """
 
-    def with_fewer_tiles_to_judge_by(*arguments: Any) -> Dataset:
+    def with_fewer_tiles_to_score(*arguments: Any) -> Dataset:
         dataset = load_dataset(*arguments)
         return dataclasses.replace(dataset, val=data._part(dataset.val, 2000), test=data._part(dataset.test, 500))
 
-    monkeypatch.setattr(script, "load_dataset", with_fewer_tiles_to_judge_by)
+    monkeypatch.setattr(script, "load_dataset", with_fewer_tiles_to_score)
     config_class = task1.Task1Config if script is task1 else train.TrainConfig
     where = [f"--data_root={root}", f"--output_dir={tmp_path}"]
     script.main(parse(config_class, [*SHORT, *keys, *where], ""))
@@ -112,7 +112,7 @@ def test_a_short_training_learns_real_tissue(
 @pytest.mark.skipif(
     not PUBLISHED.exists(), reason="needs MedMNIST's published predictions: a folder in $PATHMNIST_PUBLISHED"
 )
-def test_the_metrics_give_the_published_scores_for_the_published_predictions(root: Path) -> None:
+def test_the_metrics_of_the_published_predictions_are_the_published_scores(root: Path) -> None:
     targets = load_dataset("pathmnist", 28, root).test.labels.numpy()
     index, probabilities = np.split(np.loadtxt(PUBLISHED, delimiter=","), [1], axis=1)
     assert index[:, 0].tolist() == list(range(7180))

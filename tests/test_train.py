@@ -50,16 +50,16 @@ def test_the_configuration_is_the_same_for_every_number_of_tiles() -> None:
 
 
 @pytest.mark.parametrize("ablation", train.ABLATIONS)
-def test_an_ablation_changes_what_its_row_says_and_nothing_else(ablation: str) -> None:
+def test_an_ablation_changes_the_keys_of_its_row_and_no_others(ablation: str) -> None:
     assert differing(read(), read(f"--ablation={ablation}")) == train.ABLATIONS[ablation]
 
 
-def test_every_ablation_differs_from_every_other() -> None:
+def test_no_two_ablations_are_equal() -> None:
     rows = [sorted(changes.items(), key=str) for changes in train.ABLATIONS.values()]
     assert all(one != other for index, one in enumerate(rows) for other in rows[:index])
 
 
-def test_a_key_may_not_undo_its_ablation() -> None:
+def test_a_key_that_contradicts_its_ablation_is_refused() -> None:
     with pytest.raises(
         UsageError, match="--augmentation auto: --ablation without_augmentation sets this key itself"
     ):
@@ -68,7 +68,7 @@ def test_a_key_may_not_undo_its_ablation() -> None:
         read("--ablation=with_emma")
 
 
-def test_a_technique_is_switched_off_as_a_sweep_writes_it() -> None:
+def test_none_switches_early_stopping_off() -> None:
     assert read("--early_stopping_patience=None").early_stopping_patience is None
     assert (
         read("--early_stopping_patience=None", "--ablation=without_early_stopping").early_stopping_patience is None
@@ -79,7 +79,7 @@ def test_a_technique_is_switched_off_as_a_sweep_writes_it() -> None:
         read("--augmentation=stian")
 
 
-def test_every_technique_at_once_runs_and_reports_tta_beside_the_plain_score(
+def test_a_run_with_every_technique_records_scores_with_and_without_tta(
     tmp_path: Path, phantom_root: Path
 ) -> None:
     train.main(

@@ -1,4 +1,4 @@
-"""A loopback stand-in for the part of W&B's API that a run or an agent talks to."""
+"""A local server that imitates the part of W&B's API that a run or an agent uses."""
 
 import gzip
 import http.server
@@ -11,11 +11,11 @@ Answer = Callable[[str, dict[str, Any]], dict[str, Any] | None]
 
 
 class WandbServer:
-    """Answers GraphQL operations by `answer(operation, variables)`, else as an empty project would.
+    """Answers GraphQL operations with `answer(operation, variables)`; where that is None, like an empty project.
 
-    Where `answer` raises PermissionError, the key is refused with status 401.
+    Where `answer` raises PermissionError, the server refuses the key with status 401.
 
-    Use as a context manager; `operations` lists what was asked, `url` goes into WANDB_BASE_URL.
+    Use it as a context manager. `operations` lists the operations so far; `url` is the value for WANDB_BASE_URL.
     """
 
     def __init__(self, answer: Answer = lambda operation, variables: None) -> None:
