@@ -67,6 +67,14 @@ def accuracy(probabilities: NDArray[Any], targets: NDArray[Any]) -> float:
     return float((probabilities.argmax(axis=1) == targets).mean())
 
 
+def balanced_accuracy(probabilities: NDArray[Any], targets: NDArray[Any]) -> float:
+    """The unweighted mean of the recalls of the classes that have tiles.
+
+    The recall of a class is the accuracy over its tiles.
+    """
+    return float(_recalls(probabilities, targets)[0].mean())
+
+
 def confusion_matrix(probabilities: NDArray[Any], targets: NDArray[Any]) -> NDArray[np.int64]:
     """Count the tiles by true class (row) and predicted class (column): (C, C) int64."""
     _check(probabilities, targets)
@@ -100,6 +108,22 @@ def expected_calibration_error(probabilities: NDArray[Any], targets: NDArray[Any
 def accuracy_estimate(probabilities: NDArray[Any], targets: NDArray[Any]) -> Estimate:
     """The accuracy with its Wilson score interval (E. B. Wilson, JASA 22, 1927)."""
     return _wilson(accuracy(probabilities, targets), len(targets))
+
+
+def balanced_accuracy_estimate(probabilities: NDArray[Any], targets: NDArray[Any]) -> Estimate:
+    """The balanced accuracy with its Wilson score interval for the effective number of tiles.
+
+    The effective number is the number of tiles for which a plain accuracy of the same value has the variance
+    that the mean of the recalls has: C. Franco, R. J. A. Little, T. A. Louis and E. V. Slud, Journal of Survey
+    Statistics and Methodology 7, 2019. The number of tiles of each class counts as fixed. The variance is that of
+    recalls with one right and one wrong tile added to each class: a class of few tiles that are all right is
+    not certain. With one class, or classes of equal size and recall, the effective number is the number of tiles.
+    """
+    recalls, counts = _recalls(probabilities, targets)
+    adjusted = (recalls * counts + 1) / (counts + 2)
+    variance = (adjusted * (1 - adjusted) / counts).sum() / len(counts) ** 2
+    mean = adjusted.mean()
+    return _wilson(float(recalls.mean()), float(mean * (1 - mean) / variance))
 
 
 def auc_estimate(probabilities: NDArray[Any], targets: NDArray[Any]) -> Estimate:
@@ -157,6 +181,14 @@ def _check(probabilities: NDArray[Any], targets: NDArray[Any]) -> None:
         raise ValueError(f"targets must lie in 0 … {classes - 1}, not {targets.min()} … {targets.max()}")
 
 
+def _recalls(probabilities: NDArray[Any], targets: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """The recall and the number of tiles of each class that has tiles."""
+    matrix = confusion_matrix(probabilities, targets)
+    counts = matrix.sum(axis=1)
+    present = counts > 0
+    return matrix.diagonal()[present] / counts[present], counts[present]
+
+
 def _placements(probabilities: NDArray[Any], targets: NDArray[Any]) -> NDArray[np.float64]:
     """For each tile and class, the share of the other side that the tile is ranked rightly against.
 
@@ -189,7 +221,7 @@ def _mean_of_defined(areas: NDArray[np.float64]) -> float:
     return float(defined.mean()) if len(defined) else math.nan
 
 
-def _wilson(share: float, count: int) -> Estimate:
+def _wilson(share: float, count: float) -> Estimate:
     shrink = 1 / (1 + Z**2 / count)
     centre = shrink * (share + Z**2 / (2 * count))
     half_width = shrink * Z * math.sqrt(share * (1 - share) / count + (Z / (2 * count)) ** 2)

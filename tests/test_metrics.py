@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from medmnist.evaluator import getACC, getAUC
 from scipy.special import softmax as scipy_softmax
 from scipy.stats import binomtest
+from sklearn.metrics import balanced_accuracy_score
 from sklearn.metrics import confusion_matrix as sklearn_confusion_matrix
 
 from common import metrics
@@ -69,6 +70,22 @@ def test_any_scores_agree_with_medmnist_and_lie_in_their_intervals(seed, classes
     ):
         assert estimate.value == pytest.approx(value, abs=1e-9)
         assert 0 <= estimate.low <= estimate.value <= estimate.high <= 1
+
+
+@pytest.mark.parametrize("case", SCORES)
+def test_balanced_accuracy_equals_sklearns(case):
+    probabilities, targets = SCORES[case]
+    expected = balanced_accuracy_score(targets, probabilities.argmax(axis=1))
+    assert metrics.balanced_accuracy(probabilities, targets) == pytest.approx(expected, abs=1e-12)
+    estimate = metrics.balanced_accuracy_estimate(probabilities, targets)
+    assert estimate.value == metrics.balanced_accuracy(probabilities, targets)
+    assert 0 <= estimate.low <= estimate.value <= estimate.high <= 1
+
+
+def test_balanced_accuracy_leaves_out_classes_without_tiles():
+    targets = np.array([0, 0, 2, 2, 2])
+    predictions = np.array([0, 1, 2, 2, 2])
+    assert metrics.balanced_accuracy(one_hot(predictions, 4), targets) == pytest.approx((1 / 2 + 1) / 2)
 
 
 @pytest.mark.parametrize("case", SCORES)
@@ -145,9 +162,11 @@ def test_a_single_class_has_no_auc():
         metrics.auc_per_class,
         metrics.auc,
         metrics.accuracy,
+        metrics.balanced_accuracy,
         metrics.confusion_matrix,
         metrics.expected_calibration_error,
         metrics.accuracy_estimate,
+        metrics.balanced_accuracy_estimate,
         metrics.auc_estimate,
     ],
 )
@@ -194,6 +213,44 @@ def test_accuracy_interval_is_wilsons(right, tiles):
     expected = binomtest(right, tiles).proportion_ci(0.95, method="wilson")
     assert estimate.value == right / tiles
     assert (estimate.low, estimate.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def answers(right, counts):
+    """Scores and targets with counts[c] tiles of class c, of which right[c] are classified correctly."""
+    targets = np.repeat(np.arange(len(counts)), counts)
+    rank = np.concatenate([np.arange(count) for count in counts])
+    correct = rank < np.asarray(right)[targets]
+    return one_hot(np.where(correct, targets, (targets + 1) % len(counts)), len(counts)), targets
+
+
+@pytest.mark.parametrize("right", [0, 7, 19, 20])
+def test_classes_of_equal_size_and_recall_have_the_interval_of_the_accuracy(right):
+    pair = answers([right] * 5, [20] * 5)
+    balanced, plain = metrics.balanced_accuracy_estimate(*pair), metrics.accuracy_estimate(*pair)
+    assert (balanced.low, balanced.high) == pytest.approx((plain.low, plain.high), abs=1e-12)
+
+
+def test_a_rare_class_widens_the_interval_of_the_balanced_accuracy_even_when_it_is_all_right():
+    common_only = metrics.balanced_accuracy_estimate(*answers([180], [200]))
+    with_rare = metrics.balanced_accuracy_estimate(*answers([180, 4], [200, 4]))
+    assert with_rare.high - with_rare.low > 2 * (common_only.high - common_only.low)
+
+
+@pytest.mark.parametrize(
+    ("recalls", "counts"),
+    [
+        ((0.97, 0.99, 0.995, 0.98, 0.95, 0.93, 0.96, 0.8, 0.95), (1338, 847, 339, 634, 1035, 592, 741, 421, 1233)),
+        ((0.99,) * 9, (100,) * 9),
+        ((0.5, 0.6, 0.7, 0.8, 0.9, 1.0), (10,) * 6),
+        ((0.8, 0.95), (25, 400)),
+    ],
+)
+def test_balanced_accuracy_interval_covers_the_truth_95_times_in_100(recalls, counts):
+    generator = np.random.default_rng(14)
+    pairs = [answers(generator.binomial(counts, recalls), counts) for _ in range(1500)]
+    estimates = [metrics.balanced_accuracy_estimate(*pair) for pair in pairs]
+    coverage = np.mean([estimate.low <= np.mean(recalls) <= estimate.high for estimate in estimates])
+    assert coverage == pytest.approx(0.95, abs=0.025)
 
 
 def delong_interval(scores, positive):
