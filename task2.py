@@ -75,13 +75,16 @@ def main(config: Task2Config) -> None:
         inputs, _ = test.inputs(where.to(test.index_device))
         return inputs, targets[where].to(compute.device)
 
-    shown = choose_tiles(len(test), SHOWN, config.seed)
-    right = one_of_each_class(labels, labels == predicted, config.seed)
-    wrong = one_of_each_class(labels, labels != predicted, config.seed)
-    pictured = sorted({*shown, *right, *wrong})
+    groups = (
+        choose_tiles(len(test), SHOWN, config.seed),
+        one_of_each_class(labels, labels == predicted, config.seed),
+        one_of_each_class(labels, labels != predicted, config.seed),
+    )
+    pictured = sorted({index for group in groups for index in group})
     inputs = inputs_of(pictured)
     maps = {name: way.maps(model, *inputs, config.seed).cpu().numpy() for name, way in METHODS.items()}
     explained = explained_tiles(dataset, probabilities, pictured, maps)
+    shown, right, wrong = ([explained[index] for index in group] for group in groups)
 
     torch.manual_seed(derived_seed(config.seed, 0, "randomised network"))
     fresh = build_model(MODEL_NAME, len(dataset.class_names), dataset.size)
@@ -96,10 +99,9 @@ def main(config: Task2Config) -> None:
         "target": config.target,
         "device": compute.name,
     }
-    tiles = [[explained[index] for index in indices] for indices in (shown, right, wrong)]
-    figures = draw(config.output_dir, facts, dataset.class_names, *tiles, checks)
+    figures = draw(config.output_dir, facts, dataset.class_names, shown, right, wrong, checks)
     folder = run_folder(config.output_dir, run_id)
-    write_records(folder, config, facts, [explained[index].row for index in shown], checks, figures)
+    write_records(folder, config, facts, shown, checks, figures)
     for result in checks["methods"].values():
         print(result["verdict"])
     print(f"records: {folder / 'saliency.md'}, {folder / 'attribution.json'}; figures:")
@@ -116,11 +118,9 @@ def find_run(output_dir: Path, run_id: str | None) -> Mapping[str, Any]:
     if run_id is None:
         finished = [read_json(path.with_name("config.json")) for path in runs.glob("*/summary.json")]
         ours = [run for run in finished if run.get("task") == "task1"]
-        if not ours:
-            raise UsageError(
-                f"no finished Task 1 run in {runs}: run python task1.py first, or name its --output_dir"
-            )
-        return max(ours, key=lambda run: (run["started"], run["run_id"]))
+        if ours:
+            return max(ours, key=lambda run: (run["started"], run["run_id"]))
+        raise UsageError(f"no finished Task 1 run in {runs}: run python task1.py first, or name its --output_dir")
     path = run_folder(output_dir, run_id) / "config.json"
     if not path.exists():
         raise UsageError(f"--run_id {run_id}: no such run in {runs}; python task1.py makes one")

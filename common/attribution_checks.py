@@ -12,7 +12,7 @@ Inputs are (N, 3, H, W) float32 in -1..1, targets (N,) int64, maps (N, H, W) flo
 import copy
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,11 +35,10 @@ FRACTIONS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 CONTROLS = {"random": "Random order", "sobel": "Sobel edges"}
 # A method fails if its maps keep more than this rank correlation when the whole network is random.
 RANDOMISATION_LIMIT = 0.5
-MAP_BATCH = 64  # tiles that get their maps at once
+COSTLY = {"randomisation": 32, "infidelity": 64, "max_sensitivity": 16}  # at most so many tiles for these checks
 SENSITIVITY_RADIUS = 0.02 * INPUT_RANGE
 SENSITIVITY_SAMPLES = 4
 INFIDELITY_SAMPLES = 16
-RANDOMISED, INFIDELITY_TILES, SENSITIVE = 32, 64, 16  # tiles for the checks that make many maps per tile
 
 Array = NDArray[np.float64]
 
@@ -63,18 +62,17 @@ def rank_correlation(first: torch.Tensor, second: torch.Tensor) -> Array:
     return np.asarray(np.divide((a * b).sum(axis=1), scale, out=np.zeros(len(a)), where=scale > 0))
 
 
-def randomised(model: nn.Module, fresh: nn.Module) -> list[tuple[str, nn.Module]]:
-    """For each of `STAGES`, a copy of `model` with the parts up to this stage from the untrained `fresh`.
+def randomised(model: nn.Module, fresh: nn.Module) -> dict[str, nn.Module]:
+    """For each of `STAGES`, a copy of `model` whose parts up to this stage have the weights of `fresh`.
 
     The stage of the first convolution includes the BatchNorm layer after it.
     """
-    networks, state, untrained = [], model.state_dict(), fresh.state_dict()
+    networks, network = {}, model
     for stage in STAGES:
-        prefixes = ("conv1.", "bn1.") if stage == "conv1" else (f"{stage}.",)
-        state = {name: untrained[name] if name.startswith(prefixes) else state[name] for name in state}
-        network = copy.deepcopy(model)
-        network.load_state_dict(state)
-        networks.append((stage, network.eval()))
+        network = copy.deepcopy(network)
+        for part in ("conv1", "bn1") if stage == "conv1" else (stage,):
+            network.get_submodule(part).load_state_dict(fresh.get_submodule(part).state_dict())
+        networks[stage] = network
     return networks
 
 
@@ -98,8 +96,7 @@ def removal(
     n_pixels = maps[0].numel()
     shuffle = torch.randperm(n_pixels, generator=torch.Generator().manual_seed(seed)).to(maps.device)
     order = shuffle[maps.flatten(1)[:, shuffle].argsort(dim=1, descending=True, stable=True)]
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(n_pixels, device=maps.device).expand_as(order))
-    rank = rank.view_as(maps)[:, None]
+    rank = order.argsort(dim=1).view_as(maps)[:, None]
     without = blurred(inputs)
 
     def curve(start: torch.Tensor, end: torch.Tensor) -> Array:
@@ -175,7 +172,7 @@ def control_maps(inputs: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
 
 
 def removal_report(removals: Mapping[str, Mapping[str, Array]]) -> dict[str, Any]:
-    """The curves and areas of each map's order, as means over tiles with intervals, and its lead over the controls.
+    """The curves and areas of each map's order, and its lead over the controls: means over tiles with intervals.
 
     `margin` is insertion area minus deletion area; `margin_over_random` and `margin_over_sobel` are the paired
     differences, tile by tile.
@@ -224,14 +221,9 @@ def check_methods(
 ) -> dict[str, Any]:
     """Every check of every method, as a record: `methods` and `controls` by name, `n` tiles per check, `seconds`.
 
-    The costly checks take only the first tiles: `RANDOMISED`, `INFIDELITY_TILES`, `SENSITIVE`.
+    The `COSTLY` checks take only the first tiles.
     """
-    n = {
-        "removal": len(inputs),
-        "randomisation": min(RANDOMISED, len(inputs)),
-        "infidelity": min(INFIDELITY_TILES, len(inputs)),
-        "max_sensitivity": min(SENSITIVE, len(inputs)),
-    }
+    n = {"removal": len(inputs), **{check: min(most, len(inputs)) for check, most in COSTLY.items()}}
     maps: dict[str, torch.Tensor] = {}
     sensitivity: dict[str, Any] = {}
     correlations: dict[str, dict[str, Any]] = {name: {} for name in METHODS}
@@ -255,13 +247,13 @@ def check_methods(
 
         for name, method in METHODS.items():
             with part(f"maps: {method.title}"):
-                maps[name] = in_batches(method.maps, model, inputs, targets, seed)
+                maps[name] = method.maps(model, inputs, targets, seed)
             with part(f"sensitivity: {method.title}"):
                 changes = max_sensitivity(model, *some("max_sensitivity"), name, seed)
                 sensitivity[name] = mean_estimate(changes)
-            for stage, network in networks:
+            for stage, network in networks.items():
                 with part(f"randomisation: {method.title}"):
-                    random_maps = in_batches(method.maps, network, *some("randomisation"), seed)
+                    random_maps = method.maps(network, *some("randomisation"), seed)
                     ranks = rank_correlation(maps[name][: len(random_maps)], random_maps)
                     correlations[name][stage] = mean_estimate(ranks)
         maps.update(control_maps(inputs, seed))
@@ -271,7 +263,7 @@ def check_methods(
             with part("infidelity"):
                 squared = infidelity(model, *some("infidelity"), values[: n["infidelity"]], seed)
                 errors[name] = mean_estimate(squared)
-        relative_error = in_batches(convergence_error, model, *some("infidelity"), seed)
+        relative_error = convergence_error(model, *some("infidelity"))
     faithful = removal_report(removals)
     return {
         "n": n,
@@ -301,18 +293,6 @@ def check_methods(
         },
         "seconds": seconds,
     }
-
-
-def in_batches(
-    function: Callable[[nn.Module, torch.Tensor, torch.Tensor, int], torch.Tensor],
-    model: nn.Module,
-    inputs: torch.Tensor,
-    targets: torch.Tensor,
-    seed: int,
-) -> torch.Tensor:
-    """`function` over parts of the tiles, joined: the methods need much memory per tile."""
-    parts = zip(inputs.split(MAP_BATCH), targets.split(MAP_BATCH), strict=True)
-    return torch.cat([function(model, images, classes, seed) for images, classes in parts])
 
 
 def _probability(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

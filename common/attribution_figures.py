@@ -39,8 +39,8 @@ def draw(
 ) -> dict[str, Path]:
     """Draw two figures for each tile in `shown` and four of the run, and return the run's figures by name.
 
-    `right` and `wrong` hold at most one tile per class. `facts` are those of task2.py; `checks` is the record
-    that `check_methods` returns.
+    `right` and `wrong` hold at most one tile per class; `facts` are those of task2.py, `checks` those of
+    `check_methods`.
     """
     for one in shown:
         tile_and_saliency(output_dir, one, one.label if facts["target"] == "label" else one.predicted)
@@ -50,9 +50,8 @@ def draw(
     title = f"{network}; test tiles; class explained: {TARGETS[facts['target']]}"
     methods_panel(figures["methods"], shown, title=title)
     class_grid(figures["classes"], class_names, right, wrong, title=title)
-    correlations = {name: result["randomisation"] for name, result in checks["methods"].items()}
     title = f"{network}; {n['randomisation']} test tiles"
-    randomisation(figures["randomisation"], correlations, title=title)
+    randomisation(figures["randomisation"], checks["methods"], title=title)
     orders = {**checks["methods"], **checks["controls"]}
     removal_curves(figures["removal"], orders, title=f"{network}; {n['removal']} test tiles")
     return figures
@@ -82,17 +81,15 @@ def tile_and_saliency(output_dir: Path, explained: Explained, target: str) -> No
 
 def methods_panel(path: Path, rows: Sequence[Explained], *, title: str) -> None:
     """Draw one row per tile: the tile, then its map by every method. Each map has a separate colour scale."""
-    columns = ["Input", *(method.title for method in METHODS.values())]
     with style.context(["default", STYLE, {"axes.grid": False}]):
         figure = Figure(figsize=(8, 1.12 * len(rows) + 0.9))
-        grid = figure.subplots(len(rows), len(columns), squeeze=False)
-        for axes, name in zip(grid[0], columns, strict=True):
-            axes.set_title(wrap(name, 12), fontsize=9)
+        grid = _grid(figure, len(rows), ["Input", *(method.title for method in METHODS.values())])
         for line, row in zip(grid, rows, strict=True):
             _tile(line[0], row)
-            _label(line[0], row)
+            result = f"p = {row.probability:.2f}" if row.correct else f"→ {row.predicted} {row.probability:.2f}"
+            words = [wrap(part, 20) for part in (f"{row.index:05d}", row.label, result)]
+            line[0].set_ylabel("\n".join(words), fontsize=6.5, rotation=0, ha="right", va="center")
             for axes, (name, method) in zip(line[1:], METHODS.items(), strict=True):
-                _bare(axes)
                 _heat(axes, row.maps[name], method.signed)
         figure.suptitle(wrap(title, 105), fontsize=9)
         figure.supxlabel(
@@ -105,25 +102,16 @@ def methods_panel(path: Path, rows: Sequence[Explained], *, title: str) -> None:
 
 
 def class_grid(
-    path: Path,
-    names: Sequence[str],
-    right: Sequence[Explained],
-    wrong: Sequence[Explained],
-    *,
-    title: str,
+    path: Path, names: Sequence[str], right: Sequence[Explained], wrong: Sequence[Explained], *, title: str
 ) -> None:
     """Draw one row per class: a tile that is classified correctly and one that is not, each with its map."""
     sides = [{row.label: row for row in side} for side in (right, wrong)]
     with style.context(["default", STYLE, {"axes.grid": False}]):
         figure = Figure(figsize=(6.4, 1.12 * len(names) + 0.9))
-        grid = figure.subplots(len(names), 4, squeeze=False)
-        for axes, words in zip(grid[0], ("right", "saliency", "wrong", "saliency"), strict=True):
-            axes.set_title(words, fontsize=9)
+        grid = _grid(figure, len(names), ["right", "saliency", "wrong", "saliency"])
         for line, name in zip(grid, names, strict=True):
-            for (left, heat), side in zip((line[:2], line[2:]), sides, strict=True):
-                _bare(heat)
+            for left, heat, side in zip(line[::2], line[1::2], sides, strict=True):
                 if name not in side:
-                    _bare(left)
                     left.text(0.5, 0.5, "none", ha="center", va="center", fontsize=8, transform=left.transAxes)
                     continue
                 row = side[name]
@@ -137,19 +125,19 @@ def class_grid(
         save(figure, path)
 
 
-def randomisation(
-    path: Path, correlations: Mapping[str, Mapping[str, Mapping[str, float]]], *, title: str
-) -> None:
+def randomisation(path: Path, results: Mapping[str, Mapping[str, Any]], *, title: str) -> None:
     """Draw each method's mean rank correlation with the trained network's maps, while more layers are random.
 
-    `correlations[method][stage]` holds value, low and high. Edges do not depend on the network: they stay at 1.
+    `results[method]["randomisation"][stage]` holds value, low and high. Edges do not depend on the network: they
+    stay at 1.
     """
     trained = {"value": 1.0, "low": 1.0, "high": 1.0}
     with style.context(["default", STYLE]):
         figure = Figure(figsize=(6.4, 4.4))
         axes = figure.add_subplot()
-        for name, stages in correlations.items():
-            _band(axes, range(len(STAGES) + 1), [trained, *(stages[stage] for stage in STAGES)], name)
+        for name, result in results.items():
+            estimates = [trained, *(result["randomisation"][stage] for stage in STAGES)]
+            _band(axes, range(len(STAGES) + 1), estimates, name)
         colour, line = CONTROL_LINES["sobel"]
         axes.axhline(1, color=colour, linestyle=line, label=f"{CONTROLS['sobel']} (no network)")
         axes.set_xticks(range(len(STAGES) + 1), ["none", *STAGES])
@@ -192,17 +180,20 @@ def _band(axes: Axes, places: Sequence[float], estimates: Sequence[Mapping[str, 
     axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
+def _grid(figure: Figure, n_rows: int, titles: Sequence[str]) -> NDArray[Any]:
+    """Axes for pictures, (n_rows, len(titles)), with a title above each column."""
+    grid: NDArray[Any] = figure.subplots(n_rows, len(titles), squeeze=False)
+    for axes in grid.flat:
+        _bare(axes)
+    for axes, title in zip(grid[0], titles, strict=True):
+        axes.set_title(wrap(title, 12), fontsize=9)
+    return grid
+
+
 def _tile(axes: Axes, row: Explained) -> None:
-    _bare(axes)
     axes.imshow(row.tile, interpolation="nearest")
     if not row.correct:
         axes.spines[:].set(visible=True, color=VERMILLION, linewidth=2)
-
-
-def _label(axes: Axes, row: Explained) -> None:
-    result = f"p = {row.probability:.2f}" if row.correct else f"→ {row.predicted} {row.probability:.2f}"
-    words = "\n".join(wrap(line, 20) for line in (f"{row.index:05d}", row.label, result))
-    axes.set_ylabel(words, fontsize=6.5, rotation=0, ha="right", va="center")
 
 
 def _heat(axes: Axes, map_: NDArray[Any], signed: bool) -> AxesImage:

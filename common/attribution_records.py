@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import Workspace
+from common.explained import Explained
 from common.files import atomic_path, write_json
 from common.tracking import provenance, send, start_wandb
 
@@ -15,14 +16,15 @@ def write_records(
     folder: Path,
     config: Workspace,
     facts: Mapping[str, Any],
-    rows: Sequence[Mapping[str, Any]],
+    shown: Sequence[Explained],
     checks: Mapping[str, Any],
     figures: Mapping[str, Path],
 ) -> None:
     """Write saliency.md and attribution.json into `folder`, and send their content to W&B.
 
-    `facts` are those of task2.py, `rows` come from `Explained.row`, `checks` from `check_methods`.
+    `facts` are those of task2.py; `checks` is the record that `check_methods` returns.
     """
+    rows = [one.row for one in shown]
     with atomic_path(folder / "saliency.md") as temporary:
         temporary.write_text(saliency_table(rows), encoding="utf-8")
     names = {name: path.name for name, path in figures.items()}
@@ -58,11 +60,10 @@ def send_to_wandb(
     def log(run: Any) -> None:
         import wandb
 
-        columns: list[str | int] = ["index", "label", "predicted", "probability", "input", "saliency"]
-        table = wandb.Table(columns=columns)
+        table = wandb.Table(columns=list(rows[0]))
         for row in rows:
-            images = [wandb.Image(str(config.output_dir / row[part])) for part in ("input", "saliency")]
-            table.add_data(row["index"], row["label"], row["predicted"], row["probability"], *images)
+            images = {part: wandb.Image(str(config.output_dir / row[part])) for part in ("input", "saliency")}
+            table.add_data(*{**row, **images}.values())
         run.log({"saliency": table})
         run.log({f"figures/{name}": wandb.Image(str(path)) for name, path in figures.items()})
         run.summary.update({f"passes/{name}": result["passes"] for name, result in checks["methods"].items()})
