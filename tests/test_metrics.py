@@ -236,6 +236,17 @@ def test_a_rare_class_widens_the_interval_of_the_balanced_accuracy_even_if_all_i
     assert with_rare.high - with_rare.low > 2 * (common_only.high - common_only.low)
 
 
+def test_balanced_accuracy_interval_equals_a_calculation_by_hand():
+    estimate = metrics.balanced_accuracy_estimate(*answers([4, 180], [4, 200]))
+    first, second = 5 / 6, 181 / 202  # the recalls with one right and one wrong tile added
+    variance = (first * (1 - first) / 4 + second * (1 - second) / 200) / 4
+    mean = (first + second) / 2
+    tiles = mean * (1 - mean) / variance
+    assert estimate.value == pytest.approx(0.95)
+    for end in (estimate.low, estimate.high):  # Wilson's ends solve this equation
+        assert (end - 0.95) ** 2 == pytest.approx(metrics.Z**2 * end * (1 - end) / tiles)
+
+
 @pytest.mark.parametrize(
     ("recalls", "counts"),
     [
