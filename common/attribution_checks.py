@@ -1,9 +1,9 @@
-"""Can attribution maps be trusted? Checks of every method against a randomised network, removal, and chance.
+"""Can attribution maps be trusted? Every method is checked in three ways.
 
-- Randomisation (Adebayo et al. 2018): the network's layers are initialised afresh, one after the other from the
+- Randomisation (Adebayo et al. 2018): the network's layers are initialised again, one after the other from the
   last to the first. A map of what the network learnt must lose its order of pixels.
-- Deletion and insertion (Petsiuk et al. 2018): pixels are blurred away, or brought back, in the map's order. A
-  faithful order makes the target's probability fall, or rise, sooner than a random one, and sooner than edges do.
+- Deletion and insertion (Petsiuk et al. 2018): pixels are blurred, or restored, in the map's order. In a faithful
+  order the target's probability falls, or rises, sooner than in a random order or in the order of the edges.
 - Infidelity and maximum sensitivity (Yeh et al. 2019), by Captum.
 
 Inputs are (N, 3, H, W) float32 in -1..1, targets (N,) int64, maps (N, H, W) float32, as in common/attribution.py.
@@ -11,9 +11,9 @@ Inputs are (N, 3, H, W) float32 in -1..1, targets (N,) int64, maps (N, H, W) flo
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,54 +26,32 @@ from torch import nn
 from torchvision.transforms.v2.functional import gaussian_blur
 from tqdm import tqdm
 
-from common.attribution import (
-    FORWARD_BATCH,
-    INPUT_RANGE,
-    METHODS,
-    edge_map,
-    integrated_gradients_with_error,
-)
-from common.metrics import Estimate
+from common.attribution import FORWARD_BATCH, INPUT_RANGE, METHODS, convergence_error, edge_map
 from common.statistics import spread
 
-# The order in which randomisation proceeds: ResNet's parts from the logits to the tile.
+# ResNet's parts in the order of randomisation, from the logits to the tile.
 STAGES = ("fc", "layer4", "layer3", "layer2", "layer1", "conv1")
 FRACTIONS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 CONTROLS = {"random": "Random order", "sobel": "Sobel edges"}
-# A method whose maps keep more than this rank correlation on a wholly random network is said to fail.
+# A method fails if its maps keep more than this rank correlation when the whole network is random.
 RANDOMISATION_LIMIT = 0.5
+COSTLY = {"randomisation": 32, "infidelity": 64, "max_sensitivity": 16}  # at most so many tiles for these checks
 SENSITIVITY_RADIUS = 0.02 * INPUT_RANGE
 SENSITIVITY_SAMPLES = 4
 INFIDELITY_SAMPLES = 16
-RANDOMISED, INFIDELITY_TILES, SENSITIVE = 32, 64, 16  # tiles for the checks that make many maps a tile
 
 Array = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Removal:
-    """What one order of pixels does: the target's probability at each of `FRACTIONS`, (N, F) each."""
-
-    deletion: Array
-    insertion: Array
-
-    @property
-    def deletion_area(self) -> Array:
-        """The area under each tile's deletion curve, (N,): the lower, the better."""
-        return np.asarray(np.trapezoid(self.deletion, FRACTIONS, axis=1))
-
-    @property
-    def insertion_area(self) -> Array:
-        """The area under each tile's insertion curve, (N,): the higher, the better."""
-        return np.asarray(np.trapezoid(self.insertion, FRACTIONS, axis=1))
+def area(curves: Array) -> Array:
+    """The area under each tile's deletion or insertion curve: (N, F) to (N,)."""
+    return np.asarray(np.trapezoid(curves, FRACTIONS, axis=1))
 
 
-def mean_estimate(values: Array) -> Estimate:
-    """The mean of values that each come from one tile, with its 95 % t interval."""
-    if len(values) < 2:
-        raise ValueError("an interval needs at least two tiles")
+def mean_estimate(values: Array) -> dict[str, float]:
+    """The mean of one value per tile, and the ends of its 95 % t interval: `value`, `low`, `high`."""
     over_tiles = spread(values.tolist())
-    return Estimate(over_tiles.mean, over_tiles.low, over_tiles.high)
+    return {"value": over_tiles.mean, "low": over_tiles.low, "high": over_tiles.high}
 
 
 def rank_correlation(first: torch.Tensor, second: torch.Tensor) -> Array:
@@ -84,25 +62,24 @@ def rank_correlation(first: torch.Tensor, second: torch.Tensor) -> Array:
     return np.asarray(np.divide((a * b).sum(axis=1), scale, out=np.zeros(len(a)), where=scale > 0))
 
 
-def randomised(model: nn.Module, fresh: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Copies of `model` whose parts, from `STAGES`' first to each in turn, are those of the untrained `fresh`.
+def randomised(model: nn.Module, fresh: nn.Module) -> dict[str, nn.Module]:
+    """For each of `STAGES`, a copy of `model` whose parts up to this stage have the weights of `fresh`.
 
-    The first convolution's stage takes the BatchNorm layer after it along.
+    The stage of the first convolution includes the BatchNorm layer after it.
     """
-    networks, state, untrained = [], model.state_dict(), fresh.state_dict()
+    networks, network = {}, model
     for stage in STAGES:
-        prefixes = ("conv1.", "bn1.") if stage == "conv1" else (f"{stage}.",)
-        state = {name: untrained[name] if name.startswith(prefixes) else state[name] for name in state}
-        network = copy.deepcopy(model)
-        network.load_state_dict(state)
-        networks.append((stage, network.eval()))
+        network = copy.deepcopy(network)
+        for part in ("conv1", "bn1") if stage == "conv1" else (stage,):
+            network.get_submodule(part).load_state_dict(fresh.get_submodule(part).state_dict())
+        networks[stage] = network
     return networks
 
 
 def blurred(inputs: torch.Tensor) -> torch.Tensor:
-    """The tile without detail: a Gaussian of an eighth of its side. It is what removed pixels are replaced by."""
+    """The tile after a Gaussian blur of an eighth of its side; removed pixels get its values."""
     sigma = inputs.shape[-1] / 8
-    radius = min(round(3 * sigma), inputs.shape[-1] - 1)  # reflection needs a radius below the side
+    radius = round(3 * sigma)
     output: torch.Tensor = gaussian_blur(inputs, [2 * radius + 1] * 2, [sigma, sigma])
     return output
 
@@ -110,16 +87,16 @@ def blurred(inputs: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def removal(
     model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, maps: torch.Tensor, seed: int
-) -> Removal:
-    """Blur pixels away from the map's highest on, and bring them back into the blurred tile likewise.
+) -> dict[str, Array]:
+    """Blur pixels in the map's order, highest first (`deletion`), or restore them in a blurred tile (`insertion`).
 
-    Equal values, of which a rectified map has many, are taken in random order.
+    Each curve is the target's probability at each of `FRACTIONS`, (N, F). Pixels of equal value, of which a
+    rectified map has many, are in random order.
     """
     n_pixels = maps[0].numel()
     shuffle = torch.randperm(n_pixels, generator=torch.Generator().manual_seed(seed)).to(maps.device)
     order = shuffle[maps.flatten(1)[:, shuffle].argsort(dim=1, descending=True, stable=True)]
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(n_pixels, device=maps.device).expand_as(order))
-    rank = rank.view_as(maps)[:, None]
+    rank = order.argsort(dim=1).view_as(maps)[:, None]
     without = blurred(inputs)
 
     def curve(start: torch.Tensor, end: torch.Tensor) -> Array:
@@ -127,25 +104,25 @@ def removal(
         columns = [_probability(model, step, targets) for step in steps]
         return np.asarray(torch.stack(columns, 1).double().cpu())
 
-    return Removal(deletion=curve(inputs, without), insertion=curve(without, inputs))
+    return {"deletion": curve(inputs, without), "insertion": curve(without, inputs)}
 
 
 def infidelity(
     model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, maps: torch.Tensor, seed: int
 ) -> Array:
-    """How badly a map's sum over a square tells how far the logit falls when the square is blurred, (N,), logit².
+    """How badly the map's sum over a square predicts the logit's fall when the square is blurred, (N,), logit².
 
     Captum's normalised infidelity, so that a map's scale does not matter: the mean squared error over
     `INFIDELITY_SAMPLES` random squares, a quarter to half of the tile wide, the same for every method.
     """
-    draws = np.random.default_rng(seed)
+    random = np.random.default_rng(seed)
     size = inputs.shape[-1]
 
     def remove_squares(batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mask = torch.zeros(len(batch), 1, size, size)
         for square in mask:
-            width = int(draws.integers(size // 4, size // 2 + 1))
-            top, left = draws.integers(0, size - width + 1, 2)
+            width = int(random.integers(size // 4, size // 2 + 1))
+            top, left = random.integers(0, size - width + 1, 2)
             square[:, top : top + width, left : left + width] = 1
         mask = mask.to(batch.device)
         return mask.expand_as(batch), torch.where(mask > 0, blurred(batch), batch)
@@ -169,7 +146,7 @@ def max_sensitivity(
 ) -> Array:
     """The largest change of a map, as a share of its norm, under small random changes of the tile, (N,).
 
-    `SENSITIVITY_SAMPLES` changes of at most `SENSITIVITY_RADIUS` a value; Captum's measure.
+    Captum's measure, over `SENSITIVITY_SAMPLES` changes of at most `SENSITIVITY_RADIUS` per value.
     """
 
     def explain(batch: tuple[torch.Tensor], target: torch.Tensor) -> tuple[torch.Tensor]:
@@ -188,42 +165,40 @@ def max_sensitivity(
 
 
 def control_maps(inputs: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
-    """The two orders that know no network: chance, and the tile's own edges."""
-    draws = torch.Generator().manual_seed(seed)
-    random = torch.rand(len(inputs), *inputs.shape[2:], generator=draws).to(inputs.device)
-    return {"random": random, "sobel": edge_map(inputs)}
+    """Maps that do not depend on a network: random values, and the tile's edges."""
+    random = torch.Generator().manual_seed(seed)
+    chance = torch.rand(len(inputs), *inputs.shape[2:], generator=random).to(inputs.device)
+    return {"random": chance, "sobel": edge_map(inputs)}
 
 
-def removal_report(removals: Mapping[str, Removal]) -> dict[str, Any]:
-    """Each order's curves and areas as means over tiles with intervals, and what sets it apart from the controls.
+def removal_report(removals: Mapping[str, Mapping[str, Array]]) -> dict[str, Any]:
+    """The curves and areas of each map's order, and its lead over the controls: means over tiles with intervals.
 
     `margin` is insertion area minus deletion area; `margin_over_random` and `margin_over_sobel` are the paired
     differences, tile by tile.
     """
-    margins = {name: order.insertion_area - order.deletion_area for name, order in removals.items()}
+    margins = {name: area(curves["insertion"]) - area(curves["deletion"]) for name, curves in removals.items()}
     report: dict[str, Any] = {}
-    for name, order in removals.items():
+    for name, curves in removals.items():
         report[name] = {
-            "deletion": vars(mean_estimate(order.deletion_area)),
-            "insertion": vars(mean_estimate(order.insertion_area)),
-            "margin": vars(mean_estimate(margins[name])),
-            "deletion_curve": [vars(mean_estimate(column)) for column in order.deletion.T],
-            "insertion_curve": [vars(mean_estimate(column)) for column in order.insertion.T],
+            **{kind: mean_estimate(area(curve)) for kind, curve in curves.items()},
+            "margin": mean_estimate(margins[name]),
+            **{f"{kind}_curve": [mean_estimate(column) for column in curve.T] for kind, curve in curves.items()},
         }
-        for control in CONTROLS:
-            if name not in CONTROLS:
-                report[name][f"margin_over_{control}"] = vars(mean_estimate(margins[name] - margins[control]))
+        if name not in CONTROLS:
+            for control in CONTROLS:
+                report[name][f"margin_over_{control}"] = mean_estimate(margins[name] - margins[control])
     return report
 
 
 def judge(
     title: str, randomisation: Mapping[str, Mapping[str, float]], faithful: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Whether a method passes, and why, in words made from the numbers.
+    """Whether a method passes, and the reasons in words.
 
-    It passes where its maps lose their order on the wholly randomised network (the interval's upper end of the
-    mean rank correlation lies below `RANDOMISATION_LIMIT`) and its order beats both controls at deletion and
-    insertion (the paired margin's interval lies above 0).
+    It passes if its maps lose their order when the whole network is random (the interval of the mean rank
+    correlation ends below `RANDOMISATION_LIMIT`), and its order beats both controls at deletion and insertion
+    (the interval of the paired margin starts above 0).
     """
     last = randomisation[STAGES[-1]]
     forgets = last["high"] < RANDOMISATION_LIMIT
@@ -244,50 +219,52 @@ def judge(
 def check_methods(
     model: nn.Module, fresh: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, seed: int
 ) -> dict[str, Any]:
-    """Every check of every method, as a record: `methods` and `controls` by name, `n` tiles a check, `seconds`.
+    """Every check of every method, as a record: `methods` and `controls` by name, `n` tiles per check, `seconds`.
 
-    The costly checks take the first tiles only: `RANDOMISED`, `INFIDELITY_TILES`, `SENSITIVE`.
+    The `COSTLY` checks take only the first tiles.
     """
-    n = {
-        "removal": len(inputs),
-        "randomisation": min(RANDOMISED, len(inputs)),
-        "infidelity": min(INFIDELITY_TILES, len(inputs)),
-        "max_sensitivity": min(SENSITIVE, len(inputs)),
-    }
-    clock = _Clock(len(METHODS) * (len(STAGES) + 4) + len(CONTROLS) * 2)
+    n = {"removal": len(inputs), **{check: min(most, len(inputs)) for check, most in COSTLY.items()}}
     maps: dict[str, torch.Tensor] = {}
-    removals: dict[str, Removal] = {}
+    sensitivity: dict[str, Any] = {}
+    correlations: dict[str, dict[str, Any]] = {name: {} for name in METHODS}
+    removals: dict[str, Any] = {}
     errors: dict[str, Any] = {}
-    changes: dict[str, Any] = {}
-    ranks: dict[str, dict[str, Any]] = {}
+    seconds: dict[str, float] = defaultdict(float)
     networks = randomised(model, fresh)
-    for name, method in METHODS.items():
-        with clock.part(f"maps: {method.title}"):
-            maps[name] = in_batches(lambda x, y: method.maps(model, x, y, seed), inputs, targets)  # noqa: B023
-        with clock.part(f"sensitivity: {method.title}"):
-            some = slice(n["max_sensitivity"])
-            values = max_sensitivity(model, inputs[some], targets[some], name, seed)
-            changes[name] = vars(mean_estimate(values))
-        ranks[name] = {}
-        some = slice(n["randomisation"])
-        for stage, network in networks:
-            with clock.part(f"randomisation: {method.title}"):
-                other = in_batches(lambda x, y: method.maps(network, x, y, seed), inputs[some], targets[some])  # noqa: B023
-                ranks[name][stage] = vars(mean_estimate(rank_correlation(maps[name][some], other)))
-    maps.update(control_maps(inputs, seed))
-    for name in maps:
-        with clock.part("deletion and insertion"):
-            removals[name] = removal(model, inputs, targets, maps[name], seed)
-        with clock.part("infidelity"):
-            some = slice(n["infidelity"])
-            values = infidelity(model, inputs[some], targets[some], maps[name][some], seed)
-            errors[name] = vars(mean_estimate(values))
+    n_parts = len(METHODS) * (len(STAGES) + 4) + len(CONTROLS) * 2
+    with tqdm(total=n_parts, unit=" parts", leave=False, disable=None, dynamic_ncols=True) as bar:
+
+        @contextmanager
+        def part(name: str) -> Iterator[None]:
+            bar.set_description(name)
+            started = time.perf_counter()
+            yield
+            seconds[name] += time.perf_counter() - started
+            bar.update()
+
+        def some(check: str) -> tuple[torch.Tensor, torch.Tensor]:
+            return inputs[: n[check]], targets[: n[check]]
+
+        for name, method in METHODS.items():
+            with part(f"maps: {method.title}"):
+                maps[name] = method.maps(model, inputs, targets, seed)
+            with part(f"sensitivity: {method.title}"):
+                changes = max_sensitivity(model, *some("max_sensitivity"), name, seed)
+                sensitivity[name] = mean_estimate(changes)
+            for stage, network in networks.items():
+                with part(f"randomisation: {method.title}"):
+                    random_maps = method.maps(network, *some("randomisation"), seed)
+                    ranks = rank_correlation(maps[name][: len(random_maps)], random_maps)
+                    correlations[name][stage] = mean_estimate(ranks)
+        maps.update(control_maps(inputs, seed))
+        for name, values in maps.items():
+            with part("deletion and insertion"):
+                removals[name] = removal(model, inputs, targets, values, seed)
+            with part("infidelity"):
+                squared = infidelity(model, *some("infidelity"), values[: n["infidelity"]], seed)
+                errors[name] = mean_estimate(squared)
+        relative_error = convergence_error(model, *some("infidelity"))
     faithful = removal_report(removals)
-    some = slice(n["infidelity"])
-    relative_error = in_batches(
-        lambda x, y: integrated_gradients_with_error(model, x, y)[1], inputs[some], targets[some]
-    )
-    clock.close()
     return {
         "n": n,
         "fractions": FRACTIONS,
@@ -296,11 +273,11 @@ def check_methods(
             name: {
                 "title": method.title,
                 "description": method.description,
-                **judge(method.title, ranks[name], faithful[name]),
-                "randomisation": ranks[name],
-                "edge_correlation": vars(mean_estimate(rank_correlation(maps[name], maps["sobel"]))),
+                **judge(method.title, correlations[name], faithful[name]),
+                "randomisation": correlations[name],
+                "edge_correlation": mean_estimate(rank_correlation(maps[name], maps["sobel"])),
                 "infidelity": errors[name],
-                "max_sensitivity": changes[name],
+                "max_sensitivity": sensitivity[name],
                 **faithful[name],
             }
             for name, method in METHODS.items()
@@ -314,38 +291,8 @@ def check_methods(
             "percentile_90": relative_error.quantile(0.9).item(),
             "n": len(relative_error),
         },
-        "seconds": clock.seconds,
+        "seconds": seconds,
     }
-
-
-class _Clock:
-    """A progress bar over the parts of a long computation that also adds up where the time goes."""
-
-    def __init__(self, n_parts: int) -> None:
-        self.seconds: dict[str, float] = {}
-        self._bar: Any = tqdm(total=n_parts, unit=" parts", leave=False, disable=None, dynamic_ncols=True)
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        self._bar.set_description(name)
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-        self._bar.update()
-
-    def close(self) -> None:
-        self._bar.close()
-
-
-def in_batches(
-    function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    inputs: torch.Tensor,
-    targets: torch.Tensor,
-    batch: int = 64,
-) -> torch.Tensor:
-    """`function(inputs, targets)` over parts of a batch, joined; it bounds the memory that methods need."""
-    parts = zip(torch.split(inputs, batch), torch.split(targets, batch), strict=True)
-    return torch.cat([function(images, labels) for images, labels in parts])
 
 
 def _probability(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

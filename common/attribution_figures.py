@@ -1,10 +1,9 @@
-"""The pictures of Task 2: tiles and maps enlarged without smoothing, panels of methods, the checks' curves.
+"""The figures of Task 2: tiles and maps enlarged without smoothing, panels of methods, curves of the checks.
 
-Tiles are (H, W, 3) uint8, maps (H, W) float. As with common/figures.py, importing this loads matplotlib.
+Tiles are (H, W, 3) uint8, maps (H, W) float32. Importing this module loads matplotlib, as common/figures.py does.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,10 @@ from numpy.typing import NDArray
 
 from common.attribution import METHODS
 from common.attribution_checks import CONTROLS, FRACTIONS, STAGES
+from common.explained import TARGETS, Explained
 from common.figures import BLUE, STYLE, VERMILLION, save, wrap
 
-# Okabe and Ito's colours, as in common/figures.py, one a method; the controls are grey and black.
+# Okabe and Ito's colours, as in common/figures.py, one per method; the controls are grey and black.
 COLOURS = dict(zip(METHODS, (BLUE, VERMILLION, "#009E73", "#CC79A7", "#E69F00"), strict=True))
 CONTROL_LINES = {"random": ("#777777", "--"), "sobel": ("black", ":")}
 MARKERS = dict(zip(METHODS, "osD^v", strict=True))
@@ -28,57 +28,68 @@ POSITIVE_MAP, SIGNED_MAP = "inferno", "PuOr_r"
 ROBUST_PERCENTILE = 99.0  # a map's colour scale ends here, so that one extreme pixel does not darken the rest
 
 
-@dataclass(frozen=True)
-class Explained:
-    """A tile with its place in the test split, its classes in words, and its maps by method."""
+def draw(
+    output_dir: Path,
+    facts: Mapping[str, Any],
+    class_names: Sequence[str],
+    shown: Sequence[Explained],
+    right: Sequence[Explained],
+    wrong: Sequence[Explained],
+    checks: Mapping[str, Any],
+) -> dict[str, Path]:
+    """Draw two figures for each tile in `shown` and four of the run, and return the run's figures by name.
 
-    index: int
-    tile: NDArray[np.uint8]
-    label: str
-    predicted: str
-    probability: float  # of the predicted class
-    maps: Mapping[str, NDArray[Any]]
+    `right` and `wrong` hold at most one tile per class; `facts` are those of task2.py, `checks` those of
+    `check_methods`.
+    """
+    for one in shown:
+        tile_and_saliency(output_dir, one, one.label if facts["target"] == "label" else one.predicted)
+    names = ("methods", "classes", "randomisation", "removal")
+    figures = {name: output_dir / "fig" / "task2" / f"{facts['run_id']}-{name}.png" for name in names}
+    network, n = facts["network"], checks["n"]
+    title = f"{network}; test tiles; class explained: {TARGETS[facts['target']]}"
+    methods_panel(figures["methods"], shown, title=title)
+    class_grid(figures["classes"], class_names, right, wrong, title=title)
+    title = f"{network}; {n['randomisation']} test tiles"
+    randomisation(figures["randomisation"], checks["methods"], title=title)
+    orders = {**checks["methods"], **checks["controls"]}
+    removal_curves(figures["removal"], orders, title=f"{network}; {n['removal']} test tiles")
+    return figures
 
-    @property
-    def correct(self) -> bool:
-        """Whether the prediction is the label."""
-        return self.label == self.predicted
 
-
-def tile_and_saliency(input_path: Path, saliency_path: Path, explained: Explained, target: str) -> None:
-    """Draw one tile and its saliency map into two PNG files of the same layout, to stand side by side."""
-    for path, map_ in ((input_path, None), (saliency_path, explained.maps["saliency"])):
+def tile_and_saliency(output_dir: Path, explained: Explained, target: str) -> None:
+    """Draw a tile and its saliency map as two PNG files of the same layout; `target` is the class explained."""
+    for part in ("input", "saliency"):
         with style.context(["default", STYLE, {"axes.grid": False, "figure.constrained_layout.use": False}]):
             figure = Figure(figsize=(2.4, 2.9))
             axes = figure.add_axes((0.04, 0.22, 0.92, 0.76))
             _bare(axes)
-            if map_ is None:
+            if part == "input":
                 axes.imshow(explained.tile, interpolation="nearest")
                 words = f"predicted: {explained.predicted} ({explained.probability:.2f})"
                 words = f"true: {explained.label}\n{wrap(words, 42)}"
                 figure.text(0.5, 0.1, words, ha="center", va="center", fontsize=7)
             else:
-                image = _heat(axes, map_, signed=False)
+                image = _heat(axes, explained.maps["saliency"], signed=False)
                 bar = figure.colorbar(
                     image, cax=figure.add_axes((0.1, 0.15, 0.8, 0.035)), orientation="horizontal", extend="max"
                 )
                 bar.ax.tick_params(labelsize=6)
                 bar.set_label(wrap(f"|∂ logit of {target} / ∂ input|", 45), fontsize=6, linespacing=0.9)
-            save(figure, path)
+            save(figure, output_dir / explained.row[part])
 
 
 def methods_panel(path: Path, rows: Sequence[Explained], *, title: str) -> None:
-    """Draw a row a tile: the tile, then its map by every method, each on a colour scale of its own."""
-    columns = ["Input", *(method.title for method in METHODS.values())]
+    """Draw one row per tile: the tile, then its map by every method. Each map has a separate colour scale."""
     with style.context(["default", STYLE, {"axes.grid": False}]):
         figure = Figure(figsize=(8, 1.12 * len(rows) + 0.9))
-        grid = figure.subplots(len(rows), len(columns), squeeze=False)
-        for axes, name in zip(grid[0], columns, strict=True):
-            axes.set_title(wrap(name, 12), fontsize=9)
+        grid = _grid(figure, len(rows), ["Input", *(method.title for method in METHODS.values())])
         for line, row in zip(grid, rows, strict=True):
             _tile(line[0], row)
+            result = f"p = {row.probability:.2f}" if row.correct else f"→ {row.predicted} {row.probability:.2f}"
+            words = [wrap(part, 20) for part in (f"{row.index:05d}", row.label, result)]
+            line[0].set_ylabel("\n".join(words), fontsize=6.5, rotation=0, ha="right", va="center")
             for axes, (name, method) in zip(line[1:], METHODS.items(), strict=True):
-                _bare(axes)
                 _heat(axes, row.maps[name], method.signed)
         figure.suptitle(wrap(title, 105), fontsize=9)
         figure.supxlabel(
@@ -91,48 +102,42 @@ def methods_panel(path: Path, rows: Sequence[Explained], *, title: str) -> None:
 
 
 def class_grid(
-    path: Path,
-    names: Sequence[str],
-    right: Sequence[Explained | None],
-    wrong: Sequence[Explained | None],
-    *,
-    title: str,
+    path: Path, names: Sequence[str], right: Sequence[Explained], wrong: Sequence[Explained], *, title: str
 ) -> None:
-    """Draw a row a class: a tile of it that the network gets right and one it gets wrong, each with its map."""
+    """Draw one row per class: a tile that is classified correctly and one that is not, each with its map."""
+    sides = [{row.label: row for row in side} for side in (right, wrong)]
     with style.context(["default", STYLE, {"axes.grid": False}]):
         figure = Figure(figsize=(6.4, 1.12 * len(names) + 0.9))
-        grid = figure.subplots(len(names), 4, squeeze=False)
-        for axes, words in zip(grid[0], ("right", "saliency", "wrong", "saliency"), strict=True):
-            axes.set_title(words, fontsize=9)
-        for line, name, *pair in zip(grid, names, right, wrong, strict=True):
-            for (left, heat), row in zip((line[:2], line[2:]), pair, strict=True):
-                _bare(heat)
-                if row is None:
-                    _bare(left)
+        grid = _grid(figure, len(names), ["right", "saliency", "wrong", "saliency"])
+        for line, name in zip(grid, names, strict=True):
+            for left, heat, side in zip(line[::2], line[1::2], sides, strict=True):
+                if name not in side:
                     left.text(0.5, 0.5, "none", ha="center", va="center", fontsize=8, transform=left.transAxes)
-                else:
-                    _tile(left, row, with_label=False)
-                    _heat(heat, row.maps["saliency"], signed=False)
-                    if not row.correct:
-                        left.set_ylabel(wrap(f"taken for {row.predicted}", 16), fontsize=7, rotation=0, ha="right")
-                        left.yaxis.label.set_verticalalignment("center")
+                    continue
+                row = side[name]
+                _tile(left, row)
+                _heat(heat, row.maps["saliency"], signed=False)
+                if not row.correct:
+                    words = wrap(f"taken for {row.predicted}", 16)
+                    left.set_ylabel(words, fontsize=7, rotation=0, ha="right", va="center")
             line[0].set_ylabel(wrap(name, 16), fontsize=8, rotation=0, ha="right", va="center")
         figure.suptitle(wrap(title, 90), fontsize=9)
         save(figure, path)
 
 
-def randomisation(
-    path: Path, correlations: Mapping[str, Mapping[str, Mapping[str, float]]], *, title: str
-) -> None:
-    """Draw each method's mean rank correlation with the trained network's maps, as more layers are random.
+def randomisation(path: Path, results: Mapping[str, Mapping[str, Any]], *, title: str) -> None:
+    """Draw each method's mean rank correlation with the trained network's maps, while more layers are random.
 
-    `correlations[method][stage]` holds value, low and high. Edges do not depend on the network: they stay at 1.
+    `results[method]["randomisation"][stage]` holds value, low and high. Edges do not depend on the network: they
+    stay at 1.
     """
+    trained = {"value": 1.0, "low": 1.0, "high": 1.0}
     with style.context(["default", STYLE]):
         figure = Figure(figsize=(6.4, 4.4))
         axes = figure.add_subplot()
-        for name, stages in correlations.items():
-            _band(axes, range(len(STAGES) + 1), [_ONE, *(stages[stage] for stage in STAGES)], name)
+        for name, result in results.items():
+            estimates = [trained, *(result["randomisation"][stage] for stage in STAGES)]
+            _band(axes, range(len(STAGES) + 1), estimates, name)
         colour, line = CONTROL_LINES["sobel"]
         axes.axhline(1, color=colour, linestyle=line, label=f"{CONTROLS['sobel']} (no network)")
         axes.set_xticks(range(len(STAGES) + 1), ["none", *STAGES])
@@ -164,9 +169,6 @@ def removal_curves(path: Path, report: Mapping[str, Mapping[str, Any]], *, title
         save(figure, path)
 
 
-_ONE = {"value": 1.0, "low": 1.0, "high": 1.0}
-
-
 def _band(axes: Axes, places: Sequence[float], estimates: Sequence[Mapping[str, float]], name: str) -> None:
     low, middle, high = ([estimate[end] for estimate in estimates] for end in ("low", "value", "high"))
     if name in CONTROLS:
@@ -178,14 +180,18 @@ def _band(axes: Axes, places: Sequence[float], estimates: Sequence[Mapping[str, 
     axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
-def _tile(axes: Axes, row: Explained, with_label: bool = True) -> None:
-    _bare(axes)
+def _grid(figure: Figure, n_rows: int, titles: Sequence[str]) -> NDArray[Any]:
+    """Axes for pictures, (n_rows, len(titles)), with a title above each column."""
+    grid: NDArray[Any] = figure.subplots(n_rows, len(titles), squeeze=False)
+    for axes in grid.flat:
+        _bare(axes)
+    for axes, title in zip(grid[0], titles, strict=True):
+        axes.set_title(wrap(title, 12), fontsize=9)
+    return grid
+
+
+def _tile(axes: Axes, row: Explained) -> None:
     axes.imshow(row.tile, interpolation="nearest")
-    if with_label:
-        words = f"{row.index:05d}\n{row.label}"
-        words += f"\np = {row.probability:.2f}" if row.correct else f"\n→ {row.predicted} {row.probability:.2f}"
-        words = "\n".join(wrap(line, 20) for line in words.splitlines())
-        axes.set_ylabel(words, fontsize=6.5, rotation=0, ha="right", va="center")
     if not row.correct:
         axes.spines[:].set(visible=True, color=VERMILLION, linewidth=2)
 

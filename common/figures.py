@@ -1,8 +1,8 @@
 """The figures of a run as PNG files: a curve over the epochs and a confusion matrix.
 
-Importing this module loads matplotlib, so callers import it when they draw. A figure is drawn on its own
-Agg canvas, without pyplot: it needs no display and leaves no state behind. The same input gives the same
-bytes with the same versions of matplotlib and its libraries, and a file appears complete or not at all.
+Importing this module loads matplotlib, so callers import it when they draw. Figures are drawn without pyplot: they
+need no display and change no global state. With the same versions of matplotlib and its libraries, the same input
+gives the same bytes. Files are written atomically.
 """
 
 import textwrap
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from common.files import atomic_path
 
-# Two of Okabe and Ito's colours, told apart with any colour vision (https://jfly.uni-koeln.de/color/).
+# Two of Okabe and Ito's colours, which colour-blind readers can distinguish (https://jfly.uni-koeln.de/color/).
 BLUE, VERMILLION = "#0072B2", "#D55E00"
 # A report shows a figure 700 pixels wide: 6.4 inches at 150 dots leave room for sharper screens.
 STYLE: dict[str, Any] = {
@@ -41,17 +41,12 @@ STYLE: dict[str, Any] = {
 
 
 def curve(path: Path, values: Sequence[float], *, ylabel: str, title: str, best_epoch: int | None = None) -> None:
-    """Draw one value an epoch against the epoch's number, the first being 1, into the PNG file `path`.
+    """Draw one value per epoch against the epoch's number, which starts at 1, into the PNG file `path`.
 
-    A value that is not finite leaves a gap. `best_epoch`, if given, is the number of the epoch whose
-    weights were selected; it is marked and named in the legend. Raises ValueError where there is no value
-    or no such epoch.
+    A value that is not finite leaves a gap. `best_epoch`, the number of the epoch whose weights were selected, is
+    marked and named in the legend.
     """
-    needed = 1 if best_epoch is None else best_epoch
-    if not 1 <= needed <= len(values):
-        raise ValueError(f"there is no epoch {needed} among {len(values)} values")
-    heights = np.array(values, dtype=np.float64)  # a copy: the caller's values stay as they are
-    heights[~np.isfinite(heights)] = np.nan
+    heights = np.where(np.isfinite(values), values, np.nan)
     epochs = np.arange(1, len(heights) + 1)
     with style.context(["default", STYLE]):
         figure = Figure(figsize=(6.4, 4))
@@ -71,12 +66,12 @@ def curve(path: Path, values: Sequence[float], *, ylabel: str, title: str, best_
 def confusion(path: Path, matrix: NDArray[Any], class_names: Sequence[str], *, title: str) -> None:
     """Draw a (C, C) matrix of tile counts, rows the true classes, into the PNG file `path`.
 
-    A cell shows its count, and by its colour the share of its row: of the true class's tiles. Raises
-    ValueError where the matrix is not square or the names are not one a class.
+    A cell shows its count; its colour is the share of its row, the true class's tiles. Raises ValueError if the
+    matrix is not (C, C) for C names.
     """
     if matrix.shape != (len(class_names), len(class_names)):
         raise ValueError(f"a matrix of shape {matrix.shape} does not fit {len(class_names)} class names")
-    # A class without tiles has an empty row, whose shares are 0 and not 0/0.
+    # A class without tiles has shares of 0, not 0/0.
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     names = [wrap(name, 16) for name in class_names]
     with style.context(["default", STYLE, {"axes.grid": False}]):
@@ -84,7 +79,7 @@ def confusion(path: Path, matrix: NDArray[Any], class_names: Sequence[str], *, t
         axes = figure.add_subplot()
         image = axes.imshow(shares, cmap="viridis", vmin=0, vmax=1)
         for (row, column), count in np.ndenumerate(matrix):
-            # Where viridis' luminance passes 0.18, black ink contrasts with it more than white.
+            # On viridis' brighter colours, of luminance above 0.18, black text has more contrast than white.
             ink = "black" if shares[row, column] > 0.43 else "white"
             axes.text(column, row, f"{count:,}", ha="center", va="center", color=ink, fontsize=8)
         axes.set(title=wrap(title, 75), xlabel="Predicted class", ylabel="True class")
@@ -100,7 +95,7 @@ def wrap(text: str, width: int) -> str:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write the PNG without matplotlib's version in it."""
+    """Write the figure as a PNG file, without matplotlib's version in it."""
     FigureCanvasAgg(figure)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": None})

@@ -1,10 +1,10 @@
-"""The measures of a classifier's test probabilities, each a pure function of arrays, with 95 % intervals.
+"""The measures of a classifier's predictions, with 95 % intervals.
 
-AUC and accuracy are those of `medmnist.Evaluator`, so they compare with the published PathMNIST numbers.
-Throughout, `probabilities` is an (N, C) float array, one row a tile and one column a class, and `targets`
-is the (N,) integer array of true classes. Every function that takes the pair raises ValueError when the
-shapes disagree, N is 0, a probability is not finite, or a target is not an integer of 0 … C − 1. numpy is
-the only import because the command line waits for this module.
+AUC and accuracy equal those of `medmnist.Evaluator`, so they compare with the published PathMNIST numbers.
+`probabilities` is always an (N, C) float array with a row per tile and a column per class, and `targets` the (N,)
+integer array of true classes. Every function of the pair raises ValueError if the shapes disagree, N is 0, a
+probability is not finite, or a target is not an integer in 0 … C − 1. The module imports only numpy because every
+command waits for it.
 """
 
 import math
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# The standard normal's 97.5 % point: 95 % of it lies within ± this.
+# 95 % of the standard normal distribution lies between −Z and Z.
 Z = 1.959963984540054
 
 
@@ -29,7 +29,7 @@ class Estimate:
 
 
 def softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
-    """Turn (N, C) logits of any float type into (N, C) float64 probabilities whose rows sum to 1.
+    """The probabilities, (N, C) float64, of logits (N, C) of any float type.
 
     Raises ValueError for another shape or a logit that is not finite.
     """
@@ -37,32 +37,32 @@ def softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
         raise ValueError(f"logits must have shape (N, C), not {logits.shape}")
     if not np.isfinite(logits).all():
         raise ValueError("logits contain NaN or infinity")
-    # float64 first: less the row's maximum, exp cannot overflow, but in float16 the difference itself could.
+    # The differences between float16 logits could overflow, so float64 first.
     wide = logits.astype(np.float64)
     exponentials = np.exp(wide - wide.max(axis=1, keepdims=True))
     return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True))
 
 
 def auc_per_class(probabilities: NDArray[Any], targets: NDArray[Any]) -> NDArray[np.float64]:
-    """Each class's area under the ROC curve, one class against the rest: (C,) float64.
+    """The area under the ROC curve of each class against all others, (C,) float64.
 
-    A class that is absent from the targets, or is all there is, has no AUC and gets NaN.
+    It is NaN for a class that has no tiles or has all of them.
     """
     _check(probabilities, targets)
-    # A class's placements average to its AUC over its own tiles and over all others, so over all tiles too.
+    # The mean placement is the AUC over the class's tiles and over the other tiles, so over all tiles too.
     return np.asarray(_placements(probabilities, targets).mean(axis=0))
 
 
 def auc(probabilities: NDArray[Any], targets: NDArray[Any]) -> float:
     """The unweighted mean of `auc_per_class`, as `medmnist.Evaluator` reports it.
 
-    Classes without an AUC are left out with a UserWarning that names them; without any class it is NaN.
+    Classes without an AUC are left out, and a UserWarning names them. It is NaN if no class has an AUC.
     """
     return _mean_of_defined(auc_per_class(probabilities, targets))
 
 
 def accuracy(probabilities: NDArray[Any], targets: NDArray[Any]) -> float:
-    """The share of tiles whose most probable class is the true one (of equals, the first class counts)."""
+    """The share of tiles whose most probable class is the true one; of equally probable ones, the first counts."""
     _check(probabilities, targets)
     return float((probabilities.argmax(axis=1) == targets).mean())
 
@@ -76,20 +76,20 @@ def balanced_accuracy(probabilities: NDArray[Any], targets: NDArray[Any]) -> flo
 
 
 def confusion_matrix(probabilities: NDArray[Any], targets: NDArray[Any]) -> NDArray[np.int64]:
-    """Count the tiles by true class (row) and predicted class (column): (C, C) int64."""
+    """The number of tiles by true class (row) and predicted class (column), (C, C) int64."""
     _check(probabilities, targets)
     classes = probabilities.shape[1]
-    # Wide integers first: a uint8 target, as MedMNIST stores it, times C would wrap around.
+    # MedMNIST stores targets as uint8, in which the product would overflow.
     cells = targets.astype(np.int64) * classes + probabilities.argmax(axis=1)
     return np.bincount(cells, minlength=classes**2).reshape(classes, classes).astype(np.int64)
 
 
 def expected_calibration_error(probabilities: NDArray[Any], targets: NDArray[Any], bins: int = 15) -> float:
-    """The mean gap between confidence and accuracy, over equal-width bins of the top probability.
+    """The mean gap between confidence (the highest probability) and accuracy, over bins of equal width.
 
-    Bin m of M holds the confidences in ((m − 1)/M, m/M], and weighs as its share of the tiles: C. Guo et
-    al., "On Calibration of Modern Neural Networks", ICML 2017, equation 3. Raises ValueError also when
-    `bins` is below 1 or a row is no probability distribution (logits, say).
+    Bin m of M holds the confidences in ((m − 1)/M, m/M]; its weight is its share of the tiles. C. Guo et al., "On
+    Calibration of Modern Neural Networks", ICML 2017, equation 3. Raises ValueError also if `bins` is below 1 or a
+    row is not a probability distribution, for example logits.
     """
     _check(probabilities, targets)
     if bins < 1:
@@ -100,7 +100,7 @@ def expected_calibration_error(probabilities: NDArray[Any], targets: NDArray[Any
     confidence = probabilities.max(axis=1).astype(np.float64)
     correct = probabilities.argmax(axis=1) == targets
     inner_edges = np.arange(1, bins) / bins
-    # Within a bin, |accuracy − confidence| times the bin's share is |sum of the differences| / N.
+    # For one bin, |accuracy − confidence| times the bin's share is |sum of the differences| / N.
     gaps = np.bincount(np.searchsorted(inner_edges, confidence), weights=correct - confidence)
     return float(np.abs(gaps).sum() / len(targets))
 
@@ -113,11 +113,10 @@ def accuracy_estimate(probabilities: NDArray[Any], targets: NDArray[Any]) -> Est
 def balanced_accuracy_estimate(probabilities: NDArray[Any], targets: NDArray[Any]) -> Estimate:
     """The balanced accuracy with its Wilson score interval for the effective number of tiles.
 
-    The effective number is the number of tiles for which a plain accuracy of the same value has the variance
-    that the mean of the recalls has: C. Franco, R. J. A. Little, T. A. Louis and E. V. Slud, Journal of Survey
-    Statistics and Methodology 7, 2019. The number of tiles of each class counts as fixed. The variance is that of
-    recalls with one right and one wrong tile added to each class: a class of few tiles that are all right is
-    not certain. With one class, or classes of equal size and recall, the effective number is the number of tiles.
+    A plain accuracy over the effective number of tiles has the same variance as the mean recall: C. Franco,
+    R. J. A. Little, T. A. Louis and E. V. Slud, Journal of Survey Statistics and Methodology 7, 2019. The numbers
+    of tiles per class count as fixed. For the variance, one right and one wrong tile are added to each class:
+    otherwise a class with few tiles, all of them right, would have no variance.
     """
     recalls, counts = _recalls(probabilities, targets)
     adjusted = (recalls * counts + 1) / (counts + 2)
@@ -127,19 +126,16 @@ def balanced_accuracy_estimate(probabilities: NDArray[Any], targets: NDArray[Any
 
 
 def auc_estimate(probabilities: NDArray[Any], targets: NDArray[Any]) -> Estimate:
-    """The mean AUC, as `auc` gives it and with its warning, with DeLong's interval on the logit scale.
+    """The mean AUC, as `auc` computes it and with its warning, with DeLong's interval on the logit scale.
 
-    E. R. DeLong, D. M. DeLong and D. L. Clarke-Pearson, Biometrics 44, 1988: an AUC's error is the sum of
-    what each tile contributes, its placement minus the AUC. Here a tile contributes to every class's AUC
-    at once, positive for one and negative for the others, so the contributions are added up before they
-    are squared; that is what carries the covariance between classes. With two classes, whose AUCs are
-    equal, it is the paper's variance S10/m + S01/n. The tiles count as independent random draws, class
-    included; a test set drawn to fixed numbers a class has somewhat less variance. A class with a single
-    tile adds nothing to the variance of its own side, so the interval is then too narrow.
+    E. R. DeLong, D. M. DeLong and D. L. Clarke-Pearson, Biometrics 44, 1988: the error of an AUC is the sum of the
+    tiles' contributions, each a placement minus the AUC. A tile contributes to the AUC of every class, so its
+    contributions are added before they are squared; this includes the covariance between classes. For two classes
+    it is the paper's variance S10/m + S01/n. The tiles, with their classes, count as independent random samples.
+    If a class has a single tile, the interval is too narrow.
 
-    Where that variance is 0 (perfect separation, constant scores), it says nothing about the error, and
-    the interval is Wilson's for as many independent pairs of tiles as the rarest class offers: cautious,
-    because the AUC uses all pairs. Without any class to average, all three numbers are NaN.
+    If the variance is 0 (perfect separation, constant scores), the interval is Wilson's for the number of tiles of
+    the rarest class: too wide rather than too narrow. If no class has an AUC, all three numbers are NaN.
     """
     _check(probabilities, targets)
     placements = _placements(probabilities, targets)
@@ -150,8 +146,8 @@ def auc_estimate(probabilities: NDArray[Any], targets: NDArray[Any]) -> Estimate
     defined = ~np.isnan(areas)
     positive = targets[:, None] == np.flatnonzero(defined)
     positives = positive.sum(axis=0)
-    # The tiles on the same side of a class. Dividing a contribution by √(n (n − 1)), not n, makes the sum
-    # of its squares the unbiased variance (n − 1 below) of the mean; max() spares a single tile 0/0.
+    # The number n of tiles on the same side of a class. A sum of squares divided by n (n − 1) is the unbiased
+    # variance of a mean; max() prevents 0/0 for a single tile.
     same_side = np.where(positive, positives, len(targets) - positives)
     scale = np.sqrt(same_side * np.maximum(same_side - 1, 1))
     contributions = ((placements[:, defined] - areas[defined]) / scale).mean(axis=1)
@@ -160,13 +156,13 @@ def auc_estimate(probabilities: NDArray[Any], targets: NDArray[Any]) -> Estimate
         return _wilson(value, int(same_side.min()))
     half_width = Z * math.sqrt(variance) / (value * (1 - value))
     centre = math.log(value / (1 - value))
-    # Back from the logit by ½ (1 + tanh(x / 2)), the logistic function in a form that cannot overflow.
+    # ½ (1 + tanh(x / 2)) is the logistic function in a form that cannot overflow.
     low, high = (0.5 * (1 + math.tanh(end / 2)) for end in (centre - half_width, centre + half_width))
     return Estimate(value, low, high)
 
 
 def _check(probabilities: NDArray[Any], targets: NDArray[Any]) -> None:
-    """Raise ValueError for anything that the module's docstring rules out."""
+    """Raise ValueError for what the module's docstring excludes."""
     if probabilities.ndim != 2 or targets.shape != probabilities.shape[:1]:
         shapes = f"{probabilities.shape} and {targets.shape}"
         raise ValueError(f"probabilities and targets must have shapes (N, C) and (N,), not {shapes}")
@@ -190,10 +186,10 @@ def _recalls(probabilities: NDArray[Any], targets: NDArray[Any]) -> tuple[NDArra
 
 
 def _placements(probabilities: NDArray[Any], targets: NDArray[Any]) -> NDArray[np.float64]:
-    """For each tile and class, the share of the other side that the tile is ranked rightly against.
+    """For each tile and class, the share of tiles on the class's other side that are ranked correctly against it.
 
-    A class's tile is ranked rightly against a tile of another class that scores lower; a tie counts half,
-    as in the trapezoidal ROC area. (N, C) float64; the columns of classes without an AUC are NaN.
+    A tile of the class must have a higher score than a tile of another class; a tie counts half, as in the
+    trapezoidal ROC area. (N, C) float64; NaN for a class without an AUC.
     """
     placements = np.full(probabilities.shape, np.nan)
     for label, scores in enumerate(probabilities.T):
@@ -212,7 +208,7 @@ def _share_below(scores: NDArray[Any], others: NDArray[Any]) -> NDArray[np.float
 
 
 def _mean_of_defined(areas: NDArray[np.float64]) -> float:
-    """Average the AUCs that are not NaN; warn of those that are, at the line that called this module."""
+    """The mean of the AUCs that are not NaN; a warning names the others, at the line that called this module."""
     undefined, defined = np.flatnonzero(np.isnan(areas)), areas[~np.isnan(areas)]
     if len(undefined):
         reason = f"no AUC for class {', '.join(map(str, undefined))} (absent from the targets, or all there is)"
@@ -225,6 +221,6 @@ def _wilson(share: float, count: float) -> Estimate:
     shrink = 1 / (1 + Z**2 / count)
     centre = shrink * (share + Z**2 / (2 * count))
     half_width = shrink * Z * math.sqrt(share * (1 - share) / count + (Z / (2 * count)) ** 2)
-    # In exact arithmetic 0 ≤ low ≤ share ≤ high ≤ 1; at shares of 0 and 1 rounding may break that.
+    # 0 ≤ low ≤ share ≤ high ≤ 1 but for rounding errors.
     low, high = max(0.0, min(share, centre - half_width)), min(1.0, max(share, centre + half_width))
     return Estimate(share, low, high)

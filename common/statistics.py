@@ -1,4 +1,4 @@
-"""What several values tell together: their mean with its interval, paired comparisons, and both in words."""
+"""Statistics over several runs: the mean with its interval, paired comparisons, and both in words."""
 
 import math
 import statistics
@@ -13,7 +13,7 @@ ROUNDING = 1e-9  # far below one tile's share of an ACC, far above what floating
 class Spread:
     """The mean of n values, their standard deviation (n - 1) and the mean's 95 % t interval.
 
-    What a single value cannot tell is NaN.
+    For a single value, all but the mean are NaN.
     """
 
     n: int
@@ -25,14 +25,14 @@ class Spread:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The differences of one row to another one, seed by seed, and the paired t test's p value.
+    """The differences between two rows, seed by seed, and the p value of the paired t test.
 
-    `p_holm` is p after Holm's correction; NaN where it was not corrected.
+    `p_holm` is p after Holm's correction, or NaN.
     """
 
     differences: Spread
     p: float
-    p_holm: float = math.nan
+    p_holm: float
 
     @property
     def verdict(self) -> str:
@@ -61,8 +61,7 @@ def spread(values: Sequence[float]) -> Spread:
 def paired_p(differences: Sequence[float]) -> float:
     """The two-sided p value of the paired t test; NaN for fewer than two pairs.
 
-    Where all pairs differ by the same amount, up to rounding, the t statistic is not defined: p is then 1 for no
-    difference, else 0.
+    If all differences are equal, up to rounding, the t statistic is not defined: p is 1 if they are 0, else 0.
     """
     from scipy.stats import ttest_1samp
 
@@ -74,7 +73,7 @@ def paired_p(differences: Sequence[float]) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's correction of p values (Scand. J. Statistics 6, 1979); NaN stands for no test and stays NaN."""
+    """Holm's correction of p values (Scand. J. Statistics 6, 1979); a NaN means no test and stays NaN."""
     order = sorted((p, place) for place, p in enumerate(p_values) if not math.isnan(p))
     corrected = [math.nan] * len(p_values)
     largest = 0.0
@@ -85,7 +84,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def compare(rows: Mapping[str, Mapping[int, float]]) -> dict[str, Comparison]:
-    """Each row but the first one compared with it, over the seeds that both have; `rows` hold value by seed."""
+    """Compare each row with the first one, over the seeds that both have; rows without such a seed are left out.
+
+    `rows[row][seed]` is a value.
+    """
     reference, *others = rows
     differences = {
         row: [value - rows[reference][seed] for seed, value in rows[row].items() if seed in rows[reference]]
@@ -100,7 +102,7 @@ def compare(rows: Mapping[str, Mapping[int, float]]) -> dict[str, Comparison]:
 
 
 def interval(value: float, low: float | None, high: float | None, digits: int = 4, sign: str = "") -> str:
-    """`value [low, high]`; the value alone where the interval is None or NaN. `sign="+"` writes plus signs."""
+    """`value [low, high]`; only the value if the interval is None or NaN. `sign="+"` adds plus signs."""
     number = f"{sign}.{digits}f"
     if low is None or high is None or math.isnan(low) or math.isnan(high):
         return f"{value:{number}}"

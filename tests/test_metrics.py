@@ -18,8 +18,8 @@ from sklearn.metrics import confusion_matrix as sklearn_confusion_matrix
 from common import metrics
 
 
-def draw(seed, tiles, classes=9, signal=1.0, decimals=None):
-    """Scores that know the true class as well as `signal` says, every class present."""
+def sample(seed, tiles, classes=9, signal=1.0, decimals=None):
+    """Random probabilities and targets; a higher `signal` gives better predictions, and every class has tiles."""
     generator = np.random.default_rng(seed)
     targets = np.concatenate([np.arange(classes), generator.integers(classes, size=tiles - classes)])
     logits = generator.normal(size=(tiles, classes)) + signal * np.eye(classes)[targets]
@@ -31,18 +31,18 @@ def one_hot(predictions, classes=9):
     return np.eye(classes)[predictions]
 
 
-TARGETS = draw(0, 500)[1]
+TARGETS = sample(0, 500)[1]
 SCORES = {
-    "large": draw(1, 7180),
-    "float32": (draw(2, 400)[0].astype(np.float32), draw(2, 400)[1]),
-    "two classes": draw(3, 60, classes=2),
-    "tied": draw(4, 500, decimals=1),
+    "large": sample(1, 7180),
+    "float32": (sample(2, 400)[0].astype(np.float32), sample(2, 400)[1]),
+    "two classes": sample(3, 60, classes=2),
+    "tied": sample(4, 500, decimals=1),
     "constant": (np.full((500, 9), 1 / 9), TARGETS),
     "perfect": (one_hot(TARGETS), TARGETS),
     "always wrong": (one_hot((TARGETS + 1) % 9), TARGETS),
-    "one-hot": (one_hot(draw(5, 500)[0].argmax(axis=1)), draw(5, 500)[1]),
+    "one-hot": (one_hot(sample(5, 500)[0].argmax(axis=1)), sample(5, 500)[1]),
     "smallest": (np.array([[0.2, 0.8], [0.2, 0.8]]), np.array([0, 1])),
-    "uint8 targets": (draw(6, 300, classes=40)[0], draw(6, 300, classes=40)[1].astype(np.uint8)),
+    "uint8 targets": (sample(6, 300, classes=40)[0], sample(6, 300, classes=40)[1].astype(np.uint8)),
 }
 
 
@@ -62,7 +62,7 @@ def test_auc_and_accuracy_equal_medmnist_evaluator(case):
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32), st.integers(2, 5), st.integers(0, 40), st.integers(0, 3), st.floats(-2, 4))
 def test_any_scores_agree_with_medmnist_and_lie_in_their_intervals(seed, classes, more, decimals, signal):
-    probabilities, targets = draw(seed, classes + more, classes, signal, decimals)
+    probabilities, targets = sample(seed, classes + more, classes, signal, decimals)
     expected = getAUC(targets, probabilities, "multi-class")
     for estimate, value in (
         (metrics.auc_estimate(probabilities, targets), expected),
@@ -98,7 +98,7 @@ def test_confusion_matrix_has_true_classes_as_rows(case):
     np.testing.assert_array_equal(matrix, expected)
 
 
-def test_softmax_equals_scipys_and_survives_huge_logits():
+def test_softmax_equals_scipys_and_does_not_overflow_for_huge_logits():
     logits = np.random.default_rng(0).normal(scale=5, size=(50, 9))
     np.testing.assert_allclose(metrics.softmax(logits), scipy_softmax(logits, axis=1), rtol=1e-12)
     huge = metrics.softmax(np.array([[60000, -60000, 60000]], dtype=np.float16))
@@ -107,13 +107,13 @@ def test_softmax_equals_scipys_and_survives_huge_logits():
 
 
 @pytest.mark.parametrize("logits", [np.zeros(3), np.array([[0, np.nan]]), np.array([[0, np.inf]])])
-def test_softmax_refuses_what_has_no_probabilities(logits):
+def test_softmax_refuses_logits_of_another_shape_or_not_finite(logits):
     with pytest.raises(ValueError, match="logits"):
         metrics.softmax(logits)
 
 
-def test_absent_classes_are_named_and_left_out_of_the_mean():
-    probabilities, targets = draw(7, 200)
+def test_a_warning_names_absent_classes_and_the_mean_leaves_them_out():
+    probabilities, targets = sample(7, 200)
     keep = (targets != 3) & (targets != 8)
     probabilities, targets = probabilities[keep], targets[keep]
     per_class = metrics.auc_per_class(probabilities, targets)
@@ -124,7 +124,7 @@ def test_absent_classes_are_named_and_left_out_of_the_mean():
             assert measure(probabilities, targets) == pytest.approx(expected, abs=1e-12)
         assert len(caught) == 1
         assert caught[0].filename == __file__
-    # The absent classes' columns play no part in the interval either.
+    # The interval does not depend on the absent classes' columns.
     fewer = np.delete(probabilities, [3, 8], axis=1)
     renumbered = targets - (targets > 3)
     with pytest.warns(UserWarning, match="no AUC"):
@@ -133,7 +133,7 @@ def test_absent_classes_are_named_and_left_out_of_the_mean():
 
 
 def test_a_single_class_has_no_auc():
-    probabilities, targets = draw(8, 30)[0], np.full(30, 4)
+    probabilities, targets = sample(8, 30)[0], np.full(30, 4)
     assert np.isnan(metrics.auc_per_class(probabilities, targets)).all()
     with pytest.warns(UserWarning, match="other 0 of 9"):
         assert math.isnan(metrics.auc(probabilities, targets))
@@ -175,18 +175,18 @@ def test_every_measure_refuses_bad_input(measure, probabilities, targets, messag
         measure(probabilities, targets)
 
 
-def test_calibration_error_worked_by_hand():
+def test_calibration_error_equals_a_calculation_by_hand():
     # Two bins. (0, ½] holds one right tile of confidence 0.5: the upper edge belongs to the bin. (½, 1]
     # holds 0.7 wrong, 0.9 right, 1.0 right: |2 − 2.6|. Together (0.5 + 0.6) / 4.
     top = np.array([0.5, 0.7, 0.9, 1.0])
     probabilities = np.stack([top, 1 - top], axis=1)
     targets = np.array([0, 1, 0, 0])
     assert metrics.expected_calibration_error(probabilities, targets, bins=2) == pytest.approx(0.275)
-    # In one bin over- and underconfidence cancel: |3 − 3.1| / 4.
+    # In a single bin, overconfidence and underconfidence cancel: |3 − 3.1| / 4.
     assert metrics.expected_calibration_error(probabilities, targets, bins=1) == pytest.approx(0.025)
 
 
-def test_calibration_error_vanishes_for_calibrated_scores_and_grows_for_confident_ones():
+def test_calibration_error_is_small_for_calibrated_and_large_for_overconfident_probabilities():
     generator = np.random.default_rng(9)
     probabilities = metrics.softmax(2 * generator.normal(size=(50_000, 9)))
     targets = (generator.random((50_000, 1)) > probabilities.cumsum(axis=1)).sum(axis=1).clip(max=8)
@@ -230,10 +230,21 @@ def test_classes_of_equal_size_and_recall_have_the_interval_of_the_accuracy(righ
     assert (balanced.low, balanced.high) == pytest.approx((plain.low, plain.high), abs=1e-12)
 
 
-def test_a_rare_class_widens_the_interval_of_the_balanced_accuracy_even_when_it_is_all_right():
+def test_a_rare_class_widens_the_interval_of_the_balanced_accuracy_even_if_all_its_tiles_are_right():
     common_only = metrics.balanced_accuracy_estimate(*answers([180], [200]))
     with_rare = metrics.balanced_accuracy_estimate(*answers([180, 4], [200, 4]))
     assert with_rare.high - with_rare.low > 2 * (common_only.high - common_only.low)
+
+
+def test_balanced_accuracy_interval_equals_a_calculation_by_hand():
+    estimate = metrics.balanced_accuracy_estimate(*answers([4, 180], [4, 200]))
+    first, second = 5 / 6, 181 / 202  # the recalls with one right and one wrong tile added
+    variance = (first * (1 - first) / 4 + second * (1 - second) / 200) / 4
+    mean = (first + second) / 2
+    tiles = mean * (1 - mean) / variance
+    assert estimate.value == pytest.approx(0.95)
+    for end in (estimate.low, estimate.high):  # Wilson's ends solve this equation
+        assert (end - 0.95) ** 2 == pytest.approx(metrics.Z**2 * end * (1 - end) / tiles)
 
 
 @pytest.mark.parametrize(
@@ -264,16 +275,16 @@ def delong_interval(scores, positive):
 
 @pytest.mark.parametrize("decimals", [None, 1])
 def test_two_classes_have_the_classical_delong_interval(decimals):
-    first, targets = draw(10, 80, classes=2, decimals=decimals)
+    first, targets = sample(10, 80, classes=2, decimals=decimals)
     estimate = metrics.auc_estimate(first, targets)
     assert (estimate.low, estimate.high) == pytest.approx(delong_interval(first[:, 0], targets == 0), abs=1e-6)
 
 
 def test_auc_interval_agrees_with_the_bootstrap():
-    probabilities, targets = draw(11, 1200, signal=1.5)
+    probabilities, targets = sample(11, 1200, signal=1.5)
     generator = np.random.default_rng(12)
-    draws = generator.integers(len(targets), size=(400, len(targets)))
-    areas = [metrics.auc(probabilities[rows], targets[rows]) for rows in draws]
+    resamples = generator.integers(len(targets), size=(400, len(targets)))
+    areas = [metrics.auc(probabilities[rows], targets[rows]) for rows in resamples]
     estimate = metrics.auc_estimate(probabilities, targets)
     assert estimate.high - estimate.low == pytest.approx(2 * metrics.Z * np.std(areas), rel=0.1)
     np.testing.assert_allclose((estimate.low, estimate.high), np.quantile(areas, [0.025, 0.975]), atol=0.003)
@@ -281,8 +292,8 @@ def test_auc_interval_agrees_with_the_bootstrap():
 
 @pytest.mark.parametrize("signal", [1.0, 3.0])
 def test_auc_interval_covers_the_truth_95_times_in_100(signal):
-    truth = metrics.auc(*draw(13, 200_000, signal=signal))
-    estimates = [metrics.auc_estimate(*draw(seed, 800, signal=signal)) for seed in range(400)]
+    truth = metrics.auc(*sample(13, 200_000, signal=signal))
+    estimates = [metrics.auc_estimate(*sample(seed, 800, signal=signal)) for seed in range(400)]
     coverage = np.mean([estimate.low <= truth <= estimate.high for estimate in estimates])
     assert coverage == pytest.approx(0.95, abs=0.025)
 
@@ -296,13 +307,13 @@ def test_auc_interval_covers_the_truth_95_times_in_100(signal):
     ],
 )
 def test_without_variance_the_auc_interval_is_wilsons_for_the_rarest_class(scores, low, high):
-    # Worked by hand for the 10 tiles of class 1: n / (n + z²) at 1, and ½ ± ½ z / √(n + z²) at ½.
+    # By hand, for the 10 tiles of class 1: n / (n + z²) at 1, and ½ ± ½ z / √(n + z²) at ½.
     targets = np.repeat([0, 1, 2], [20, 10, 30])
     estimate = metrics.auc_estimate(scores[targets], targets)
     assert (estimate.low, estimate.high) == pytest.approx((low, high), abs=1e-4)
 
 
-def test_importing_the_module_brings_in_neither_scipy_nor_sklearn():
+def test_importing_the_module_loads_neither_scipy_nor_sklearn():
     code = "import sys, common.metrics; print({'scipy', 'sklearn', 'torch', 'medmnist'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"

@@ -3,7 +3,7 @@ import math
 import pytest
 from scipy import stats
 
-from common.statistics import compare, holm, interval, paired_p, spread
+from common.statistics import SIGNIFICANT, compare, holm, interval, paired_p, spread
 
 
 def test_a_spread_has_the_t_interval_of_the_mean() -> None:
@@ -50,6 +50,13 @@ def test_holms_correction() -> None:
     assert holm([0.5, 0.01, 0.03, math.nan, 0.02])[4] == pytest.approx(0.06)
     assert math.isnan(holm([0.5, math.nan])[1])
     assert holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_the_verdict_uses_the_corrected_p_value() -> None:
+    rows = {"a": [0.5, 0.5, 0.5], "b": [0.51, 0.515, 0.52], "c": [0.5, 0.51, 0.49], "d": [0.51, 0.53, 0.56]}
+    compared = compare({row: dict(enumerate(values)) for row, values in rows.items()})
+    assert compared["b"].p < SIGNIFICANT < compared["b"].p_holm
+    assert compared["b"].verdict == "inside the noise"
 
 
 def test_equal_differences_have_no_division_by_zero() -> None:

@@ -16,6 +16,7 @@ import task2
 from common import attribution_checks, checkpoint
 from common.compute import Compute
 from common.config import run_script
+from common.explained import TARGETS, choose_tiles, one_of_each_class
 
 PHANTOM = ["--dataset", "phantom", "--size", "28", "--train_tiles", "900"]
 
@@ -38,8 +39,7 @@ def explain(folder: Path, phantom_root: Path, *more: str) -> None:
 def explained(trained: Path, phantom_root: Path) -> Path:
     """The same folder after task2.py, with fewer tiles for the checks that make many maps a tile."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("RANDOMISED", "SENSITIVE", "INFIDELITY_TILES"):
-            patch.setattr(attribution_checks, name, 4)
+        patch.setattr(attribution_checks, "COSTLY", dict.fromkeys(attribution_checks.COSTLY, 4))
         explain(trained, phantom_root, "--checked_tiles", "64")
     return trained
 
@@ -49,27 +49,23 @@ def record(folder: Path) -> Any:
 
 
 def test_the_full_test_split_gives_the_coursework_s_ten_tiles() -> None:
-    chosen = task2.choose_tiles(7180, 10, 0)
+    chosen = choose_tiles(7180, 10, 0)
     assert chosen == [6099, 5839, 4568, 3666, 1935, 294, 118, 2208, 1258, 539]
 
 
 def test_a_small_split_is_shown_whole() -> None:
-    assert sorted(task2.choose_tiles(4, 10, 0)) == [0, 1, 2, 3]
+    assert sorted(choose_tiles(4, 10, 0)) == [0, 1, 2, 3]
 
 
 def test_each_class_gets_a_right_and_a_wrong_tile() -> None:
     labels = np.repeat(np.arange(9), 4)
     predicted = np.where(np.arange(36) % 2, labels, (labels + 1) % 9)
     predicted[:4] = 0  # class 0 is never wrong
-    right, wrong = task2.one_of_each_class(labels, predicted, 0)
-    assert wrong[0] is None
-    assert [labels[index] for index in right if index is not None] == list(range(9))
-    for index in right:
-        assert index is not None
-        assert predicted[index] == labels[index]
-    for label, index in enumerate(wrong[1:], start=1):
-        assert index is not None
-        assert labels[index] == label != predicted[index]
+    right, wrong = (one_of_each_class(labels, some, 0) for some in (labels == predicted, labels != predicted))
+    assert labels[right].tolist() == predicted[right].tolist() == list(range(9))
+    assert labels[wrong].tolist() == list(range(1, 9))
+    assert (labels[wrong] != predicted[wrong]).all()
+    assert one_of_each_class(labels, labels == predicted, 1) != right  # the choice is random
 
 
 @pytest.mark.slow
@@ -138,7 +134,7 @@ def test_the_class_explained_is_the_predicted_one_or_the_label(
     class Stopped(Exception):
         pass
 
-    for target in task2.TARGETS:
+    for target in TARGETS:
 
         def spy(model: Any, fresh: Any, inputs: Any, targets: torch.Tensor, seed: int, name: str = target) -> None:
             asked[name] = targets.tolist()
@@ -148,7 +144,7 @@ def test_the_class_explained_is_the_predicted_one_or_the_label(
         with pytest.raises(Stopped):
             explain(trained, phantom_root, "--target", target, "--checked_tiles", "180")
     scores = np.load(trained / "runs" / "first" / "scores.npz")
-    chosen = task2.choose_tiles(180, 180, 0)
+    chosen = choose_tiles(180, 180, 0)
     assert asked["predicted"] == scores["best_logits"].argmax(1)[chosen].tolist()
     assert asked["label"] == scores["targets"][chosen].tolist()
     assert asked["label"] != asked["predicted"]
@@ -169,11 +165,11 @@ def test_the_newest_finished_task_1_run_is_explained(tmp_path: Path) -> None:
     ):
         folder = tmp_path / "runs" / run_id
         folder.mkdir(parents=True)
-        (folder / "config.json").write_text(json.dumps({"task": task, "started": started}))
+        (folder / "config.json").write_text(json.dumps({"task": task, "run_id": run_id, "started": started}))
         if finished:
             (folder / "summary.json").write_text("{}")
-    assert task2.find_run(task2.Task2Config(output_dir=tmp_path)).name == "new"
-    assert task2.find_run(task2.Task2Config(output_dir=tmp_path, run_id="old")).name == "old"
+    assert task2.find_run(tmp_path, None)["run_id"] == "new"
+    assert task2.find_run(tmp_path, "old")["run_id"] == "old"
 
 
 def spoil(path: Path, **changes: Any) -> None:
@@ -185,7 +181,7 @@ def spoil(path: Path, **changes: Any) -> None:
     [
         ("empty", 2, "no finished Task 1 run in .*: run python task1.py first"),
         ("unknown", 2, "--run_id nothing: no such run in .*; python task1.py makes one"),
-        ("unfinished", 2, "--run_id first: not finished; task1.py with this --run_id goes on"),
+        ("unfinished", 2, "--run_id first: not finished; task1.py with this --run_id continues it"),
         ("task", 2, "--run_id first: a run of task3, not of task1"),
         ("architecture", 2, "best.pt: mobilenet_v3_large with 9 classes; Task 2 explains a resnet18 with 9"),
         ("classes", 2, "best.pt: resnet18 with 2 classes; Task 2 explains a resnet18 with 9"),
@@ -225,10 +221,9 @@ def test_a_run_that_cannot_be_explained_is_refused_in_one_line(
             best.unlink()
         case "torn":
             best.write_bytes(best.read_bytes()[:1000])
+    named = {"empty": (), "unknown": ("--run_id", "nothing")}.get(case, ("--run_id", "first"))
     with pytest.raises(SystemExit) as ended:
-        explain(
-            folder, phantom_root, "--run_id", "nothing" if case == "unknown" else "first"
-        ) if case != "empty" else (explain(folder, phantom_root))
+        explain(folder, phantom_root, *named)
     assert ended.value.code == status
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1
