@@ -117,14 +117,10 @@ def facts(study: Study) -> dict[str, Any]:
     ablation = {row: Group(records) for row, records in study.ablation().items()} if "task4" in chosen else {}
     compared = {kind: Group(records) for kind, records in study.compared().items()} if "task5" in chosen else {}
     by_kind = {kind: group.by_seed("best", "acc") for kind, group in compared.items()}
-    groups = {
-        **{task: [group] for task, group in tasks.items()},
-        "Task 4": ablation.values(),
-        "Task 5": compared.values(),
-    }
-    sources = {
-        task: [record.facts for group in members for record in group.records] for task, members in groups.items()
-    }
+    sources = {task: [record.facts for record in group.records] for task, group in tasks.items()}
+    for task, groups in (("Task 4", ablation), ("Task 5", compared)):
+        sources[task] = [record.facts for group in groups.values() for record in group.records]
+    sources["Task 2"] = [attribution] if attribution else []
     return {
         "study": study,
         "tasks": tasks,
@@ -138,7 +134,7 @@ def facts(study: Study) -> dict[str, Any]:
         "compared": compared,
         "comparison": study.comparison() if compared else None,
         "tuning": compare(by_kind)["fine-tuned"] if compared else None,
-        "sources": {**sources, "Task 2": [attribution] if attribution else []},
+        "sources": sources,
         "references": REFERENCES,
         "official": OFFICIAL_COUNTS,
         "interval": interval,
