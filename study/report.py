@@ -4,18 +4,25 @@
     python -m study.report --check              # exit status 1, naming the first difference, if it is out of date
     python -m study.report --output_dir FOLDER  # the same for the study in FOLDER
 
-report.toml names the runs that each section shows. `python -m study` makes all that is missing first.
+report.toml names the runs that each section shows. study/report.md.j2 is the page; a file findings.md.j2 beside
+report.toml, if there is one, is shown after the summary. `python -m study` makes all that is missing first.
 """
 
-from collections.abc import Callable
+import re
+import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from jinja2 import FileSystemLoader, StrictUndefined, TemplateError
+from jinja2.sandbox import SandboxedEnvironment
 
 from common.config import Keys, key, run_script
-from common.errors import Fault
+from common.errors import Fault, first_line
 from common.files import atomic_path
-from study import report_sections as sections
-from study.report_selection import SECTIONS, Study
+from study.report_facts import facts
+from study.report_selection import Study
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,21 +33,21 @@ class ReportConfig(Keys):
     check: bool = key(False, "write nothing: exit with 1 if report.md is not what the records give")
 
 
-def build(study: Study) -> str:
-    """The page. Raises UsageError or Fault naming the first thing that is missing."""
-    writers: dict[str, Callable[[Study], list[str]]] = {
-        "task1": sections.task1,
-        "task2": sections.task2,
-        "task3": sections.task3,
-        "task4": sections.task4,
-        "task5": sections.task5,
-    }
-    lines = sections.opening(study)
-    for name in SECTIONS:
-        if name in study.selection:
-            lines += ["", *writers[name](study)]
-    lines += ["", *sections.beyond(study), "", *sections.closing(study)]
-    return "\n".join(lines) + "\n"
+def build(study: Study, content: Mapping[str, Any]) -> str:
+    """The page; `content` holds the facts. Raises Fault where a figure is missing, or a template has an error."""
+    environment = SandboxedEnvironment(
+        loader=FileSystemLoader([Path(__file__).parent, study.folder]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    try:
+        page = environment.get_template("report.md.j2").render(content)
+    except (TemplateError, LookupError, TypeError, ValueError) as error:
+        places = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.endswith(".j2")]
+        where = f"{places[-1].filename}, line {places[-1].lineno}" if places else "report.md.j2"
+        raise Fault(f"{where}: {first_line(error)}") from error
+    return re.sub(r"\n{3,}", "\n\n", page).strip() + "\n"
 
 
 def first_difference(page: str, made: str) -> str | None:
@@ -57,12 +64,13 @@ def first_difference(page: str, made: str) -> str | None:
 def main(config: ReportConfig) -> None:
     """report.toml and the records → report.md, or a check of it."""
     study = Study(config.output_dir)
+    content = facts(study)
     path = config.output_dir / "report.md"
     if not config.check:
         from study import report_figures  # matplotlib
 
-        report_figures.draw(study)
-    page = build(study)
+        report_figures.draw(study.folder, content)
+    page = build(study, content)
     if config.check:
         if not path.exists():
             raise Fault(f"{path}: missing; python -m study.report makes it")

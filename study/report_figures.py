@@ -1,7 +1,8 @@
 """The report's own figures: a run's learning rate, augmentations, validation against test, calibration."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,82 +14,88 @@ from common import phantom
 from common.augment import build_augmentation
 from common.figures import BLUE, STYLE, VERMILLION, curve, save
 from common.metrics import softmax
-from common.records import Record
-from study.report_selection import Study
+from study.report_facts import Group
 
-SHOWN = ("none", "ta_wide", "auto", "dihedral", "stain")
+SHOWN = {
+    "none": "original",
+    "ta_wide": "TrivialAugment",
+    "auto": "AutoAugment",
+    "dihedral": "flips and turns",
+    "stain": "stain",
+}
 TILES, SIZE = 9, 64
 TASK_COLOURS = {"Task 1": BLUE, "Task 3": VERMILLION, "Task 5": "#009E73"}  # Okabe and Ito's
 TASK_MARKERS = {"Task 1": "o", "Task 3": "s", "Task 5": "D"}
 CALIBRATION_BINS = 10
 
 
-def draw(study: Study) -> None:
-    """Draw what the sections of the study show beside the runs' own figures, into fig/report/."""
-    folder, everything = study.folder / "fig" / "report", study.trained()
-    first = next(iter(everything.values()))[0]
-    title = str(first.summary["dataset"])
-    gap(folder / "gap.png", everything, study.ablation(), title)
-    scores = {task: _scores(study, records) for task, records in everything.items()}
-    calibration(folder / "calibration.png", scores, title)
-    if "task4" in study.selection:
-        augmentations(folder / "augmentations.png")
-        run = study.runs("task3")[0]
+def draw(folder: Path, content: Mapping[str, Any]) -> None:
+    """Draw the figures that the page shows beside the runs' figures, into fig/report/ of the study's folder.
+
+    `content` holds the facts of study/report_facts.py.
+    """
+    to, tasks, ablation = folder / "fig" / "report", content["tasks"], content["ablation"]
+    title = str(next(iter(tasks.values())).first.summary["dataset"])
+    gap(to / "gap.png", tasks, ablation, title)
+    scores = {task: _scores(folder / "runs", group) for task, group in tasks.items()}
+    calibration(to / "calibration.png", scores, title)
+    if ablation:
+        augmentations(to / "augmentations.png")
+        run = next(iter(ablation.values())).first
         curve(
-            folder / "learning_rate.png",
+            to / "learning_rate.png",
             [row["lr"] for row in run.history],
             ylabel="Learning rate at the epoch's end",
-            title=f"{run.run_id} · {title}",
+            title=f"{run.run_id} · {run.summary['dataset']}",
         )
 
 
 def augmentations(path: Path) -> None:
-    """Draw a row an augmentation over the same generated tiles, one of each class; nothing needs to be on disk."""
+    """Draw one row per augmentation of the same generated tiles, one of each class; no data file is needed."""
     tiles, _ = next(iter(phantom.generate("train", TILES, SIZE)))
     images = torch.from_numpy(tiles).permute(0, 3, 1, 2)
     with style.context(["default", STYLE, {"axes.grid": False}]):
         figure = Figure(figsize=(8, 0.95 * len(SHOWN) + 0.5))
         grid = figure.subplots(len(SHOWN), TILES, squeeze=False)
-        for line, name in zip(grid, SHOWN, strict=True):
+        for line, (name, title) in zip(grid, SHOWN.items(), strict=True):
             changed = build_augmentation(name)(images, torch.Generator().manual_seed(0))
             for axes, tile in zip(line, changed, strict=True):
                 axes.imshow(tile.permute(1, 2, 0).numpy(), interpolation="nearest")
-                axes.set_xticks([])
-                axes.set_yticks([])
+                axes.set(xticks=[], yticks=[])
                 axes.spines[:].set_visible(False)
-            line[0].set_ylabel(name, rotation=0, ha="right", va="center")
+            line[0].set_ylabel(title, rotation=0, ha="right", va="center")
         figure.suptitle(f"phantom tiles (generated, {SIZE} px), and one draw of each augmentation", fontsize=9)
         save(figure, path)
 
 
-def gap(
-    path: Path,
-    everything: Mapping[str, Sequence[Record]],
-    ablation: Mapping[str, Sequence[Record]],
-    title: str,
-) -> None:
-    """Draw a dot a run, validation against test ACC, and the line on which they would be equal."""
+def gap(path: Path, tasks: Mapping[str, Group], ablation: Mapping[str, Group], title: str) -> None:
+    """Draw validation against test ACC, one dot per run, and the line on which they are equal."""
+
+    def accuracies(group: Group) -> tuple[list[float], list[float]]:
+        validation, test = group.by_seed("validate", "validate/acc"), group.by_seed("best", "acc")
+        return list(validation.values()), list(test.values())
+
     with style.context(["default", STYLE]):
         figure = Figure(figsize=(6.4, 5))
         axes = figure.add_subplot()
-        others = [record for records in ablation.values() for record in records]
-        if others:
-            axes.plot(*_accuracies(others), "o", color="#999999", markersize=4, label="Task 4, every row")
-        for task, records in everything.items():
-            validation, test = _accuracies(records)
-            axes.plot(validation, test, TASK_MARKERS[task], color=TASK_COLOURS[task], label=task)
+        for place, group in enumerate(ablation.values()):
+            label = None if place else "Task 4, every row"
+            axes.plot(*accuracies(group), "o", color="#999999", markersize=4, label=label)
+        for task, group in tasks.items():
+            axes.plot(*accuracies(group), TASK_MARKERS[task], color=TASK_COLOURS[task], label=task)
         low, high = min(axes.get_xlim()[0], axes.get_ylim()[0]), max(axes.get_xlim()[1], axes.get_ylim()[1])
         axes.plot([low, high], [low, high], "--", color="#888888", linewidth=1, label="test = validation")
-        axes.set(xlabel="Validation ACC of the selected epoch", ylabel="Test ACC", title=f"A dot a run · {title}")
+        axes.set(xlabel="Validation ACC of the selected epoch", ylabel="Test ACC")
+        axes.set_title(f"One dot per run · {title}")
         axes.legend()
         save(figure, path)
 
 
 def calibration(path: Path, scores: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str) -> None:
-    """Draw accuracy against confidence on test tiles, a line a task, over its seeds' tiles together.
+    """Draw accuracy against confidence on test tiles, one line per task, over the tiles of all seeds together.
 
-    `scores` hold (N, C) probabilities and (N,) targets. A bin's dot stands at its mean confidence; its area grows
-    with the bin's share of the tiles.
+    `scores` hold (N, C) probabilities and (N,) targets. A dot stands at the mean confidence of its bin; its area
+    grows with the bin's share of the tiles.
     """
     with style.context(["default", STYLE]):
         figure = Figure(figsize=(6.4, 5))
@@ -98,14 +105,12 @@ def calibration(path: Path, scores: Mapping[str, tuple[np.ndarray, np.ndarray]],
             confidence = probabilities.max(axis=1)
             correct = probabilities.argmax(axis=1) == targets
             bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
-            counts = np.bincount(bins, minlength=CALIBRATION_BINS)
-            full = counts > 0
+            filled, counts = np.unique(bins, return_counts=True)
             sure, right = (
-                np.bincount(bins, weights=values, minlength=CALIBRATION_BINS)[full] / counts[full]
-                for values in (confidence, correct)
+                [values[bins == number].mean() for number in filled] for values in (confidence, correct)
             )
             axes.plot(sure, right, color=TASK_COLOURS[task], marker=TASK_MARKERS[task], label=task)
-            axes.scatter(sure, right, s=800 * counts[full] / counts.sum(), color=TASK_COLOURS[task], alpha=0.25)
+            axes.scatter(sure, right, s=800 * counts / counts.sum(), color=TASK_COLOURS[task], alpha=0.25)
         axes.xaxis.set_major_formatter(PercentFormatter(1))
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.set(xlabel="Probability of the predicted class", ylabel="Share of these that are right")
@@ -114,15 +119,10 @@ def calibration(path: Path, scores: Mapping[str, tuple[np.ndarray, np.ndarray]],
         save(figure, path)
 
 
-def _accuracies(records: Sequence[Record]) -> tuple[list[float], list[float]]:
-    validation = [record.summary["validate"]["validate/acc"] for record in records]
-    return validation, [record.summary["test/acc"] for record in records]
-
-
-def _scores(study: Study, records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
-    """Every seed's test probabilities and targets, one after the other."""
+def _scores(runs: Path, group: Group) -> tuple[np.ndarray, np.ndarray]:
+    """The test probabilities and targets of all seeds, one after the other."""
     parts = []
-    for record in records:
-        with np.load(study.folder / "runs" / record.run_id / "scores.npz", allow_pickle=False) as file:
+    for record in group.records:
+        with np.load(runs / record.run_id / "scores.npz", allow_pickle=False) as file:
             parts.append((softmax(file["best_logits"]), file["targets"]))
     return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])

@@ -2,7 +2,7 @@
 
 import csv
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ SECTIONS = ("task1", "task2", "task3", "task4", "task5")
 
 
 class Study:
-    """A study's folder: reads what the selection names, and remembers which files the page links to."""
+    """A study's folder: reads the records that report.toml names, and remembers which figures the page shows."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -30,48 +30,39 @@ class Study:
                 raise UsageError(f"{path}: unknown section {name}; known are {', '.join(SECTIONS)}")
 
     def named(self, section: str, name: str, kind: type) -> Any:
-        """What report.toml says in a section; UsageError where it is missing or of another type."""
+        """The value of a key of report.toml; UsageError where it is missing or of another type."""
         value = self.selection.get(section, {}).get(name)
         if not isinstance(value, kind) or not value:
-            raise UsageError(f"{self.folder / 'report.toml'}: [{section}] needs {name} = {_example(name, kind)}")
+            example = '["RUN_ID", …]' if kind is list else f'"{name.upper()}"'
+            raise UsageError(f"{self.folder / 'report.toml'}: [{section}] needs {name} = {example}")
         return value
 
-    def run(self, run_id: str) -> Record:
-        """A finished run; UsageError where there is none."""
-        if not is_finished(self.folder, run_id):
-            runs = self.folder / "runs"
-            raise UsageError(f"report.toml names run {run_id}, which is not finished in {runs}: make report")
-        return Record.read(self.folder, run_id)
-
-    def runs(self, section: str) -> list[Record]:
-        """The runs of a section, which must be of one data set."""
-        records = [self.run(run_id) for run_id in self.named(section, "runs", list)]
+    def runs(self, section: str, run_ids: Sequence[str]) -> list[Record]:
+        """The records of finished runs; UsageError where one is missing, or where their data sets differ."""
+        for run_id in run_ids:
+            if not is_finished(self.folder, run_id):
+                runs = self.folder / "runs"
+                raise UsageError(f"report.toml names run {run_id}, which is not finished in {runs}: make report")
+        records = [Record.read(self.folder, run_id) for run_id in run_ids]
         if len({record.summary["data_fingerprint"] for record in records}) > 1:
             raise UsageError(f"report.toml: the runs of [{section}] come from different data sets")
         return records
 
-    def image(self, path: str, alt: str) -> str:
-        """Markdown of a figure; Fault where its file is missing."""
-        if not (self.folder / path).is_file():
-            raise Fault(f"{self.folder / path}: the report shows this figure, and it is missing: make report")
-        self.linked.append(path)
-        return f"![{alt}]({path})"
-
     def trained(self) -> dict[str, list[Record]]:
         """The runs of every section that trains, by the task's name."""
         everything = {
-            title: self.runs(section)
+            title: self.runs(section, self.named(section, "runs", list))
             for title, section in (("Task 1", "task1"), ("Task 3", "task3"))
             if section in self.selection
         }
         if "task5" in self.selection:
-            everything["Task 5"] = [self.run(run["run_id"]) for run in self.comparison()["runs"]["fine-tuned"]]
+            everything["Task 5"] = self.compared()["fine-tuned"]
         if not everything:
             raise UsageError("report.toml: needs at least one of [task1], [task3] and [task5]")
         return everything
 
     def attribution(self) -> Mapping[str, Any]:
-        """What Task 2 found out about its run; UsageError where it has not."""
+        """The record of Task 2; UsageError where it is missing."""
         run_id = self.named("task2", "run", str)
         path = self.folder / "runs" / run_id / "attribution.json"
         if not path.exists():
@@ -82,6 +73,18 @@ class Study:
         content: Mapping[str, Any] = read_json(path)
         return content
 
+    def ablation(self) -> dict[str, list[Record]]:
+        """The ablation's runs by row, in its order; UsageError where its table is missing."""
+        lines = self._sweep_table("ablation", "runs.csv", "ablation.yaml")
+        rows: dict[str, list[Record]] = {}
+        for line, record in zip(lines, self.runs("task4", [line["run_id"] for line in lines]), strict=True):
+            rows.setdefault(line["ablation"], []).append(record)
+        return rows
+
+    def search(self) -> list[dict[str, str]]:
+        """The search's trials, the best one first; UsageError where the table is missing."""
+        return self._sweep_table("search", "table.csv", "sweep.yaml")
+
     def comparison(self) -> Mapping[str, Any]:
         """Task 5's comparison; UsageError where it is missing."""
         name = self.named("task5", "comparison", str)
@@ -91,32 +94,25 @@ class Study:
         content: Mapping[str, Any] = read_json(path)
         return content
 
-    def sweep_table(self, name: str) -> list[dict[str, str]]:
-        """The lines of one of the ablation's CSV files; UsageError where it is missing."""
-        path = self.folder / "sweeps" / self.named("task4", "ablation", str) / name
+    def compared(self) -> dict[str, list[Record]]:
+        """The runs of Task 5's comparison: `from scratch` and `fine-tuned`."""
+        kinds = self.comparison()["runs"]
+        return {kind: self.runs("task5", [run["run_id"] for run in runs]) for kind, runs in kinds.items()}
+
+    def has(self, path: str) -> bool:
+        """Whether the study has this file."""
+        return (self.folder / path).is_file()
+
+    def image(self, path: str, alt: str) -> str:
+        """Markdown of a figure; Fault where its file is missing."""
+        if not self.has(path):
+            raise Fault(f"{self.folder / path}: the report shows this figure, and it is missing: make report")
+        self.linked.append(path)
+        return f"![{alt}]({path})"
+
+    def _sweep_table(self, key: str, file: str, sweep: str) -> list[dict[str, str]]:
+        path = self.folder / "sweeps" / self.named("task4", key, str) / file
         if not path.exists():
-            raise UsageError(f"{path}: missing; python -m study.sweep ablation.yaml makes it")
-        with open(path, newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
-
-    def ablation(self) -> dict[str, list[Record]]:
-        """The ablation's runs by row, in its order; empty where the page shows none."""
-        rows: dict[str, list[Record]] = {}
-        for line in self.sweep_table("runs.csv") if "task4" in self.selection else []:
-            rows.setdefault(line["ablation"], []).append(self.run(line["run_id"]))
-        return rows
-
-
-def link(record: Record) -> str:
-    """Markdown: where the run's records are, and its W&B page if it was online."""
-    url = record.summary.get("wandb")
-    return f"[{record.run_id}](runs/{record.run_id}/)" + (f" ([W&B]({url}))" if url else "")
-
-
-def figure(record: Record, name: str) -> str:
-    """The path of one of the run's figures, from the study's folder."""
-    return f"fig/{record.facts['task']}/{record.summary['figures'][name]}"
-
-
-def _example(name: str, kind: type) -> str:
-    return '["RUN_ID", …]' if kind is list else f'"{name.upper()}"'
+            raise UsageError(f"{path}: missing; python -m study.sweep {sweep} makes it")
+        with open(path, newline="", encoding="utf-8") as table:
+            return list(csv.DictReader(table))

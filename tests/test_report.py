@@ -1,9 +1,11 @@
 """report.md from real records of small phantom runs: complete, traceable, and checked against them."""
 
+import itertools
 import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,13 +16,15 @@ import task1
 import train
 from common.config import run_script
 from study import report, sweep
+from study.report_facts import REFERENCES, facts
+from study.report_selection import Study
 
 PHANTOM = ["--dataset=phantom", "--size=28", "--train_tiles=90", "--wandb=disabled"]
 
 
 @pytest.fixture(scope="module")
 def finished(phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A study of six small runs, four of them an ablation with its table."""
+    """A study of six small runs, four of them an ablation with its table, with all figures but without a page."""
     folder = tmp_path_factory.mktemp("study")
     where = [f"--data_root={phantom_root}", f"--output_dir={folder}"]
     fixed = [f"--data_root={phantom_root}", *PHANTOM, "--n_epochs=2", "--batch_size=45"]
@@ -40,17 +44,24 @@ def finished(phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         '[task3]\nruns = ["small-combined-0", "small-combined-1"]\n'
         '[task4]\nablation = "small"\n'
     )
+    make(folder)
+    (folder / "report.md").unlink()
     return folder
 
 
 @pytest.fixture
 def study(finished: Path, tmp_path: Path) -> Path:
-    folder: Path = shutil.copytree(finished, tmp_path / "study")
+    folder: Path = shutil.copytree(finished, tmp_path / "study", ignore=shutil.ignore_patterns("checkpoints"))
     return folder
 
 
 def make(folder: Path, *more: str) -> None:
     run_script(report.main, report.ReportConfig, [f"--output_dir={folder}", *more])
+
+
+def built(folder: Path) -> str:
+    study = Study(folder)
+    return report.build(study, facts(study))
 
 
 def fails(folder: Path, status: int, message: str, capsys: pytest.CaptureFixture[str], *more: str) -> None:
@@ -81,16 +92,91 @@ def test_the_page_shows_every_run_with_its_scores_and_every_link_leads_somewhere
     assert "not tissue" in page
 
 
-def test_a_phantom_number_never_stands_in_a_table_with_the_full_data_s(study: Path) -> None:
-    make(study)
-    page = (study / "report.md").read_text()
-    tables = [block for block in page.split("\n\n") if block.startswith("|")]
-    published = [table for table in tables if "coursework" in table]
-    assert len(published) == 1
-    summaries = [json.loads(path.read_text()) for path in study.glob("runs/*/summary.json")]
-    assert not any(f"{summary['test/acc']:.4f}" in published[0] for summary in summaries)
-    before = page[: page.index(published[0])]
-    assert "Not comparable with the above, the full PathMNIST" in before.splitlines()[-2]
+def test_a_page_of_generated_tiles_shows_no_published_score(study: Path) -> None:
+    page = built(study)
+    assert "so they are not shown here" in page
+    for published in itertools.chain(*REFERENCES.values()):
+        assert f"| {published.source}: {published.network} |" not in page
+
+
+def test_the_page_shows_only_the_selected_sections(study: Path) -> None:
+    (study / "report.toml").write_text('[task3]\nruns = ["small-combined-1"]\n')
+    page = built(study)
+    sections = re.findall(r"^## (.+)", page, flags=re.MULTILINE)
+    assert [section.split(":")[0] for section in sections] == [
+        "Summary",
+        "Task 3",
+        "Beyond the scores",
+        "Provenance and reproduction",
+    ]
+    assert "Task 1 |" not in page
+
+
+def test_balanced_acc_is_the_record_s_or_the_mean_of_the_recalls(study: Path) -> None:
+    expected = []
+    for run_id in ("first-0", "first-1"):
+        path = study / "runs" / run_id / "summary.json"
+        summary = json.loads(path.read_text())
+        summary["best"].pop("balanced_acc", None)
+        if run_id == "first-1":
+            summary["best"]["balanced_acc"] = {"value": 0.4321, "low": 0.3, "high": 0.5}
+        path.write_text(json.dumps(summary))
+        rows = summary["best"]["confusion_matrix"]
+        recalls = [row[label] / sum(row) for label, row in enumerate(rows) if sum(row)]
+        expected.append(f" {sum(recalls) / len(recalls):.4f} ")
+    expected[1] = " 0.4321 [0.3000, 0.5000] "
+    page = built(study)
+    for run_id, balanced in zip(("first-0", "first-1"), expected, strict=True):
+        line = next(line for line in page.splitlines() if line.startswith(f"| [{run_id}]"))
+        assert line.split("|")[7] == balanced
+
+
+@pytest.mark.parametrize(
+    ("scores", "verdict"),
+    [
+        ((0.6, 0.6), "better"),
+        ((0.4, 0.4), "worse"),
+        ((0.6, 0.4), "cannot be decided with 2 seeds"),
+        ((0.5, 0.5), "the same"),
+    ],
+)
+def test_the_verdict_on_a_technique_follows_from_its_scores(
+    scores: tuple[float, float], verdict: str, study: Path
+) -> None:
+    for row, accuracies in (("combined", (0.5, 0.5)), ("with_ema", scores)):
+        for seed, accuracy in enumerate(accuracies):
+            path = study / "runs" / f"small-{row}-{seed}" / "summary.json"
+            summary = json.loads(path.read_text())
+            summary["best"]["acc"]["value"] = summary["test/acc"] = accuracy
+            path.write_text(json.dumps(summary))
+    page = built(study)
+    line = next(line for line in page.splitlines() if line.startswith("| with averaged weights (EMA) | 2 |"))
+    assert line.endswith(f"| {verdict} |")
+    summary_line = next(line for line in page.splitlines() if line.startswith("- Task 4: "))
+    named = re.search(r"better than the reference: (.*)\. Worse: (.*)\. Not", summary_line)
+    assert named
+    assert ("with averaged weights" in named[1]) == (verdict == "better")
+    assert ("with averaged weights" in named[2]) == (verdict == "worse")
+
+
+def test_the_study_s_findings_stand_after_the_summary_with_the_same_facts(study: Path) -> None:
+    (study / "findings.md.j2").write_text(
+        "## Findings\n\nTask 1 has {{ seeds(tasks['Task 1'].records | length) }}: "
+        "{{ shown(tasks['Task 1'].score('best', 'acc')) }}.\n"
+    )
+    page = built(study)
+    values = [json.loads(path.read_text())["test/acc"] for path in study.glob("runs/first-*/summary.json")]
+    findings = page[page.index("## Findings") : page.index("## Task 1")]
+    assert page.index("## Summary") < page.index("## Findings")
+    assert f"Task 1 has 2 seeds: {sum(values) / 2:.4f} [" in findings
+
+
+@pytest.mark.parametrize("text", ["fine\n{{ unknown }}\n", "fine\n{% if %}\n", "fine\n{{ 1 + 'a' }}\n"])
+def test_an_error_in_the_findings_is_one_line_that_names_the_place(
+    text: str, study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (study / "findings.md.j2").write_text(text)
+    fails(study, 1, r"findings\.md\.j2, line 2: ", capsys, "--check")
 
 
 def test_the_check_names_the_first_difference(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,6 +207,7 @@ def test_the_same_records_give_the_same_page(study: Path) -> None:
         ("", r"needs at least one of \[task1\]"),
         ("[task1]\n", r"\[task1\] needs runs = \[\"RUN_ID\""),
         ('[task1]\nruns = ["gone"]\n', "names run gone, which is not finished"),
+        ('[task1]\nruns = ["first-0", "first-0"]\n', "of the runs first-0, first-0, two have the same seed"),
         ('[task1]\nruns = ["first-0"]\n[task2]\nrun = "first-0"\n', "which is not explained yet"),
         (
             '[task3]\nruns = ["small-combined-0"]\n[task4]\nablation = "gone"\n',
@@ -143,7 +230,8 @@ def test_a_selection_that_cannot_be_shown_is_refused_in_one_line(
 
 
 def test_a_missing_figure_and_a_missing_page_are_faults(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fails(study, 1, "fig.*: the report shows this figure, and it is missing", capsys, "--check")
+    (study / "fig" / "report" / "gap.png").unlink()
+    fails(study, 1, "fig/report/gap.png: the report shows this figure, and it is missing", capsys, "--check")
     make(study)
     next((study / "fig" / "task3").glob("small-combined-0-*")).unlink()
     fails(study, 1, "fig/task3/small-combined-0-.*: the report shows this figure", capsys, "--check")
@@ -158,6 +246,9 @@ def test_runs_of_different_data_are_not_mixed(study: Path, capsys: pytest.Captur
 def test_the_repository_s_own_report_is_what_its_records_give(capsys: pytest.CaptureFixture[str]) -> None:
     make(ROOT, "--check")
     assert "report.md is what the records give" in capsys.readouterr().out
+    page = (ROOT / "report.md").read_text()
+    assert len(page.splitlines()) <= 400
+    assert "| coursework, one seed: ResNet-18 from scratch | 64 px |" in page
 
 
 def test_the_repository_holds_the_figures_that_its_report_shows_and_stays_small() -> None:
@@ -170,3 +261,14 @@ def test_the_repository_holds_the_figures_that_its_report_shows_and_stays_small(
     assert {path for path in listed if path.startswith("fig/")} == shown
     assert sum((ROOT / path).stat().st_size for path in listed) < 20e6
     assert not [path for path in listed if path.endswith((".pt", ".npy"))]
+
+
+def test_an_installed_package_has_the_templates(tmp_path: Path) -> None:
+    for path in ("pyproject.toml", "README.md", "LICENSE", "common", "study"):
+        copy = shutil.copytree if (ROOT / path).is_dir() else shutil.copy
+        copy(ROOT / path, tmp_path / path)
+    setup = [sys.executable, "-c", "import setuptools; setuptools.setup(py_modules=[])"]
+    subprocess.run([*setup, "build_py", "--build-lib=built"], cwd=tmp_path, check=True, capture_output=True)
+    templates = {path.name for path in (ROOT / "study").glob("*.j2")}
+    assert {path.name for path in (tmp_path / "built" / "study").glob("*.j2")} == templates
+    assert "report.md.j2" in templates
