@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.scaling import predicted
-from study.trials import markdown_line
+from common.markdown import markdown_line
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"

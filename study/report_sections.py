@@ -8,10 +8,10 @@ from statistics import fmean, median
 
 from common.data import OFFICIAL_COUNTS
 from common.errors import UsageError
+from common.markdown import markdown_line
 from common.records import Record
 from common.statistics import interval, spread
 from study.report_selection import Study, figure, link
-from study.trials import markdown_line
 
 # What others report, each on the full PathMNIST: 89,996 training tiles, official test split, n = 7,180.
 COURSEWORK = {  # the coursework's own report, 64 px, one seed each
