@@ -22,7 +22,7 @@ import yaml
 
 from common.config import Workspace, key, run_script
 from common.errors import Fault, UsageError
-from common.files import atomic_path
+from common.files import write_text
 from common.records import run_folder
 from study import report
 from study.sweep import grid
@@ -133,8 +133,7 @@ def main(config: StudyConfig) -> None:
             raise Fault(f"{step.title} ended with exit status {status}; the same command continues the study")
     selection = config.output_dir / "report.toml"
     if not selection.exists():
-        with atomic_path(selection) as temporary:
-            temporary.write_text(toml(config), encoding="utf-8")
+        write_text(selection, toml(config))
     print()
     report.main(report.ReportConfig(output_dir=config.output_dir))
     print(f"the study is finished: open {(config.output_dir / 'report.md').resolve()}")
@@ -176,16 +175,13 @@ def ablation_file(config: StudyConfig) -> Path:
     """ablation.yaml; where the study has other rows or seeds, a changed copy in the study's folder."""
     original = Path("ablation.yaml")
     content: dict[str, Any] = yaml.safe_load(original.read_text(encoding="utf-8"))
-    wanted: dict[str, list[Any]] = {"seed": list(config.seeds)}
+    parameters = {**content["parameters"], "seed": {"values": list(config.seeds)}}
     if config.plan.rows:
-        wanted["ablation"] = list(config.plan.rows)
-    if all(content["parameters"][name]["values"] == values for name, values in wanted.items()):
+        parameters["ablation"] = {"values": list(config.plan.rows)}
+    if parameters == content["parameters"]:
         return original
-    for name, values in wanted.items():
-        content["parameters"][name] = {"values": values}
     path = config.output_dir / "ablation.yaml"
-    with atomic_path(path) as temporary:
-        temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    write_text(path, yaml.safe_dump({**content, "parameters": parameters}, sort_keys=False))
     return path
 
 

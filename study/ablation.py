@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from common.errors import UsageError
 from common.figures import BLUE, STYLE, VERMILLION, save, wrap
-from common.files import atomic_path, write_csv
+from common.files import write_csv, write_text
 from common.markdown import markdown_table
 from common.records import Record
 from common.statistics import SIGNIFICANT, Comparison, Spread, compare, interval, mean_sd, spread
@@ -44,8 +44,7 @@ def report(trials: Sequence[Trial], records: TrialRecords) -> None:
         missing = [trial.run_id for trial in trials if trial.run_id not in runs]
         if missing:
             text += ["", f"**Incomplete**: {len(missing)} runs are missing: {', '.join(missing)}."]
-        with atomic_path(folder / "table.md") as temporary:
-            temporary.write_text("\n".join(text) + "\n", encoding="utf-8")
+        write_text(folder / "table.md", "\n".join(text) + "\n")
         figure = records.output_dir / "fig" / "task4" / f"{name}.png"
         _draw(figure, rows, " / ".join(_titles(runs.values())))
         written += [folder / "table.csv", folder / "table.md", figure]

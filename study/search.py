@@ -16,11 +16,10 @@ from optuna.pruners import BasePruner, NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import RandomSampler, TPESampler
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.trial import FrozenTrial, TrialState
-from tqdm import tqdm
 
 from common.errors import Fault, UsageError
 from common.figures import BLUE, STYLE, save
-from common.files import atomic_path, claimed, write_csv
+from common.files import claimed, write_csv, write_text
 from common.markdown import markdown_table
 from common.records import read_json, run_folder
 from study.sweep_file import Range, Sweep
@@ -40,13 +39,10 @@ def search(records: TrialRecords, count: int, n_workers: int) -> None:
     """Run trials until `count` have ended, including those of other commands and of earlier starts."""
     optuna_study = _open_study(records)
     asked: dict[str, optuna.Trial] = {}
-    with (
-        tqdm(total=count, desc=records.sweep.name, unit=" trials", disable=None) as bar,
-        Workers(records) as workers,
-    ):
+    with Workers(records, count, " trials") as workers:
         while True:
             ended = optuna_study.get_trials(deepcopy=False, states=tuple(STATES))
-            bar.update(len(ended) - bar.n)
+            workers.show_progress(len(ended))
             if len(ended) >= count and not workers.running:
                 break
             while len(ended) < count and len(workers.running) < n_workers:
@@ -224,8 +220,7 @@ def rank(records: TrialRecords) -> None:
     lines = [_line(place, trial, records) for place, trial in enumerate(ended, start=1)]
     write_csv(folder / "table.csv", lines)
     data = _data(ended, records)
-    with atomic_path(folder / "table.md") as temporary:
-        temporary.write_text(_markdown(sweep, lines, data), encoding="utf-8")
+    write_text(folder / "table.md", _markdown(sweep, lines, data))
     written = [folder / "table.csv", folder / "table.md"]
     figures = records.output_dir / "fig" / "task4"
     finished = [trial for trial in ended if trial.state == TrialState.COMPLETE]
@@ -292,27 +287,23 @@ def draw_parallel_coordinates(path: Path, trials: Sequence[FrozenTrial], sweep: 
     """A line per trial through its parameters to the metric: coloured if it finished, else grey."""
     finished = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     scores = [trial.value or 0.0 for trial in finished]
-    low, high = min(scores), max(scores)
-    places = range(len(sweep.swept) + 1)
+    scales = {**sweep.swept, str(sweep.metric): Range("uniform", min(scores), max(scores))}
+    places = range(len(scales))
     with style.context(["default", STYLE, {"axes.grid": False}]):
         figure = Figure(figsize=(6.4, 4.2))
         axes = figure.add_subplot()
         for trial in trials:
             heights = [_height(trial.params[name], values) for name, values in sweep.swept.items()]
             if trial.state == TrialState.COMPLETE:
-                share = 0.5 if high == low else ((trial.value or 0.0) - low) / (high - low)
-                axes.plot(places, [*heights, share], color=colormaps["viridis"](share), linewidth=1.5, alpha=0.8)
+                heights.append(_height(trial.value, scales[str(sweep.metric)]))
+                axes.plot(places, heights, color=colormaps["viridis"](heights[-1]), linewidth=1.5, alpha=0.8)
             else:
                 axes.plot(places[:-1], heights, color="#BBBBBB", linewidth=0.8, zorder=1)
-        for place, values in enumerate(sweep.swept.values()):
+        for place, values in enumerate(scales.values()):
+            axes.axvline(place, color="#888888", linewidth=0.8, zorder=0)
             for value in (values.low, values.high) if isinstance(values, Range) else values:
                 axes.text(place, _height(value, values), _cell(value).replace(",", ",\n"), **LABEL)
-        for height, score in ((0.0, low), (1.0, high)) if high > low else ((0.5, low),):
-            axes.text(places[-1], height, f"{score:.3f}", **LABEL)
-        for place in places:
-            axes.axvline(place, color="#888888", linewidth=0.8, zorder=0)
-        names = [name.replace("_", "\n") for name in sweep.swept]
-        axes.set_xticks(places, [*names, str(sweep.metric)], fontsize=9)
+        axes.set_xticks(places, [name.replace("_", "\n") for name in scales], fontsize=9)
         axes.set_yticks([])
         axes.spines[["left", "bottom"]].set_visible(False)
         other = len(trials) - len(finished)
@@ -325,7 +316,8 @@ def _height(value: Any, values: tuple[Any, ...] | Range) -> float:
     if not isinstance(values, Range):
         return values.index(value) / max(len(values) - 1, 1)
     scale = math.log if values.distribution == "log_uniform_values" else float
-    return (scale(value) - scale(values.low)) / (scale(values.high) - scale(values.low))
+    low, high = scale(values.low), scale(values.high)
+    return 0.5 if low == high else (scale(value) - low) / (high - low)
 
 
 def draw_importance(path: Path, optuna_study: optuna.Study, sweep: Sweep, data: str) -> None:

@@ -20,8 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from common.compute import physical_cores
 from common.config import Keys, key, run_script
 from common.errors import Fault, UsageError
@@ -71,13 +69,10 @@ def run_grid(trials: Sequence[Trial], records: TrialRecords, n_workers: int) -> 
     """Run the unfinished trials; return when all trials, also those of other commands, have finished or failed."""
     left: list[Trial] = list(trials)
     failed: set[str] = set()
-    with (
-        tqdm(total=len(trials), desc=records.sweep.name, unit=" runs", disable=None) as bar,
-        Workers(records) as workers,
-    ):
+    with Workers(records, len(trials), " runs") as workers:
         while True:
             left = [trial for trial in left if trial.run_id not in failed and not records.is_finished(trial)]
-            bar.update(len(trials) - len(failed) - len(left) - bar.n)
+            workers.show_progress(len(trials) - len(failed) - len(left))
             if not left and not workers.running:
                 break
             # If other commands run all that is left, this one waits: it takes over the run of a killed command.

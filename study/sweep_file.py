@@ -1,6 +1,6 @@
 """Read a W&B sweep's YAML file; a file that cannot be run is refused with one line that names the reason."""
 
-import importlib.util
+import runpy
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -233,15 +233,12 @@ def _config_class(program: Path) -> type[Config]:
     """The configuration class that the program defines; a sweep may vary its keys."""
     if not program.is_file():
         raise UsageError(f"program {program}: no such file; start the sweep in the folder of the program")
-    name = f"swept_{program.stem}"
-    spec = importlib.util.spec_from_file_location(name, program)
-    if spec is None or spec.loader is None:
-        raise UsageError(f"program {program} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look up their module there
-    spec.loader.exec_module(module)
-    for item in vars(module).values():
-        if isinstance(item, type) and issubclass(item, Config) and item.__module__ == name:
+    try:
+        defined = runpy.run_path(str(program), run_name="swept_program")
+    except SyntaxError:
+        raise UsageError(f"program {program} is not a Python file") from None
+    for item in defined.values():
+        if isinstance(item, type) and issubclass(item, Config) and item.__module__ == "swept_program":
             return item
     raise UsageError(f"program {program} defines no configuration class")
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,7 @@ class Running:
         """Start the process. It inherits the lock, and keeps it even if this command is killed."""
         self.trial = trial
         self.lock = os.fdopen(os.dup(lock), "rb")  # the caller closes its own descriptor
+        self.stopped = False
         self._started = time.monotonic()
         self._kill_at = math.inf
         sweep = records.sweep
@@ -115,14 +117,10 @@ class Running:
         """Seconds since the start."""
         return time.monotonic() - self._started
 
-    @property
-    def stopped(self) -> bool:
-        """Whether `stop` was called."""
-        return self._kill_at < math.inf
-
     def stop(self) -> None:
         """Send SIGTERM, but only once: a second one would end the process before it has saved its state."""
         if not self.stopped:
+            self.stopped = True
             self._process.terminate()
             self._kill_at = time.monotonic() + PATIENCE
 
@@ -133,31 +131,31 @@ class Running:
         return self._process.poll()
 
 
-class Workers:
-    """The trials that this command runs at the same time; the end of the `with` block stops them.
+class Workers(ExitStack):
+    """The trials that this command runs at the same time, and a progress bar; leaving the `with` block stops them.
 
     Ctrl-C and SIGTERM end the block only in `wait`: so no process is started and then not stopped.
     """
 
-    def __init__(self, records: TrialRecords) -> None:
+    def __init__(self, records: TrialRecords, total: int, unit: str) -> None:
+        super().__init__()
         self.running: list[Running] = []
         self._records = records
-        self._interruption = Interruption()
+        self._bar = self.enter_context(tqdm(total=total, desc=records.sweep.name, unit=unit, disable=None))
+        self._interruption = self.enter_context(Interruption())
+        self.callback(self._stop_all)
 
-    def __enter__(self) -> "Workers":
-        """Catch signals from now on."""
-        self._interruption.__enter__()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Stop all trials at the same time, and wait until they have ended."""
+    def _stop_all(self) -> None:
         for running in self.running:
             running.stop()
         while any(running.status() is None for running in self.running):
             time.sleep(BLINK)
         for running in self.running:
             running.lock.close()
-        self._interruption.__exit__(None, None, None)
+
+    def show_progress(self, n_done: int) -> None:
+        """Set the progress bar."""
+        self._bar.update(n_done - self._bar.n)
 
     def start(self, trial: Trial, lock: int) -> None:
         """Start a trial whose lock the caller holds; the lock is kept until the caller of `wait` closes it."""

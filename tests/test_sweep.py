@@ -30,7 +30,7 @@ from common.compute import physical_cores
 from common.config import parse, run_script
 from common.errors import Fault, UsageError
 from common.files import claimed
-from study import ablation, search, sweep
+from study import ablation, sweep, trials
 from study.sweep_file import Range, read_sweep
 from study.trials import Trial, TrialRecords, Workers
 from train import ABLATIONS
@@ -369,8 +369,7 @@ def test_the_progress_bar_counts_the_finished_runs_of_all_workers(
     for content, last in zip(contents, ("6/6", "6/6", "2/4"), strict=True):
         shown = io.StringIO()
         drawn = partial(tqdm, file=shown)
-        for module in (sweep, search):
-            monkeypatch.setattr(module, "tqdm", lambda drawn=drawn, **keys: drawn(**{**keys, "disable": False}))
+        monkeypatch.setattr(trials, "tqdm", lambda drawn=drawn, **keys: drawn(**{**keys, "disable": False}))
         run(write(content), tmp_path / "out", workers=2, count=6)
         assert f"| {last} [" in shown.getvalue().split("\r")[-1]
 
@@ -451,7 +450,7 @@ def test_a_trial_gets_sigterm_once_and_stays_locked_until_its_lock_is_closed(wri
     records = TrialRecords(read_sweep(path), tmp_path)
     trial = sweep.grid(records.sweep)[0]
     lock_path = records.lock_path(trial.run_id)
-    with Workers(records) as workers:
+    with Workers(records, 1, " runs") as workers:
         with claimed(lock_path) as lock:
             assert lock is not None
             workers.start(trial, lock)
