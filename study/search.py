@@ -13,7 +13,7 @@ from matplotlib import colormaps, style
 from matplotlib.figure import Figure
 from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 from optuna.pruners import BasePruner, NopPruner, SuccessiveHalvingPruner
-from optuna.samplers import RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.trial import FrozenTrial, TrialState
 
@@ -23,7 +23,7 @@ from common.files import claimed, write_csv, write_text
 from common.markdown import markdown_table
 from common.records import read_json, run_folder
 from study.sweep_file import Range, Sweep
-from study.trials import Trial, TrialRecords, Workers, print_above_bar
+from study.trials import Running, Trial, TrialRecords, Workers, print_above_bar
 
 STATES = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
 JOURNAL = "search.journal"
@@ -39,10 +39,10 @@ def search(records: TrialRecords, count: int, n_workers: int) -> None:
     """Run trials until `count` have ended, including those of other commands and of earlier starts."""
     optuna_study = _open_study(records)
     asked: dict[str, optuna.Trial] = {}
-    with Workers(records, count, " trials") as workers:
+    with Workers(records.sweep.name, count, " trials") as workers:
         while True:
             ended = optuna_study.get_trials(deepcopy=False, states=tuple(STATES))
-            workers.show_progress(len(ended))
+            workers.bar.update(len(ended) - workers.bar.n)
             if len(ended) >= count and not workers.running:
                 break
             while len(ended) < count and len(workers.running) < n_workers:
@@ -55,7 +55,7 @@ def search(records: TrialRecords, count: int, n_workers: int) -> None:
                         print_above_bar(f"{trial.run_id}: {_end(optuna_trial, trial, records)}")
                     else:
                         asked[trial.run_id] = optuna_trial
-                        workers.start(trial, lock)
+                        workers.running.append(Running(trial, records, lock))
             for running, status in workers.wait():
                 trial = running.trial
                 with running.lock:
@@ -160,12 +160,10 @@ def _sample(optuna_study: optuna.Study, sweep: Sweep) -> dict[str, Any]:
     The trial's number is the seed: so kills do not change the samples, and each trial has other ones.
     """
     trials = optuna_study.get_trials(deepcopy=False)
-    samplers = {
-        "random": RandomSampler(seed=len(trials)),
-        # With the constant liar, trials that run at the same time do not try the same values.
-        "bayes": TPESampler(seed=len(trials), constant_liar=True),
-    }
-    in_memory = optuna.create_study(direction=optuna_study.direction, sampler=samplers[sweep.method])
+    sampler: BaseSampler = RandomSampler(seed=len(trials))
+    if sweep.method == "bayes":  # with the constant liar, trials at the same time do not try the same values
+        sampler = TPESampler(seed=len(trials), constant_liar=True)
+    in_memory = optuna.create_study(direction=optuna_study.direction, sampler=sampler)
     in_memory.add_trials(trials)
     return _suggest(in_memory.ask(), sweep)
 
@@ -241,7 +239,7 @@ def _data(trials: Sequence[FrozenTrial], records: TrialRecords) -> str:
     """The titles of the data sets in the trials' records."""
     facts = [run_folder(records.output_dir, _run_id(records.sweep, trial)) / "config.json" for trial in trials]
     titles = {read_json(path)["dataset"] for path in facts if path.exists()}
-    return " / ".join(sorted(titles)) or "no trial came to its data"
+    return " / ".join(sorted(titles)) or "no trial has loaded its data"
 
 
 def _order(trial: FrozenTrial, records: TrialRecords) -> tuple[int, float]:
@@ -270,8 +268,8 @@ def _markdown(sweep: Sweep, lines: Sequence[dict[str, Any]], data: str) -> str:
     fixed = ", ".join(f"{name} {value}" for name, value in sweep.fixed.items()) or "none"
     caption = (
         f"**{sweep.name}**: {data}; {len(lines)} trials of a {sweep.method} search, the best over a trial's "
-        f"epochs of {sweep.metric}; keys that all share: {fixed}. A pruned trial was given up early, and its "
-        "value is that of the epochs it had."
+        f"epochs of {sweep.metric}; keys that all share: {fixed}. A pruned trial was stopped early, and its "
+        "value is that of the epochs before."
     )
     rows = [[_cell(value) for value in line.values()] for line in lines]
     return "\n".join([caption, "", *markdown_table(list(lines[0]), "l" * len(lines[0]), rows)]) + "\n"

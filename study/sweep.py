@@ -25,7 +25,7 @@ from common.config import Keys, key, run_script
 from common.errors import Fault, UsageError
 from common.files import claimed
 from study.sweep_file import Range, Sweep, read_sweep
-from study.trials import Trial, TrialRecords, Workers, print_above_bar
+from study.trials import Running, Trial, TrialRecords, Workers, print_above_bar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +69,10 @@ def run_grid(trials: Sequence[Trial], records: TrialRecords, n_workers: int) -> 
     """Run the unfinished trials; return when all trials, also those of other commands, have finished or failed."""
     left: list[Trial] = list(trials)
     failed: set[str] = set()
-    with Workers(records, len(trials), " runs") as workers:
+    with Workers(records.sweep.name, len(trials), " runs") as workers:
         while True:
             left = [trial for trial in left if trial.run_id not in failed and not records.is_finished(trial)]
-            workers.show_progress(len(trials) - len(failed) - len(left))
+            workers.bar.update(len(trials) - len(failed) - len(left) - workers.bar.n)
             if not left and not workers.running:
                 break
             # If other commands run all that is left, this one waits: it takes over the run of a killed command.
@@ -81,7 +81,7 @@ def run_grid(trials: Sequence[Trial], records: TrialRecords, n_workers: int) -> 
                     with claimed(records.lock_path(trial.run_id)) as lock:
                         # Another command may have finished the trial just before we got its lock.
                         if lock is not None and not records.is_finished(trial):
-                            workers.start(trial, lock)
+                            workers.running.append(Running(trial, records, lock))
             for running, status in workers.wait():
                 run_id = running.trial.run_id
                 with running.lock:

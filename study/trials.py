@@ -88,7 +88,10 @@ class TrialRecords:
 
 
 class Running:
-    """A trial's process, and the lock that keeps other commands from starting the same trial."""
+    """A trial's process, and the lock that keeps other commands from starting the same trial.
+
+    Whoever handles the end of the process closes `lock`.
+    """
 
     def __init__(self, trial: Trial, records: TrialRecords, lock: int) -> None:
         """Start the process. It inherits the lock, and keeps it even if this command is killed."""
@@ -134,14 +137,13 @@ class Running:
 class Workers(ExitStack):
     """The trials that this command runs at the same time, and a progress bar; leaving the `with` block stops them.
 
-    Ctrl-C and SIGTERM end the block only in `wait`: so no process is started and then not stopped.
+    The block adds to `running`. Ctrl-C and SIGTERM end it only in `wait`: so every started process is stopped.
     """
 
-    def __init__(self, records: TrialRecords, total: int, unit: str) -> None:
+    def __init__(self, name: str, total: int, unit: str) -> None:
         super().__init__()
         self.running: list[Running] = []
-        self._records = records
-        self._bar = self.enter_context(tqdm(total=total, desc=records.sweep.name, unit=unit, disable=None))
+        self.bar = self.enter_context(tqdm(total=total, desc=name, unit=unit, disable=None))
         self._interruption = self.enter_context(Interruption())
         self.callback(self._stop_all)
 
@@ -152,14 +154,6 @@ class Workers(ExitStack):
             time.sleep(BLINK)
         for running in self.running:
             running.lock.close()
-
-    def show_progress(self, n_done: int) -> None:
-        """Set the progress bar."""
-        self._bar.update(n_done - self._bar.n)
-
-    def start(self, trial: Trial, lock: int) -> None:
-        """Start a trial whose lock the caller holds; the lock is kept until the caller of `wait` closes it."""
-        self.running.append(Running(trial, self._records, lock))
 
     def wait(self) -> list[tuple[Running, int]]:
         """The trials that have ended, with their exit status, after POLL seconds at most.

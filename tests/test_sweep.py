@@ -32,7 +32,7 @@ from common.errors import Fault, UsageError
 from common.files import claimed
 from study import ablation, sweep, trials
 from study.sweep_file import Range, read_sweep
-from study.trials import Trial, TrialRecords, Workers
+from study.trials import Running, Trial, TrialRecords, Workers
 from train import ABLATIONS
 
 GRID = {"method": "grid", "parameters": {"row": {"values": ["a", "b", "c"]}, "seed": {"values": [0, 1]}}}
@@ -450,10 +450,10 @@ def test_a_trial_gets_sigterm_once_and_stays_locked_until_its_lock_is_closed(wri
     records = TrialRecords(read_sweep(path), tmp_path)
     trial = sweep.grid(records.sweep)[0]
     lock_path = records.lock_path(trial.run_id)
-    with Workers(records, 1, " runs") as workers:
+    with Workers("try", 1, " runs") as workers:
         with claimed(lock_path) as lock:
             assert lock is not None
-            workers.start(trial, lock)
+            workers.running.append(Running(trial, records, lock))
         wait_for(lambda: bool(starts(tmp_path)))
         workers.running[0].stop()
         wait_for((tmp_path / "terms.txt").exists)
