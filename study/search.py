@@ -23,7 +23,7 @@ from common.files import claimed, write_csv, write_text
 from common.markdown import markdown_table
 from common.records import read_json, run_folder
 from study.sweep_file import Range, Sweep
-from study.trials import Running, Trial, TrialRecords, Workers, print_above_bar
+from study.trials import Running, Trial, TrialRecords, Workers
 
 STATES = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
 JOURNAL = "search.journal"
@@ -52,7 +52,7 @@ def search(records: TrialRecords, count: int, n_workers: int) -> None:
                     optuna_trial, lock = found
                     trial = Trial(_run_id(records.sweep, optuna_trial), _suggest(optuna_trial, records.sweep))
                     if records.is_finished(trial):  # its process lived longer than the command that started it
-                        print_above_bar(f"{trial.run_id}: {_end(optuna_trial, trial, records)}")
+                        workers.print(f"{trial.run_id}: {_end(optuna_trial, trial, records)}")
                     else:
                         asked[trial.run_id] = optuna_trial
                         workers.running.append(Running(trial, records, lock))
@@ -60,7 +60,7 @@ def search(records: TrialRecords, count: int, n_workers: int) -> None:
                 trial = running.trial
                 with running.lock:
                     outcome = _end(asked[trial.run_id], trial, records, status, pruned=running.stopped)
-                print_above_bar(f"{trial.run_id}: {outcome} ({running.seconds:.0f} s)")
+                workers.print(f"{trial.run_id}: {outcome} ({running.seconds:.0f} s)")
             for running in workers.running:
                 run_id = running.trial.run_id
                 if _report(asked[run_id], records.history(run_id)):

@@ -25,7 +25,7 @@ from common.config import Keys, key, run_script
 from common.errors import Fault, UsageError
 from common.files import claimed
 from study.sweep_file import Range, Sweep, read_sweep
-from study.trials import Running, Trial, TrialRecords, Workers, print_above_bar
+from study.trials import Running, Trial, TrialRecords, Workers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ def run_grid(trials: Sequence[Trial], records: TrialRecords, n_workers: int) -> 
                     else:
                         outcome = records.failure(run_id, status)
                         failed.add(run_id)
-                print_above_bar(f"{run_id}: {outcome} ({running.seconds:.0f} s)")
+                workers.print(f"{run_id}: {outcome} ({running.seconds:.0f} s)")
     if len(failed) == len(trials):
         raise Fault(f"all {len(trials)} runs failed")
 

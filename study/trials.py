@@ -155,6 +155,11 @@ class Workers(ExitStack):
         for running in self.running:
             running.lock.close()
 
+    def print(self, line: str) -> None:
+        """Print a line above the progress bar, and flush it: users read a sweep's output while it runs."""
+        self.bar.write(line)
+        sys.stdout.flush()
+
     def wait(self) -> list[tuple[Running, int]]:
         """The trials that have ended, with their exit status, after POLL seconds at most.
 
@@ -169,9 +174,3 @@ class Workers(ExitStack):
         for running, _ in ended:
             self.running.remove(running)
         return ended
-
-
-def print_above_bar(line: str) -> None:
-    """Print a line without breaking the progress bar, and flush it: users read a sweep's log while it runs."""
-    tqdm.write(line)
-    sys.stdout.flush()
