@@ -136,15 +136,11 @@ def test_the_search_file_has_the_courseworks_space(monkeypatch: pytest.MonkeyPat
 # Reading a sweep file
 
 
-@pytest.mark.parametrize(
+@pytest.mark.parametrize(  # test_bad_input.py has more of them
     ("change", "message"),
     [
         ({"method": "bayesian"}, "unknown method bayesian: choose from grid, random, bayes; did you mean bayes?"),
-        ({"method": "bayes"}, "metric is missing"),
-        ({"metod": "grid"}, "unknown key metod; did you mean method?"),
-        ({"program": "nowhere.py"}, "program nowhere.py: no such file"),
         ({"parameters": []}, "parameters must hold"),
-        ({"parameters": {"rwo": {"values": ["a"]}}}, "unknown key --rwo; did you mean --row?"),
         ({"parameters": {"row": "a"}}, "row must hold"),
         ({"parameters": {"row": {"values": "a"}}}, "parameter row: values must be a list"),
         ({"parameters": {"row": {"value": 1, "min": 0, "max": 1}}}, "parameter row needs either value"),
@@ -152,7 +148,6 @@ def test_the_search_file_has_the_courseworks_space(monkeypatch: pytest.MonkeyPat
             {"parameters": {"row": {"valeus": ["a"]}}},
             "parameter row has an unknown key valeus; did you mean values?",
         ),
-        ({"parameters": {"quality": {"values": [0.5, 2]}}}, "--quality 2.0: must be at most 1"),
         ({"parameters": {"quality": {"min": 0, "max": 2}}}, "--quality 2.0: must be at most 1"),
         ({"parameters": {"quality": {"min": 0, "max": "1e-4"}}}, "'1e-4' is not a number"),
         ({"parameters": {"quality": {"min": 1, "max": 0}}}, "no int_uniform between 1 and 0"),
@@ -164,13 +159,11 @@ def test_the_search_file_has_the_courseworks_space(monkeypatch: pytest.MonkeyPat
             {"parameters": {"quality": {"min": 0, "max": 1, "distribution": "log_uniform_values"}}},
             "no log_uniform_values between 0 and 1",
         ),
-        ({"parameters": {"run_id": {"value": "r"}}}, "the sweep gives each run its own"),
         ({"metric": {"name": "validate/acc", "goal": "max"}}, "unknown goal of metric: max"),
         ({"early_terminate": {"type": "median"}}, "unknown type of early_terminate: median"),
         ({"early_terminate": {"type": "hyperband", "max_iter": 9}}, "early_terminate has an unknown key max_iter"),
         ({"early_terminate": {"type": "hyperband"}}, "min_iter None must be a whole number"),
         ({"command": ["${interpreter}", "${program}", "${args_json}"]}, "unknown macro ${args_json}"),
-        ({"command": ["${interpreter}", "${program}"]}, "command has no ${args}"),
         ({"command": "python train.py"}, "command must be a list"),
     ],
 )
@@ -186,7 +179,7 @@ def test_a_malformed_sweep_file_is_refused_with_the_reason(
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["", "[1, 2]", "a: [", "\x00", "1: 2"])
+@pytest.mark.parametrize("text", ["\x00", "1: 2"])
 def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(UsageError, match=r"bad\.yaml: "):
