@@ -268,8 +268,8 @@ def _markdown(sweep: Sweep, lines: Sequence[dict[str, Any]], data: str) -> str:
     fixed = ", ".join(f"{name} {value}" for name, value in sweep.fixed.items()) or "none"
     caption = (
         f"**{sweep.name}**: {data}; {len(lines)} trials of a {sweep.method} search, the best over a trial's "
-        f"epochs of {sweep.metric}; keys that all share: {fixed}. A pruned trial was stopped early, and its "
-        "value is that of the epochs before."
+        f"epochs of {sweep.metric}; keys that all share: {fixed}. A pruned trial was stopped early; its value "
+        "is the best of the epochs before."
     )
     rows = [[_cell(value) for value in line.values()] for line in lines]
     return "\n".join([caption, "", *markdown_table(list(lines[0]), "l" * len(lines[0]), rows)]) + "\n"
