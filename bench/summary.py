@@ -10,6 +10,7 @@ from typing import Any
 
 from bench.scaling import predicted
 from bench.shared import saved
+from common.markdown import markdown_table
 
 README = Path(__file__).parents[1] / "README.md"
 START, END = "<!-- bench/summary: begin -->\n", "<!-- bench/summary: end -->\n"
@@ -17,8 +18,7 @@ START, END = "<!-- bench/summary: begin -->\n", "<!-- bench/summary: end -->\n"
 
 def table(titles: list[str], rows: Iterable[list[str]]) -> list[str]:
     """The lines of a Markdown table and an empty line; its first column is aligned left, the others right."""
-    rules = ["---", *["---:"] * (len(titles) - 1)]
-    return [f"| {' | '.join(cells)} |" for cells in (titles, rules, *rows)] + [""]
+    return [*markdown_table(titles, "l" + "r" * (len(titles) - 1), rows), ""]
 
 
 def medians(row: dict[str, Any], names: Iterable[str], digits: int = 0) -> list[str]:

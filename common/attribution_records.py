@@ -6,7 +6,8 @@ from typing import Any
 
 from common.config import Workspace
 from common.explained import Explained
-from common.files import atomic_path, write_json
+from common.files import write_json, write_text
+from common.markdown import markdown_table
 from common.tracking import provenance, send, start_wandb
 
 PACKAGES = ("captum", "torch", "torchvision", "numpy", "scipy", "matplotlib")
@@ -25,8 +26,7 @@ def write_records(
     `facts` are those of task2.py; `checks` is the record that `check_methods` returns.
     """
     rows = [one.row for one in shown]
-    with atomic_path(folder / "saliency.md") as temporary:
-        temporary.write_text(saliency_table(rows), encoding="utf-8")
+    write_text(folder / "saliency.md", saliency_table(rows))
     names = {name: path.name for name, path in figures.items()}
     record = {"config": config.as_dict(), **provenance(PACKAGES), "tiles": rows, **checks, "figures": names}
     write_json(folder / "attribution.json", {**facts, **record})
@@ -35,17 +35,16 @@ def write_records(
 
 def saliency_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The Markdown table Index / Label / Predicted / Input / Saliency of runs/<run_id>/saliency.md."""
-    lines = ["| Index | Label | Predicted | Input | Saliency |", "|---|---|---|---|---|"]
+    cells = []
     for row in rows:
         tile = f"{row['index']:05d}"
-        predicted = f"{row['predicted']} ({row['probability']:.2f})"
         mark = "" if row["label"] == row["predicted"] else " ✗"
         images = [
             f"![{what} of tile {tile}, {row['label']}](../../{row[part]})"
             for what, part in (("Tile", "input"), ("Map", "saliency"))
         ]
-        lines.append(f"| {tile} | {row['label']} | {predicted}{mark} | {images[0]} | {images[1]} |")
-    return "\n".join(lines) + "\n"
+        cells.append([tile, row["label"], f"{row['predicted']} ({row['probability']:.2f}){mark}", *images])
+    return "\n".join(markdown_table(["Index", "Label", "Predicted", "Input", "Saliency"], "lllll", cells)) + "\n"
 
 
 def send_to_wandb(

@@ -36,6 +36,15 @@ class Record:
         content: Mapping[str, Any] = self.facts["config"]
         return content
 
+    @property
+    def scores(self) -> dict[str, float]:
+        """The scores of the selected epoch's weights; `tta test/…`, over 8 views, where the run has them."""
+        scores = {name: self.summary["validate"][name] for name in ("validate/auc", "validate/acc")}
+        scores |= {name: self.summary[name] for name in ("test/auc", "test/acc")}
+        if "tta" in self.summary:
+            scores |= {f"tta test/{name}": self.summary["tta"][name]["value"] for name in ("auc", "acc")}
+        return scores
+
 
 def run_folder(output_dir: Path, run_id: str) -> Path:
     """Where a run's records are."""

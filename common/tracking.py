@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from common import distributed
-from common.config import BOOKKEEPING_KEYS, TrainingConfig, Workspace
+from common.config import BOOKKEEPING_KEYS, Config, TrainingConfig, Workspace
 from common.data import Dataset
 from common.errors import UsageError, first_line
 from common.files import atomic_path, claim, write_csv, write_json
@@ -227,7 +227,9 @@ class Run:
         self._wandb = send(self._wandb, action)
 
 
-def check_same(config: TrainingConfig, before: Mapping[str, Any]) -> None:
+def check_same(
+    config: Config, before: Mapping[str, Any], remedy: str = "use that one or another --run_id"
+) -> None:
     """Raise UsageError, naming the differing keys, where the run was started with another configuration."""
     now = config.as_dict()
     differing = [
@@ -237,8 +239,7 @@ def check_same(config: TrainingConfig, before: Mapping[str, Any]) -> None:
     ]
     if differing:
         raise UsageError(
-            f"run {config.run_id} was started with another configuration ({', '.join(differing)}): "
-            "use that one or another --run_id"
+            f"run {config.run_id} was started with another configuration ({', '.join(differing)}): {remedy}"
         )
 
 

@@ -4,17 +4,17 @@
     python -m study --size 64             # a GPU box: PathMNIST at 64 pixels, into pathmnist-64/
     python -m study --dataset phantom     # a miniature on generated tiles, into phantom-28/
 
-Every run is a process of its own with a fixed run_id. After a kill the same command goes on: finished runs are
-skipped, an unfinished one continues from its checkpoint. report.toml, which names the runs that the report shows,
-is written where there is none, and never changed.
+Every run is a separate process with a fixed run_id. After a kill, the same command skips the finished runs and
+resumes the others from their checkpoints. report.toml names the runs that the report shows: the study writes this
+file where there is none, and never changes it.
 """
 
+import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,35 +22,35 @@ import yaml
 
 from common.config import Workspace, key, run_script
 from common.errors import Fault, UsageError
-from common.files import atomic_path
-from common.records import is_finished
+from common.files import write_text
+from common.records import run_folder
 from study import report
 from study.sweep import grid
 from study.sweep_file import read_sweep
-from study.trials import Workplace
+from study.trials import TrialRecords
 
 REFERENCE_ROW = "combined"  # of the ablation: the coursework's configuration
 FEW_ROWS = (REFERENCE_ROW, "with_all")
-LITE0 = ("--model_name=tf_efficientnet_lite0",)  # whose ImageNet weights a package registry has
+LITE0 = ("--model_name=tf_efficientnet_lite0",)  # its ImageNet weights come from a package registry
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What the study of a data set consists of.
+    """The parts of a data set's study.
 
-    `keys` are what a step gets beside its script's defaults: those of `train` go to all runs of train.py, those of
-    `ablation` and `search` to the runs of that sweep alone. `task3_rows` are rows of the ablation that run also
-    without these keys; the first one is then Task 3 in the report.
+    `keys` change the defaults of a script: those of `train` are for all runs of train.py, those of `ablation` and
+    `search` only for the runs of that sweep. `task3_rows` are rows of the ablation that also run without the keys
+    of `ablation`; the first one is then Task 3 in the report.
     """
 
     n_seeds: int = 5
-    rows: tuple[str, ...] = ()  # of the ablation; none: all of them
-    task3_rows: tuple[str, ...] = ()  # none: Task 3 shows the ablation's reference row
+    rows: tuple[str, ...] = ()  # of the ablation; empty: all of ablation.yaml
+    task3_rows: tuple[str, ...] = ()  # empty: Task 3 shows the ablation's reference row
     search_trials: int = 20
     keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-# A CPU's study of the smallest tiles: 18,000 tiles in batches of 128 are about the coursework's number of steps.
+# For a CPU: 18,000 tiles in batches of 128 give about as many steps as the coursework had.
 AT_28_PIXELS = Plan(
     search_trials=40,
     task3_rows=FEW_ROWS,
@@ -60,7 +60,7 @@ AT_28_PIXELS = Plan(
         "task5": LITE0,
     },
 )
-# The phantom's is a miniature: it shows in minutes, without any download, what a study leaves.
+# The phantom's study is a miniature: it needs minutes and no download.
 _FEW_TILES = "--train_tiles=1350"
 PLANS = {
     "pathmnist": Plan(),
@@ -80,14 +80,14 @@ PLANS = {
 
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig(Workspace):
-    """On what the study is done, and where it is kept."""
+    """The data set of the study, and its folder."""
 
     dataset: str = key("pathmnist", "data set", choices=tuple(PLANS))
     size: int = key(28, "tile side in pixels", choices=(28, 64, 128, 224))
     output_dir: Path = key(
-        None, "folder of the study (default: DATASET-SIZE; this one for pathmnist at 28, whose records it has)"
+        None, "folder of the study (default: DATASET-SIZE; for pathmnist at 28 the current folder)"
     )
-    seed: int = key(0, "first seed; the others count up from it", at_least=0, at_most=2**32 - 10)
+    seed: int = key(0, "first seed; the others follow it", at_least=0, at_most=2**32 - 10)
 
     def __post_init__(self) -> None:
         """Fill in the study's folder."""
@@ -109,132 +109,103 @@ class StudyConfig(Workspace):
 
 @dataclass(frozen=True)
 class Step:
-    """One process of the study, and whether its records are there already."""
+    """One process of the study, and whether its records are complete."""
 
     title: str
     command: list[str]
-    finished: Callable[[], bool]
+    finished: bool
 
 
 def main(config: StudyConfig) -> None:
-    """What is missing → report.toml, if there is none → report.md."""
+    """Missing runs → report.toml, where there is none → report.md."""
     for program in ("task1.py", "ablation.yaml"):
         if not Path(program).exists():
             raise UsageError(f"{program}: no such file here; start the study in the repository's folder")
     todo = steps(config)
     for number, step in enumerate(todo, start=1):
         line = f"[{number}/{len(todo)}] {step.title}"
-        if step.finished():
+        if step.finished:
             print(f"{line}: finished already", flush=True)
             continue
         print(f"\n{line}: {shlex.join(['python', *step.command])}", flush=True)
         status = subprocess.run([sys.executable, *step.command]).returncode
         if status:
-            raise Fault(f"{step.title} ended with exit status {status}; the same command goes on from there")
+            raise Fault(f"{step.title} ended with exit status {status}; the same command continues the study")
     selection = config.output_dir / "report.toml"
     if not selection.exists():
-        with atomic_path(selection) as temporary:
-            temporary.write_text(toml(config), encoding="utf-8")
+        write_text(selection, toml(config))
     print()
     report.main(report.ReportConfig(output_dir=config.output_dir))
     print(f"the study is finished: open {(config.output_dir / 'report.md').resolve()}")
 
 
 def steps(config: StudyConfig) -> list[Step]:
-    """The study's processes in their order. Raises UsageError for a sweep file that cannot be run."""
-    plan, runs = config.plan, config.output_dir / "runs"
-    workspace = [f"--{name}={getattr(config, name)}" for name in ("output_dir", "data_root", "device", "wandb")]
+    """The study's processes in their order. Raises UsageError for a sweep that cannot be run."""
+    plan = config.plan
+    output = f"--output_dir={config.output_dir}"
+    shared = [f"--{name}={getattr(config, name)}" for name in ("data_root", "device", "wandb")]
     data = [f"--dataset={config.dataset}", f"--size={config.size}"]
+    found: list[Step] = []
 
-    def script(name: str, *more: str) -> list[str]:
-        # Task 2 knows its data from the run that it explains.
-        return [f"{name}.py", *workspace, *([] if name == "task2" else data), *plan.keys.get(name, ()), *more]
+    def run(title: str, script: str, run_id: str, *keys: str, last: str = "summary.json") -> None:
+        command = [f"{script}.py", output, *shared, *plan.keys.get(script, ()), f"--run_id={run_id}", *keys]
+        found.append(Step(title, command, (run_folder(config.output_dir, run_id) / last).exists()))
 
-    found = [
-        Step(
-            f"Task 1, seed {seed}",
-            script("task1", f"--run_id=task1-{seed}", f"--seed={seed}"),
-            partial(is_finished, config.output_dir, f"task1-{seed}"),
-        )
-        for seed in config.seeds
-    ]
-    explained = f"task1-{config.seed}"
-    record = runs / explained / "attribution.json"
-    found.append(Step("Task 2", script("task2", f"--run_id={explained}"), record.exists))
-    found += [
-        Step(
-            f"Task 3, {row}, seed {seed}",
-            script("train", f"--ablation={row}", f"--run_id={row}-{seed}", f"--seed={seed}"),
-            partial(is_finished, config.output_dir, f"{row}-{seed}"),
-        )
-        for row in plan.task3_rows
-        for seed in config.seeds
-    ]
+    def sweep(name: str, file: Path, *keys: str) -> None:
+        fixed = [*shared, *data, *plan.keys.get("train", ()), *plan.keys.get(name, ())]
+        command = ["-m", "study.sweep", str(file), output, *keys, "--", *fixed]
+        found.append(Step(f"Task 4, {name}", command, sweep_finished(file, fixed, config.output_dir)))
 
-    def fixed(name: str) -> list[str]:
-        # The sweep sets output_dir itself.
-        return [*workspace[1:], *data, *plan.keys.get("train", ()), *plan.keys.get(name, ())]
-
-    def sweep(name: str, file: Path, *more: str) -> list[str]:
-        return ["-m", "study.sweep", str(file), workspace[0], *more, "--", *fixed(name)]
-
-    ablation = ablation_file(config)
-    found.append(
-        Step(
-            "Task 4, ablation",
-            sweep("ablation", ablation),
-            lambda: grid_finished(ablation, fixed("ablation"), config.output_dir),
-        )
-    )
+    for seed in config.seeds:
+        run(f"Task 1, seed {seed}", "task1", f"task1-{seed}", *data, f"--seed={seed}")
+    run("Task 2", "task2", f"task1-{config.seed}", last="attribution.json")  # on the data of that run
+    for row in plan.task3_rows:
+        for seed in config.seeds:
+            keys = [*data, f"--ablation={row}", f"--seed={seed}"]
+            run(f"Task 3, {row}, seed {seed}", "train", f"{row}-{seed}", *keys)
+    sweep("ablation", ablation_file(config))
     if plan.search_trials:
-        table = config.output_dir / "sweeps" / "search" / "table.md"
-        command = sweep("search", Path("sweep.yaml"), f"--count={plan.search_trials}")
-        found.append(Step("Task 4, search", command, table.exists))
+        sweep("search", Path("sweep.yaml"), f"--count={plan.search_trials}")
     seeds = [f"--seed={config.seed}", f"--n_seeds={plan.n_seeds}"]
-    comparison = runs / "task5" / "comparison.json"
-    found.append(Step("Task 5", script("task5", "--run_id=task5", *seeds), comparison.exists))
+    run("Task 5", "task5", "task5", *data, *seeds, last="comparison.json")
     return found
 
 
 def ablation_file(config: StudyConfig) -> Path:
-    """ablation.yaml itself, or, where the study has other rows or seeds, a copy with these in its folder."""
+    """ablation.yaml; where the study has other rows or seeds, a changed copy in the study's folder."""
     original = Path("ablation.yaml")
     content: dict[str, Any] = yaml.safe_load(original.read_text(encoding="utf-8"))
-    wanted: dict[str, list[Any]] = {"seed": list(config.seeds)}
+    parameters = {**content["parameters"], "seed": {"values": list(config.seeds)}}
     if config.plan.rows:
-        wanted["ablation"] = list(config.plan.rows)
-    if all(content["parameters"][name]["values"] == values for name, values in wanted.items()):
+        parameters["ablation"] = {"values": list(config.plan.rows)}
+    if parameters == content["parameters"]:
         return original
-    for name, values in wanted.items():
-        content["parameters"][name] = {"values": values}
     path = config.output_dir / "ablation.yaml"
-    with atomic_path(path) as temporary:
-        temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    write_text(path, yaml.safe_dump({**content, "parameters": parameters}, sort_keys=False))
     return path
 
 
-def grid_finished(file: Path, fixed: Sequence[str], output_dir: Path) -> bool:
-    """Whether every run of a grid has its records and its table is made; UsageError for other records."""
+def sweep_finished(file: Path, fixed: Sequence[str], output_dir: Path) -> bool:
+    """Whether the sweep's table and, of a grid, every run exist; UsageError for runs of another configuration."""
     sweep = read_sweep(file, fixed)
-    workplace = Workplace(sweep, output_dir)
-    return (workplace.folder / "table.md").exists() and all(map(workplace.is_finished, grid(sweep)))
+    records = TrialRecords(sweep, output_dir)
+    complete = sweep.method != "grid" or all(map(records.is_finished, grid(sweep)))
+    return complete and (records.folder / "table.md").exists()
 
 
 def toml(config: StudyConfig) -> str:
     """report.toml: the runs of this study, by section of the report."""
-
-    def listed(names: list[str]) -> str:
-        return "[" + ", ".join(f'"{name}"' for name in names) + "]"
-
+    task1 = [f"task1-{seed}" for seed in config.seeds]
     reference = REFERENCE_ROW if config.plan.task3_rows else f"ablation-{REFERENCE_ROW}"
+    task3 = [f"{reference}-{seed}" for seed in config.seeds]
     lines = [
         "# Which runs report.md shows. `python -m study.report` makes the page from them.",
         "[task1]",
-        f"runs = {listed([f'task1-{seed}' for seed in config.seeds])}",
+        f"runs = {json.dumps(task1)}",
         "[task2]",
-        f'run = "task1-{config.seed}"',
+        f'run = "{task1[0]}"',
         "[task3]  # the coursework's configuration",
-        f"runs = {listed([f'{reference}-{seed}' for seed in config.seeds])}",
+        f"runs = {json.dumps(task3)}",
         "[task4]",
         'ablation = "ablation"',
         *(['search = "search"'] if config.plan.search_trials else []),

@@ -20,7 +20,7 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from common.config import Keys, key, run_script
 from common.errors import Fault, first_line
-from common.files import atomic_path
+from common.files import write_text
 from study.report_facts import facts
 from study.report_selection import Study
 
@@ -79,8 +79,7 @@ def main(config: ReportConfig) -> None:
             raise Fault(f"{path} is out of date: {difference}; python -m study.report makes it anew")
         print(f"{path} is what the records give")
         return
-    with atomic_path(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_text(path, page)
     print(f"{path}: {len(study.linked)} figures")
 
 

@@ -1,99 +1,105 @@
-"""Search a sweep's parameters with Optuna, all workers sharing one journal file, and rank what was found."""
+"""Search a sweep's parameters with Optuna, all workers sharing one journal file, and rank the trials."""
 
 import json
 import math
 import os
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import optuna
+from matplotlib import colormaps, style
+from matplotlib.figure import Figure
+from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 from optuna.pruners import BasePruner, NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.study import Study, StudyDirection
+from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.trial import FrozenTrial, TrialState
-from tqdm import tqdm
 
 from common.errors import Fault, UsageError
-from common.files import atomic_path, claimed, write_csv
-from common.records import read_json
+from common.figures import BLUE, STYLE, save
+from common.files import claimed, write_csv, write_text
+from common.markdown import markdown_table
+from common.records import read_json, run_folder
 from study.sweep_file import Range, Sweep
-from study.trials import Trial, Workers, Workplace, markdown_line, say
+from study.trials import Running, Trial, TrialRecords, Workers
 
 STATES = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
+JOURNAL = "search.journal"
+LABEL: dict[str, Any] = {
+    "fontsize": 8,
+    "ha": "center",
+    "va": "center",
+    "bbox": {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
+}
 
 
-def search(workplace: Workplace, count: int, n_workers: int) -> None:
-    """Run trials until `count` have ended, those of other commands and of earlier starts included."""
-    study = _open_study(workplace)
+def search(records: TrialRecords, count: int, n_workers: int) -> None:
+    """Run trials until `count` have ended, including those of other commands and of earlier starts."""
+    optuna_study = _open_study(records)
     asked: dict[str, optuna.Trial] = {}
-    with (
-        tqdm(total=count, desc=workplace.sweep.name, unit=" trials", disable=None) as bar,
-        Workers(workplace, n_workers) as workers,
-    ):
+    with Workers(records.sweep.name, count, " trials") as workers:
         while True:
-            ended = study.get_trials(deepcopy=False, states=tuple(STATES))
-            bar.update(len(ended) - bar.n)
+            ended = optuna_study.get_trials(deepcopy=False, states=tuple(STATES))
+            workers.bar.update(len(ended) - workers.bar.n)
             if len(ended) >= count and not workers.running:
                 break
-            while len(ended) < count and workers.have_room():
-                with ExitStack() as claim:
-                    taken = _take(study, workplace, count, claim)
-                    if taken is None:
-                        break  # other commands are at the last ones; should one die, its trial is ours
-                    new, trial, lock = taken
-                    if workplace.is_finished(trial):  # its process outlived the command that started it
-                        say(f"{trial.run_id}: {_tell(new, trial, workplace)}")
+            while len(ended) < count and len(workers.running) < n_workers:
+                with _next_trial(optuna_study, records, count) as found:
+                    if found is None:
+                        break  # other commands run the last trials; if one is killed, this command takes its trial
+                    optuna_trial, lock = found
+                    trial = Trial(_run_id(records.sweep, optuna_trial), _suggest(optuna_trial, records.sweep))
+                    if records.is_finished(trial):  # its process lived longer than the command that started it
+                        workers.print(f"{trial.run_id}: {_end(optuna_trial, trial, records)}")
                     else:
-                        asked[trial.run_id] = new
-                        workers.start(trial, lock, claim)
+                        asked[trial.run_id] = optuna_trial
+                        workers.running.append(Running(trial, records, lock))
             for running, status in workers.wait():
                 trial = running.trial
-                with running.claim:
-                    outcome = _tell(asked[trial.run_id], trial, workplace, status, pruned=running.stopped)
-                say(f"{trial.run_id}: {outcome} ({running.seconds:.0f} s)")
+                with running.lock:
+                    outcome = _end(asked[trial.run_id], trial, records, status, pruned=running.stopped)
+                workers.print(f"{trial.run_id}: {outcome} ({running.seconds:.0f} s)")
             for running in workers.running:
-                if _report(asked[running.trial.run_id], workplace.history(running.trial)):
+                run_id = running.trial.run_id
+                if _report(asked[run_id], records.history(run_id)):
                     running.stop()
     if all(trial.state == TrialState.FAIL for trial in ended):
         raise Fault(f"all {len(ended)} trials failed")
 
 
-def _open_study(workplace: Workplace) -> Study:
+def _open_study(records: TrialRecords) -> optuna.Study:
     """The search in the sweep's journal; UsageError where it was started with other parameters."""
-    sweep = workplace.sweep
-    workplace.folder.mkdir(parents=True, exist_ok=True)
+    sweep = records.sweep
+    records.folder.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with claimed(workplace.folder / "search.lock", wait=True):
-        study = optuna.create_study(
-            storage=JournalStorage(_Journal(_journal(workplace))),
+    pruner: BasePruner = NopPruner()
+    if sweep.min_iter is not None:  # W&B's hyperband with `min_iter` is one bracket of successive halving
+        pruner = SuccessiveHalvingPruner(min_resource=sweep.min_iter, reduction_factor=sweep.eta)
+    with claimed(records.folder / "search.lock", wait=True):
+        optuna_study = optuna.create_study(
+            storage=JournalStorage(_Journal(records.folder / JOURNAL)),
             study_name=sweep.name,
-            direction=_direction(sweep),
-            pruner=_pruner(sweep),
+            direction="maximize" if sweep.maximize else "minimize",
+            pruner=pruner,
             load_if_exists=True,
         )
         space = {"metric": sweep.metric, "fixed": dict(sweep.fixed), "swept": str(dict(sweep.swept))}
-        if study.user_attrs.setdefault("space", space) != space:
+        if optuna_study.user_attrs.setdefault("space", space) != space:
             raise UsageError(
                 f"search {sweep.name} was started with other parameters: use another --output_dir, or another "
                 "name in the sweep file"
             )
-        study.set_user_attr("space", space)
-    return study
-
-
-def _journal(workplace: Workplace) -> Path:
-    return workplace.folder / "search.journal"
+        optuna_study.set_user_attr("space", space)
+    return optuna_study
 
 
 class _Journal(JournalFileBackend):
-    """Optuna's journal file, written under a lock that ends with its process.
+    """Optuna's journal file, with a lock that the kernel releases when its process ends.
 
-    Optuna's own lock is a symbolic link that a kill leaves behind: the next process waits for it 30 seconds or,
-    where the journal's path is relative, for ever.
+    Optuna's own lock is a symbolic link that stays after a kill. Then the next process waits for 30 seconds or, if
+    the journal's path is relative, forever.
     """
 
     def __init__(self, path: Path) -> None:
@@ -101,11 +107,11 @@ class _Journal(JournalFileBackend):
         self._path = path
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Append a line of JSON for each; OSError, with the file's name, where the disk is full."""
+        """Append each log as a line of JSON; OSError with the file's name where the disk is full."""
         lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
         try:
             with claimed(self._path.with_name("journal.lock"), wait=True), open(self._path, "r+b") as file:
-                # What a full disk has left of a line must not be joined to the next one.
+                # A full disk or a kill may have left part of a line: remove it before appending.
                 file.truncate(file.read().rfind(b"\n") + 1)
                 file.seek(0, os.SEEK_END)
                 file.write(lines.encode())
@@ -116,178 +122,157 @@ class _Journal(JournalFileBackend):
             raise
 
 
-def _direction(sweep: Sweep) -> StudyDirection:
-    return StudyDirection.MAXIMIZE if sweep.maximize else StudyDirection.MINIMIZE
+def _run_id(sweep: Sweep, trial: optuna.Trial | FrozenTrial) -> str:
+    return f"{sweep.name}-{trial.number}"
 
 
-def _pruner(sweep: Sweep) -> BasePruner:
-    """W&B's hyperband with `min_iter` is one bracket of successive halving."""
-    if sweep.min_iter is None:
-        return NopPruner()
-    return SuccessiveHalvingPruner(min_resource=sweep.min_iter, reduction_factor=sweep.eta)
+@contextmanager
+def _next_trial(
+    optuna_study: optuna.Study, records: TrialRecords, count: int
+) -> Iterator[tuple[optuna.Trial, int] | None]:
+    """Yield the trial of a killed command, else a new one, with its lock; None where others run the last ones.
 
-
-def _sampler(method: str, seed: int) -> BaseSampler:
-    if method == "random":
-        return RandomSampler(seed=seed)
-    # The constant liar keeps trials that run at the same time from trying the same place.
-    return TPESampler(seed=seed, constant_liar=True)
-
-
-def _take(
-    study: Study, workplace: Workplace, count: int, claim: ExitStack
-) -> tuple[optuna.Trial, Trial, int] | None:
-    """Claim a trial that a dead command left, else a new one; None where the rest is claimed already.
-
-    One command at a time, so that no trial is seen before the command that asked for it has locked it.
+    Only one command at a time does this. So no command sees a new trial before its lock is taken.
     """
-    with claimed(workplace.folder / "search.lock", wait=True):
-        trials = study.get_trials(deepcopy=False)
-        for left in trials:
-            if left.state == TrialState.RUNNING:
-                run_id = f"{workplace.sweep.name}-{left.number}"
-                lock = claim.enter_context(claimed(workplace.lock_path(Trial(run_id, {}))))
-                if lock is not None:
-                    resumed = optuna.Trial(study, left._trial_id)
-                    return resumed, Trial(run_id, _suggest(resumed, workplace.sweep)), lock
+    with claimed(records.folder / "search.lock", wait=True):
+        trials = optuna_study.get_trials(deepcopy=False)
+        for trial in trials:
+            if trial.state == TrialState.RUNNING:
+                with claimed(records.lock_path(_run_id(records.sweep, trial))) as lock:
+                    if lock is not None:
+                        yield optuna.Trial(optuna_study, trial._trial_id), lock
+                        return
         if all(trial.state != TrialState.WAITING for trial in trials):
             if len(trials) >= count:
-                return None
-            # In one write with its values: a trial that a kill left with half of them would draw others.
-            study.enqueue_trial(_draw(trials, workplace.sweep))
-        new = study.ask()
-        trial = Trial(f"{workplace.sweep.name}-{new.number}", _suggest(new, workplace.sweep))
-        lock = claim.enter_context(claimed(workplace.lock_path(trial), wait=True))
-        assert lock is not None
-        return new, trial, lock
+                yield None
+                return
+            # One write holds all values: after a kill between two writes, the rest would be sampled differently.
+            optuna_study.enqueue_trial(_sample(optuna_study, records.sweep))
+        new = optuna_study.ask()
+        with claimed(records.lock_path(_run_id(records.sweep, new)), wait=True) as lock:
+            assert lock is not None
+            yield new, lock
 
 
-def _draw(trials: Sequence[FrozenTrial], sweep: Sweep) -> dict[str, Any]:
-    """The values of the trial after these, by the sweep's method.
+def _sample(optuna_study: optuna.Study, sweep: Sweep) -> dict[str, Any]:
+    """The values of the next trial, by the sweep's method.
 
-    Seeded by the trial's number: the draws do not depend on kills, and no two of them are the same.
+    The trial's number is the seed: so kills do not change the samples, and each trial has other ones.
     """
-    scratch = optuna.create_study(direction=_direction(sweep), sampler=_sampler(sweep.method, seed=len(trials)))
-    scratch.add_trials(trials)
-    return _suggest(scratch.ask(), sweep)
+    trials = optuna_study.get_trials(deepcopy=False)
+    sampler: BaseSampler = RandomSampler(seed=len(trials))
+    if sweep.method == "bayes":  # with the constant liar, trials at the same time do not try the same values
+        sampler = TPESampler(seed=len(trials), constant_liar=True)
+    in_memory = optuna.create_study(direction=optuna_study.direction, sampler=sampler)
+    in_memory.add_trials(trials)
+    return _suggest(in_memory.ask(), sweep)
 
 
 def _suggest(trial: optuna.Trial, sweep: Sweep) -> dict[str, Any]:
-    """The trial's values: drawn for the first time, or those that it was enqueued with."""
-    return {name: _suggest_one(trial, name, values) for name, values in sweep.swept.items()}
+    """The trial's values: those in the queue, or new samples."""
+    chosen: dict[str, Any] = {}
+    for name, values in sweep.swept.items():
+        if not isinstance(values, Range):
+            chosen[name] = trial.suggest_categorical(name, values)
+        elif values.distribution == "int_uniform":
+            chosen[name] = trial.suggest_int(name, int(values.low), int(values.high))
+        else:
+            log = values.distribution == "log_uniform_values"
+            chosen[name] = trial.suggest_float(name, values.low, values.high, log=log)
+    return chosen
 
 
-def _suggest_one(trial: optuna.Trial, name: str, values: tuple[Any, ...] | Range) -> Any:
-    if not isinstance(values, Range):
-        return trial.suggest_categorical(name, values)
-    if values.distribution == "int_uniform":
-        return trial.suggest_int(name, int(values.low), int(values.high))
-    return trial.suggest_float(name, values.low, values.high, log=values.distribution == "log_uniform_values")
+def _end(
+    optuna_trial: optuna.Trial, trial: Trial, records: TrialRecords, status: int = 0, pruned: bool = False
+) -> str:
+    """Tell Optuna how a trial ended; returns the outcome in words."""
+    _report(optuna_trial, records.history(trial.run_id))  # the epochs since the last report
+    best = records.best(trial.run_id)
+    if records.is_finished(trial) and best is not None:
+        optuna_trial.study.tell(optuna_trial, best)
+        return records.outcome(trial.run_id, "finished")
+    optuna_trial.study.tell(optuna_trial, state=TrialState.PRUNED if pruned else TrialState.FAIL)
+    return records.outcome(trial.run_id, "pruned") if pruned else records.failure(trial.run_id, status)
 
 
-def _tell(asked: optuna.Trial, trial: Trial, workplace: Workplace, status: int = 0, pruned: bool = False) -> str:
-    """Tell the study how a trial ended; the outcome in words."""
-    _report(asked, workplace.history(trial))  # the epochs since the last look
-    best = workplace.best(trial)
-    if workplace.is_finished(trial) and best is not None:
-        asked.study.tell(asked, best)
-        return workplace.outcome(trial, "finished")
-    if pruned:
-        asked.study.tell(asked, state=TrialState.PRUNED)
-        return workplace.outcome(trial, "pruned")
-    asked.study.tell(asked, state=TrialState.FAIL)
-    return workplace.failure(trial, status)
-
-
-def _report(asked: optuna.Trial, history: dict[int, float]) -> bool:
-    """Report each epoch that the study does not know yet; whether it says to give the trial up."""
-    known = asked.study.get_trials(deepcopy=False)[asked.number].intermediate_values
-    give_up = False
+def _report(optuna_trial: optuna.Trial, history: dict[int, float]) -> bool:
+    """Report each new epoch to Optuna; returns whether the trial is to be pruned."""
+    known = optuna_trial.study.get_trials(deepcopy=False)[optuna_trial.number].intermediate_values
+    prune = False
     for epoch in sorted(history.keys() - known.keys()):
-        asked.report(history[epoch], epoch)
-        give_up |= asked.should_prune()
-    return give_up
+        optuna_trial.report(history[epoch], epoch)
+        prune |= optuna_trial.should_prune()
+    return prune
 
 
-def rank(workplace: Workplace) -> None:
-    """Write the trials, best first, as table.md and table.csv, draw both figures, and say where they are."""
-    name, metric = workplace.sweep.name, workplace.sweep.metric
-    if not _journal(workplace).exists():
-        raise UsageError(f"no trial of {name} has ended yet")
-    study = _open_study(workplace)
-    ended = study.get_trials(deepcopy=False, states=tuple(STATES))
+def rank(records: TrialRecords) -> None:
+    """Write the trials, best first, as table.md and table.csv, draw both figures, and print where they are."""
+    sweep, folder = records.sweep, records.folder
+    ended: list[FrozenTrial] = []
+    if (folder / JOURNAL).exists():
+        optuna_study = _open_study(records)
+        ended = optuna_study.get_trials(deepcopy=False, states=tuple(STATES))
     if not ended:
-        raise UsageError(f"no trial of {name} has ended yet")
-    ended.sort(key=lambda trial: _place(trial, workplace))
-    lines = [_line(place, trial, workplace) for place, trial in enumerate(ended, start=1)]
-    write_csv(workplace.folder / "table.csv", lines)
-    data = _data(ended, workplace)
-    with atomic_path(workplace.folder / "table.md") as temporary:
-        temporary.write_text(_markdown(workplace, lines, data), encoding="utf-8")
-    written = [workplace.folder / "table.csv", workplace.folder / "table.md"]
-    figures = workplace.output_dir / "fig" / "task4"
+        raise UsageError(f"no trial of {sweep.name} has ended yet")
+    ended.sort(key=lambda trial: _order(trial, records))
+    lines = [_line(place, trial, records) for place, trial in enumerate(ended, start=1)]
+    write_csv(folder / "table.csv", lines)
+    data = _data(ended, records)
+    write_text(folder / "table.md", _markdown(sweep, lines, data))
+    written = [folder / "table.csv", folder / "table.md"]
+    figures = records.output_dir / "fig" / "task4"
     finished = [trial for trial in ended if trial.state == TrialState.COMPLETE]
     if finished:
-        written.append(figures / f"{name}-parallel-coordinates.png")
-        draw_parallel_coordinates(written[-1], ended, workplace.sweep, data)
+        written.append(figures / f"{sweep.name}-parallel-coordinates.png")
+        draw_parallel_coordinates(written[-1], ended, sweep, data)
     if len({trial.value for trial in finished}) > 1:
-        written.append(figures / f"{name}-importance.png")
-        draw_importance(written[-1], study, workplace.sweep, data)
+        written.append(figures / f"{sweep.name}-importance.png")
+        draw_importance(written[-1], optuna_study, sweep, data)
     else:
-        print(f"{name}: too few trials finished to tell which parameters matter")
-    print(f"{name}: {len(ended)} trials, {len(finished)} finished; best first by {metric}:")
+        print(f"{sweep.name}: too few finished trials for the importance of the parameters")
+    print(f"{sweep.name}: {len(ended)} trials, {len(finished)} finished; best first by {sweep.metric}:")
     for path in written:
         print(f"  {path}")
 
 
-def _run_of(trial: FrozenTrial, workplace: Workplace) -> Trial:
-    return Trial(f"{workplace.sweep.name}-{trial.number}", trial.params)
+def _data(trials: Sequence[FrozenTrial], records: TrialRecords) -> str:
+    """The titles of the data sets in the trials' records."""
+    facts = [run_folder(records.output_dir, _run_id(records.sweep, trial)) / "config.json" for trial in trials]
+    titles = {read_json(path)["dataset"] for path in facts if path.exists()}
+    return " / ".join(sorted(titles)) or "no trial has loaded its data"
 
 
-def _data(trials: Sequence[FrozenTrial], workplace: Workplace) -> str:
-    """The title of the data set that the trials ran on, as their records give it."""
-    configs = [workplace.record(_run_of(trial, workplace), "config.json") for trial in trials]
-    titles = {read_json(config)["dataset"] for config in configs if config.exists()}
-    return " / ".join(sorted(titles)) or "no trial came to its data"
-
-
-def _place(trial: FrozenTrial, workplace: Workplace) -> tuple[int, float]:
-    """The key to sort by: finished, then pruned, then failed trials, each best first."""
-    best = workplace.best(_run_of(trial, workplace))
-    value = math.inf if best is None else -best if workplace.sweep.maximize else best
+def _order(trial: FrozenTrial, records: TrialRecords) -> tuple[int, float]:
+    """The key to sort by: finished, then pruned, then failed trials, and the best ones first."""
+    best = records.best(_run_id(records.sweep, trial))
+    value = math.inf if best is None else -best if records.sweep.maximize else best
     return list(STATES).index(trial.state), value
 
 
-def _line(place: int, trial: FrozenTrial, workplace: Workplace) -> dict[str, Any]:
-    """A trial's line of the table. Without test numbers: a search that looked at them would choose by them."""
-    run = _run_of(trial, workplace)
-    history, best = workplace.history(run), workplace.best(run)
-    reached = [epoch for epoch, value in history.items() if value == best]
+def _line(place: int, trial: FrozenTrial, records: TrialRecords) -> dict[str, Any]:
+    """A trial's line of the table. It has no test scores: nobody may choose a trial by them."""
+    run_id = _run_id(records.sweep, trial)
+    history, best = records.history(run_id), records.best(run_id)
     return {
         "rank": place,
-        "run_id": run.run_id,
+        "run_id": run_id,
         "state": STATES[trial.state],
-        workplace.sweep.metric or "": best,
-        "best epoch": reached[0] if reached else None,
+        records.sweep.metric or "": best,
+        "best epoch": next((epoch for epoch, value in history.items() if value == best), None),
         "epochs": len(history),
         **trial.params,
     }
 
 
-def _markdown(workplace: Workplace, lines: Sequence[dict[str, Any]], data: str) -> str:
-    sweep = workplace.sweep
+def _markdown(sweep: Sweep, lines: Sequence[dict[str, Any]], data: str) -> str:
     fixed = ", ".join(f"{name} {value}" for name, value in sweep.fixed.items()) or "none"
-    text = [
+    caption = (
         f"**{sweep.name}**: {data}; {len(lines)} trials of a {sweep.method} search, the best over a trial's "
-        f"epochs of {sweep.metric}; keys that all share: {fixed}. A pruned trial was given up early, and its "
-        "value is that of the epochs it had.",
-        "",
-        *markdown_line(*lines[0]),
-        *markdown_line(*["---"] * len(lines[0])),
-    ]
-    for line in lines:
-        text += markdown_line(*[_cell(value) for value in line.values()])
-    return "\n".join(text) + "\n"
+        f"epochs of {sweep.metric}; keys that all share: {fixed}. A pruned trial was stopped early; its value "
+        "is the best of the epochs before."
+    )
+    rows = [[_cell(value) for value in line.values()] for line in lines]
+    return "\n".join([caption, "", *markdown_table(list(lines[0]), "l" * len(lines[0]), rows)]) + "\n"
 
 
 def _cell(value: Any) -> str:
@@ -297,35 +282,26 @@ def _cell(value: Any) -> str:
 
 
 def draw_parallel_coordinates(path: Path, trials: Sequence[FrozenTrial], sweep: Sweep, data: str) -> None:
-    """One line a trial through its parameters to the metric: coloured if it finished, else grey."""
-    from matplotlib import colormaps, style
-    from matplotlib.figure import Figure
-
-    from common.figures import STYLE, save
-
+    """A line per trial through its parameters to the metric: coloured if it finished, else grey."""
     finished = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     scores = [trial.value or 0.0 for trial in finished]
-    low, high = min(scores), max(scores)
-    places = range(len(sweep.swept) + 1)
+    scales = {**sweep.swept, str(sweep.metric): Range("uniform", min(scores), max(scores))}
+    places = range(len(scales))
     with style.context(["default", STYLE, {"axes.grid": False}]):
         figure = Figure(figsize=(6.4, 4.2))
         axes = figure.add_subplot()
         for trial in trials:
             heights = [_height(trial.params[name], values) for name, values in sweep.swept.items()]
             if trial.state == TrialState.COMPLETE:
-                share = 0.5 if high == low else ((trial.value or 0.0) - low) / (high - low)
-                axes.plot(places, [*heights, share], color=colormaps["viridis"](share), linewidth=1.5, alpha=0.8)
+                heights.append(_height(trial.value, scales[str(sweep.metric)]))
+                axes.plot(places, heights, color=colormaps["viridis"](heights[-1]), linewidth=1.5, alpha=0.8)
             else:
                 axes.plot(places[:-1], heights, color="#BBBBBB", linewidth=0.8, zorder=1)
-        for place, values in enumerate(sweep.swept.values()):
-            for height, label in _ticks(values):
-                axes.text(place, height, label, fontsize=8, ha="center", va="center", bbox=_PAPER)
-        for height, score in ((0.0, low), (1.0, high)) if high > low else ((0.5, low),):
-            axes.text(places[-1], height, f"{score:.3f}", fontsize=8, ha="center", va="center", bbox=_PAPER)
-        for place in places:
+        for place, values in enumerate(scales.values()):
             axes.axvline(place, color="#888888", linewidth=0.8, zorder=0)
-        names = [name.replace("_", "\n") for name in sweep.swept]
-        axes.set_xticks(places, [*names, str(sweep.metric)], fontsize=9)
+            for value in (values.low, values.high) if isinstance(values, Range) else values:
+                axes.text(place, _height(value, values), _cell(value).replace(",", ",\n"), **LABEL)
+        axes.set_xticks(places, [name.replace("_", "\n") for name in scales], fontsize=9)
         axes.set_yticks([])
         axes.spines[["left", "bottom"]].set_visible(False)
         other = len(trials) - len(finished)
@@ -333,32 +309,19 @@ def draw_parallel_coordinates(path: Path, trials: Sequence[FrozenTrial], sweep: 
         save(figure, path)
 
 
-_PAPER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
-
-
 def _height(value: Any, values: tuple[Any, ...] | Range) -> float:
-    """Where on its axis, from 0 to 1, a value lies."""
+    """The position of a value on its axis, from 0 to 1."""
     if not isinstance(values, Range):
         return values.index(value) / max(len(values) - 1, 1)
     scale = math.log if values.distribution == "log_uniform_values" else float
-    return (scale(value) - scale(values.low)) / (scale(values.high) - scale(values.low))
+    low, high = scale(values.low), scale(values.high)
+    return 0.5 if low == high else (scale(value) - low) / (high - low)
 
 
-def _ticks(values: tuple[Any, ...] | Range) -> list[tuple[float, str]]:
-    shown = (values.low, values.high) if isinstance(values, Range) else values
-    return [(_height(value, values), _cell(value).replace(",", ",\n")) for value in shown]
-
-
-def draw_importance(path: Path, study: Study, sweep: Sweep, data: str) -> None:
-    """How much of the finished trials' variance each parameter explains, by functional ANOVA."""
-    from matplotlib import style
-    from matplotlib.figure import Figure
-    from optuna.importance import FanovaImportanceEvaluator, get_param_importances
-
-    from common.figures import BLUE, STYLE, save
-
-    importances = get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0))
-    n_finished = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+def draw_importance(path: Path, optuna_study: optuna.Study, sweep: Sweep, data: str) -> None:
+    """The share of the finished trials' variance that each parameter explains, by functional ANOVA."""
+    importances = get_param_importances(optuna_study, evaluator=FanovaImportanceEvaluator(seed=0))
+    n_finished = len(optuna_study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
     with style.context(["default", STYLE]):
         figure = Figure(figsize=(6.4, 1.4 + 0.3 * len(importances)))
         axes = figure.add_subplot()

@@ -1,37 +1,34 @@
-"""Read a W&B sweep's YAML file, and refuse in one line what cannot be run."""
+"""Read a W&B sweep's YAML file; a file that cannot be run is refused with one line that names the reason."""
 
-import importlib.util
+import runpy
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from common import compute
 from common.config import Config, closest, parse
 from common.errors import UsageError
 
 METHODS = ("grid", "random", "bayes")
-# How a parameter may be written, and the distributions that W&B lets it name; the first is the default.
+# The forms of a parameter, each with the distributions that W&B allows for it; the first one is the default.
 DISTRIBUTIONS = {
     "value": ("constant",),
     "values": ("categorical",),
     "min": ("uniform", "int_uniform", "log_uniform_values"),
 }
-# The last three mean something to W&B's server only.
-TOP_KEYS = (
-    *("program", "method", "metric", "parameters", "command", "early_terminate", "name"),
-    *("description", "project", "entity"),
-)
+KEYS = ("program", "method", "metric", "parameters", "command", "early_terminate", "name")
+SERVER_KEYS = ("description", "project", "entity")  # only W&B's server uses them
 DEFAULT_COMMAND = ("${env}", "${interpreter}", "${program}", "${args}")
-SET_PER_RUN = ("run_id", "output_dir")  # the sweep gives these to each run itself
+SET_PER_RUN = ("run_id", "output_dir")  # the sweep sets them for each run
 
 
 @dataclass(frozen=True)
 class Range:
-    """A parameter that a search draws from an interval."""
+    """An interval from which a search samples a parameter."""
 
     distribution: str
     low: float
@@ -40,10 +37,10 @@ class Range:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep file asks for.
+    """The content of a sweep file.
 
-    `fixed` are the keys that every run gets; `swept` are those that vary, each with its values or its range.
-    Early termination is off where `min_iter` is None.
+    `fixed` are the keys that are the same in every run; `swept` are those that vary, each with its values or its
+    range. Without early termination `min_iter` is None.
     """
 
     name: str
@@ -59,11 +56,15 @@ class Sweep:
     config_class: type[Config]
 
     def config(self, values: Mapping[str, Any]) -> Config:
-        """The configuration that the program will make of `values` beside the fixed keys."""
+        """The program's configuration for the fixed keys and `values`."""
         return parse(self.config_class, _as_arguments({**self.fixed, **values}), "")
 
+    def on_cpu(self, values: Mapping[str, Any]) -> bool:
+        """Whether the program computes on a CPU, with the fixed keys and `values`."""
+        return compute.kind(self.config(values).device) == "cpu"
+
     def command_line(self, values: Mapping[str, Any]) -> list[str]:
-        """The command that runs the program with `values` beside the fixed keys."""
+        """The command that runs the program with the fixed keys and `values`."""
         macros = {
             "${env}": ["/usr/bin/env"],
             "${interpreter}": [sys.executable],
@@ -74,47 +75,12 @@ class Sweep:
 
 
 def read_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
-    """The sweep in the YAML file `path`; `overrides` are `--key=value` arguments that every run gets.
+    """The sweep in the YAML file `path`; `overrides` are `--key=value` arguments for every run.
 
-    Raises UsageError naming the file and whatever in it is missing, malformed or unknown.
+    Raises UsageError naming the file and what in it is missing, malformed or unknown.
     """
-    with _naming(path):
-        content = _mapping(_load(path), "the file")
-        _known(content, TOP_KEYS, "key")
-        for required in ("program", "method", "parameters"):
-            if required not in content:
-                raise UsageError(f"{required} is missing")
-        method = _one_of(content["method"], METHODS, "method")
-        parameters = {
-            name: _parameter(name, _mapping(text, name))
-            for name, text in _mapping(content["parameters"], "parameters").items()
-        }
-        fixed = {name: values[0] for name, (values, sweeps) in parameters.items() if not sweeps}
-        swept = {name: values for name, (values, sweeps) in parameters.items() if sweeps}
-        fixed.update(_overrides(overrides, swept))
-        metric, maximize = _metric(content, method)
-        min_iter, eta = _early_terminate(content.get("early_terminate"))
-        sweep = Sweep(
-            name=str(content.get("name", path.stem)),
-            method=method,
-            program=str(content["program"]),
-            command=_command(content.get("command", DEFAULT_COMMAND)),
-            fixed=fixed,
-            swept=swept,
-            metric=metric,
-            maximize=maximize,
-            min_iter=min_iter,
-            eta=eta,
-            config_class=_config_class(Path(str(content["program"]))),
-        )
-        _check_values(sweep)
-    return sweep
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
     try:
-        yield
+        return _sweep(_mapping(_load(path), "the file", KEYS + SERVER_KEYS), path.stem, overrides)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
 
@@ -130,16 +96,50 @@ def _load(path: Path) -> Any:
         raise UsageError(f"not YAML: {' '.join(str(error).split())}") from None
 
 
-def _mapping(content: Any, what: str) -> dict[str, Any]:
-    if isinstance(content, dict) and content and all(isinstance(name, str) for name in content):
-        return content
-    raise UsageError(f"{what} must hold `key: value` entries")
+def _sweep(content: Mapping[str, Any], default_name: str, overrides: Sequence[str]) -> Sweep:
+    for required in ("program", "method", "parameters"):
+        if required not in content:
+            raise UsageError(f"{required} is missing")
+    method = _one_of(content["method"], METHODS, "method")
+    fixed, swept = {}, {}
+    for name, parameter in _mapping(content["parameters"], "parameters").items():
+        values = _parameter(name, parameter)
+        if "value" in parameter:
+            fixed[name] = values
+        else:
+            swept[name] = values
+    fixed.update(_overrides(overrides, swept))
+    metric, maximize = _metric(content, method)
+    min_iter, eta = _early_terminate(content.get("early_terminate"))
+    sweep = Sweep(
+        name=str(content.get("name", default_name)),
+        method=method,
+        program=str(content["program"]),
+        command=_command(content.get("command", DEFAULT_COMMAND)),
+        fixed=fixed,
+        swept=swept,
+        metric=metric,
+        maximize=maximize,
+        min_iter=min_iter,
+        eta=eta,
+        config_class=_config_class(Path(str(content["program"]))),
+    )
+    # The program's configuration checks every value now, so that a wrong one does not end the twentieth run.
+    sweep.config({})
+    for name, values in swept.items():
+        for value in (values.low, values.high) if isinstance(values, Range) else values:
+            sweep.config({name: value})
+    return sweep
 
 
-def _known(content: Mapping[str, Any], known: Sequence[str], what: str) -> None:
+def _mapping(content: Any, what: str, known: Sequence[str] | None = None) -> dict[str, Any]:
+    """`content`, which must be a mapping with text keys, and with these keys alone where `known` lists them."""
+    if not isinstance(content, dict) or not content or not all(isinstance(name, str) for name in content):
+        raise UsageError(f"{what} must hold `key: value` entries")
     for name in content:
-        if name not in known:
-            raise UsageError(f"unknown {what} {name}{closest(name, known)}")
+        if known and name not in known:
+            raise UsageError(f"{what} has an unknown key {name}{closest(name, known)}")
+    return content
 
 
 def _one_of(value: Any, known: Sequence[str], what: str) -> str:
@@ -148,22 +148,22 @@ def _one_of(value: Any, known: Sequence[str], what: str) -> str:
     raise UsageError(f"unknown {what} {value}: choose from {', '.join(known)}{closest(str(value), known)}")
 
 
-def _parameter(name: str, content: Mapping[str, Any]) -> tuple[Any, bool]:
-    """A parameter's values or range, and whether it is swept."""
+def _parameter(name: str, content: Any) -> Any:
+    """The value of a fixed parameter, the values of a categorical one as a tuple, or a Range."""
+    _mapping(content, f"parameter {name}", ("value", "values", "min", "max", "distribution"))
     if name in SET_PER_RUN:
         raise UsageError(f"parameter {name}: the sweep gives each run its own")
-    _known(content, ("value", "values", "min", "max", "distribution"), f"entry of parameter {name}:")
-    found = [kind for kind in DISTRIBUTIONS if kind in content]
+    found = [form for form in DISTRIBUTIONS if form in content]
     if len(found) != 1 or ("min" in content) != ("max" in content):
         raise UsageError(f"parameter {name} needs either value, or values, or min and max")
     known = DISTRIBUTIONS[found[0]]
     distribution = _one_of(content.get("distribution", known[0]), known, f"distribution of parameter {name}:")
     if found == ["value"]:
-        return (content["value"],), False
+        return content["value"]
     if found == ["values"]:
         if not isinstance(content["values"], list) or not content["values"]:
             raise UsageError(f"parameter {name}: values must be a list")
-        return tuple(content["values"]), True
+        return tuple(content["values"])
     low, high = content["min"], content["max"]
     for bound in (low, high):
         if not isinstance(bound, int | float):  # YAML reads 1e-4 as text
@@ -175,7 +175,7 @@ def _parameter(name: str, content: Mapping[str, Any]) -> tuple[Any, bool]:
         raise UsageError(f"parameter {name}: no {distribution} between {low} and {high}")
     if distribution == "int_uniform" and not whole:
         raise UsageError(f"parameter {name}: int_uniform needs whole numbers, not {low} and {high}")
-    return Range(distribution, low, high), True
+    return Range(distribution, low, high)
 
 
 def _overrides(arguments: Sequence[str], swept: Mapping[str, Any]) -> dict[str, str]:
@@ -192,12 +192,12 @@ def _overrides(arguments: Sequence[str], swept: Mapping[str, Any]) -> dict[str, 
 
 
 def _metric(content: Mapping[str, Any], method: str) -> tuple[str | None, bool]:
+    """The metric's name, and whether it is maximised."""
     if "metric" not in content:
         if method != "grid":
             raise UsageError(f"metric is missing: method {method} needs one")
         return None, True
-    metric = _mapping(content["metric"], "metric")
-    _known(metric, ("name", "goal"), "entry of metric:")
+    metric = _mapping(content["metric"], "metric", ("name", "goal"))
     if "name" not in metric:
         raise UsageError("metric needs a name")
     goal = _one_of(metric.get("goal", "minimize"), ("maximize", "minimize"), "goal of metric:")
@@ -208,14 +208,13 @@ def _early_terminate(content: Any) -> tuple[int | None, int]:
     """`min_iter` and `eta`; W&B's other form, `max_iter` and `s`, is not supported."""
     if content is None:
         return None, 3
-    content = _mapping(content, "early_terminate")
+    _mapping(content, "early_terminate", ("type", "min_iter", "eta"))
     _one_of(content.get("type"), ("hyperband",), "type of early_terminate:")
-    _known(content, ("type", "min_iter", "eta"), "entry of early_terminate:")
     min_iter, eta = content.get("min_iter"), content.get("eta", 3)
     if not isinstance(min_iter, int) or min_iter < 1:
         raise UsageError(f"early_terminate: min_iter {min_iter} must be a whole number of epochs")
     if not isinstance(eta, int) or eta < 2:
-        raise UsageError(f"early_terminate: eta {eta} must be a whole number from 2 on")
+        raise UsageError(f"early_terminate: eta {eta} must be a whole number, at least 2")
     return min_iter, eta
 
 
@@ -231,28 +230,17 @@ def _command(content: Any) -> tuple[str, ...]:
 
 
 def _config_class(program: Path) -> type[Config]:
-    """The configuration class that the program defines; its keys are what a sweep may vary."""
+    """The configuration class that the program defines; a sweep may vary its keys."""
     if not program.is_file():
-        raise UsageError(f"program {program}: no such file; start the sweep where the program is")
-    name = f"swept_{program.stem}"
-    spec = importlib.util.spec_from_file_location(name, program)
-    if spec is None or spec.loader is None:
-        raise UsageError(f"program {program} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    for item in vars(module).values():
-        if isinstance(item, type) and issubclass(item, Config) and item.__module__ == name:
+        raise UsageError(f"program {program}: no such file; start the sweep in the folder of the program")
+    try:
+        defined = runpy.run_path(str(program), run_name="swept_program")
+    except SyntaxError:
+        raise UsageError(f"program {program} is not a Python file") from None
+    for item in defined.values():
+        if isinstance(item, type) and issubclass(item, Config) and item.__module__ == "swept_program":
             return item
     raise UsageError(f"program {program} defines no configuration class")
-
-
-def _check_values(sweep: Sweep) -> None:
-    """Let the program's configuration judge every value; a typo ends the sweep now, not its twentieth run."""
-    sweep.config({})
-    for name, values in sweep.swept.items():
-        for value in (values.low, values.high) if isinstance(values, Range) else values:
-            sweep.config({name: value})
 
 
 def _as_arguments(values: Mapping[str, Any]) -> list[str]:

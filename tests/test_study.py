@@ -1,4 +1,4 @@
-"""The study in one command: what it would run, that it runs, that it goes on where it was."""
+"""The study in one command: its steps, a whole study, and a second start."""
 
 import dataclasses
 import re
@@ -28,14 +28,14 @@ SCRIPTS: dict[str, type[Keys]] = {
 TINY = "--train_tiles=90"
 
 
-def configured(*arguments: str) -> study.StudyConfig:
+def config_of(*arguments: str) -> study.StudyConfig:
     return parse(study.StudyConfig, arguments, "")
 
 
 @pytest.mark.parametrize("dataset", list(study.PLANS))
 @pytest.mark.parametrize("size", [28, 64])
-def test_every_step_is_a_command_that_its_script_understands(dataset: str, size: int, tmp_path: Path) -> None:
-    config = configured(f"--dataset={dataset}", f"--size={size}", f"--output_dir={tmp_path}")
+def test_every_step_is_a_command_that_its_script_accepts(dataset: str, size: int, tmp_path: Path) -> None:
+    config = config_of(f"--dataset={dataset}", f"--size={size}", f"--output_dir={tmp_path}")
     scripts = 0
     for step in study.steps(config):
         program, *arguments = step.command
@@ -55,7 +55,7 @@ def commands(config: study.StudyConfig) -> dict[str, list[str]]:
 
 
 def test_at_28_pixels_task_3_trains_on_all_tiles_and_the_sweeps_on_a_part(tmp_path: Path) -> None:
-    config = configured(f"--output_dir={tmp_path}", "--seed=5")
+    config = config_of(f"--output_dir={tmp_path}", "--seed=5")
     made = commands(config)
     for row in ("combined", "with_all"):
         for seed in range(5, 10):
@@ -71,8 +71,8 @@ def test_at_28_pixels_task_3_trains_on_all_tiles_and_the_sweeps_on_a_part(tmp_pa
     assert tomllib.loads(study.toml(config))["task3"]["runs"] == [f"combined-{seed}" for seed in range(5, 10)]
 
 
-def test_above_28_pixels_all_runs_are_of_all_tiles_and_the_ablation_s_are_task_3_s(tmp_path: Path) -> None:
-    config = configured("--size=64", f"--output_dir={tmp_path}")
+def test_above_28_pixels_all_runs_use_all_tiles_and_task_3_shows_runs_of_the_ablation(tmp_path: Path) -> None:
+    config = config_of("--size=64", f"--output_dir={tmp_path}")
     made = commands(config)
     assert not [title for title in made if title.startswith("Task 3")]
     assert not [key for command in made.values() for key in command if "train_tiles" in key]
@@ -80,25 +80,23 @@ def test_above_28_pixels_all_runs_are_of_all_tiles_and_the_ablation_s_are_task_3
     assert tomllib.loads(study.toml(config))["task3"]["runs"][0] == "ablation-combined-0"
 
 
-def test_the_miniature_s_ablation_has_its_rows_and_seeds_and_the_full_one_is_the_repository_s(
-    tmp_path: Path,
-) -> None:
-    small = study.ablation_file(configured("--dataset=phantom", f"--output_dir={tmp_path}", "--seed=3"))
+def test_a_study_with_other_rows_or_seeds_gets_a_changed_copy_of_the_ablation_file(tmp_path: Path) -> None:
+    small = study.ablation_file(config_of("--dataset=phantom", f"--output_dir={tmp_path}", "--seed=3"))
     assert small.parent == tmp_path
     parameters = yaml.safe_load(small.read_text())["parameters"]
     assert parameters["ablation"]["values"] == ["combined", "with_all"]
     assert parameters["seed"]["values"] == [3, 4]
-    assert study.ablation_file(configured(f"--output_dir={tmp_path}")) == Path("ablation.yaml")
+    assert study.ablation_file(config_of(f"--output_dir={tmp_path}")) == Path("ablation.yaml")
 
 
-def test_the_study_keeps_out_of_the_repository_s_own_records_unless_it_repeats_them() -> None:
-    assert configured().output_dir == Path()
-    assert configured("--dataset=pathmnist", "--size=28").output_dir == Path()
-    assert configured("--size=64").output_dir == Path("pathmnist-64")
-    assert configured("--dataset=phantom").output_dir == Path("phantom-28")
+def test_only_the_study_of_pathmnist_at_28_pixels_is_written_into_the_current_folder() -> None:
+    assert config_of().output_dir == Path()
+    assert config_of("--dataset=pathmnist", "--size=28").output_dir == Path()
+    assert config_of("--size=64").output_dir == Path("pathmnist-64")
+    assert config_of("--dataset=phantom").output_dir == Path("phantom-28")
 
 
-def test_a_study_runs_to_its_report_and_then_has_nothing_to_do(
+def test_a_study_ends_with_its_report_and_a_second_start_runs_only_what_is_missing(
     phantom_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     few = {
@@ -113,15 +111,15 @@ def test_a_study_runs_to_its_report_and_then_has_nothing_to_do(
     arguments = ["--dataset=phantom", "--size=28", f"--data_root={phantom_root}", f"--output_dir={tmp_path}"]
 
     run_script(study.main, study.StudyConfig, arguments)
-    said = capfd.readouterr().out
-    assert said.strip().splitlines()[-1] == f"the study is finished: open {tmp_path / 'report.md'}"
+    printed = capfd.readouterr().out
+    assert printed.strip().splitlines()[-1] == f"the study is finished: open {tmp_path / 'report.md'}"
     page = (tmp_path / "report.md").read_text()
     for heading in ("Task 1", "Task 2", "Task 3", "Task 4", "Task 5", "Beyond the scores", "Provenance"):
         assert f"\n## {heading}" in page
     for link in re.findall(r"\]\(([^)]+)\)", page):
         assert (tmp_path / link).exists(), link
 
-    # An interrupted study does again what is unfinished, and nothing else; what the user selected stays.
+    # The second start runs only the unfinished sweep, and leaves the user's report.toml as it is.
     (tmp_path / "runs" / "ablation-with_all-0" / "summary.json").unlink()
     selection = (tmp_path / "report.toml").read_text() + "# mine\n"
     (tmp_path / "report.toml").write_text(selection)
@@ -138,6 +136,6 @@ def test_a_study_runs_to_its_report_and_then_has_nothing_to_do(
     [command] = started
     assert command[1:4] == ["-m", "study.sweep", str(tmp_path / "ablation.yaml")]
     error = capfd.readouterr().err.strip()
-    assert error.endswith("Task 4, ablation ended with exit status 7; the same command goes on from there")
+    assert error.endswith("Task 4, ablation ended with exit status 7; the same command continues the study")
     assert (tmp_path / "report.toml").read_text() == selection
     assert (tmp_path / "report.md").read_text() == page

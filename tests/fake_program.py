@@ -1,0 +1,75 @@
+"""A program for the tests of the sweeps: it leaves the records of a training run without training."""
+
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from common.config import Config, key, run_script
+from common.errors import UsageError
+from common.files import write_csv, write_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class FakeConfig(Config):
+    """The keys of the fake training."""
+
+    row: str = key("a", "a row of the grid")
+    quality: float = key(0.5, "the metric of the last epoch", at_most=1)
+    n_epochs: int = key(1, "epochs", at_least=1)
+    pause: float = key(0.0, "seconds per epoch; 0 where output_dir has a file no-pause")
+    together: int = key(1, "wait until so many runs have started")
+    lingering: float = key(0.0, "seconds from SIGTERM to the end")
+
+
+def main(config: FakeConfig) -> None:
+    """Write all records, and a line in starts.txt, spans.txt and, at SIGTERM, in terms.txt."""
+    begun = time.monotonic()
+
+    def note(name: str, *words: Any) -> None:
+        with open(config.output_dir / name, "a") as file:
+            print(*words, file=file)
+
+    def linger(*_: Any) -> None:
+        note("terms.txt", time.monotonic())
+        time.sleep(config.lingering)
+        sys.exit(143)
+
+    if config.lingering:
+        signal.signal(signal.SIGTERM, linger)
+    note("starts.txt", config.run_id)
+    while len((config.output_dir / "starts.txt").read_text().split()) < config.together:
+        if time.monotonic() > begun + 15:
+            raise UsageError("it is alone")
+        time.sleep(0.02)
+    if config.quality < 0:
+        raise UsageError(f"--quality {config.quality}: broken")
+    folder = config.output_dir / "runs" / config.run_id
+    write_json(folder / "config.json", {"config": config.as_dict(), "commit": "abc", "dataset": "no data"})
+    history = []
+    for epoch in range(1, config.n_epochs + 1):
+        time.sleep(0 if (config.output_dir / "no-pause").exists() else config.pause)
+        history.append({"epoch": epoch, "validate/acc": config.quality * epoch / config.n_epochs})
+        write_csv(folder / "history.csv", history)
+    summary = {
+        "dataset": "no data",
+        "synthetic": True,
+        "data_fingerprint": "f",
+        "tiles": {"train": 1000, "val": 10, "test": 20},
+        "test/auc": config.quality,
+        "test/acc": config.quality,
+        "best": {"epoch": config.n_epochs},
+        "validate": {"validate/acc": config.quality, "validate/auc": config.quality},
+        "stopped": "all epochs done",
+        "wall_seconds": 1.0,
+    }
+    write_json(folder / "summary.json", summary)
+    while (config.output_dir / f"hold-{config.run_id}").exists() and time.monotonic() < begun + 60:
+        time.sleep(0.02)
+    note("spans.txt", begun, time.monotonic(), os.environ.get("OMP_NUM_THREADS"))
+
+
+if __name__ == "__main__":
+    run_script(main, FakeConfig)
