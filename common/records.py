@@ -2,10 +2,14 @@
 
 import csv
 import json
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from common.errors import Fault, first_line
 
@@ -14,6 +18,7 @@ from common.errors import Fault, first_line
 class Record:
     """A finished run: its configuration and facts, its scores, and its epochs."""
 
+    folder: Path
     facts: Mapping[str, Any]  # config.json
     summary: Mapping[str, Any]  # summary.json
     history: Sequence[Mapping[str, float]]  # history.csv
@@ -23,7 +28,7 @@ class Record:
         """The record of a finished run; Fault where a file is missing or damaged."""
         folder = run_folder(output_dir, run_id)
         facts, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
-        return cls(facts, summary, read_history(folder / "history.csv"))
+        return cls(folder, facts, summary, read_history(folder / "history.csv"))
 
     @property
     def run_id(self) -> str:
@@ -35,6 +40,15 @@ class Record:
         """The run's keys."""
         content: Mapping[str, Any] = self.facts["config"]
         return content
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays of scores.npz, which `Trainer.test` describes; Fault where it is missing or damaged."""
+        path = self.folder / "scores.npz"
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return dict(file)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise Fault(f"{path}: not a readable record ({first_line(error)})") from error
 
     @property
     def scores(self) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 SIGNIFICANT = 0.05
@@ -27,16 +27,19 @@ class Spread:
 class Comparison:
     """The differences between two rows, seed by seed, and the p value of the paired t test.
 
-    `p_holm` is p after Holm's correction, or NaN.
+    `p_holm` is p after Holm's correction, or NaN. `identical` says that both rows have the same networks.
     """
 
     differences: Spread
     p: float
     p_holm: float
+    identical: bool = False
 
     @property
     def verdict(self) -> str:
         """The comparison in words."""
+        if self.identical:
+            return "identical"
         if self.differences.n < 2:
             return "too few seeds"
         if self.differences.mean == 0 == self.differences.sd:
@@ -83,10 +86,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def compare(rows: Mapping[str, Mapping[int, float]]) -> dict[str, Comparison]:
+def compare(rows: Mapping[str, Mapping[int, float]], identical: Collection[str] = ()) -> dict[str, Comparison]:
     """Compare each row with the first one, over the seeds that both have; rows without such a seed are left out.
 
-    `rows[row][seed]` is a value.
+    `rows[row][seed]` is a value. Rows that are `identical` to the first one have no p value, and Holm's correction
+    does not count them.
     """
     reference, *others = rows
     differences = {
@@ -94,9 +98,9 @@ def compare(rows: Mapping[str, Mapping[int, float]]) -> dict[str, Comparison]:
         for row in others
     }
     differences = {row: values for row, values in differences.items() if values}
-    p_values = [paired_p(values) for values in differences.values()]
+    p_values = [math.nan if row in identical else paired_p(values) for row, values in differences.items()]
     return {
-        row: Comparison(spread(values), p, p_holm)
+        row: Comparison(spread(values), p, p_holm, row in identical)
         for (row, values), p, p_holm in zip(differences.items(), p_values, holm(p_values), strict=True)
     }
 

@@ -169,7 +169,9 @@ class Run:
         figures = self._draw(history, summary)
         names = {name: path.name for name, path in figures.items()}
         self.resumable[1].unlink(missing_ok=True)  # nothing will ask for it any more
-        write_json(self.folder / "summary.json", {**self.facts, "wandb": self.url, **summary, "figures": names})
+        hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in figures.items()}
+        drawn = {"figures": names, "figure_sha256": hashes}
+        write_json(self.folder / "summary.json", {**self.facts, "wandb": self.url, **summary, **drawn})
         (self.folder / ".lock").unlink(missing_ok=True)
         self._send(lambda run: self._send_results(run, summary, figures))
         self._send(lambda run: run.finish())

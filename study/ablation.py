@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib import style
 from matplotlib.figure import Figure
 
@@ -17,6 +18,11 @@ from common.statistics import SIGNIFICANT, Comparison, Spread, compare, interval
 from study.trials import Trial, TrialRecords
 
 METRICS = {"validate/acc": "validation ACC", "test/acc": "test ACC", "test/auc": "test AUC"}
+IDENTICAL = (
+    "Identical: the networks of both rows give the same outputs to the last bit. There is nothing to test, and "
+    "Holm's correction does not count the row. Removing a very small weight decay has this effect: each step "
+    "multiplies the weights by 1 - lr * weight_decay, which float32 rounds to 1 below about 3e-8."
+)
 COMPARED = ("pairs", "difference", "difference low", "difference high", "p", "p holm", "verdict")
 Rows = Mapping[str, Mapping[int, Mapping[str, float]]]  # row → seed → metric → value
 
@@ -35,8 +41,15 @@ def report(trials: Sequence[Trial], records: TrialRecords) -> None:
     written = [folder / "runs.csv"]
     if "seed" in records.sweep.swept:
         rows = _rows(trials, runs)
+        by_row: dict[str, list[Record]] = {}
+        for trial in trials:
+            if trial.run_id in runs:
+                by_row.setdefault(_row(trial), []).append(runs[trial.run_id])
+        identical = identical_rows(by_row)
         comparisons = {
-            metric: compare({row: {seed: run[metric] for seed, run in rows[row].items()} for row in rows})
+            metric: compare(
+                {row: {seed: run[metric] for seed, run in rows[row].items()} for row in rows}, identical
+            )
             for metric in METRICS
         }
         write_csv(folder / "table.csv", _table(rows, comparisons))
@@ -51,6 +64,26 @@ def report(trials: Sequence[Trial], records: TrialRecords) -> None:
     print(f"{name}: {len(runs)} of {len(trials)} runs are finished")
     for path in written:
         print(f"  {path}")
+
+
+def identical_rows(rows: Mapping[str, Sequence[Record]]) -> set[str]:
+    """The rows whose networks give the same outputs as the first row's, seed by seed, to the last bit."""
+    reference = next(iter(rows.values()))
+    first = {run.config["seed"]: run for run in reference}
+
+    def same(run: Record) -> bool:
+        twin = first.get(run.config["seed"])
+        if twin is None or run.summary["validate"]["train/loss"] != twin.summary["validate"]["train/loss"]:
+            return False
+        one, other = run.arrays(), twin.arrays()
+        return all(np.array_equal(one[name], other[name]) for name in ("best_logits", "validate_logits"))
+
+    return {row for row, runs in rows.items() if runs is not reference and all(map(same, runs))}
+
+
+def _row(trial: Trial) -> str:
+    """The name of a trial's row: what it varies, but for the seed."""
+    return ", ".join(str(value) for name, value in trial.values.items() if name != "seed") or "all runs"
 
 
 def _run(trial: Trial, run: Record) -> dict[str, Any]:
@@ -77,8 +110,7 @@ def _rows(trials: Sequence[Trial], runs: Mapping[str, Record]) -> Rows:
     """
     rows: dict[str, dict[int, dict[str, float]]] = {}
     for trial in trials:  # in the order of all trials: the first row is the reference
-        varied = [str(value) for name, value in trial.values.items() if name != "seed"]
-        seeds = rows.setdefault(", ".join(varied) or "all runs", {})
+        seeds = rows.setdefault(_row(trial), {})
         if trial.run_id in runs:
             seeds[int(trial.values["seed"])] = runs[trial.run_id].scores
     reference, first = next(iter(rows.items()))
@@ -134,6 +166,7 @@ def _markdown(rows: Rows, comparisons: Mapping[str, Mapping[str, Comparison]]) -
         "they do not tell how the numbers would change with other tiles. p is the paired t test's, then with "
         f"Holm's correction over the rows; the verdict is by the corrected one, at {SIGNIFICANT}. 8 views: the "
         "same networks' predictions averaged over each test tile's flips and quarter turns.",
+        *(["", IDENTICAL] if any(comparison.identical for comparison in comparisons["test/acc"].values()) else []),
     ]
 
 

@@ -34,13 +34,38 @@ def convergence_epoch(history: Sequence[Mapping[str, float]]) -> int:
 def compare_runs(name: str, tuned: Sequence[str], scratch: Sequence[str], output_dir: Path) -> dict[str, Any]:
     """Compare finished runs, one of each kind per seed; write and print the comparison, and return its content.
 
-    Writes runs/<name>/comparison.json and fig/task5/<name>-comparison.png. Differences are fine-tuned minus
-    scratch, paired by seed. Raises Fault where a record is missing.
+    Writes runs/<name>/comparison.json and fig/task5/<name>-comparison.png. Raises Fault where a record is missing.
     """
     groups = {
         kind: [Record.read(output_dir, run_id) for run_id in run_ids]
         for kind, run_ids in (("from scratch", scratch), ("fine-tuned", tuned))
     }
+    content = comparison(groups)
+    model_name, dataset = groups["fine-tuned"][0].config["model_name"], content["dataset"]
+    figure = output_dir / "fig" / "task5" / f"{name}-comparison.png"
+    _draw(figure, groups, f"{model_name} · {dataset}")
+    path = run_folder(output_dir, name) / "comparison.json"
+    write_json(path, content)
+    for kind, runs in content["runs"].items():
+        converged = content["over_seeds"][CONVERGENCE][kind]["mean"]
+        parts = [f"converged at epoch {converged:.3g}"]
+        if late := sum(run["censored"] for run in runs):
+            parts.append(f"({late} of {len(runs)} only at the last epoch)")
+        for metric, kinds in content["over_seeds"].items():
+            if metric != CONVERGENCE:
+                found = {score: math.nan if value is None else value for score, value in kinds[kind].items()}
+                parts.append(f"{metric} {mean_sd(Spread(**found))}")
+        print(f"{kind}, {len(runs)} seed{'s' if len(runs) > 1 else ''}: {'  '.join(parts)}")
+    print(f"{dataset}; comparison in {path}, figure:\n  {figure}")
+    return content
+
+
+def comparison(groups: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
+    """The content of comparison.json: each run, each kind over its seeds, and fine-tuned minus from scratch.
+
+    Differences are paired by seed. A convergence epoch is `censored` where it is the run's last epoch: more epochs
+    might have raised the best ACC, and with it the epoch of convergence.
+    """
     numbers = {
         kind: {run.config["seed"]: {CONVERGENCE: convergence_epoch(run.history), **run.scores} for run in runs}
         for kind, runs in groups.items()
@@ -56,7 +81,7 @@ def compare_runs(name: str, tuned: Sequence[str], scratch: Sequence[str], output
         for metric, kinds in values.items()
     }
     summary = groups["fine-tuned"][0].summary
-    content = {
+    return {
         **{name: summary[name] for name in FACTS},
         "convergence_rule": (
             f"first epoch whose validation ACC is within {CONVERGED_WITHIN:g} of the run's best validation ACC"
@@ -67,23 +92,12 @@ def compare_runs(name: str, tuned: Sequence[str], scratch: Sequence[str], output
         },
         "differences": {metric: _difference(kinds) for metric, kinds in values.items()},
     }
-    figure = output_dir / "fig" / "task5" / f"{name}-comparison.png"
-    _draw(figure, groups, f"{groups['fine-tuned'][0].config['model_name']} · {summary['dataset']}")
-    path = run_folder(output_dir, name) / "comparison.json"
-    write_json(path, content)
-    for kind, runs in groups.items():
-        of_kind = {metric: kinds[kind] for metric, kinds in over_seeds.items()}
-        parts = [f"converged at epoch {of_kind.pop(CONVERGENCE).mean:.3g}"]
-        parts += [f"{metric} {mean_sd(found)}" for metric, found in of_kind.items()]
-        print(f"{kind}, {len(runs)} seed{'s' if len(runs) > 1 else ''}: {'  '.join(parts)}")
-    print(f"{summary['dataset']}; comparison in {path}, figure:\n  {figure}")
-    return content
 
 
 def _difference(kinds: Mapping[str, Mapping[int, float]]) -> dict[str, float | None]:
     """Fine-tuned minus scratch over the seeds, and the paired t test's p value."""
-    comparison = compare(kinds)["fine-tuned"]
-    return {**_plain(comparison.differences), "p": None if math.isnan(comparison.p) else comparison.p}
+    tuning = compare(kinds)["fine-tuned"]
+    return {**_plain(tuning.differences), "p": None if math.isnan(tuning.p) else tuning.p}
 
 
 def _plain(values: Spread) -> dict[str, float | None]:
@@ -98,6 +112,7 @@ def _record(run: Record) -> dict[str, Any]:
         "run_id": run.run_id,
         "seed": run.config["seed"],
         "convergence_epoch": convergence_epoch(run.history),
+        "censored": convergence_epoch(run.history) == len(run.history),
         "best_epoch": summary["best"]["epoch"],
         "epochs": len(run.history),
         **{name: summary["validate"][name] for name in ("validate/acc", "validate/auc")},

@@ -21,6 +21,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from common.config import Keys, key, run_script
 from common.errors import Fault, first_line
 from common.files import write_text
+from study.report_check import check_study
 from study.report_facts import facts
 from study.report_selection import Study
 
@@ -65,6 +66,7 @@ def main(config: ReportConfig) -> None:
     """report.toml and the records → report.md, or a check of it."""
     study = Study(config.output_dir)
     content = facts(study)
+    check_study(study, {kind: group.records for kind, group in content["compared"].items()})
     path = config.output_dir / "report.md"
     if not config.check:
         from study import report_figures  # matplotlib

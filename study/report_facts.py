@@ -12,6 +12,7 @@ from common.errors import UsageError
 from common.metrics import Estimate
 from common.records import Record
 from common.statistics import Comparison, Spread, compare, interval, spread
+from study.ablation import identical_rows
 from study.report_selection import Study
 
 
@@ -149,7 +150,7 @@ def verdicts(ablation: Mapping[str, Group]) -> dict[str, Comparison]:
     values = {row: group.by_seed("best", "acc") for row, group in ablation.items()}
     if group.score("tta", "acc"):
         values[f"{reference}, 8 views"] = group.by_seed("tta", "acc")
-    return compare(values)
+    return compare(values, identical_rows({row: group.records for row, group in ablation.items()}))
 
 
 def _look_up(summary: Mapping[str, Any], keys: Sequence[str]) -> Estimate | None:

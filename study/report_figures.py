@@ -37,7 +37,7 @@ def draw(folder: Path, content: Mapping[str, Any]) -> None:
     to, tasks, ablation = folder / "fig" / "report", content["tasks"], content["ablation"]
     title = str(next(iter(tasks.values())).first.summary["dataset"])
     gap(to / "gap.png", tasks, ablation, title)
-    scores = {task: _scores(folder / "runs", group) for task, group in tasks.items()}
+    scores = {task: _scores(group) for task, group in tasks.items()}
     calibration(to / "calibration.png", scores, title)
     if ablation:
         augmentations(to / "augmentations.png")
@@ -119,10 +119,8 @@ def calibration(path: Path, scores: Mapping[str, tuple[np.ndarray, np.ndarray]],
         save(figure, path)
 
 
-def _scores(runs: Path, group: Group) -> tuple[np.ndarray, np.ndarray]:
+def _scores(group: Group) -> tuple[np.ndarray, np.ndarray]:
     """The test probabilities and targets of all seeds, one after the other."""
-    parts = []
-    for record in group.records:
-        with np.load(runs / record.run_id / "scores.npz", allow_pickle=False) as file:
-            parts.append((softmax(file["best_logits"]), file["targets"]))
-    return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+    arrays = [record.arrays() for record in group.records]
+    probabilities = [softmax(one["best_logits"]) for one in arrays]
+    return np.concatenate(probabilities), np.concatenate([one["targets"] for one in arrays])

@@ -10,6 +10,7 @@ from common.errors import Fault, UsageError
 from common.records import Record, is_finished, read_json
 
 SECTIONS = ("task1", "task2", "task3", "task4", "task5")
+TASKS = {"task1": "task1", "task3": "task3", "task4": "task3", "task5": "task5"}  # of the runs in a section
 
 
 class Study:
@@ -18,6 +19,7 @@ class Study:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.linked: list[str] = []
+        self.read: dict[str, Record] = {}  # every run that the page shows, by its id
         path = folder / "report.toml"
         try:
             self.selection = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -38,7 +40,7 @@ class Study:
         return value
 
     def runs(self, section: str, run_ids: Sequence[str]) -> list[Record]:
-        """The records of finished runs; UsageError where one is missing, or where their data sets differ."""
+        """The records of finished runs; UsageError where one is missing, of another task, or of other data."""
         for run_id in run_ids:
             if not is_finished(self.folder, run_id):
                 runs = self.folder / "runs"
@@ -46,6 +48,12 @@ class Study:
         records = [Record.read(self.folder, run_id) for run_id in run_ids]
         if len({record.summary["data_fingerprint"] for record in records}) > 1:
             raise UsageError(f"report.toml: the runs of [{section}] come from different data sets")
+        for record in records:
+            if record.facts["task"] != TASKS[section]:
+                raise UsageError(
+                    f"report.toml: run {record.run_id} in [{section}] is a run of {record.facts['task']}"
+                )
+            self.read[record.run_id] = record
         return records
 
     def trained(self) -> dict[str, list[Record]]:

@@ -1,0 +1,86 @@
+"""Whether a study's records agree with one another: every score is computed again from the runs' outputs."""
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from common.errors import Fault
+from common.evaluation import Evaluation
+from common.records import Record
+from common.selection import best_epoch
+from study.comparison import comparison
+from study.report_selection import Study
+
+TOLERANCE = 1e-9
+ROUNDED_TILES = 5  # a tile whose two best classes are close may change its class in scores.npz
+
+
+def check_study(study: Study, compared: Mapping[str, Sequence[Record]]) -> None:
+    """Raise Fault where a record that the page shows contradicts another one, naming both."""
+    for record in study.read.values():
+        check_run(study, record)
+    if compared and (where := difference(study.comparison(), comparison(compared))):
+        raise Fault(f"comparison.json: {where}, its runs give another value; python task5.py makes it anew")
+
+
+def check_run(study: Study, record: Record) -> None:
+    """Raise Fault where a run's summary is not what its outputs, its history and its figures give."""
+    summary, path = record.summary, record.folder / "summary.json"
+    arrays = record.arrays()
+
+    def fail(what: str) -> Fault:
+        return Fault(f"{path}: {what}; the record has been changed, restore it or train the run again")
+
+    best = best_epoch(record.history, record.config["select_on"])
+    if summary["best"]["epoch"] != best or difference(summary["validate"], record.history[best - 1]):
+        raise fail("its best epoch is not that of history.csv")
+    for weights in ("last", "best", "tta"):
+        if weights in summary:
+            names = tuple(summary[weights]["auc_per_class"])
+            try:
+                outputs = Evaluation(arrays[f"{weights}_logits"], arrays["targets"].astype(np.int64))
+                scores = outputs.described(names)
+            except (KeyError, ValueError, IndexError) as error:
+                raise fail(f"scores.npz does not hold the outputs of the {weights} weights") from error
+            recorded = {name: value for name, value in summary[weights].items() if name in scores}
+            # A record from before a score existed lacks it.
+            if where := difference(recorded, {name: scores[name] for name in recorded}):
+                raise fail(f"{weights}, {where}, scores.npz gives another value")
+    if (
+        summary["test/acc"] != summary["best"]["acc"]["value"]
+        or summary["test/auc"] != summary["best"]["auc"]["value"]
+    ):
+        raise fail("test/acc and test/auc are not those of the best weights")
+    targets = arrays["validate_targets"]
+    accuracies = {"validate/acc": (summary["validate"]["validate/acc"], arrays["validate_logits"].argmax(1))}
+    accuracies |= {
+        f"shifted {name}": (value, arrays[f"shifted_{name}"]) for name, value in summary["shifted"].items()
+    }
+    for name, (value, classes) in accuracies.items():
+        if abs(value - np.mean(classes == targets)) > ROUNDED_TILES / len(targets):
+            raise fail(f"{name} is {value:.4f}, scores.npz gives {np.mean(classes == targets):.4f}")
+    for name, digest in summary.get("figure_sha256", {}).items():
+        figure = study.folder / "fig" / record.facts["task"] / summary["figures"][name]
+        if figure.exists() and hashlib.sha256(figure.read_bytes()).hexdigest() != digest:
+            raise Fault(f"{figure}: not the figure that run {record.run_id} has drawn; restore it")
+
+
+def difference(recorded: Any, computed: Any) -> str:
+    """Where two JSON values differ, by more than rounding, in words; an empty string where they do not."""
+    if isinstance(recorded, Mapping) and isinstance(computed, Mapping):
+        pairs: Iterable[tuple[Any, Any, Any]] = (
+            (name, recorded.get(name), computed.get(name)) for name in {**recorded, **computed}
+        )
+    elif isinstance(recorded, list) and isinstance(computed, list) and len(recorded) == len(computed):
+        pairs = zip(range(len(recorded)), recorded, computed, strict=True)
+    elif isinstance(recorded, int | float) and isinstance(computed, int | float):
+        return "" if math.isclose(recorded, computed, rel_tol=TOLERANCE, abs_tol=TOLERANCE) else f"is {recorded}"
+    else:
+        return "" if recorded == computed else f"is {recorded}"
+    for name, one, other in pairs:
+        if where := difference(one, other):
+            return f"{name} {where}"
+    return ""
