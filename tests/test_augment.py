@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 
 from common import augment
-from common.augment import AUGMENTATIONS, OPERATIONS, build_augmentation
+from common.augment import OPERATIONS, PARTS, build_augmentation
 
 SIZES = [(28, 28), (64, 64), (20, 36)]
 MANY = 60_000
@@ -118,6 +118,50 @@ def test_policy_and_operations_equal_torchvision():
     assert wide == list(v2.TrivialAugmentWide._AUGMENTATION_SPACE)
 
 
+@pytest.mark.parametrize(("side", "largest"), [(28, 4), (64, 9), (224, 32)])
+def test_scaled_translations_move_a_tile_by_a_seventh_of_its_side_at_most(side, largest):
+    numbers = torch.arange(side, dtype=torch.uint8).expand(1, 3, side, side)
+    strength = augment.WIDE_MAGNITUDES.max(1).values
+    for name, image in (("TranslateX", numbers), ("TranslateY", numbers.mT)):
+        number = OPERATIONS.index(name)
+        for sign in (1, -1):
+            magnitude = sign * strength[number].view(1, 1)
+            moved = augment.apply_scaled_operations(image, torch.tensor([[number]]), magnitude)
+            expected = image.roll(sign * largest, 3 if name == "TranslateX" else 2)
+            black = moved != expected
+            assert black.sum() in (
+                3 * side * largest,
+                3 * side * largest - 3 * side,
+            )  # a black 0 may equal pixel 0
+            assert not moved[black].any()
+
+
+def test_scaled_translations_follow_height_and_width_of_an_oblong_tile():
+    images = tiles(4, 28, 56)
+    for name, largest in (("TranslateX", 8), ("TranslateY", 4)):
+        kind = torch.full((1, 4), OPERATIONS.index(name))
+        strength = torch.full((1, 4), 32.0, dtype=torch.float64)
+        expected = augment.apply_operations(images, kind, torch.full_like(strength, largest))
+        assert torch.equal(augment.apply_scaled_operations(images, kind, strength), expected)
+
+
+def test_all_other_operations_of_ta_wide_scaled_are_those_of_ta_wide():
+    images, generators = tiles(2000, 28, 28), (seeded(8), seeded(8))
+    operation, magnitude = augment.sample_trivial_augment(2000, seeded(9))
+    one = augment.apply_operations(images, operation, magnitude)
+    other = augment.apply_scaled_operations(images, operation, magnitude)
+    translated = (operation[0] == OPERATIONS.index("TranslateX")) | (
+        operation[0] == OPERATIONS.index("TranslateY")
+    )
+    assert torch.equal(one[~translated], other[~translated])
+    assert not torch.equal(one[translated], other[translated])
+    # At 224 pixels, for which ta_wide is made, both are the same.
+    large = tiles(30, 224, 224)
+    names = ("ta_wide", "ta_wide_scaled")
+    results = [build_augmentation(name)(large, g) for name, g in zip(names, generators, strict=True)]
+    assert torch.equal(*results)
+
+
 def test_flips_equal_torchvision():
     images = tiles(4, 20, 36)
     views = torch.arange(4)
@@ -164,12 +208,12 @@ def test_dihedral_refuses_other_views_and_oblong_quarter_turns():
 
 
 def test_flips_and_dihedral_draws_are_uniform():
-    check_frequencies(augment.draw_flips(MANY, seeded()).bincount(minlength=4), torch.full((4,), 0.25))
-    check_frequencies(augment.draw_dihedral(MANY, seeded()).bincount(minlength=8), torch.full((8,), 0.125))
+    check_frequencies(augment.sample_views(4, MANY, seeded()).bincount(minlength=4), torch.full((4,), 0.25))
+    check_frequencies(augment.sample_views(8, MANY, seeded()).bincount(minlength=8), torch.full((8,), 0.125))
 
 
 def test_trivial_augment_draws_operation_bin_and_sign_fairly():
-    operation, magnitude = (drawn[0] for drawn in augment.draw_trivial_augment(MANY, seeded()))
+    operation, magnitude = (drawn[0] for drawn in augment.sample_trivial_augment(MANY, seeded()))
     check_frequencies(operation.bincount(minlength=14), torch.full((14,), 1 / 14))
     for name in ("ShearX", "TranslateY", "Rotate", "Sharpness", "Solarize"):
         number = OPERATIONS.index(name)
@@ -182,7 +226,7 @@ def test_trivial_augment_draws_operation_bin_and_sign_fairly():
 
 
 def test_trivial_augment_draws_bins_independently_of_operations():
-    operation, magnitude = (drawn[0] for drawn in augment.draw_trivial_augment(MANY, seeded(1)))
+    operation, magnitude = (drawn[0] for drawn in augment.sample_trivial_augment(MANY, seeded(1)))
     neighbours = operation[:-1] * 14 + operation[1:]
     check_frequencies(neighbours.bincount(minlength=196), torch.full((196,), 1 / 196))
     solarized = operation == OPERATIONS.index("Solarize")
@@ -190,7 +234,7 @@ def test_trivial_augment_draws_bins_independently_of_operations():
 
 
 def test_auto_augment_draws_policies_with_their_probabilities():
-    operation, magnitude = augment.draw_auto_augment(MANY, seeded())
+    operation, magnitude = augment.sample_auto_augment(MANY, seeded())
     identity = OPERATIONS.index("Identity")
     expected = torch.zeros(len(OPERATIONS), len(OPERATIONS), dtype=torch.float64)
     for (first, p, _), (second, q, _) in augment.IMAGENET_POLICY:
@@ -206,7 +250,7 @@ def test_auto_augment_draws_policies_with_their_probabilities():
 
 
 def test_auto_augment_draws_the_policys_magnitudes():
-    operation, magnitude = augment.draw_auto_augment(MANY, seeded(2))
+    operation, magnitude = augment.sample_auto_augment(MANY, seeded(2))
     drawn = {
         (step, OPERATIONS[k], m)
         for step in (0, 1)
@@ -222,7 +266,7 @@ def test_auto_augment_draws_the_policys_magnitudes():
 
 
 def test_erasing_geometry_follows_torchvisions_definition():
-    boxes = augment.draw_erasing(MANY, 64, 64, seeded())
+    boxes = augment.sample_erasing(MANY, 64, 64, seeded())
     happened = boxes[:, 2] > 0
     check_proportion(happened, 0.1)
     assert not boxes[~happened].any()
@@ -243,7 +287,7 @@ def test_erasing_draws_boxes_as_often_as_torchvision():
     torch.manual_seed(0)
     transform, image = v2.RandomErasing(p=1.0), torch.zeros(3, 28, 28)
     theirs = torch.tensor([[p["h"], p["w"]] for p in (transform.make_params([image]) for _ in range(4000))])
-    ours = augment.draw_erasing(40_000, 28, 28, seeded())[:, 2:]
+    ours = augment.sample_erasing(40_000, 28, 28, seeded())[:, 2:]
     ours = ours[ours[:, 0] > 0]
     for side in (0, 1):
         a, b = theirs[:, side].double(), ours[:, side].double()
@@ -266,7 +310,7 @@ def test_erase_fills_its_box_with_grey_and_nothing_else():
 
 
 def test_stain_draws_are_uniform():
-    scale, shift, hue = augment.draw_stain(MANY // 3, seeded())
+    scale, shift, hue = augment.sample_stain(MANY // 3, seeded())
     check_uniform(scale, 1 - augment.STAIN_SCALE, 1 + augment.STAIN_SCALE)
     check_uniform(shift, -augment.STAIN_SHIFT, augment.STAIN_SHIFT)
     check_uniform(hue, -augment.STAIN_HUE, augment.STAIN_HUE)
@@ -283,7 +327,7 @@ def test_stain_without_change_is_the_identity():
 def test_stain_follows_its_formula_tile_by_tile():
     images = tiles(6, 20, 36)
     # Far stronger than drawn, so that every term shows.
-    scale, shift, hue = augment.draw_stain(6, seeded())
+    scale, shift, hue = augment.sample_stain(6, seeded())
     drawn = (scale, 4 * shift, 6 * hue)
     generator_of_turns = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]).double() / math.sqrt(3)
     for image, alpha, beta, angle, stained in zip(images, *drawn, augment.stain(images, *drawn), strict=True):
@@ -317,20 +361,20 @@ def test_hue_turns_about_grey():
 
 def test_stain_keeps_white_near_white_and_tissue_changed():
     white = torch.full((2000, 3, 1, 1), 244, dtype=torch.uint8)
-    shown = augment.stain(white, *augment.draw_stain(2000, seeded()))
+    shown = augment.stain(white, *augment.sample_stain(2000, seeded()))
     assert shown.min() >= 215
     assert abs(shown.float().mean() - 244) < 3
     pink = torch.tensor([190, 110, 160], dtype=torch.uint8).view(1, 3, 1, 1).expand(2000, -1, -1, -1)
-    assert (augment.stain(pink, *augment.draw_stain(2000, seeded())).float().std(0) > 6).all()
+    assert (augment.stain(pink, *augment.sample_stain(2000, seeded())).float().std(0) > 6).all()
 
 
 def test_channels_shift_then_gain_per_channel():
     images = tiles(4, 28, 28)
-    shift, gain = augment.draw_channels(4, seeded(1))
+    shift, gain = augment.sample_channels(4, seeded(1))
     result = augment.shift_channels(images, shift, gain)
     expected = (images + shift[:, :, None, None]) * gain[:, :, None, None]
     assert (result - expected.round().clamp(0, 255)).abs().max() <= 1
-    drawn_shift, drawn_gain = augment.draw_channels(MANY, seeded())
+    drawn_shift, drawn_gain = augment.sample_channels(MANY, seeded())
     changed = (drawn_gain != 1).all(1)
     check_proportion(changed, 0.9)
     assert not drawn_shift[~changed].any()
@@ -342,7 +386,7 @@ def test_channels_shift_then_gain_per_channel():
 def test_zoom_equals_grid_sample():
     for height, width in SIZES:
         images = tiles(16, height, width)
-        factor = augment.draw_zoom(16, seeded())
+        factor = augment.sample_zoom(16, seeded())
         theta = torch.zeros(16, 2, 3, dtype=torch.float64)
         theta[:, 0, 0] = theta[:, 1, 1] = 1 / factor
         grid = F.affine_grid(theta, [16, 3, height, width], align_corners=False)
@@ -353,13 +397,13 @@ def test_zoom_equals_grid_sample():
 
 
 def test_zoom_draws_are_log_uniform():
-    check_uniform(augment.draw_zoom(MANY, seeded()).log(), math.log(0.8), math.log(1.25))
+    check_uniform(augment.sample_zoom(MANY, seeded()).log(), math.log(0.8), math.log(1.25))
 
 
 # The whole
 
 
-CHAINS = [name for name in AUGMENTATIONS if name != "none"] + ["ta_wide,stain"]
+CHAINS = [name for name in PARTS if name != "none"] + ["ta_wide,stain"]
 
 
 @pytest.mark.parametrize("names", CHAINS)
@@ -404,9 +448,9 @@ def test_copies_of_one_tile_get_different_draws(names):
 
 def test_a_tiles_result_does_not_depend_on_its_neighbours():
     images, generator = tiles(60, 28, 28), seeded()
-    operation, magnitude = augment.draw_auto_augment(60, generator)
-    operation[0], magnitude[0] = (drawn[0] for drawn in augment.draw_trivial_augment(60, generator))
-    stain, zoom = augment.draw_stain(60, generator), augment.draw_zoom(60, generator)
+    operation, magnitude = augment.sample_auto_augment(60, generator)
+    operation[0], magnitude[0] = (drawn[0] for drawn in augment.sample_trivial_augment(60, generator))
+    stain, zoom = augment.sample_stain(60, generator), augment.sample_zoom(60, generator)
     together = (
         augment.apply_operations(images, operation, magnitude),
         augment.stain(images, *stain),
@@ -442,19 +486,24 @@ def test_composed_augmentations_are_their_parts_in_order():
     images = tiles(40, 28, 28)
     for names, steps in {
         "ta_wide": [
-            lambda x, g: augment.dihedral(x, augment.draw_flips(40, g)),
-            lambda x, g: augment.apply_operations(x, *augment.draw_trivial_augment(40, g)),
-            lambda x, g: augment.erase(x, augment.draw_erasing(40, 28, 28, g)),
+            lambda x, g: augment.dihedral(x, augment.sample_views(4, 40, g)),
+            lambda x, g: augment.apply_operations(x, *augment.sample_trivial_augment(40, g)),
+            lambda x, g: augment.erase(x, augment.sample_erasing(40, 28, 28, g)),
+        ],
+        "ta_wide_scaled": [
+            lambda x, g: augment.dihedral(x, augment.sample_views(4, 40, g)),
+            lambda x, g: augment.apply_scaled_operations(x, *augment.sample_trivial_augment(40, g)),
+            lambda x, g: augment.erase(x, augment.sample_erasing(40, 28, 28, g)),
         ],
         "auto": [
-            lambda x, g: augment.dihedral(x, augment.draw_flips(40, g)),
-            lambda x, g: augment.apply_operations(x, *augment.draw_auto_augment(40, g)),
-            lambda x, g: augment.erase(x, augment.draw_erasing(40, 28, 28, g)),
+            lambda x, g: augment.dihedral(x, augment.sample_views(4, 40, g)),
+            lambda x, g: augment.apply_operations(x, *augment.sample_auto_augment(40, g)),
+            lambda x, g: augment.erase(x, augment.sample_erasing(40, 28, 28, g)),
         ],
         "stain": [
-            lambda x, g: augment.dihedral(x, augment.draw_dihedral(40, g)),
-            lambda x, g: augment.stain(x, *augment.draw_stain(40, g)),
-            lambda x, g: augment.zoom(x, augment.draw_zoom(40, g)),
+            lambda x, g: augment.dihedral(x, augment.sample_views(8, 40, g)),
+            lambda x, g: augment.stain(x, *augment.sample_stain(40, g)),
+            lambda x, g: augment.zoom(x, augment.sample_zoom(40, g)),
         ],
     }.items():
         generator, expected = seeded(7), images
@@ -500,7 +549,7 @@ class Launches(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("names", [name for name in AUGMENTATIONS if name != "none"])
+@pytest.mark.parametrize("names", [name for name in PARTS if name != "none"])
 def test_a_larger_batch_takes_no_more_launches_and_no_value_is_read_back(names):
     augmented = build_augmentation(names)
     counts = []
