@@ -12,7 +12,6 @@ import difflib
 import math
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -133,9 +132,6 @@ def _by_kind(
     return _take(grouped, unsort)
 
 
-# Flips and quarter turns
-
-
 def sample_views(n_views: int, count: int, generator: torch.Generator) -> torch.Tensor:
     """Uniform views for `dihedral`, int64 (count,): of 4 each flip has probability ½, 8 add the quarter turns."""
     return torch.randint(n_views, (count,), generator=generator)
@@ -166,9 +162,6 @@ def dihedral(images: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
 def dihedral_views(images: torch.Tensor) -> torch.Tensor:
     """All 8 views in order, (8, N, 3, H, W), for test-time averaging; see `dihedral_view`."""
     return torch.stack([dihedral_view(images, view) for view in range(8)])
-
-
-# The operations of TrivialAugment and AutoAugment
 
 
 @lru_cache(maxsize=4096)
@@ -293,10 +286,10 @@ def apply_scaled_operations(
     return apply_operations(images, operation, magnitude * scale[operation])
 
 
-def _magnitudes(column: Literal[0, 1], bins: int) -> torch.Tensor:
+def _magnitudes(column: int, bins: int) -> torch.Tensor:
     """The magnitude of each operation at each bin of a column of `RANGES`, float64 (operations, bins)."""
     # float32 first: torchvision takes its magnitudes from float32 tables.
-    ends = [row[column] or (0.0, 0.0) for row in RANGES.values()]
+    ends = [(wide, auto)[column] or (0.0, 0.0) for wide, auto, _ in RANGES.values()]
     table = torch.stack([torch.linspace(first, last, bins) for first, last in ends])
     bits = OPERATIONS.index("Posterize")
     table[bits] = table[bits].round()
@@ -341,9 +334,6 @@ def sample_auto_augment(count: int, generator: torch.Generator) -> tuple[torch.T
     return _with_signs(operation, AUTO_MAGNITUDES[operation, POLICY_BINS[:, policy]], generator)
 
 
-# Random erasing
-
-
 def sample_erasing(count: int, height: int, width: int, generator: torch.Generator) -> torch.Tensor:
     """Top, left, height and width of each tile's erased rectangle, int64 (count, 4); all 0 for none.
 
@@ -376,9 +366,6 @@ def erase(images: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
     result = images.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
     result.index_copy_(0, index, result.index_select(0, index).masked_fill_(erased[..., None], ERASE_GREY))
     return result.permute(0, 3, 1, 2)
-
-
-# Stain, channels, scale
 
 
 def sample_stain(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -470,9 +457,6 @@ def zoom(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     pixels = images.permute(0, 2, 3, 1).float()
     planes = rows.bmm(pixels.reshape(count, height, 3 * width)).view(pixels.shape).permute(0, 3, 1, 2)
     return _to_uint8(planes.reshape(count, 3 * height, width).bmm(columns.mT).view(images.shape))
-
-
-# The augmentations by name
 
 
 def _step(

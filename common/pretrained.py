@@ -60,22 +60,16 @@ class Weights:
         return {"name": self.name, "source": self.source, "sha256": self.sha256, **preset}
 
 
-def network_names() -> list[str]:
-    """The networks that can be fine-tuned: torchvision's classification models and EfficientNet-Lite0."""
-    return [*(name for name in model_names() if name not in REFUSED), LITE0]
-
-
 def check_network(name: str) -> str | None:
-    """What is wrong with a network's name, or None."""
-    if name in network_names():
-        return None
+    """The problem with the name of a network, or None; all but `REFUSED` can be fine-tuned."""
+    names = [known for known in (*model_names(), LITE0) if known not in REFUSED]
     if name in REFUSED:
         return "cannot be fine-tuned here: its weights belong to a network with auxiliary heads"
-    return f"no network of this name{closest(name, network_names())}"
+    return None if name in names else f"no network of this name{closest(name, names)}"
 
 
 @cache
-def _enums() -> dict[str, Any]:
+def _entries() -> dict[str, Any]:
     """For each torchvision weights entry, such as `A_Weights.V1`: the name of its network, and the entry."""
     from torchvision import models
 
@@ -105,9 +99,11 @@ def network_of(weights: str) -> str | None:
         return LITE0
     if "_Weights." not in weights or Path(weights).suffix in (".pth", ".pt"):
         return None
-    if weights not in _enums():
-        raise UsageError(f"--weights {weights}: torchvision has no such weights{closest(weights, list(_enums()))}")
-    return str(_enums()[weights][0])
+    if weights not in _entries():
+        raise UsageError(
+            f"--weights {weights}: torchvision has no such weights{closest(weights, list(_entries()))}"
+        )
+    return str(_entries()[weights][0])
 
 
 def load_weights(name: str, model_name: str, output_dir: Path) -> Weights:
@@ -127,7 +123,7 @@ def load_weights(name: str, model_name: str, output_dir: Path) -> Weights:
     if name == LITE0_WEIGHTS:
         return _lite0_weights()
     if owner is not None:
-        entry = _enums()[name][1]
+        entry = _entries()[name][1]
         return Weights(name, entry.url, *_download(entry), _preset(entry))
     if Path(name).suffix in (".pth", ".pt"):
         return Weights(name, name, *_read(Path(name)), preset)

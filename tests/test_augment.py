@@ -1,4 +1,4 @@
-"""Tests that every augmentation equals torchvision's or its formula, and is drawn as often as defined."""
+"""Augmentations equal torchvision's or their formula, and that parameters are distributed as defined."""
 
 import math
 
@@ -68,7 +68,7 @@ BLENDS = {"Color", "Contrast", "Sharpness"}
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operations_equal_torchvision(transform, column, bins, name):
     if augment.RANGES[name][column] is None:
-        pytest.skip("not drawn by this transform")
+        pytest.skip("not an operation of this transform")
     magnitudes_of, signed = transform._AUGMENTATION_SPACE[name]
     ours = (augment.WIDE_MAGNITUDES, augment.AUTO_MAGNITUDES)[column][OPERATIONS.index(name)].tolist()
     for height, width in SIZES:
@@ -204,16 +204,16 @@ def test_dihedral_refuses_other_views_and_oblong_quarter_turns():
         augment.dihedral_views(tiles(1, 20, 36))
 
 
-# Draws
+# Random parameters
 
 
-def test_flips_and_dihedral_draws_are_uniform():
+def test_flips_and_dihedral_views_are_uniform():
     check_frequencies(augment.sample_views(4, MANY, seeded()).bincount(minlength=4), torch.full((4,), 0.25))
     check_frequencies(augment.sample_views(8, MANY, seeded()).bincount(minlength=8), torch.full((8,), 0.125))
 
 
-def test_trivial_augment_draws_operation_bin_and_sign_fairly():
-    operation, magnitude = (drawn[0] for drawn in augment.sample_trivial_augment(MANY, seeded()))
+def test_trivial_augment_samples_operation_bin_and_sign_uniformly():
+    operation, magnitude = (sampled[0] for sampled in augment.sample_trivial_augment(MANY, seeded()))
     check_frequencies(operation.bincount(minlength=14), torch.full((14,), 1 / 14))
     for name in ("ShearX", "TranslateY", "Rotate", "Sharpness", "Solarize"):
         number = OPERATIONS.index(name)
@@ -225,15 +225,15 @@ def test_trivial_augment_draws_operation_bin_and_sign_fairly():
         check_proportion(chosen[chosen != 0] < 0, 0.5 if augment.RANGES[name][2] else 0.0)
 
 
-def test_trivial_augment_draws_bins_independently_of_operations():
-    operation, magnitude = (drawn[0] for drawn in augment.sample_trivial_augment(MANY, seeded(1)))
+def test_trivial_augment_samples_bins_independently_of_operations():
+    operation, magnitude = (sampled[0] for sampled in augment.sample_trivial_augment(MANY, seeded(1)))
     neighbours = operation[:-1] * 14 + operation[1:]
     check_frequencies(neighbours.bincount(minlength=196), torch.full((196,), 1 / 196))
     solarized = operation == OPERATIONS.index("Solarize")
     check_proportion(magnitude[solarized] > 0.5, 15 / 31)
 
 
-def test_auto_augment_draws_policies_with_their_probabilities():
+def test_auto_augment_samples_policies_with_their_probabilities():
     operation, magnitude = augment.sample_auto_augment(MANY, seeded())
     identity = OPERATIONS.index("Identity")
     expected = torch.zeros(len(OPERATIONS), len(OPERATIONS), dtype=torch.float64)
@@ -249,9 +249,9 @@ def test_auto_augment_draws_policies_with_their_probabilities():
         check_proportion(magnitude[chosen] < 0, 0.5)
 
 
-def test_auto_augment_draws_the_policys_magnitudes():
+def test_auto_augment_uses_the_magnitudes_of_the_policy():
     operation, magnitude = augment.sample_auto_augment(MANY, seeded(2))
-    drawn = {
+    sampled = {
         (step, OPERATIONS[k], m)
         for step in (0, 1)
         for k, m in set(zip(operation[step].tolist(), magnitude[step].abs().tolist(), strict=True))
@@ -262,7 +262,7 @@ def test_auto_augment_draws_the_policys_magnitudes():
             if p:
                 number = OPERATIONS.index(name)
                 defined.add((step, name, float(augment.AUTO_MAGNITUDES[number, magnitude_bin])))
-    assert drawn == defined
+    assert sampled == defined
 
 
 def test_erasing_geometry_follows_torchvisions_definition():
@@ -283,7 +283,7 @@ def test_erasing_geometry_follows_torchvisions_definition():
     check_proportion((height > width)[height != width], math.log(3.3) / math.log(3.3 / 0.3))
 
 
-def test_erasing_draws_boxes_as_often_as_torchvision():
+def test_erasing_samples_boxes_as_often_as_torchvision():
     torch.manual_seed(0)
     transform, image = v2.RandomErasing(p=1.0), torch.zeros(3, 28, 28)
     theirs = torch.tensor([[p["h"], p["w"]] for p in (transform.make_params([image]) for _ in range(4000))])
@@ -309,7 +309,7 @@ def test_erase_fills_its_box_with_grey_and_nothing_else():
 # Stain, channels, scale
 
 
-def test_stain_draws_are_uniform():
+def test_stain_parameters_are_uniform():
     scale, shift, hue = augment.sample_stain(MANY // 3, seeded())
     check_uniform(scale, 1 - augment.STAIN_SCALE, 1 + augment.STAIN_SCALE)
     check_uniform(shift, -augment.STAIN_SHIFT, augment.STAIN_SHIFT)
@@ -326,11 +326,13 @@ def test_stain_without_change_is_the_identity():
 
 def test_stain_follows_its_formula_tile_by_tile():
     images = tiles(6, 20, 36)
-    # Far stronger than drawn, so that every term shows.
+    # Far stronger than in training, so that every term matters.
     scale, shift, hue = augment.sample_stain(6, seeded())
-    drawn = (scale, 4 * shift, 6 * hue)
+    parameters = (scale, 4 * shift, 6 * hue)
     generator_of_turns = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]).double() / math.sqrt(3)
-    for image, alpha, beta, angle, stained in zip(images, *drawn, augment.stain(images, *drawn), strict=True):
+    for image, alpha, beta, angle, stained in zip(
+        images, *parameters, augment.stain(images, *parameters), strict=True
+    ):
         density = -torch.log((image.double() + 1) / 256).flatten(1).T
         concentration = density @ torch.linalg.inv(augment.STAIN_VECTORS)
         density = (concentration * alpha + beta) @ augment.STAIN_VECTORS
@@ -374,13 +376,13 @@ def test_channels_shift_then_gain_per_channel():
     result = augment.shift_channels(images, shift, gain)
     expected = (images + shift[:, :, None, None]) * gain[:, :, None, None]
     assert (result - expected.round().clamp(0, 255)).abs().max() <= 1
-    drawn_shift, drawn_gain = augment.sample_channels(MANY, seeded())
-    changed = (drawn_gain != 1).all(1)
+    shifts, gains = augment.sample_channels(MANY, seeded())
+    changed = (gains != 1).all(1)
     check_proportion(changed, 0.9)
-    assert not drawn_shift[~changed].any()
-    assert bool((drawn_gain[~changed] == 1).all())
-    check_uniform(drawn_shift[changed], -0.15 * 255, 0.15 * 255)
-    check_uniform(drawn_gain[changed], 0.85, 1.15)
+    assert not shifts[~changed].any()
+    assert bool((gains[~changed] == 1).all())
+    check_uniform(shifts[changed], -0.15 * 255, 0.15 * 255)
+    check_uniform(gains[changed], 0.85, 1.15)
 
 
 def test_zoom_equals_grid_sample():
@@ -396,7 +398,7 @@ def test_zoom_equals_grid_sample():
         assert torch.equal(augment.zoom(images, torch.ones(16, dtype=torch.float64)), images)
 
 
-def test_zoom_draws_are_log_uniform():
+def test_zoom_factors_are_log_uniform():
     check_uniform(augment.sample_zoom(MANY, seeded()).log(), math.log(0.8), math.log(1.25))
 
 
@@ -424,7 +426,7 @@ def test_augmentation_keeps_type_shape_format_and_its_input(names, size):
 
 
 @pytest.mark.parametrize("names", CHAINS)
-def test_generator_decides_every_draw(names):
+def test_all_random_numbers_come_from_the_generator(names):
     run, images = build_augmentation(names), tiles(40, 28, 28)
     torch.manual_seed(1)
     first = run(images, seeded(5))
@@ -439,7 +441,7 @@ def test_generator_decides_every_draw(names):
 
 
 @pytest.mark.parametrize("names", [name for name in CHAINS if name != "erase"])
-def test_copies_of_one_tile_get_different_draws(names):
+def test_copies_of_one_tile_get_different_parameters(names):
     images = tiles(2, 28, 28)[1:].roll(3, 2).expand(64, -1, -1, -1).clone()
     images[:, :, :9, :5] = 30
     result = build_augmentation(names)(images, seeded())
@@ -449,7 +451,7 @@ def test_copies_of_one_tile_get_different_draws(names):
 def test_a_tiles_result_does_not_depend_on_its_neighbours():
     images, generator = tiles(60, 28, 28), seeded()
     operation, magnitude = augment.sample_auto_augment(60, generator)
-    operation[0], magnitude[0] = (drawn[0] for drawn in augment.sample_trivial_augment(60, generator))
+    operation[0], magnitude[0] = (sampled[0] for sampled in augment.sample_trivial_augment(60, generator))
     stain, zoom = augment.sample_stain(60, generator), augment.sample_zoom(60, generator)
     together = (
         augment.apply_operations(images, operation, magnitude),
@@ -460,7 +462,7 @@ def test_a_tiles_result_does_not_depend_on_its_neighbours():
         one = slice(i, i + 1)
         alone = (
             augment.apply_operations(images[one], operation[:, one], magnitude[:, one]),
-            augment.stain(images[one], *(drawn[one] for drawn in stain)),
+            augment.stain(images[one], *(parameter[one] for parameter in stain)),
             augment.zoom(images[one], zoom[one]),
         )
         assert torch.equal(alone[0], together[0][one])
@@ -512,7 +514,7 @@ def test_composed_augmentations_are_their_parts_in_order():
         assert torch.equal(build_augmentation(names)(images, seeded(7)), expected), names
 
 
-def test_none_returns_its_input_and_draws_nothing():
+def test_none_returns_its_input_and_uses_no_random_numbers():
     images, generator = tiles(4, 28, 28), seeded()
     state = generator.get_state()
     assert build_augmentation("none")(images, generator) is images

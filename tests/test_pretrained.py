@@ -215,15 +215,15 @@ def test_test_time_augmentation_on_cached_views_is_that_on_tiles(tiny: Dataset) 
     np.testing.assert_allclose(evaluate(model, cached, CPU, tta=True).logits, expected, atol=1e-4)
 
 
-def test_a_random_view_is_drawn_for_each_tile_in_each_batch(tiny: Dataset) -> None:
+def test_each_tile_of_a_batch_gets_a_random_view(tiny: Dataset) -> None:
     model, tiles = network().eval(), DeviceTiles(tiny.val, CPU.device)
-    draws = generator(0, 1, "views")
+    random = generator(0, 1, "views")
     stain = build_augmentation("stain")
-    cached = cache_features(model, tiles, [lambda images: images, lambda images: stain(images, draws)], CPU)
+    cached = cache_features(model, tiles, [lambda images: images, lambda images: stain(images, random)], CPU)
     indices = torch.arange(len(tiles))
-    drawn, labels = cached.inputs(indices, generator(0, 2, "augment"))
+    inputs, labels = cached.inputs(indices, generator(0, 2, "augment"))
     assert torch.equal(labels, tiny.val.labels)
-    from_view = [(drawn == view).all(1) for view in cached.features]
+    from_view = [(inputs == view).all(1) for view in cached.features]
     assert (from_view[0] ^ from_view[1]).all()
     assert all(10 < int(part.sum()) < len(tiles) - 10 for part in from_view)
     assert torch.equal(cached.inputs(indices)[0], cached.features[0])
@@ -295,13 +295,13 @@ def test_a_file_in_torch_hubs_folder_is_taken_without_network(
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     path = save_hashed(large, folder)
-    entry = pretrained._enums()[V2][1]
+    entry = pretrained._entries()[V2][1]
 
     class Entry:
         url = f"https://download.pytorch.org/models/{path.name}"
         transforms = entry.transforms
 
-    monkeypatch.setitem(pretrained._enums(), V2, (LARGE, Entry))
+    monkeypatch.setitem(pretrained._entries(), V2, (LARGE, Entry))
     weights = load_weights(V2, LARGE, tmp_path)
     assert weights.source == Entry.url
     assert weights.state_dict is not None

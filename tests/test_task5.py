@@ -74,7 +74,7 @@ def test_the_defaults_are_the_courseworks() -> None:
     assert config.lr < FROM_SCRATCH["lr"]
 
 
-def test_weights_bring_their_network_and_a_network_its_weights() -> None:
+def test_weights_imply_their_network_and_a_network_implies_its_weights() -> None:
     assert read("--weights=ResNet18_Weights.IMAGENET1K_V1").model_name == "resnet18"
     assert read("--weights=efficientnet_lite0_imagenet").model_name == "tf_efficientnet_lite0"
     assert read("--model_name=tf_efficientnet_lite0").weights == "efficientnet_lite0_imagenet"
@@ -204,7 +204,7 @@ def test_the_comparison_is_that_of_the_records(finished: Path) -> None:
         assert mean == pytest.approx(np.mean([run["validate/acc"] for run in runs]))
 
 
-def test_one_seed_is_compared_without_what_it_cannot_tell(finished: Path) -> None:
+def test_a_comparison_of_one_seed_has_no_interval_and_no_p_value(finished: Path) -> None:
     content = compare_runs("r-seed1", ["r-seed1"], ["r-scratch-seed1"], finished)
     path, figure = finished / "runs/r-seed1/comparison.json", finished / "fig/task5/r-seed1-comparison.png"
     assert json.loads(path.read_text()) == content
