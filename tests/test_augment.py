@@ -1,4 +1,4 @@
-"""Augmentations equal torchvision's or their formula, and that parameters are distributed as defined."""
+"""Augmentations equal torchvision's or their formula, and their parameters are distributed as defined."""
 
 import math
 
