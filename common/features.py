@@ -125,7 +125,7 @@ def decide_caching(config: C, feature_shape: Sequence[int], dataset: Dataset, de
                 f"more than {RESIDENT_SHARE:.0%} of the {free / 1e9:.1f} GB of free memory"
             )
             if wanted:
-                remedy = "free memory, lower --feature_views or --resize_to, or use --cache_features=False"
+                remedy = "lower --resize_to or --feature_views, or use --cache_features=False"
                 raise UsageError(f"--cache_features: {problem}; {remedy}")
             print(f"features are not cached: {problem}")
             wanted = False
