@@ -304,6 +304,7 @@ def test_a_file_in_torch_hubs_folder_is_taken_without_network(
     monkeypatch.setitem(pretrained._entries(), V2, (LARGE, Entry))
     weights = load_weights(V2, LARGE, tmp_path)
     assert weights.source == Entry.url
+    assert weights.preset == Preset(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert weights.state_dict is not None
     assert torch.equal(weights.state_dict["features.0.0.weight"], large["features.0.0.weight"])
 

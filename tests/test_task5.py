@@ -307,7 +307,7 @@ def test_caching_that_is_asked_for_and_does_not_fit_is_refused_with_size_and_key
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     command = keys(phantom_root, tmp_path, weights, "--cache_features=True", "--feature_views=8")
-    monkeypatch.setattr(features, "SHIFTS", range(10**7))  # as if there were many tiles
+    monkeypatch.setattr(features, "SHIFTS", range(10**7))  # stands for many tiles
     with pytest.raises(UsageError) as caught:
         run_with_little_memory(4 * 10**10, command, monkeypatch, capsys)
     message = str(caught.value)
@@ -317,6 +317,29 @@ def test_caching_that_is_asked_for_and_does_not_fit_is_refused_with_size_and_key
     assert "use --cache_features=False" in message
     assert "\n" not in message
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("augmentation", "tta", "views"),
+    [("none", True, (1, 8)), ("dihedral", False, (8, 1)), ("stain", True, (16, 8))],
+)
+def test_cached_splits_have_the_views_that_training_and_test_time_augmentation_need(
+    augmentation: str, tta: bool, views: tuple[int, int], phantom_root: Path, tmp_path: Path
+) -> None:
+    config = read("--dataset=phantom", f"--model_name={SMALL}", "--resize_to=32", f"--augmentation={augmentation}")
+    config = dataclasses.replace(config, tta=tta)
+    untrained = pretrained.load_weights("none", SMALL, tmp_path)
+    model = pretrained.build_fine_tuned(SMALL, 9, untrained, 32)
+    splits = features.cached_splits(model, load_dataset("phantom", 28, phantom_root, 90), config, CPU)
+    first = torch.arange(5)
+    assert model.takes_features
+    assert (len(splits.train.features), len(splits.test().features)) == views
+    assert len(list(splits.val.views(first)[0])) == 1
+    assert [name for name, _ in splits.shifted()] == list(features.SHIFTS)
+    for tiles in (splits.train, splits.test()):
+        plain, *others = tiles.features[:, first]
+        assert torch.equal(plain, tiles.inputs(first)[0])
+        assert not any(torch.equal(plain, other) for other in others)
 
 
 @pytest.mark.parametrize(("first", "then"), [(0, 10**12), (10**12, 10**9)])
