@@ -1,28 +1,26 @@
-"""Augments a batch of uint8 tiles where it lies, on CPU or CUDA, with a draw of its own for every tile.
+"""Augments a batch of uint8 tiles on the device where it lies; every tile gets other random parameters.
 
-torchvision's v2 transforms draw one set of parameters for a whole batch, and its PIL path costs worker
-processes. Here each augmentation is a pair: `draw_…` draws the parameters of every tile, always on the CPU
-and always from the caller's generator, and a second function applies them to the batch. CPU and CUDA runs
-therefore draw the same values, and the host knows which tile gets which operation without waiting for the
-device.
+torchvision's v2 transforms use one set of parameters for a whole batch, and its PIL path needs worker processes.
+Here each augmentation is a pair of functions. `sample_…` samples the parameters of every tile, on the CPU and from
+the caller's generator; the other function applies them to the batch. So CPU and CUDA runs use the same parameters,
+and the host knows the operation of each tile without waiting for the device.
 
-Images are uint8 (N, 3, H, W) throughout. Results lie in channels_last memory; inputs are never changed.
+Images are uint8 (N, 3, H, W). Results have channels_last memory; inputs are not changed.
 """
 
 import difflib
 import math
 from collections.abc import Callable
-from functools import lru_cache
-from typing import Literal
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
 
 Augmentation = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 
-# Operation: TrivialAugmentWide's magnitude at its first and its last of 31 bins (Müller & Hutter 2021,
-# arXiv:2103.10158), AutoAugment's at its first and its last of 10 (Cubuk et al. 2019, arXiv:1805.09501), and
-# whether a fair coin makes it negative; as in torchvision. None: not among the operations drawn.
+# For each operation, as in torchvision: the magnitudes of the first and the last bin of TrivialAugmentWide (31
+# bins, Müller & Hutter 2021, arXiv:2103.10158) and of AutoAugment (10 bins, Cubuk et al. 2019, arXiv:1805.09501),
+# and whether half of the magnitudes are negative. None: the method does not use this operation.
 RANGES: dict[str, tuple[tuple[float, float] | None, tuple[float, float] | None, bool]] = {
     "Identity": ((0.0, 0.0), None, False),
     "ShearX": ((0.0, 0.99), (0.0, 0.3), True),
@@ -44,8 +42,9 @@ OPERATIONS = tuple(RANGES)
 MOVE, LAST_MOVE = OPERATIONS.index("ShearX"), OPERATIONS.index("Rotate")  # these and all between move pixels
 WIDE_BINS = 31
 AUTO_BINS = 10
+IMAGENET_SIDE = 224  # of the images for which TrivialAugmentWide's translations of up to 32 pixels are made
 
-# The 25 sub-policies: two operations in order, each with its probability and its magnitude's bin.
+# AutoAugment's 25 sub-policies: two operations in order, each with its probability and the bin of its magnitude.
 IMAGENET_POLICY = (
     (("Posterize", 0.4, 8), ("Rotate", 0.6, 9)),
     (("Solarize", 0.6, 5), ("AutoContrast", 0.6, 0)),
@@ -99,10 +98,16 @@ def _uniform(size: tuple[int, ...], low: float, high: float, generator: torch.Ge
     return torch.rand(size, generator=generator, dtype=torch.float64) * (high - low) + low
 
 
+def _on_device(parameters: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy the parameters of a step to the device; the host does not wait, because they lie in pinned memory."""
+    if device.type == "cuda":
+        parameters = parameters.pin_memory()
+    return parameters.to(device, non_blocking=True)
+
+
 def _take(images: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """The images of these numbers, copied, in channels_last memory."""
-    rows = images.permute(0, 2, 3, 1).contiguous()
-    return rows.index_select(0, index.to(images.device, non_blocking=True)).permute(0, 3, 1, 2)
+    """A copy of the images of these numbers, in channels_last memory."""
+    return images.permute(0, 2, 3, 1).contiguous().index_select(0, index).permute(0, 3, 1, 2)
 
 
 def _by_kind(
@@ -111,74 +116,60 @@ def _by_kind(
     order: torch.Tensor,
     apply: Callable[[int, torch.Tensor, slice], torch.Tensor],
 ) -> torch.Tensor:
-    """Replace the images of each kind by `apply(kind, those images, their places in order)`.
+    """Replace the images of each kind by `apply(kind, those images, their slice of the sorted batch)`.
 
-    `kind` is an integer (N,) tensor on the CPU, so that the sizes of the groups are known on the host, and
-    `order` (N,) sorts it. The result has the images' own order.
+    `kind` is an integer (N,) tensor on the CPU, so that the host knows the sizes of the groups, and `order` (N,)
+    sorts it. The result has the order of `images`.
     """
-    grouped = _take(images, order)
+    sort, unsort = _on_device(torch.stack([order, order.argsort()]), images.device)
+    grouped = _take(images, sort)
     start = 0
     for number, count in enumerate(kind.bincount().tolist()):
         if count:
             these = slice(start, start + count)
             grouped[these].copy_(apply(number, grouped[these], these))
         start += count
-    return _take(grouped, order.argsort())
+    return _take(grouped, unsort)
 
 
-# Flips and quarter turns
+def sample_views(n_views: int, count: int, generator: torch.Generator) -> torch.Tensor:
+    """Uniform views for `dihedral`, int64 (count,): of 4 each flip has probability ½, 8 add the quarter turns."""
+    return torch.randint(n_views, (count,), generator=generator)
 
 
-def draw_flips(count: int, generator: torch.Generator) -> torch.Tensor:
-    """Views 0 … 3 of `dihedral`, int64 (count,): each of the two flips with probability ½, independently."""
-    return torch.randint(4, (count,), generator=generator)
+def dihedral_view(images: torch.Tensor, view: int) -> torch.Tensor:
+    """One of the 8 symmetries of the square, of images (N, 3, H, W) of any dtype.
 
+    `view` is a number of three bits: bit 4 swaps rows and columns first, then bit 1 flips left and right, and
+    bit 2 flips top and bottom. View 0 changes nothing.
 
-def draw_dihedral(count: int, generator: torch.Generator) -> torch.Tensor:
-    """Views 0 … 7 of `dihedral`, int64 (count,), uniformly."""
-    return torch.randint(8, (count,), generator=generator)
-
-
-def _dihedral_view(images: torch.Tensor, view: int) -> torch.Tensor:
+    Raises ValueError for views outside 0 … 7, and for a swap where H is not W.
+    """
+    if not 0 <= view <= 7:
+        raise ValueError(f"views are 0 … 7, not {view}")
     if view & 4:
+        if images.shape[2] != images.shape[3]:
+            raise ValueError(f"quarter turns need square tiles, not {images.shape[2]} × {images.shape[3]}")
         images = images.transpose(2, 3)
     return images.flip([axis for bit, axis in ((1, 3), (2, 2)) if view & bit])
 
 
 def dihedral(images: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
-    """Turn or flip image i to its view `view[i]`, the same uint8 (N, 3, H, W).
-
-    A view is a number of three bits: bit 4 swaps rows and columns first, then bit 1 flips left and right, and
-    bit 2 flips top and bottom. These are the 8 symmetries of the square; 0 changes nothing.
-
-    Raises ValueError for views outside 0 … 7, and for a swap where H is not W.
-    """
-    if len(view) and not 0 <= int(view.min()) <= int(view.max()) <= 7:
-        raise ValueError(f"views are 0 … 7, not {int(view.min())} … {int(view.max())}")
-    if images.shape[2] != images.shape[3] and bool((view >= 4).any()):
-        raise ValueError(f"quarter turns need square tiles, not {images.shape[2]} × {images.shape[3]}")
-    return _by_kind(images, view, view.argsort(), lambda number, part, _: _dihedral_view(part, number))
+    """Image i in its view `view[i]` (int64 (N,) on the CPU); see `dihedral_view`, also for what it raises."""
+    return _by_kind(images, view, view.argsort(), lambda number, part, _: dihedral_view(part, number))
 
 
 def dihedral_views(images: torch.Tensor) -> torch.Tensor:
-    """All 8 views of `dihedral` in order, (8, N, 3, H, W), for test-time averaging; any dtype.
-
-    Raises ValueError where H is not W.
-    """
-    if images.shape[2] != images.shape[3]:
-        raise ValueError(f"quarter turns need square tiles, not {images.shape[2]} × {images.shape[3]}")
-    return torch.stack([_dihedral_view(images, view) for view in range(8)])
-
-
-# The operations of TrivialAugment and AutoAugment
+    """All 8 views in order, (8, N, 3, H, W), for test-time averaging; see `dihedral_view`."""
+    return torch.stack([dihedral_view(images, view) for view in range(8)])
 
 
 @lru_cache(maxsize=4096)
 def _sources(name: str, magnitude: float, height: int, width: int, device: torch.device) -> torch.Tensor:
     """For each pixel of the moved tile the number of the pixel that comes there, int64 (H · W,).
 
-    Pixels count from 1, row by row; 0 stands for outside. The table is what torchvision itself makes of a
-    tile of pixel numbers: roundings at ties are its own, and CUDA runs move pixels exactly as CPU runs do.
+    Pixels count from 1, row by row; 0 means outside. torchvision itself moves a tile of pixel numbers: so ties are
+    rounded as torchvision rounds them, and on CUDA as on the CPU.
     """
     from torchvision.transforms.v2 import functional
 
@@ -214,11 +205,6 @@ def _grey(images: torch.Tensor) -> torch.Tensor:
     return red.mul(0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114).floor_().unsqueeze(1)
 
 
-def _blend(images: torch.Tensor, other: torch.Tensor, ratio: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
-    """`ratio` times the float images, in place, plus `rest` times the other, clipped to 0 … 255."""
-    return images.mul_(ratio).addcmul_(other, rest).clamp_(0, 255)
-
-
 def _sharpness(images: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
     """Go `rest` of the way to the 3 × 3 mean whose centre counts five times; the outermost pixels stay."""
     if min(images.shape[2:]) <= 2:
@@ -231,60 +217,33 @@ def _sharpness(images: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
     return images
 
 
-def _auto_contrast(images: torch.Tensor) -> torch.Tensor:
-    """Stretch each channel of each image to 0 … 255; a channel of one value stays."""
-    channels = images.flatten(2).float()
-    low, high = channels.aminmax(dim=2, keepdim=True)
-    flat = low == high
-    step = (high - low).mul_(1.0 / 255).masked_fill_(flat, 1.0)
-    return channels.sub_(low.masked_fill_(flat, 0.0)).div_(step).clamp_(0, 255).view(images.shape)
-
-
-def _equalize(images: torch.Tensor) -> torch.Tensor:
-    """Spread each channel's histogram evenly, in Pillow's integer arithmetic."""
-    channels = images.flatten(2)
-    values = channels.long()
-    ones = torch.ones((), dtype=torch.int32, device=images.device)
-    histogram = ones.new_zeros(*values.shape[:2], 256).scatter_add_(2, values, ones.expand(values.shape))
-    below = histogram.cumsum(2) - histogram
-    # The brightest value present is left out: it is to become 255.
-    step = below.gather(2, channels.amax(2, keepdim=True).long()) // 255
-    lookup = ((below + step // 2) // step.clamp(min=1)).clamp_(max=255)
-    # Too few pixels for even one a step: the channel stays.
-    lookup = torch.where(step == 0, torch.arange(256, device=images.device), lookup)
-    return lookup.to(torch.uint8).gather(2, values).view(images.shape)
-
-
 def _recolour(name: str, images: torch.Tensor, settings: torch.Tensor) -> torch.Tensor:
     """An operation on colours, with `_settings`; the result is uint8, or float 0 … 255 to truncate."""
+    from torchvision.transforms.v2 import functional
+
     ratio, rest, threshold, mask = settings.view(-1, 4, 1, 1, 1).unbind(1)
     match name:
         case "Brightness":
             return images.float().mul_(ratio).clamp_(0, 255)
-        case "Color":
+        case "Color" | "Contrast":
             colours = images.float()
-            return _blend(colours, _grey(colours), ratio, rest)
-        case "Contrast":
-            colours = images.float()
-            return _blend(colours, _grey(colours).mean((2, 3), keepdim=True), ratio, rest)
+            grey = _grey(colours) if name == "Color" else _grey(colours).mean((2, 3), keepdim=True)
+            return colours.mul_(ratio).addcmul_(grey, rest).clamp_(0, 255)
         case "Sharpness":
             return _sharpness(images.float(), rest)
         case "Posterize":
             return images & mask.to(torch.uint8)
         case "Solarize":
             return torch.where(images >= threshold, ~images, images)
-        case "AutoContrast":
-            return _auto_contrast(images)
-        case "Equalize":
-            return _equalize(images)
-        case "Invert":
-            return ~images
+        case "AutoContrast" | "Equalize" | "Invert":  # no magnitude: torchvision's functions take whole batches
+            changed: torch.Tensor = getattr(functional, name.lower())(images)
+            return changed
         case _:
             return images
 
 
 def _settings(magnitude: torch.Tensor) -> torch.Tensor:
-    """What `_recolour` makes of magnitudes (N,): (N, 4) float32, so that one copy brings all to the device."""
+    """What `_recolour` needs of magnitudes (N,): ratio, 1 − ratio, threshold and mask; (N, 4) float32."""
     ratio = 1.0 + magnitude
     # Posterize's magnitude is the number of highest bits, of 8, that stay.
     mask = (255 << (8 - magnitude.long().clamp(0, 8))) & 255
@@ -294,33 +253,43 @@ def _settings(magnitude: torch.Tensor) -> torch.Tensor:
 def _operate(images: torch.Tensor, operation: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
     order = operation.argsort()
     ordered, strengths = operation[order], magnitude[order]
-    settings = _settings(strengths).to(images.device, non_blocking=True)
+    settings = _on_device(_settings(strengths), images.device)
 
     def apply(number: int, part: torch.Tensor, these: slice) -> torch.Tensor:
         if number == MOVE:
             return _move(part, ordered[these], strengths[these])
         return _recolour(OPERATIONS[number], part, settings[these])
 
-    # All that move pixels are one group: on a GPU launches take the time, not pixels.
+    # The operations that move pixels are one group: on a GPU the launches take the time, not the pixels.
     group = torch.where((operation >= MOVE) & (operation <= LAST_MOVE), MOVE, operation)
     return _by_kind(images, group, order, apply)
 
 
 def apply_operations(images: torch.Tensor, operation: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
-    """Apply `OPERATIONS[operation[s, i]]` with `magnitude[s, i]` to image i, step s after step.
+    """Apply `OPERATIONS[operation[s, i]]` with `magnitude[s, i]` to image i, for each step s in order.
 
-    `operation` is int64 (steps, N) and `magnitude` float64 (steps, N), both on the CPU. The numerics are
-    torchvision's v2 functional operations' on uint8 tensors, with nearest interpolation and black fill.
+    `operation` is int64 (steps, N) and `magnitude` float64 (steps, N), both on the CPU. Results are those of
+    torchvision's v2 functional operations on uint8 tensors, with nearest interpolation and black fill.
     """
     for operations, magnitudes in zip(operation, magnitude, strict=True):
         images = _operate(images, operations, magnitudes)
     return images
 
 
-def _magnitudes(column: Literal[0, 1], bins: int) -> torch.Tensor:
+def apply_scaled_operations(
+    images: torch.Tensor, operation: torch.Tensor, magnitude: torch.Tensor
+) -> torch.Tensor:
+    """As `apply_operations`, but translations are scaled to the tile: 32 of 224 pixels are 1/7 of its side."""
+    scale = torch.ones(len(OPERATIONS), dtype=torch.float64)
+    scale[OPERATIONS.index("TranslateX")] = images.shape[3] / IMAGENET_SIDE
+    scale[OPERATIONS.index("TranslateY")] = images.shape[2] / IMAGENET_SIDE
+    return apply_operations(images, operation, magnitude * scale[operation])
+
+
+def _magnitudes(column: int, bins: int) -> torch.Tensor:
     """The magnitude of each operation at each bin of a column of `RANGES`, float64 (operations, bins)."""
-    # float32 first: torchvision takes its magnitudes out of float32 tables.
-    ends = [row[column] or (0.0, 0.0) for row in RANGES.values()]
+    # float32 first: torchvision takes its magnitudes from float32 tables.
+    ends = [(wide, auto)[column] or (0.0, 0.0) for wide, auto, _ in RANGES.values()]
     table = torch.stack([torch.linspace(first, last, bins) for first, last in ends])
     bits = OPERATIONS.index("Posterize")
     table[bits] = table[bits].round()
@@ -331,50 +300,46 @@ WIDE_MAGNITUDES, AUTO_MAGNITUDES = _magnitudes(0, WIDE_BINS), _magnitudes(1, AUT
 WIDE_OPERATIONS = torch.tensor([i for i, (wide, _, _) in enumerate(RANGES.values()) if wide])
 SIGNED = torch.tensor([signed for _, _, signed in RANGES.values()])
 # (2, 25) each: one row for the first operations of the sub-policies, one for the second.
-_COLUMNS = [list(zip(*step, strict=True)) for step in zip(*IMAGENET_POLICY, strict=True)]
-POLICY_OPERATIONS = torch.tensor([[OPERATIONS.index(name) for name in names] for names, _, _ in _COLUMNS])
-POLICY_PROBABILITIES = torch.tensor([chances for _, chances, _ in _COLUMNS], dtype=torch.float64)
-POLICY_BINS = torch.tensor([bins for _, _, bins in _COLUMNS])
+POLICY_OPERATIONS = torch.tensor([[OPERATIONS.index(name) for name, _, _ in pair] for pair in IMAGENET_POLICY]).T
+POLICY_PROBABILITIES = torch.tensor([[p for _, p, _ in pair] for pair in IMAGENET_POLICY], dtype=torch.float64).T
+POLICY_BINS = torch.tensor([[number for _, _, number in pair] for pair in IMAGENET_POLICY]).T
 
 
-def _give_signs(
+def _with_signs(
     operation: torch.Tensor, magnitude: torch.Tensor, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
     negative = SIGNED[operation] & (torch.rand(operation.shape, generator=generator) < 0.5)
     return operation, torch.where(negative, -magnitude, magnitude)
 
 
-def draw_trivial_augment(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def sample_trivial_augment(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Operation and magnitude of TrivialAugmentWide for `apply_operations`, int64 and float64 (1, count).
 
-    The operation is uniform over 14, the magnitude over 31 bins, the sign fair where there is one.
+    The operation is uniform over 14, the magnitude over 31 bins; both signs are equally likely where there is one.
     """
     operation = WIDE_OPERATIONS[torch.randint(len(WIDE_OPERATIONS), (1, count), generator=generator)]
     magnitude_bin = torch.randint(WIDE_BINS, (1, count), generator=generator)
-    return _give_signs(operation, WIDE_MAGNITUDES[operation, magnitude_bin], generator)
+    return _with_signs(operation, WIDE_MAGNITUDES[operation, magnitude_bin], generator)
 
 
-def draw_auto_augment(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def sample_auto_augment(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Operation and magnitude of AutoAugment for `apply_operations`, int64 and float64 (2, count): two steps.
 
-    The sub-policy is uniform over the 25 of `IMAGENET_POLICY`. Each of its two operations takes place with
-    its own probability (else it is Identity), with a fair sign where there is one.
+    The sub-policy is uniform over the 25 of `IMAGENET_POLICY`. Each of its two operations is applied with its
+    probability, else it becomes Identity; both signs are equally likely where there is one.
     """
     policy = torch.randint(len(IMAGENET_POLICY), (count,), generator=generator)
     happens = torch.rand(2, count, generator=generator, dtype=torch.float64) < POLICY_PROBABILITIES[:, policy]
     operation = torch.where(happens, POLICY_OPERATIONS[:, policy], OPERATIONS.index("Identity"))
-    return _give_signs(operation, AUTO_MAGNITUDES[operation, POLICY_BINS[:, policy]], generator)
+    return _with_signs(operation, AUTO_MAGNITUDES[operation, POLICY_BINS[:, policy]], generator)
 
 
-# Random erasing
-
-
-def draw_erasing(count: int, height: int, width: int, generator: torch.Generator) -> torch.Tensor:
+def sample_erasing(count: int, height: int, width: int, generator: torch.Generator) -> torch.Tensor:
     """Top, left, height and width of each tile's erased rectangle, int64 (count, 4); all 0 for none.
 
-    Random erasing (Zhong et al. 2017, arXiv:1708.04896) as torchvision's RandomErasing, with probability .1:
-    the area is uniform, the ratio of height to width log-uniform, and of ten attempts the first that is
-    smaller than the tile both ways counts.
+    Random erasing (Zhong et al. 2017, arXiv:1708.04896) as torchvision's RandomErasing, with probability .1. The
+    area is uniform, the ratio of height to width log-uniform. Of ten attempts the first one counts whose rectangle
+    is lower and narrower than the tile.
     """
     area = height * width * _uniform((count, 10), *ERASE_AREA, generator)
     low, high = (math.log(ratio) for ratio in ERASE_RATIO)
@@ -382,7 +347,7 @@ def draw_erasing(count: int, height: int, width: int, generator: torch.Generator
     sizes = torch.stack([(area * ratio).sqrt().round(), (area / ratio).sqrt().round()], dim=2)
     limits = torch.tensor([height, width])
     fits = (sizes < limits).all(2)
-    # argmax gives the first of equals, here the first attempt that fits.
+    # argmax gives the first maximum: the first attempt that fits.
     size = sizes[torch.arange(count), fits.int().argmax(1)].long()
     corner = (_uniform((count, 2), 0.0, 1.0, generator) * (limits - size + 1)).long()
     happens = fits.any(1) & (torch.rand(count, generator=generator) < ERASE_PROBABILITY)
@@ -391,22 +356,20 @@ def draw_erasing(count: int, height: int, width: int, generator: torch.Generator
 
 def erase(images: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
     """Fill rectangle `boxes[i]` (top, left, height, width; CPU) of image i with mid-grey, 128."""
-    chosen = boxes[:, 2].nonzero().flatten()
-    start, extent = boxes[chosen].unsqueeze(2).chunk(2, dim=1)
-    pixel = torch.arange(max(images.shape[2:]))
-    inside = ((pixel >= start) & (pixel < start + extent)).to(images.device, non_blocking=True)
-    chosen = chosen.to(images.device, non_blocking=True)
-    erased = inside[:, 0, : images.shape[2], None] & inside[:, 1, None, : images.shape[3]]
+    height, width = images.shape[2:]
+    chosen = boxes[:, 2].nonzero()
+    parameters = _on_device(torch.cat([chosen, boxes[chosen.flatten()]], dim=1), images.device)
+    index, start, extent = parameters[:, 0], parameters[:, 1:3, None], parameters[:, 3:5, None]
+    pixel = torch.arange(max(height, width), device=images.device)
+    inside = (pixel >= start) & (pixel < start + extent)
+    erased = inside[:, 0, :height, None] & inside[:, 1, None, :width]
     result = images.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
-    result.index_copy_(0, chosen, result.index_select(0, chosen).masked_fill_(erased[..., None], ERASE_GREY))
+    result.index_copy_(0, index, result.index_select(0, index).masked_fill_(erased[..., None], ERASE_GREY))
     return result.permute(0, 3, 1, 2)
 
 
-# Stain, channels, scale
-
-
-def draw_stain(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Scale and shift of the dyes, (count, 3) each, and hue's turn in radians (count,): uniform float64."""
+def sample_stain(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scale and shift of the dyes, (count, 3) each, and turn of the hue in radians (count,): uniform float64."""
     scale = _uniform((count, 3), 1.0 - STAIN_SCALE, 1.0 + STAIN_SCALE, generator)
     shift = _uniform((count, 3), -STAIN_SHIFT, STAIN_SHIFT, generator)
     return scale, shift, _uniform((count,), -STAIN_HUE, STAIN_HUE, generator)
@@ -421,7 +384,7 @@ def _turn_about_grey(angle: torch.Tensor) -> torch.Tensor:
 
 
 def stain(images: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, hue: torch.Tensor) -> torch.Tensor:
-    """Stain the uint8 (N, 3, H, W) tiles as another laboratory might, within one grey level of the formula.
+    """Change the staining of uint8 (N, 3, H, W) tiles; equal to the formula within one grey level.
 
     Optical density −ln((v + 1) / 256) is split into haematoxylin, eosin and a remainder; each concentration
     is multiplied by `scale` (N, 3) and increased by `shift` (N, 3) (Tellez et al. 2019, arXiv:1902.06543;
@@ -430,14 +393,14 @@ def stain(images: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, hue: t
     is; a shift tints it slightly. All three are float64 on the CPU.
     """
     turn = _turn_about_grey(hue)
-    # Splitting, scaling, mixing and turning are linear: together one 3 × 3 matrix and one offset a tile.
+    # Splitting, scaling, mixing and turning are linear: together one 3 × 3 matrix and one offset for each tile.
     mix = turn @ STAIN_VECTORS.T
     matrix = (mix * scale.unsqueeze(1)) @ STAIN_VECTORS.T.inverse()
     offset = mix @ shift.unsqueeze(2)
     density = images.flatten(2).float().add_(1.0).div_(256.0).log_()
-    matrix, offset = (m.float().to(images.device, non_blocking=True) for m in (matrix, offset))
+    parameters = _on_device(torch.cat([matrix, offset], dim=2).float(), images.device)
     # `density` is minus the density, and so is the result.
-    stained = torch.baddbmm(-offset, matrix, density).exp_().mul_(256.0).sub_(1.0)
+    stained = torch.baddbmm(-parameters[..., 3:], parameters[..., :3], density).exp_().mul_(256.0).sub_(1.0)
     return _to_uint8(stained.view(images.shape))
 
 
@@ -446,7 +409,7 @@ def _to_uint8(values: torch.Tensor) -> torch.Tensor:
     return levels.contiguous(memory_format=torch.channels_last)
 
 
-def draw_channels(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def sample_channels(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Shift in grey levels and gain of every channel, float64 (count, 3); 0 and 1 in a tenth of the tiles."""
     happens = torch.rand(count, 1, generator=generator) < CHANNEL_PROBABILITY
     shift = _uniform((count, 3), -CHANNEL_SHIFT, CHANNEL_SHIFT, generator)
@@ -456,24 +419,28 @@ def draw_channels(count: int, generator: torch.Generator) -> tuple[torch.Tensor,
 
 def shift_channels(images: torch.Tensor, shift: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
     """Channel c of image i becomes (value + shift[i, c]) · gain[i, c], rounded and clipped to uint8."""
-    shift, gain = (v.float()[:, :, None, None].to(images.device, non_blocking=True) for v in (shift, gain))
+    shift, gain = _on_device(torch.stack([shift, gain]).float(), images.device)[..., None, None]
     return _to_uint8(images.float().add_(shift).mul_(gain))
 
 
-def draw_zoom(count: int, generator: torch.Generator) -> torch.Tensor:
-    """Zoom factors 0.8 … 1.25, float64 (count,), log-uniform so that in and out are equally likely."""
+def sample_zoom(count: int, generator: torch.Generator) -> torch.Tensor:
+    """Zoom factors 0.8 … 1.25, float64 (count,); log-uniform, so that both directions are equally likely."""
     limit = math.log(ZOOM_LIMIT)
     return _uniform((count,), -limit, limit, generator).exp()
 
 
-def _zoom_weights(factor: torch.Tensor, size: int, device: torch.device) -> torch.Tensor:
-    """(N, size, size) float32: how much of each old row goes into each new row, linearly interpolated."""
-    old = torch.arange(size, dtype=torch.float64)
-    source = ((old + 0.5 - size / 2) / factor.unsqueeze(1) + size / 2).abs()
+def _zoom_sources(factor: torch.Tensor, size: int) -> torch.Tensor:
+    """(N, size) float32: where each new row comes from, as a row number that may lie between two rows."""
+    new = torch.arange(size, dtype=torch.float64)
+    source = ((new + 0.5 - size / 2) / factor.unsqueeze(1) + size / 2).abs()
     # Beyond an edge the tile continues as its mirror image.
-    source = (size - (size - source).abs() - 0.5).clamp(0, size - 1)
-    nearness = 1.0 - (source.float().to(device).unsqueeze(2) - old.float().to(device)).abs()
-    return nearness.clamp_(min=0.0)
+    return (size - (size - source).abs() - 0.5).clamp(0, size - 1).float()
+
+
+def _linear_weights(source: torch.Tensor) -> torch.Tensor:
+    """(N, size, size): how much of each old row goes into each new row, by linear interpolation."""
+    old = torch.arange(source.shape[1], dtype=source.dtype, device=source.device)
+    return (1.0 - (source.unsqueeze(2) - old).abs()).clamp_(min=0.0)
 
 
 def zoom(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -483,64 +450,61 @@ def zoom(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     is float64 (N,) on the CPU, at least 0.5.
     """
     count, _, height, width = images.shape
-    rows = _zoom_weights(factor, height, images.device)
-    columns = _zoom_weights(factor, width, images.device)
+    sources = torch.cat([_zoom_sources(factor, height), _zoom_sources(factor, width)], dim=1)
+    sources = _on_device(sources, images.device)
+    rows, columns = _linear_weights(sources[:, :height]), _linear_weights(sources[:, height:])
     # Bilinear interpolation on an upright grid is two matrix products, faster than four gathers a pixel.
     pixels = images.permute(0, 2, 3, 1).float()
     planes = rows.bmm(pixels.reshape(count, height, 3 * width)).view(pixels.shape).permute(0, 3, 1, 2)
     return _to_uint8(planes.reshape(count, 3 * height, width).bmm(columns.mT).view(images.shape))
 
 
-# The augmentations by name
-
-
 def _step(
-    draw: Callable[[int, torch.Generator], torch.Tensor | tuple[torch.Tensor, ...]],
+    sample: Callable[[int, torch.Generator], torch.Tensor | tuple[torch.Tensor, ...]],
     apply: Callable[..., torch.Tensor],
 ) -> Augmentation:
     def step(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        drawn = draw(len(images), generator)
-        return apply(images, *(drawn if isinstance(drawn, tuple) else (drawn,)))
+        parameters = sample(len(images), generator)
+        return apply(images, *(parameters if isinstance(parameters, tuple) else (parameters,)))
 
     return step
 
 
 def _erase(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    return erase(images, draw_erasing(len(images), images.shape[2], images.shape[3], generator))
+    return erase(images, sample_erasing(len(images), images.shape[2], images.shape[3], generator))
 
 
-_flip, _dihedral = _step(draw_flips, dihedral), _step(draw_dihedral, dihedral)
-_stain, _zoom = _step(draw_stain, stain), _step(draw_zoom, zoom)
+_flip, _dihedral = (_step(partial(sample_views, n_views), dihedral) for n_views in (4, 8))
+_stain, _zoom = _step(sample_stain, stain), _step(sample_zoom, zoom)
 
 PARTS: dict[str, tuple[Augmentation, ...]] = {
     "none": (),
-    "auto": (_flip, _step(draw_auto_augment, apply_operations), _erase),
-    "ta_wide": (_flip, _step(draw_trivial_augment, apply_operations), _erase),
+    "auto": (_flip, _step(sample_auto_augment, apply_operations), _erase),
+    "ta_wide": (_flip, _step(sample_trivial_augment, apply_operations), _erase),
+    "ta_wide_scaled": (_flip, _step(sample_trivial_augment, apply_scaled_operations), _erase),
     "dihedral": (_dihedral,),
     "stain": (_dihedral, _stain, _zoom),
     "flip": (_flip,),
     "erase": (_erase,),
-    "channel": (_step(draw_channels, shift_channels),),
+    "channel": (_step(sample_channels, shift_channels),),
     "scale": (_zoom,),
 }
-
-AUGMENTATIONS: tuple[str, ...] = tuple(PARTS)
 
 
 def build_augmentation(names: str) -> Augmentation:
     """The augmentation of a comma-joined list such as "ta_wide,stain", applied left to right.
 
-    It takes uint8 (N, 3, H, W) images on any device and a CPU `torch.Generator`, from which it makes every
-    draw, and returns images of the same shape, dtype, device and memory format (channels_last or contiguous).
+    It takes uint8 (N, 3, H, W) images on any device and a CPU `torch.Generator`, the source of all its random
+    numbers. It returns images of the same shape, dtype, device and memory format (channels_last or contiguous).
     Its input is not changed; "none" returns the input itself. "dihedral" and "stain" need square tiles.
 
-    Raises ValueError naming an unknown part and the closest known name, or "none" joined with others.
+    Raises ValueError for an unknown part, with the closest known name, and for "none" joined with others.
     """
     chosen = names.split(",")
     for name in chosen:
         if name not in PARTS:
             (closest,) = difflib.get_close_matches(name, PARTS, n=1, cutoff=0.0)
-            known = ", ".join(AUGMENTATIONS)
+            known = ", ".join(PARTS)
             raise ValueError(f"unknown augmentation {name!r}: did you mean {closest!r}? There are {known}")
     if "none" in chosen and len(chosen) > 1:
         raise ValueError(f"'none' cannot be joined with other augmentations: {names!r}")

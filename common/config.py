@@ -206,8 +206,8 @@ class TrainingConfig(Config):
 
     augmentation: str = key(
         "none",
-        "augmentation of the training tiles, parts joined by commas: none, auto, ta_wide, dihedral, stain, "
-        "flip, erase, channel, scale",
+        "augmentation of the training tiles, parts joined by commas: none, auto, ta_wide, ta_wide_scaled, "
+        "dihedral, stain, flip, erase, channel, scale",
         check=_check_augmentation,
     )
     label_smoothing: float = key(0.0, "share of the target spread over all classes", at_least=0, below=1)

@@ -1,11 +1,11 @@
-"""Convolutions on maps of a few pixels, where PyTorch's own CPU kernels waste most of their time.
+"""Convolutions on maps of a few pixels, where PyTorch's CPU kernels waste most of their time.
 
-A tile of 28 pixels is a map of 4, 2 or 1 pixels a side in a network's deeper layers. There, the library behind
-nn.Conv2d on a CPU (oneDNN) multiplies mostly padding, and computes the weight gradient of a depthwise convolution
-up to a hundred times slower than its forward pass. README's tables of speed show what this saves.
+In the deeper layers of a network a tile of 28 pixels has become a map of 4 × 4, 2 × 2 or 1 × 1 pixels. There the
+CPU library behind nn.Conv2d (oneDNN) multiplies mostly padding, and the weight gradient of a depthwise convolution
+takes up to a hundred times as long as its forward pass. README's tables of speed show what this module saves.
 
-In this module a map is (N, H, W, C), a kernel (C_out, kH, kW, C_in): views of PyTorch's (N, C, H, W) tensors in
-channels_last order.
+In this module a map is (N, H, W, C) and a kernel (C_out, kH, kW, C_in). They are views of PyTorch's (N, C, H, W)
+tensors in channels_last order.
 """
 
 import math
@@ -17,15 +17,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.grad import conv2d_input
 
-FEW_OUTPUTS = 4  # output pixels up to which one matrix product per pixel is faster than nn.Conv2d
+FEW_OUTPUTS = 4  # up to so many output pixels one matrix product per pixel is faster than nn.Conv2d
 
 Axes = tuple[int, ...]  # one value for rows, one for columns
 
 
 class SmallMapConv2d(nn.Conv2d):
-    """nn.Conv2d with faster ways to compute the same on a CPU: equal up to rounding, first derivatives only.
+    """nn.Conv2d that is faster on a CPU. Results are equal up to rounding; there are only first derivatives.
 
-    Whatever fits none of these ways runs as nn.Conv2d: a GPU, autocast, groups, dilation, padding by name.
+    All other cases run as nn.Conv2d: a GPU, autocast, groups, dilation, padding by name.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -53,7 +53,7 @@ class SmallMapConv2d(nn.Conv2d):
         return biased
 
     def _is_plain(self, input: torch.Tensor) -> bool:
-        """Whether this is an ordinary or a depthwise convolution, on a CPU, in the input's own precision."""
+        """Whether this is an ordinary or a depthwise convolution, on a CPU and without autocast."""
         return (
             input.device.type == "cpu"
             and not torch.is_autocast_enabled("cpu")
@@ -66,7 +66,7 @@ class SmallMapConv2d(nn.Conv2d):
 
 
 class _FewOutputs(torch.autograd.Function):
-    """An ordinary convolution as one matrix product per output pixel, over the taps that do not meet padding."""
+    """An ordinary convolution as one matrix product per output pixel, over the taps that are not on padding."""
 
     @staticmethod
     def forward(ctx: Any, input: torch.Tensor, weight: torch.Tensor, stride: Axes, padding: Axes) -> torch.Tensor:
@@ -99,7 +99,7 @@ class _FewOutputs(torch.autograd.Function):
 
 
 class _Depthwise(torch.autograd.Function):
-    """A depthwise convolution whose weight gradient is summed one output pixel after the other."""
+    """A depthwise convolution whose weight gradient is summed output pixel by output pixel."""
 
     @staticmethod
     def forward(ctx: Any, input: torch.Tensor, weight: torch.Tensor, stride: Axes, padding: Axes) -> torch.Tensor:
@@ -137,7 +137,7 @@ def use_small_map_convolutions(model: nn.Module) -> nn.Module:
 def _windows(
     input: torch.Tensor, weight: torch.Tensor, stride: Axes, padding: Axes
 ) -> Iterator[tuple[int, int, tuple[slice, slice], tuple[slice, slice]]]:
-    """Each output pixel's row and column, the map's pixels that the kernel covers there, and the taps on them."""
+    """For each output pixel: its row and column, the pixels of the map under the kernel, and the taps on them."""
     rows, columns = (_spans(input.shape[2 + a], weight.shape[2 + a], stride[a], padding[a]) for a in (0, 1))
     for row, (pixel_rows, tap_rows) in enumerate(rows):
         for column, (pixel_columns, tap_columns) in enumerate(columns):
@@ -145,7 +145,7 @@ def _windows(
 
 
 def _spans(size: int, kernel: int, stride: int, padding: int) -> list[tuple[slice, slice]]:
-    """Along one axis, for each output pixel: the pixels that the kernel covers, and the taps on them."""
+    """Along one axis, for each output pixel: the pixels under the kernel, and the taps on them."""
     spans = []
     for first in range(-padding, size + padding - kernel + 1, stride):
         low, high = (min(max(end, 0), size) for end in (first, first + kernel))
@@ -160,8 +160,8 @@ def _channels_last(images: torch.Tensor) -> torch.Tensor:
 def _as_maps(maps: torch.Tensor) -> torch.Tensor:
     """(N, H, W, C) as (N, C, H, W).
 
-    The strides of a map of one pixel can be written in two ways, and BatchNorm is ten times slower where its
-    input and its gradient differ in them: they are always those of (N, C, 1, 1).
+    A map of one pixel can have two kinds of strides, and BatchNorm is ten times slower where the strides of its
+    input and its gradient differ: so they are always those of (N, C, 1, 1).
     """
     if maps.shape[1:3] == (1, 1):
         return maps.flatten(1)[:, :, None, None]

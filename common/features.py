@@ -1,13 +1,28 @@
-"""The features of a frozen network, computed once and kept where the head is trained on them."""
+"""The features of a frozen network, computed once for every tile and kept in memory to train the head on them."""
 
+import dataclasses
+import math
+import os
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeVar
 
 import torch
 
+from common import distributed
+from common.augment import build_augmentation, dihedral_view
 from common.compute import Compute
+from common.data import Dataset, Split
+from common.errors import UsageError
 from common.evaluation import progress_bar
+from common.fine_tuning import FineTuningConfig
 from common.pretrained import FineTunedNetwork
-from common.tiles import Batch, DeviceTiles
+from common.records import read_json, run_folder
+from common.shift import SHIFTS, shifted
+from common.tiles import RESIDENT_SHARE, Batch, DeviceTiles, Splits
+from common.training import generator
+
+C = TypeVar("C", bound=FineTuningConfig)
 
 BATCH = 256
 View = Callable[[torch.Tensor], torch.Tensor]  # uint8 (B, 3, H, W) to the same
@@ -33,7 +48,7 @@ class CachedFeatures:
         labels = self.labels.index_select(0, indices)
         if draws is None or n_views == 1:
             return self.features[0].index_select(0, indices), labels
-        # The augmentation `dihedral` draws in the same way: from its 8 views, both choose the same one for a tile.
+        # The augmentation `dihedral` samples its 8 views in the same way: both use the same view of a tile.
         view = torch.randint(n_views, (len(indices),), generator=draws).to(self.index_device)
         return self.features[view, indices], labels
 
@@ -55,7 +70,76 @@ def cache_features(
         for part in torch.split(torch.arange(len(tiles)), BATCH):
             images, labels[part] = tiles.batch(part.to(tiles.index_device))
             for number, view in enumerate(views):
+                inputs = tiles.prepared(view(images))  # outside autocast, which would round the augmentation
                 with compute.autocast():
-                    features[number, part] = model.features(tiles.prepared(view(images))).float()
+                    features[number, part] = model.features(inputs).float()
                 bar.update(len(part))
     return CachedFeatures(features, labels)
+
+
+def cached_splits(model: FineTunedNetwork, dataset: Dataset, config: FineTuningConfig, compute: Compute) -> Splits:
+    """The features of all splits; from then on the model takes features instead of tiles.
+
+    Training tiles have `feature_views` views, test tiles all 8 dihedral views where `tta` needs them; all other
+    tiles have one view, which is not augmented.
+    """
+    model.to(compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    turned: list[View] = [partial(dihedral_view, view=number) for number in range(8)]
+    plain = turned[:1]
+
+    def augmented(number: int) -> View:
+        augment, stream = build_augmentation(config.augmentation), generator(config.seed, number, "views")
+        return lambda images: augment(images, stream)
+
+    def cached(split: Split, views: Sequence[View]) -> CachedFeatures:
+        tiles = DeviceTiles(split, compute.device, resize_to=config.resize_to)
+        return cache_features(model, tiles, views, compute)
+
+    random = [*plain, *(augmented(number) for number in range(1, config.feature_views or 1))]
+    train = cached(dataset.train, turned if config.augmentation == "dihedral" else random)
+    val = cached(dataset.val, plain)
+    test = cached(dataset.test, turned if config.tta else plain)
+    foreign = [(name, cached(split, plain)) for name, split in shifted(dataset.val)]
+    model.takes_features = True
+    return Splits(train, val, lambda: test, lambda: iter(foreign))
+
+
+def decide_caching(config: C, feature_shape: Sequence[int], dataset: Dataset, device: torch.device) -> C:
+    """Set `cache_features`, for all runs of a command: True unless the features do not fit into memory.
+
+    `feature_shape` is that of one view of one tile. A run that was started before keeps its decision, so that the
+    same command can resume it although the free memory has changed. Where the features do not fit, one line is
+    printed; it is a UsageError where `cache_features` is True.
+    """
+    wanted = config.cache_features
+    record = run_folder(config.output_dir, config.run_id) / "config.json"
+    if wanted is None and record.exists():
+        wanted = read_json(record)["config"].get("cache_features")
+    if wanted is not False:
+        views = (config.feature_views or 1) * len(dataset.train) + (1 + len(SHIFTS)) * len(dataset.val)
+        views += (8 if config.tta else 1) * len(dataset.test)
+        size, free = 4 * views * math.prod(feature_shape), free_memory(device)
+        if distributed.any_of_all(size > RESIDENT_SHARE * free, device):
+            problem = (
+                f"the features of all tiles take {size / 1e9:.1f} GB, "
+                f"more than {RESIDENT_SHARE:.0%} of the {free / 1e9:.1f} GB of free memory"
+            )
+            if wanted:
+                remedy = "lower --resize_to or --feature_views, or use --cache_features=False"
+                raise UsageError(f"--cache_features: {problem}; {remedy}")
+            print(f"features are not cached: {problem}")
+            wanted = False
+    views_if_cached = None if wanted is False else config.feature_views
+    return dataclasses.replace(config, cache_features=wanted is not False, feature_views=views_if_cached)
+
+
+def free_memory(device: torch.device) -> int:
+    """The bytes of memory that the device has left; for a CPU those that the system can give without swapping."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            kilobytes = dict(line.split(":") for line in file)["MemAvailable"].split()[0]
+        return int(kilobytes) * 1024
+    except (OSError, KeyError):  # only Linux has it; elsewhere all memory is the best estimate
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -11,27 +11,26 @@ from common.errors import UsageError, first_line
 
 @cache
 def model_names() -> list[str]:
-    """The names that `build_model` takes: torchvision's classification models, quantised ones left out."""
+    """The names for `build_model`: torchvision's classification models without the quantised ones."""
     from torchvision import models
 
     return list(models.list_models(module=models))
 
 
 def build_model(model_name: str, num_classes: int, size: int) -> nn.Module:
-    """A freshly initialised network for `size`-pixel tiles; its weights come from torch's global generator.
+    """A network for `size`-pixel tiles, randomly initialised by torch's global generator, which the caller seeds.
 
-    The caller seeds (`torch.manual_seed`). Takes (N, 3, size, size) float32, returns logits (N, num_classes).
-
-    Raises UsageError where the network cannot take tiles of this size.
+    It takes (N, 3, size, size) float32 and returns logits (N, num_classes). Raises UsageError where the network
+    cannot take tiles of this size.
     """
     from torchvision import models
 
     options: dict[str, object] = {}
     if model_name in ("googlenet", "inception_v3"):
-        # Their auxiliary heads need tiles of 224 and 299 pixels.
+        # Their auxiliary heads need tiles of 224 or 299 pixels.
         options = {"aux_logits": False, "init_weights": True}
     elif model_name.startswith("vit_"):
-        # Its position embeddings are made for one size.
+        # Its position embeddings have one size.
         options = {"image_size": size}
     try:
         model: nn.Module = models.get_model(model_name, weights=None, num_classes=num_classes, **options)

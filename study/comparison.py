@@ -11,7 +11,7 @@ import numpy as np
 
 from common.files import write_json
 from common.records import Record, run_folder
-from common.statistics import Spread, compare, mean_sd, spread
+from common.statistics import Spread, compare, spread
 from common.tracking import AXIS_LABELS
 
 CONVERGED_WITHIN = 0.005
@@ -53,8 +53,8 @@ def compare_runs(name: str, tuned: Sequence[str], scratch: Sequence[str], output
             parts.append(f"({late} of {len(runs)} only at the last epoch)")
         for metric, kinds in content["over_seeds"].items():
             if metric != CONVERGENCE:
-                found = {score: math.nan if value is None else value for score, value in kinds[kind].items()}
-                parts.append(f"{metric} {mean_sd(Spread(**found))}")
+                mean, sd = kinds[kind]["mean"], kinds[kind]["sd"]
+                parts.append(f"{metric} {mean:.4f}" + ("" if sd is None else f" ± {sd:.4f}"))
         print(f"{kind}, {len(runs)} seed{'s' if len(runs) > 1 else ''}: {'  '.join(parts)}")
     print(f"{dataset}; comparison in {path}, figure:\n  {figure}")
     return content

@@ -49,10 +49,7 @@ def check_run(study: Study, record: Record) -> None:
             # A record from before a score existed lacks it.
             if where := difference(recorded, {name: scores[name] for name in recorded}):
                 raise fail(f"{weights}, {where}, scores.npz gives another value")
-    if (
-        summary["test/acc"] != summary["best"]["acc"]["value"]
-        or summary["test/auc"] != summary["best"]["auc"]["value"]
-    ):
+    if any(summary[f"test/{name}"] != summary["best"][name]["value"] for name in ("acc", "auc")):
         raise fail("test/acc and test/auc are not those of the best weights")
     targets = arrays["validate_targets"]
     accuracies = {"validate/acc": (summary["validate"]["validate/acc"], arrays["validate_logits"].argmax(1))}

@@ -1,4 +1,4 @@
-"""Tests that every augmentation equals torchvision's or its formula, and is drawn as often as defined."""
+"""Augmentations equal torchvision's or their formula, and their parameters are distributed as defined."""
 
 import math
 
@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 
 from common import augment
-from common.augment import AUGMENTATIONS, OPERATIONS, build_augmentation
+from common.augment import OPERATIONS, PARTS, build_augmentation
 
 SIZES = [(28, 28), (64, 64), (20, 36)]
 MANY = 60_000
@@ -68,7 +68,7 @@ BLENDS = {"Color", "Contrast", "Sharpness"}
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operations_equal_torchvision(transform, column, bins, name):
     if augment.RANGES[name][column] is None:
-        pytest.skip("not drawn by this transform")
+        pytest.skip("not an operation of this transform")
     magnitudes_of, signed = transform._AUGMENTATION_SPACE[name]
     ours = (augment.WIDE_MAGNITUDES, augment.AUTO_MAGNITUDES)[column][OPERATIONS.index(name)].tolist()
     for height, width in SIZES:
@@ -118,6 +118,50 @@ def test_policy_and_operations_equal_torchvision():
     assert wide == list(v2.TrivialAugmentWide._AUGMENTATION_SPACE)
 
 
+@pytest.mark.parametrize(("side", "largest"), [(28, 4), (64, 9), (224, 32)])
+def test_scaled_translations_move_a_tile_by_a_seventh_of_its_side_at_most(side, largest):
+    numbers = torch.arange(side, dtype=torch.uint8).expand(1, 3, side, side)
+    strength = augment.WIDE_MAGNITUDES.max(1).values
+    for name, image in (("TranslateX", numbers), ("TranslateY", numbers.mT)):
+        number = OPERATIONS.index(name)
+        for sign in (1, -1):
+            magnitude = sign * strength[number].view(1, 1)
+            moved = augment.apply_scaled_operations(image, torch.tensor([[number]]), magnitude)
+            expected = image.roll(sign * largest, 3 if name == "TranslateX" else 2)
+            black = moved != expected
+            assert black.sum() in (
+                3 * side * largest,
+                3 * side * largest - 3 * side,
+            )  # a black 0 may equal pixel 0
+            assert not moved[black].any()
+
+
+def test_scaled_translations_follow_height_and_width_of_an_oblong_tile():
+    images = tiles(4, 28, 56)
+    for name, largest in (("TranslateX", 8), ("TranslateY", 4)):
+        kind = torch.full((1, 4), OPERATIONS.index(name))
+        strength = torch.full((1, 4), 32.0, dtype=torch.float64)
+        expected = augment.apply_operations(images, kind, torch.full_like(strength, largest))
+        assert torch.equal(augment.apply_scaled_operations(images, kind, strength), expected)
+
+
+def test_all_other_operations_of_ta_wide_scaled_are_those_of_ta_wide():
+    images, generators = tiles(2000, 28, 28), (seeded(8), seeded(8))
+    operation, magnitude = augment.sample_trivial_augment(2000, seeded(9))
+    one = augment.apply_operations(images, operation, magnitude)
+    other = augment.apply_scaled_operations(images, operation, magnitude)
+    translated = (operation[0] == OPERATIONS.index("TranslateX")) | (
+        operation[0] == OPERATIONS.index("TranslateY")
+    )
+    assert torch.equal(one[~translated], other[~translated])
+    assert not torch.equal(one[translated], other[translated])
+    # At 224 pixels, for which ta_wide is made, both are the same.
+    large = tiles(30, 224, 224)
+    names = ("ta_wide", "ta_wide_scaled")
+    results = [build_augmentation(name)(large, g) for name, g in zip(names, generators, strict=True)]
+    assert torch.equal(*results)
+
+
 def test_flips_equal_torchvision():
     images = tiles(4, 20, 36)
     views = torch.arange(4)
@@ -160,16 +204,16 @@ def test_dihedral_refuses_other_views_and_oblong_quarter_turns():
         augment.dihedral_views(tiles(1, 20, 36))
 
 
-# Draws
+# Random parameters
 
 
-def test_flips_and_dihedral_draws_are_uniform():
-    check_frequencies(augment.draw_flips(MANY, seeded()).bincount(minlength=4), torch.full((4,), 0.25))
-    check_frequencies(augment.draw_dihedral(MANY, seeded()).bincount(minlength=8), torch.full((8,), 0.125))
+def test_flips_and_dihedral_views_are_uniform():
+    check_frequencies(augment.sample_views(4, MANY, seeded()).bincount(minlength=4), torch.full((4,), 0.25))
+    check_frequencies(augment.sample_views(8, MANY, seeded()).bincount(minlength=8), torch.full((8,), 0.125))
 
 
-def test_trivial_augment_draws_operation_bin_and_sign_fairly():
-    operation, magnitude = (drawn[0] for drawn in augment.draw_trivial_augment(MANY, seeded()))
+def test_trivial_augment_samples_operation_bin_and_sign_uniformly():
+    operation, magnitude = (sampled[0] for sampled in augment.sample_trivial_augment(MANY, seeded()))
     check_frequencies(operation.bincount(minlength=14), torch.full((14,), 1 / 14))
     for name in ("ShearX", "TranslateY", "Rotate", "Sharpness", "Solarize"):
         number = OPERATIONS.index(name)
@@ -181,16 +225,16 @@ def test_trivial_augment_draws_operation_bin_and_sign_fairly():
         check_proportion(chosen[chosen != 0] < 0, 0.5 if augment.RANGES[name][2] else 0.0)
 
 
-def test_trivial_augment_draws_bins_independently_of_operations():
-    operation, magnitude = (drawn[0] for drawn in augment.draw_trivial_augment(MANY, seeded(1)))
+def test_trivial_augment_samples_bins_independently_of_operations():
+    operation, magnitude = (sampled[0] for sampled in augment.sample_trivial_augment(MANY, seeded(1)))
     neighbours = operation[:-1] * 14 + operation[1:]
     check_frequencies(neighbours.bincount(minlength=196), torch.full((196,), 1 / 196))
     solarized = operation == OPERATIONS.index("Solarize")
     check_proportion(magnitude[solarized] > 0.5, 15 / 31)
 
 
-def test_auto_augment_draws_policies_with_their_probabilities():
-    operation, magnitude = augment.draw_auto_augment(MANY, seeded())
+def test_auto_augment_samples_policies_with_their_probabilities():
+    operation, magnitude = augment.sample_auto_augment(MANY, seeded())
     identity = OPERATIONS.index("Identity")
     expected = torch.zeros(len(OPERATIONS), len(OPERATIONS), dtype=torch.float64)
     for (first, p, _), (second, q, _) in augment.IMAGENET_POLICY:
@@ -205,9 +249,9 @@ def test_auto_augment_draws_policies_with_their_probabilities():
         check_proportion(magnitude[chosen] < 0, 0.5)
 
 
-def test_auto_augment_draws_the_policys_magnitudes():
-    operation, magnitude = augment.draw_auto_augment(MANY, seeded(2))
-    drawn = {
+def test_auto_augment_uses_the_magnitudes_of_the_policy():
+    operation, magnitude = augment.sample_auto_augment(MANY, seeded(2))
+    sampled = {
         (step, OPERATIONS[k], m)
         for step in (0, 1)
         for k, m in set(zip(operation[step].tolist(), magnitude[step].abs().tolist(), strict=True))
@@ -218,11 +262,11 @@ def test_auto_augment_draws_the_policys_magnitudes():
             if p:
                 number = OPERATIONS.index(name)
                 defined.add((step, name, float(augment.AUTO_MAGNITUDES[number, magnitude_bin])))
-    assert drawn == defined
+    assert sampled == defined
 
 
 def test_erasing_geometry_follows_torchvisions_definition():
-    boxes = augment.draw_erasing(MANY, 64, 64, seeded())
+    boxes = augment.sample_erasing(MANY, 64, 64, seeded())
     happened = boxes[:, 2] > 0
     check_proportion(happened, 0.1)
     assert not boxes[~happened].any()
@@ -239,11 +283,11 @@ def test_erasing_geometry_follows_torchvisions_definition():
     check_proportion((height > width)[height != width], math.log(3.3) / math.log(3.3 / 0.3))
 
 
-def test_erasing_draws_boxes_as_often_as_torchvision():
+def test_erasing_samples_boxes_as_often_as_torchvision():
     torch.manual_seed(0)
     transform, image = v2.RandomErasing(p=1.0), torch.zeros(3, 28, 28)
     theirs = torch.tensor([[p["h"], p["w"]] for p in (transform.make_params([image]) for _ in range(4000))])
-    ours = augment.draw_erasing(40_000, 28, 28, seeded())[:, 2:]
+    ours = augment.sample_erasing(40_000, 28, 28, seeded())[:, 2:]
     ours = ours[ours[:, 0] > 0]
     for side in (0, 1):
         a, b = theirs[:, side].double(), ours[:, side].double()
@@ -265,8 +309,8 @@ def test_erase_fills_its_box_with_grey_and_nothing_else():
 # Stain, channels, scale
 
 
-def test_stain_draws_are_uniform():
-    scale, shift, hue = augment.draw_stain(MANY // 3, seeded())
+def test_stain_parameters_are_uniform():
+    scale, shift, hue = augment.sample_stain(MANY // 3, seeded())
     check_uniform(scale, 1 - augment.STAIN_SCALE, 1 + augment.STAIN_SCALE)
     check_uniform(shift, -augment.STAIN_SHIFT, augment.STAIN_SHIFT)
     check_uniform(hue, -augment.STAIN_HUE, augment.STAIN_HUE)
@@ -282,11 +326,13 @@ def test_stain_without_change_is_the_identity():
 
 def test_stain_follows_its_formula_tile_by_tile():
     images = tiles(6, 20, 36)
-    # Far stronger than drawn, so that every term shows.
-    scale, shift, hue = augment.draw_stain(6, seeded())
-    drawn = (scale, 4 * shift, 6 * hue)
+    # Far stronger than in training, so that every term matters.
+    scale, shift, hue = augment.sample_stain(6, seeded())
+    parameters = (scale, 4 * shift, 6 * hue)
     generator_of_turns = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]).double() / math.sqrt(3)
-    for image, alpha, beta, angle, stained in zip(images, *drawn, augment.stain(images, *drawn), strict=True):
+    for image, alpha, beta, angle, stained in zip(
+        images, *parameters, augment.stain(images, *parameters), strict=True
+    ):
         density = -torch.log((image.double() + 1) / 256).flatten(1).T
         concentration = density @ torch.linalg.inv(augment.STAIN_VECTORS)
         density = (concentration * alpha + beta) @ augment.STAIN_VECTORS
@@ -317,32 +363,32 @@ def test_hue_turns_about_grey():
 
 def test_stain_keeps_white_near_white_and_tissue_changed():
     white = torch.full((2000, 3, 1, 1), 244, dtype=torch.uint8)
-    shown = augment.stain(white, *augment.draw_stain(2000, seeded()))
+    shown = augment.stain(white, *augment.sample_stain(2000, seeded()))
     assert shown.min() >= 215
     assert abs(shown.float().mean() - 244) < 3
     pink = torch.tensor([190, 110, 160], dtype=torch.uint8).view(1, 3, 1, 1).expand(2000, -1, -1, -1)
-    assert (augment.stain(pink, *augment.draw_stain(2000, seeded())).float().std(0) > 6).all()
+    assert (augment.stain(pink, *augment.sample_stain(2000, seeded())).float().std(0) > 6).all()
 
 
 def test_channels_shift_then_gain_per_channel():
     images = tiles(4, 28, 28)
-    shift, gain = augment.draw_channels(4, seeded(1))
+    shift, gain = augment.sample_channels(4, seeded(1))
     result = augment.shift_channels(images, shift, gain)
     expected = (images + shift[:, :, None, None]) * gain[:, :, None, None]
     assert (result - expected.round().clamp(0, 255)).abs().max() <= 1
-    drawn_shift, drawn_gain = augment.draw_channels(MANY, seeded())
-    changed = (drawn_gain != 1).all(1)
+    shifts, gains = augment.sample_channels(MANY, seeded())
+    changed = (gains != 1).all(1)
     check_proportion(changed, 0.9)
-    assert not drawn_shift[~changed].any()
-    assert bool((drawn_gain[~changed] == 1).all())
-    check_uniform(drawn_shift[changed], -0.15 * 255, 0.15 * 255)
-    check_uniform(drawn_gain[changed], 0.85, 1.15)
+    assert not shifts[~changed].any()
+    assert bool((gains[~changed] == 1).all())
+    check_uniform(shifts[changed], -0.15 * 255, 0.15 * 255)
+    check_uniform(gains[changed], 0.85, 1.15)
 
 
 def test_zoom_equals_grid_sample():
     for height, width in SIZES:
         images = tiles(16, height, width)
-        factor = augment.draw_zoom(16, seeded())
+        factor = augment.sample_zoom(16, seeded())
         theta = torch.zeros(16, 2, 3, dtype=torch.float64)
         theta[:, 0, 0] = theta[:, 1, 1] = 1 / factor
         grid = F.affine_grid(theta, [16, 3, height, width], align_corners=False)
@@ -352,14 +398,14 @@ def test_zoom_equals_grid_sample():
         assert torch.equal(augment.zoom(images, torch.ones(16, dtype=torch.float64)), images)
 
 
-def test_zoom_draws_are_log_uniform():
-    check_uniform(augment.draw_zoom(MANY, seeded()).log(), math.log(0.8), math.log(1.25))
+def test_zoom_factors_are_log_uniform():
+    check_uniform(augment.sample_zoom(MANY, seeded()).log(), math.log(0.8), math.log(1.25))
 
 
 # The whole
 
 
-CHAINS = [name for name in AUGMENTATIONS if name != "none"] + ["ta_wide,stain"]
+CHAINS = [name for name in PARTS if name != "none"] + ["ta_wide,stain"]
 
 
 @pytest.mark.parametrize("names", CHAINS)
@@ -380,7 +426,7 @@ def test_augmentation_keeps_type_shape_format_and_its_input(names, size):
 
 
 @pytest.mark.parametrize("names", CHAINS)
-def test_generator_decides_every_draw(names):
+def test_all_random_numbers_come_from_the_generator(names):
     run, images = build_augmentation(names), tiles(40, 28, 28)
     torch.manual_seed(1)
     first = run(images, seeded(5))
@@ -395,7 +441,7 @@ def test_generator_decides_every_draw(names):
 
 
 @pytest.mark.parametrize("names", [name for name in CHAINS if name != "erase"])
-def test_copies_of_one_tile_get_different_draws(names):
+def test_copies_of_one_tile_get_different_parameters(names):
     images = tiles(2, 28, 28)[1:].roll(3, 2).expand(64, -1, -1, -1).clone()
     images[:, :, :9, :5] = 30
     result = build_augmentation(names)(images, seeded())
@@ -404,9 +450,9 @@ def test_copies_of_one_tile_get_different_draws(names):
 
 def test_a_tiles_result_does_not_depend_on_its_neighbours():
     images, generator = tiles(60, 28, 28), seeded()
-    operation, magnitude = augment.draw_auto_augment(60, generator)
-    operation[0], magnitude[0] = (drawn[0] for drawn in augment.draw_trivial_augment(60, generator))
-    stain, zoom = augment.draw_stain(60, generator), augment.draw_zoom(60, generator)
+    operation, magnitude = augment.sample_auto_augment(60, generator)
+    operation[0], magnitude[0] = (sampled[0] for sampled in augment.sample_trivial_augment(60, generator))
+    stain, zoom = augment.sample_stain(60, generator), augment.sample_zoom(60, generator)
     together = (
         augment.apply_operations(images, operation, magnitude),
         augment.stain(images, *stain),
@@ -416,7 +462,7 @@ def test_a_tiles_result_does_not_depend_on_its_neighbours():
         one = slice(i, i + 1)
         alone = (
             augment.apply_operations(images[one], operation[:, one], magnitude[:, one]),
-            augment.stain(images[one], *(drawn[one] for drawn in stain)),
+            augment.stain(images[one], *(parameter[one] for parameter in stain)),
             augment.zoom(images[one], zoom[one]),
         )
         assert torch.equal(alone[0], together[0][one])
@@ -442,19 +488,24 @@ def test_composed_augmentations_are_their_parts_in_order():
     images = tiles(40, 28, 28)
     for names, steps in {
         "ta_wide": [
-            lambda x, g: augment.dihedral(x, augment.draw_flips(40, g)),
-            lambda x, g: augment.apply_operations(x, *augment.draw_trivial_augment(40, g)),
-            lambda x, g: augment.erase(x, augment.draw_erasing(40, 28, 28, g)),
+            lambda x, g: augment.dihedral(x, augment.sample_views(4, 40, g)),
+            lambda x, g: augment.apply_operations(x, *augment.sample_trivial_augment(40, g)),
+            lambda x, g: augment.erase(x, augment.sample_erasing(40, 28, 28, g)),
+        ],
+        "ta_wide_scaled": [
+            lambda x, g: augment.dihedral(x, augment.sample_views(4, 40, g)),
+            lambda x, g: augment.apply_scaled_operations(x, *augment.sample_trivial_augment(40, g)),
+            lambda x, g: augment.erase(x, augment.sample_erasing(40, 28, 28, g)),
         ],
         "auto": [
-            lambda x, g: augment.dihedral(x, augment.draw_flips(40, g)),
-            lambda x, g: augment.apply_operations(x, *augment.draw_auto_augment(40, g)),
-            lambda x, g: augment.erase(x, augment.draw_erasing(40, 28, 28, g)),
+            lambda x, g: augment.dihedral(x, augment.sample_views(4, 40, g)),
+            lambda x, g: augment.apply_operations(x, *augment.sample_auto_augment(40, g)),
+            lambda x, g: augment.erase(x, augment.sample_erasing(40, 28, 28, g)),
         ],
         "stain": [
-            lambda x, g: augment.dihedral(x, augment.draw_dihedral(40, g)),
-            lambda x, g: augment.stain(x, *augment.draw_stain(40, g)),
-            lambda x, g: augment.zoom(x, augment.draw_zoom(40, g)),
+            lambda x, g: augment.dihedral(x, augment.sample_views(8, 40, g)),
+            lambda x, g: augment.stain(x, *augment.sample_stain(40, g)),
+            lambda x, g: augment.zoom(x, augment.sample_zoom(40, g)),
         ],
     }.items():
         generator, expected = seeded(7), images
@@ -463,7 +514,7 @@ def test_composed_augmentations_are_their_parts_in_order():
         assert torch.equal(build_augmentation(names)(images, seeded(7)), expected), names
 
 
-def test_none_returns_its_input_and_draws_nothing():
+def test_none_returns_its_input_and_uses_no_random_numbers():
     images, generator = tiles(4, 28, 28), seeded()
     state = generator.get_state()
     assert build_augmentation("none")(images, generator) is images
@@ -500,7 +551,7 @@ class Launches(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("names", [name for name in AUGMENTATIONS if name != "none"])
+@pytest.mark.parametrize("names", [name for name in PARTS if name != "none"])
 def test_a_larger_batch_takes_no_more_launches_and_no_value_is_read_back(names):
     augmented = build_augmentation(names)
     counts = []

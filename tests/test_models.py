@@ -10,6 +10,7 @@ from common.tiles import normalise
 def test_models_take_small_tiles_and_return_one_logit_per_class(name: str) -> None:
     model = build_model(name, 9, 64)
     assert model.training
+    assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 9)  # one tensor: no auxiliary heads
     assert model.eval()(torch.zeros(2, 3, 64, 64)).shape == (2, 9)
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from conftest import CPU, ROOT, trainer_of
 from torch import nn
 
 from common import pretrained
-from common.augment import build_augmentation
+from common.augment import build_augmentation, dihedral_view
+from common.compute import Compute
 from common.convolutions import SmallMapConv2d
 from common.data import Dataset
 from common.errors import UsageError
@@ -166,11 +168,9 @@ def vit() -> FineTunedNetwork:
 def test_cached_features_train_the_same_network_as_the_plain_path(
     tiny: Dataset, tmp_path: Path, augmentation: str, n_views: int
 ) -> None:
-    from common.augment import dihedral_views
-
     tiles = DeviceTiles(tiny.train, CPU.device)
     val = DeviceTiles(tiny.val, CPU.device)
-    views = [lambda images, n=n: dihedral_views(images)[n] for n in range(n_views)]
+    views = [partial(dihedral_view, view=number) for number in range(n_views)]
     keys = {"augmentation": augmentation, "lr": 0.01, "lr_min": 1.0, "label_smoothing": 0.1}
     plain = trained(network(), tiny, tmp_path / "plain", epochs=3, **keys)
     model = network()
@@ -188,26 +188,42 @@ def test_cached_features_train_the_same_network_as_the_plain_path(
     np.testing.assert_allclose(evaluate(model, features, CPU).logits, other, atol=1e-4)
 
 
-def test_test_time_augmentation_on_cached_views_is_that_on_tiles(tiny: Dataset) -> None:
-    from common.augment import dihedral_views
+def test_tiles_are_augmented_and_resized_in_float32_before_a_bf16_network(
+    tiny: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[torch.dtype, list[torch.Tensor]] = {torch.float32: [], torch.bfloat16: []}
+    stain = build_augmentation("stain")
+    for dtype, inputs in seen.items():
+        model, random = network(), generator(0, 1, "views")
+        original = model.features
+        monkeypatch.setattr(model, "features", lambda images, o=original, i=inputs: i.append(images) or o(images))
+        tiles = DeviceTiles(tiny.val, CPU.device, resize_to=40)
+        cached = cache_features(
+            model, tiles, [lambda images, r=random: stain(images, r)], Compute(CPU.device, dtype)
+        )
+        assert cached.features.dtype == torch.float32
+    assert all(map(torch.equal, *seen.values()))
+    assert len(seen[torch.float32]) == 1
 
+
+def test_test_time_augmentation_on_cached_views_is_that_on_tiles(tiny: Dataset) -> None:
     model, val = network().eval(), DeviceTiles(tiny.val, CPU.device)
-    views = [lambda images, n=n: dihedral_views(images)[n] for n in range(8)]
+    views = [partial(dihedral_view, view=number) for number in range(8)]
     cached = cache_features(model, val, views, CPU)
     expected = evaluate(model, val, CPU, tta=True).logits
     model.takes_features = True
     np.testing.assert_allclose(evaluate(model, cached, CPU, tta=True).logits, expected, atol=1e-4)
 
 
-def test_a_random_view_is_drawn_for_each_tile_in_each_batch(tiny: Dataset) -> None:
+def test_each_tile_of_a_batch_gets_a_random_view(tiny: Dataset) -> None:
     model, tiles = network().eval(), DeviceTiles(tiny.val, CPU.device)
-    draws = generator(0, 1, "views")
+    random = generator(0, 1, "views")
     stain = build_augmentation("stain")
-    cached = cache_features(model, tiles, [lambda images: images, lambda images: stain(images, draws)], CPU)
+    cached = cache_features(model, tiles, [lambda images: images, lambda images: stain(images, random)], CPU)
     indices = torch.arange(len(tiles))
-    drawn, labels = cached.inputs(indices, generator(0, 2, "augment"))
+    inputs, labels = cached.inputs(indices, generator(0, 2, "augment"))
     assert torch.equal(labels, tiny.val.labels)
-    from_view = [(drawn == view).all(1) for view in cached.features]
+    from_view = [(inputs == view).all(1) for view in cached.features]
     assert (from_view[0] ^ from_view[1]).all()
     assert all(10 < int(part.sum()) < len(tiles) - 10 for part in from_view)
     assert torch.equal(cached.inputs(indices)[0], cached.features[0])
@@ -279,15 +295,16 @@ def test_a_file_in_torch_hubs_folder_is_taken_without_network(
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     path = save_hashed(large, folder)
-    entry = pretrained._enums()[V2][1]
+    entry = pretrained._entries()[V2][1]
 
     class Entry:
         url = f"https://download.pytorch.org/models/{path.name}"
         transforms = entry.transforms
 
-    monkeypatch.setitem(pretrained._enums(), V2, (LARGE, Entry))
+    monkeypatch.setitem(pretrained._entries(), V2, (LARGE, Entry))
     weights = load_weights(V2, LARGE, tmp_path)
     assert weights.source == Entry.url
+    assert weights.preset == Preset(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert weights.state_dict is not None
     assert torch.equal(weights.state_dict["features.0.0.weight"], large["features.0.0.weight"])
 

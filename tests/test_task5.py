@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ import torch
 from conftest import CPU
 
 import task5
-from common import checkpoint, pretrained
+from common import checkpoint, features, pretrained
 from common.config import parse
 from common.data import load_dataset
 from common.errors import UsageError
 from common.evaluation import evaluate
+from common.fine_tuning import FROM_SCRATCH, RANDOM_VIEWS, RECIPES
 from common.metrics import softmax
 from common.models import build_model
 from common.pretrained import FineTunedNetwork
@@ -67,12 +69,12 @@ def test_the_defaults_are_the_courseworks() -> None:
     config = read()
     assert config.model_name == "mobilenet_v3_large"
     assert config.weights == "MobileNet_V3_Large_Weights.IMAGENET1K_V2"
-    assert (config.train_part, config.adapt_batchnorm, config.cache_features) == ("classifier", False, True)
+    assert (config.train_part, config.adapt_batchnorm, config.cache_features) == ("classifier", False, None)
     assert (config.n_epochs, config.batch_size, config.label_smoothing) == (20, 512, 0.1)
-    assert config.lr < task5.FROM_SCRATCH["lr"]
+    assert config.lr < FROM_SCRATCH["lr"]
 
 
-def test_weights_bring_their_network_and_a_network_its_weights() -> None:
+def test_weights_imply_their_network_and_a_network_implies_its_weights() -> None:
     assert read("--weights=ResNet18_Weights.IMAGENET1K_V1").model_name == "resnet18"
     assert read("--weights=efficientnet_lite0_imagenet").model_name == "tf_efficientnet_lite0"
     assert read("--model_name=tf_efficientnet_lite0").weights == "efficientnet_lite0_imagenet"
@@ -82,7 +84,7 @@ def test_weights_bring_their_network_and_a_network_its_weights() -> None:
 
 
 def test_the_recipe_of_the_network_is_implied_and_can_be_overridden() -> None:
-    recipe = task5.RECIPES["tf_efficientnet_lite0"]
+    recipe = RECIPES["tf_efficientnet_lite0"]
     for arguments in (["--weights=efficientnet_lite0_imagenet"], ["--model_name=tf_efficientnet_lite0"]):
         values = read("--dataset=phantom", *arguments).as_dict()
         assert {name: values[name] for name in recipe} == recipe
@@ -116,7 +118,7 @@ def test_contradictions_are_refused_in_one_line(arguments: list[str], message: s
 def test_features_are_cached_where_that_is_possible() -> None:
     assert read("--augmentation=none").feature_views == 1
     assert read("--augmentation=dihedral").feature_views == 8
-    assert read("--augmentation=stain").feature_views == task5.RANDOM_VIEWS
+    assert read("--augmentation=stain").feature_views == RANDOM_VIEWS
     for arguments in (["--train_part=all"], ["--adapt_batchnorm"], ["--cutmix_alpha=1"], ["--weights=none"]):
         config = read(*arguments)
         assert (config.cache_features, config.feature_views) == (False, None)
@@ -128,7 +130,7 @@ def test_the_runs_from_scratch_differ_in_what_scratch_needs_and_share_seed_and_b
     for tuned, scratch in ((runs[0], runs[1]), (runs[2], runs[3])):
         one, other = tuned.as_dict(), scratch.as_dict()
         differing = {name for name in one if one[name] != other[name]}
-        assert differing <= {*task5.FROM_SCRATCH, "weights", "run_id"}
+        assert differing <= {*FROM_SCRATCH, "weights", "run_id"}
         assert scratch.train_part == "all"
         assert tuned.seed == scratch.seed
     alone = read("--weights=none", "--run_id=r")
@@ -163,7 +165,8 @@ def test_the_records_name_the_weights_and_where_they_came_from(finished: Path, w
 def test_the_best_checkpoint_is_the_network_that_was_scored(finished: Path, phantom_root: Path) -> None:
     test = DeviceTiles(load_dataset("phantom", 28, phantom_root, 90).test, CPU.device, resize_to=32)
     for run_id in ("r", "r-scratch"):
-        model = pretrained.load_fine_tuned(finished / f"checkpoints/{run_id}/best.pt")
+        model = pretrained.build_fine_tuned(SMALL, 9, pretrained.load_weights("none", SMALL, finished), 32)
+        model.load_state_dict(checkpoint.load(finished / f"checkpoints/{run_id}/best.pt")["state_dict"])
         with np.load(finished / f"runs/{run_id}/scores.npz", allow_pickle=False) as scores:
             scored = evaluate(model, test, CPU)
             np.testing.assert_allclose(scored.probabilities, softmax(scores["best_logits"]), atol=1e-3)
@@ -201,7 +204,7 @@ def test_the_comparison_is_that_of_the_records(finished: Path) -> None:
         assert mean == pytest.approx(np.mean([run["validate/acc"] for run in runs]))
 
 
-def test_one_seed_is_compared_without_what_it_cannot_tell(finished: Path) -> None:
+def test_a_comparison_of_one_seed_has_no_interval_and_no_p_value(finished: Path) -> None:
     content = compare_runs("r-seed1", ["r-seed1"], ["r-scratch-seed1"], finished)
     path, figure = finished / "runs/r-seed1/comparison.json", finished / "fig/task5/r-seed1-comparison.png"
     assert json.loads(path.read_text()) == content
@@ -253,6 +256,118 @@ def test_the_cache_changes_how_long_a_run_takes_and_not_what_it_finds(
     for name in arrays[0]:
         np.testing.assert_allclose(arrays[0][name], arrays[1][name], atol=1e-4)
     assert not (tmp_path / "runs/r/comparison.json").exists()
+
+
+def run_with_little_memory(
+    free: int, keys: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> str:
+    """What a command prints where so many bytes of memory are free."""
+    monkeypatch.setattr(features, "free_memory", lambda device: free)
+    task5.main(read(*keys))
+    return capsys.readouterr().out
+
+
+# Of 90 training tiles in 8 views, 10 validation tiles plain and under 3 shifts, and 18 test tiles in 8 views:
+# 904 rows of 576 float32 values.
+CACHE_BYTES = 904 * 576 * 4
+
+
+def test_features_that_do_not_fit_into_memory_are_not_cached_and_the_record_says_so(
+    phantom_root: Path,
+    weights: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = keys(phantom_root, tmp_path, weights, "--scratch=False", "--n_epochs=1")
+    monkeypatch.setattr(task5, "cached_splits", lambda *_: pytest.fail("nothing may be cached"))
+    printed = run_with_little_memory(CACHE_BYTES, command, monkeypatch, capsys)
+    assert printed.count("features are not cached: the features of all tiles take 0.0 GB") == 1
+    record = json.loads((tmp_path / "runs/r/config.json").read_text())["config"]
+    assert (record["cache_features"], record["feature_views"]) == (False, None)
+
+
+def test_features_are_cached_where_they_fit_into_60_percent_of_the_free_memory(
+    phantom_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = read(*keys(phantom_root, tmp_path, "none", "--train_part=all"))
+    dataset = load_dataset("phantom", 28, phantom_root, 90)
+    config = dataclasses.replace(config, train_part="classifier", weights="w.pth", cache_features=None)
+    for free, fits in ((CACHE_BYTES / 0.6 + 1, True), (CACHE_BYTES / 0.6 - 1, False)):
+        monkeypatch.setattr(features, "free_memory", lambda device, free=free: free)
+        decided = features.decide_caching(config, (576,), dataset, CPU.device)
+        assert (decided.cache_features, decided.feature_views) == ((True, 8) if fits else (False, None))
+
+
+def test_caching_that_is_asked_for_and_does_not_fit_is_refused_with_size_and_key(
+    phantom_root: Path,
+    weights: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = keys(phantom_root, tmp_path, weights, "--cache_features=True", "--feature_views=8")
+    monkeypatch.setattr(features, "SHIFTS", range(10**7))  # stands for many tiles
+    with pytest.raises(UsageError) as caught:
+        run_with_little_memory(4 * 10**10, command, monkeypatch, capsys)
+    message = str(caught.value)
+    assert message.startswith(
+        "--cache_features: the features of all tiles take 230.4 GB, more than 60% of the 40.0"
+    )
+    assert "use --cache_features=False" in message
+    assert "\n" not in message
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("augmentation", "tta", "views"),
+    [("none", True, (1, 8)), ("dihedral", False, (8, 1)), ("stain", True, (16, 8))],
+)
+def test_cached_splits_have_the_views_that_training_and_test_time_augmentation_need(
+    augmentation: str, tta: bool, views: tuple[int, int], phantom_root: Path, tmp_path: Path
+) -> None:
+    config = read("--dataset=phantom", f"--model_name={SMALL}", "--resize_to=32", f"--augmentation={augmentation}")
+    config = dataclasses.replace(config, tta=tta)
+    untrained = pretrained.load_weights("none", SMALL, tmp_path)
+    model = pretrained.build_fine_tuned(SMALL, 9, untrained, 32)
+    splits = features.cached_splits(model, load_dataset("phantom", 28, phantom_root, 90), config, CPU)
+    first = torch.arange(5)
+    assert model.takes_features
+    assert (len(splits.train.features), len(splits.test().features)) == views
+    assert len(list(splits.val.views(first)[0])) == 1
+    assert [name for name, _ in splits.shifted()] == list(features.SHIFTS)
+    for tiles in (splits.train, splits.test()):
+        plain, *others = tiles.features[:, first]
+        assert torch.equal(plain, tiles.inputs(first)[0])
+        assert not any(torch.equal(plain, other) for other in others)
+
+
+@pytest.mark.parametrize(("first", "then"), [(0, 10**12), (10**12, 10**9)])
+def test_a_run_is_resumed_with_the_cache_that_it_was_started_with(
+    first: int,
+    then: int,
+    phantom_root: Path,
+    weights: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def killed(self: Any) -> None:
+        raise KeyboardInterrupt
+
+    command = keys(phantom_root, tmp_path, weights, "--scratch=False", "--n_epochs=1")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(task5.Trainer, "test", killed)
+        run_with_little_memory(first, command, monkeypatch, capsys)
+    record = (tmp_path / "runs/r/config.json").read_text()
+    printed = run_with_little_memory(then, command, monkeypatch, capsys)
+    assert "continuing run r after epoch 1" in printed
+    assert (tmp_path / "runs/r/config.json").read_text() == record
+    assert json.loads(record)["config"]["cache_features"] == (first > 0)
+
+
+def test_the_free_memory_of_this_machine_is_found() -> None:
+    assert 10**7 < features.free_memory(CPU.device) < 10**14
 
 
 def test_a_run_starts_from_another_runs_weights(finished: Path, phantom_root: Path) -> None:
