@@ -24,12 +24,13 @@ from torch import nn
 
 from common import checkpoint
 from common.compute import Compute
-from common.config import Workspace, check_run_id, key, run_script
-from common.data import Dataset, class_names, load_dataset
+from common.config import ScriptConfig, check_run_id, key, run_script
+from common.data import Dataset, load_dataset
 from common.errors import Fault, UsageError, first_line
 from common.evaluation import evaluate
 from common.files import atomic_path, write_json
 from common.models import build_model
+from common.pathmnist import CLASS_NAMES
 from common.records import is_finished, read_json, run_folder
 from common.tiles import DeviceTiles
 from common.tracking import provenance, send, start_wandb
@@ -42,7 +43,7 @@ PACKAGES = ("captum", "torch", "torchvision", "numpy", "scipy", "matplotlib")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task2Config(Workspace):
+class Task2Config(ScriptConfig):
     """Which run to explain, and how."""
 
     run_id: str | None = key(
@@ -58,6 +59,7 @@ class Task2Config(Workspace):
 def main(config: Task2Config) -> None:
     """Task 1's run → network and tiles → maps → checks → figures, table and record."""
     compute = Compute.of(config.device, "fp32")
+    compute.prepare_process()
     folder = find_run(config)
     record = read_json(folder / "config.json")
     run_id, trained = record["run_id"], record["config"]
@@ -157,9 +159,9 @@ def load_network(path: Path, size: int, compute: Compute) -> nn.Module:
     """
     saved = checkpoint.load(path)
     name, classes = saved.get("model_name"), len(saved.get("class_names", ()))
-    if name != MODEL_NAME or classes != len(class_names()):
+    if name != MODEL_NAME or classes != len(CLASS_NAMES):
         raise UsageError(
-            f"{path}: {name} with {classes} classes; Task 2 explains a {MODEL_NAME} with {len(class_names())}"
+            f"{path}: {name} with {classes} classes; Task 2 explains a {MODEL_NAME} with {len(CLASS_NAMES)}"
         )
     model = build_model(MODEL_NAME, classes, size)
     try:
@@ -184,7 +186,7 @@ def one_of_each_class(
     def first(chosen: np.ndarray) -> int | None:
         return next((int(index) for index in order if chosen[index]), None)
 
-    classes, correct = range(len(class_names())), labels == predicted
+    classes, correct = range(len(CLASS_NAMES)), labels == predicted
     return [first((labels == c) & correct) for c in classes], [first((labels == c) & ~correct) for c in classes]
 
 

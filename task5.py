@@ -29,9 +29,10 @@ from common import distributed, pretrained
 from common.augment import build_augmentation, dihedral_views
 from common.compute import Compute
 from common.config import TrainingConfig, key, run_script, with_defaults
-from common.data import Dataset, Split, class_names, load_dataset
+from common.data import Dataset, Split, load_dataset
 from common.errors import UsageError
 from common.features import CachedFeatures, View, cache_features
+from common.pathmnist import CLASS_NAMES
 from common.pretrained import SCRATCH, TRAIN_PARTS, FineTunedNetwork
 from common.records import is_finished, read_json, run_folder
 from common.shift import shifted
@@ -135,8 +136,8 @@ class Task5Config(TrainingConfig):
         f"{RANDOM_VIEWS} for random augmentations)",
         at_least=1,
     )
-    scratch: bool = key(True, "also train the same network from scratch, and compare")
-    n_seeds: int = key(1, "how many seeds to run, counting up from seed", at_least=1)
+    scratch: bool = key(True, "also train the same network from scratch, and compare", bookkeeping=True)
+    n_seeds: int = key(1, "how many seeds to run, counting up from seed", at_least=1, bookkeeping=True)
 
     def __post_init__(self) -> None:
         """Fill in the network's weights and how features are kept, and refuse what contradicts itself."""
@@ -206,6 +207,7 @@ class Task5Config(TrainingConfig):
 def main(config: Task5Config) -> None:
     """Weights and data → each seed's runs → comparison."""
     compute = Compute.of(config.device, config.precision)
+    compute.prepare_process()
     names = {config.weights, *([SCRATCH] if config.scratch else [])}
     weights = {name: pretrained.load_weights(name, config.model_name, config.output_dir) for name in names}
     if config.resize_to is None:
@@ -233,7 +235,7 @@ def train(config: Task5Config, weights: pretrained.Weights, dataset: Dataset, co
     torch.manual_seed(config.seed)
     model = pretrained.build_fine_tuned(
         config.model_name,
-        len(class_names()),
+        len(CLASS_NAMES),
         weights,
         config.input_size,
         config.train_part,

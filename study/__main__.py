@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from common.config import Workspace, key, run_script
+from common.config import ScriptConfig, key, run_script
 from common.errors import Fault, UsageError
 from common.files import atomic_path
 from common.records import is_finished
@@ -79,7 +79,7 @@ PLANS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyConfig(Workspace):
+class StudyConfig(ScriptConfig):
     """On what the study is done, and where it is kept."""
 
     dataset: str = key("pathmnist", "data set", choices=tuple(PLANS))

@@ -6,8 +6,8 @@ No number is typed by hand but the published ones, which stand here with their s
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean, median
 
-from common.data import OFFICIAL_COUNTS
 from common.errors import UsageError
+from common.pathmnist import COUNTS
 from common.records import Record
 from common.statistics import interval, spread
 from study.report_selection import Study, figure, link
@@ -37,7 +37,7 @@ def opening(study: Study) -> list[str]:
     everything = study.trained()
     first = next(iter(everything.values()))[0]
     tiles = first.summary["tiles"]
-    full = first.config["dataset"] == "pathmnist" and tiles["train"] == OFFICIAL_COUNTS["train"]
+    full = first.config["dataset"] == "pathmnist" and tiles["train"] == COUNTS["train"]
     lines = ["# PathMNIST study: report", ""]
     lines += [
         f"> **What was measured on what.** Every number of ours below comes from **{first.summary['dataset']}**: "

@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
 from common.errors import Fault, UsageError
-from common.files import atomic_path, claimed, write_csv
+from common.files import atomic_path, locked, write_csv
 from common.records import read_json
 from study.sweep_file import Range, Sweep
 from study.trials import Trial, Workers, Workplace, markdown_line, say
@@ -67,7 +67,7 @@ def _open_study(workplace: Workplace) -> Study:
     sweep = workplace.sweep
     workplace.folder.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with claimed(workplace.folder / "search.lock", wait=True):
+    with locked(workplace.folder / "search.lock", wait=True):
         study = optuna.create_study(
             storage=JournalStorage(_Journal(_journal(workplace))),
             study_name=sweep.name,
@@ -104,7 +104,7 @@ class _Journal(JournalFileBackend):
         """Append a line of JSON for each; OSError, with the file's name, where the disk is full."""
         lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
         try:
-            with claimed(self._path.with_name("journal.lock"), wait=True), open(self._path, "r+b") as file:
+            with locked(self._path.with_name("journal.lock"), wait=True), open(self._path, "r+b") as file:
                 # What a full disk has left of a line must not be joined to the next one.
                 file.truncate(file.read().rfind(b"\n") + 1)
                 file.seek(0, os.SEEK_END)
@@ -141,12 +141,12 @@ def _take(
 
     One command at a time, so that no trial is seen before the command that asked for it has locked it.
     """
-    with claimed(workplace.folder / "search.lock", wait=True):
+    with locked(workplace.folder / "search.lock", wait=True):
         trials = study.get_trials(deepcopy=False)
         for left in trials:
             if left.state == TrialState.RUNNING:
                 run_id = f"{workplace.sweep.name}-{left.number}"
-                lock = claim.enter_context(claimed(workplace.lock_path(Trial(run_id, {}))))
+                lock = claim.enter_context(locked(workplace.lock_path(Trial(run_id, {}))))
                 if lock is not None:
                     resumed = optuna.Trial(study, left._trial_id)
                     return resumed, Trial(run_id, _suggest(resumed, workplace.sweep)), lock
@@ -157,7 +157,7 @@ def _take(
             study.enqueue_trial(_draw(trials, workplace.sweep))
         new = study.ask()
         trial = Trial(f"{workplace.sweep.name}-{new.number}", _suggest(new, workplace.sweep))
-        lock = claim.enter_context(claimed(workplace.lock_path(trial), wait=True))
+        lock = claim.enter_context(locked(workplace.lock_path(trial), wait=True))
         assert lock is not None
         return new, trial, lock
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from common.compute import physical_cores
 from common.config import Keys, key, run_script
 from common.errors import Fault, UsageError
-from common.files import claimed
+from common.files import locked
 from study.sweep_file import Range, Sweep, read_sweep
 from study.trials import Running, Trial, Workers, Workplace, say
 
@@ -95,7 +95,7 @@ def run_grid(trials: Sequence[Trial], workplace: Workplace, n_workers: int) -> N
 def _start(trial: Trial, workplace: Workplace, workers: Workers) -> None:
     """Start a run, unless somebody is at it already or has just finished it."""
     with ExitStack() as claim:
-        lock = claim.enter_context(claimed(workplace.lock_path(trial)))
+        lock = claim.enter_context(locked(workplace.lock_path(trial)))
         if lock is not None and not workplace.is_finished(trial):
             workers.start(trial, lock, claim)
 

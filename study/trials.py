@@ -14,8 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from common import compute
-from common.config import BOOKKEEPING_KEYS
+from common.compute import Compute
 from common.errors import Fault, UsageError
 from common.interruption import Interruption
 from common.records import is_finished, read_json, run_folder
@@ -54,8 +53,8 @@ class Workplace:
         """Whether the run's records are complete; UsageError where another configuration has this name."""
         if self.record(trial, "config.json").exists():
             recorded = read_json(self.record(trial, "config.json"))["config"]
-            wanted = self.sweep.config({**trial.values, "run_id": trial.run_id}).as_dict()
-            for name in sorted(wanted.keys() - set(BOOKKEEPING_KEYS)):
+            wanted = self.sweep.config({**trial.values, "run_id": trial.run_id}).identity()
+            for name in sorted(wanted):
                 if recorded.get(name) != wanted[name]:
                     raise UsageError(
                         f"run {trial.run_id} exists already, with {name} {recorded.get(name)} instead of "
@@ -65,7 +64,7 @@ class Workplace:
 
     def on_cpu(self, values: Mapping[str, Any]) -> bool:
         """Whether a trial with these values computes on a CPU."""
-        return compute.kind(self.sweep.config(values).device) == "cpu"
+        return Compute.of(self.sweep.config(values).device, "fp32").device.type == "cpu"
 
     def start(self, trial: Trial, lock: int) -> "subprocess.Popen[bytes]":
         """Start the trial's process, its output going to a log.

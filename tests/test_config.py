@@ -8,6 +8,8 @@ from conftest import ROOT
 
 from common.config import Config, TrainingConfig, parse
 from common.errors import UsageError
+from study.sweep import SweepConfig
+from task5 import Task5Config
 
 
 def read(*arguments: str) -> TrainingConfig:
@@ -66,6 +68,29 @@ def test_data_root_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
     assert read("--data_root=here").data_root == Path("here")
 
 
+def test_a_path_may_begin_with_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = read("--data_root=~/data", "--output_dir", "~")
+    assert (config.data_root, config.output_dir) == (tmp_path / "data", tmp_path)
+    monkeypatch.setenv("PATHMNIST_ROOT", "~/tiles")
+    assert read().data_root == tmp_path / "tiles"
+    assert parse(SweepConfig, ["--file=~/s.yaml"], "").file == tmp_path / "s.yaml"
+
+
+def test_bookkeeping_keys_do_not_belong_to_what_a_run_computes() -> None:
+    first = Task5Config(weights="none", train_part="all", run_id="r")
+    kept = dataclasses.replace(
+        first, data_root="/a", output_dir="/b", wandb="offline", resume=True, scratch=False, n_seeds=2
+    )
+    assert kept != first
+    assert kept.identity() == first.identity()
+    assert dataclasses.replace(first, seed=1).identity() != first.identity()
+    assert set(first.as_dict()) - set(first.identity()) == {
+        *("data_root", "output_dir", "wandb", "resume", "scratch", "n_seeds")
+    }
+    assert "run_id" in read().identity()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -85,6 +110,7 @@ def test_data_root_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
         (["--seed=-1"], "--seed -1: must be at least 0"),
         (["--resume=perhaps"], "'perhaps' is neither True nor False"),
         (["--resume"], "--resume needs --run_id"),
+        (["--data_root=~nobody-has-this-name/x"], "'~nobody-has-this-name/x' begins with an unknown home folder"),
         (["--size=32"], "--size 32: choose from 28, 64, 128, 224"),
         (["--dataset=pathmnst"], "--dataset pathmnst: choose from pathmnist, phantom; did you"),
         (["--dataset=phantom", "--train_tiles=44"], "--train_tiles 44: must be at least 45 on the phantom"),

@@ -87,7 +87,7 @@ def test_a_full_disk_ends_the_run_with_one_line_and_room_lets_it_go_on(
         assert status_of(small_disk, phantom_root, log) == 1
         [line] = errors(log)
         assert str(small_disk) in line
-        assert line.endswith("No space left on device; the same command with --run_id=r goes on")
+        assert line.endswith("No space left on device; the same command with --run_id=r continues")
         assert_nothing_torn(small_disk)
         earlier = small_disk / "runs" / "earlier"
         assert not earlier.exists() or earlier.read_text() == "kept"
@@ -121,7 +121,7 @@ def test_a_file_that_grows_too_large_is_named_and_the_run_goes_on_without_the_li
         assert status_of(folder, phantom_root, log, limit) == 1
         [line] = errors(log)
         assert str(folder) in line
-        assert line.endswith("File too large; the same command with --run_id=r goes on")
+        assert line.endswith("File too large; the same command with --run_id=r continues")
         assert_nothing_torn(folder)
     assert status_of(folder, phantom_root, log) == 0
     assert_same(folder, whole)

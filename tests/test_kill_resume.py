@@ -167,7 +167,7 @@ def test_a_signal_in_an_evaluation_keeps_the_epoch(
     assert ended.value.code == 143
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1
-    assert error[0].endswith("SIGTERM: run r is saved after epoch 1; the same command with --run_id=r goes on")
+    assert error[0].endswith("SIGTERM: run r is saved after epoch 1; the same command with --run_id=r continues")
     assert len(checkpoint.load(tmp_path / "checkpoints/r/last.pt")["history"]) == 1
 
 

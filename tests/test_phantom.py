@@ -8,7 +8,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from common import phantom
+from common import pathmnist, phantom
 
 Tiles = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
@@ -102,7 +102,7 @@ def test_split_sizes() -> None:
 
 @pytest.mark.parametrize(("split", "counts"), [("train", phantom.TRAIN_COUNTS), ("test", phantom.TEST_COUNTS)])
 def test_labels_keep_the_official_class_mix_in_random_order(split: str, counts: tuple[int, ...]) -> None:
-    assert sum(counts) == phantom.OFFICIAL_SIZES[split]
+    assert sum(counts) == pathmnist.COUNTS[split]
     _, labels = whole(split, 500)
     assert np.bincount(labels, minlength=9) == pytest.approx(500 * np.array(counts) / sum(counts), abs=2)
     assert (np.diff(labels) != 0).mean() > 0.7

@@ -31,7 +31,7 @@ from wandb_server import WandbServer
 from common.compute import physical_cores
 from common.config import parse, run_script
 from common.errors import Fault, UsageError
-from common.files import claimed
+from common.files import locked
 from study import ablation, search, sweep
 from study.sweep_file import Range, read_sweep
 from study.trials import Trial, Workers, Workplace
@@ -506,10 +506,10 @@ def test_a_signal_ends_all_runs_and_the_same_command_goes_on(
     wait_for(lambda: len(starts(output)) == 2)
     send(pid, number)
     assert end(pid, 20) == 128 + number, log.read_text()
-    assert f"{number.name}: the sweep ended early; the same command goes on" in log.read_text()
+    assert f"{number.name}: the sweep ended early; the same command continues" in log.read_text()
     assert "FAILED" not in log.read_text()
     for trial in starts(output):
-        with claimed(output / f"sweeps/try/{trial}.lock") as lock:
+        with locked(output / f"sweeps/try/{trial}.lock") as lock:
             assert lock is not None
 
     (tmp_path / "fake.py").write_text(FAKE_PROGRAM.replace("time.sleep(config.pause)", "pass"))
@@ -567,7 +567,7 @@ def test_a_trial_is_stopped_once_and_claimed_until_its_end_is_told(
     path = workplace.lock_path(trial)
     with Workers(workplace, 1) as workers:
         with ExitStack() as claim:
-            lock = claim.enter_context(claimed(path))
+            lock = claim.enter_context(locked(path))
             assert lock is not None
             workers.start(trial, lock, claim)
         wait_for(lambda: bool(starts(tmp_path)))
@@ -579,10 +579,10 @@ def test_a_trial_is_stopped_once_and_claimed_until_its_end_is_told(
         [(running, status)] = ended
         assert (running.trial, running.stopped, status) == (trial, True, 143)
         assert len((tmp_path / "asked.txt").read_text().split()) == 1
-        with claimed(path) as taken:
+        with locked(path) as taken:
             assert taken is None
         running.claim.close()
-        with claimed(path) as taken:
+        with locked(path) as taken:
             assert taken is not None
 
 
@@ -607,7 +607,7 @@ def test_a_run_that_ignores_sigterm_is_killed_in_the_end(
     ended.join(20)
     assert ended.exitcode == 143
     for trial in starts(output):
-        with claimed(output / f"sweeps/try/{trial}.lock") as lock:
+        with locked(output / f"sweeps/try/{trial}.lock") as lock:
             assert lock is not None
 
 
@@ -834,7 +834,7 @@ def test_a_search_names_its_journal_on_a_full_disk_and_goes_on_with_room(
         run_script(sweep.main, sweep.SweepConfig, [f"--file={path}", f"--output_dir={output}", "--count=3"])
 
     assert end(start(limited, log)) == 1
-    assert f"{journal}: File too large; the same command goes on" in log.read_text()
+    assert f"{journal}: File too large; the same command continues" in log.read_text()
     assert not journal.read_text().endswith("\n")
     run(path, output, count=3)
     assert lines(output / "sweeps/try/table.csv") == lines(tmp_path / "whole/sweeps/try/table.csv")
