@@ -15,6 +15,7 @@ from common.files import locked
 
 PATIENCE = 20  # seconds to wait for an answer of the server
 TRIES = 4
+PAUSE = 0.5  # seconds before the second try, and twice as many before each later one
 
 
 def md5_of(path: Path) -> str:
@@ -37,7 +38,7 @@ def download(url: str, path: Path, md5: str) -> None:
             if attempt == TRIES:
                 reason = getattr(error, "reason", error)
                 raise Fault(f"{path}: no such file, and the download failed ({reason})") from error
-            time.sleep(2**attempt / 4)
+            time.sleep(PAUSE * 2 ** (attempt - 1))
 
 
 def _download_once(url: str, path: Path, md5: str) -> None:

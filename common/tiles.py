@@ -40,8 +40,8 @@ class Tiles(Protocol):
 class Splits:
     """The tiles of a run: it trains on `train`, validates on `val`, and scores the others at its end.
 
-    `shifted` gives the name of each shift of common/shift.py and the validation tiles under it. `test` and `shifted`
-    are functions, so that these tiles take no memory of a GPU before they are scored.
+    `shifted` gives the name of each shift of common/shift.py and the validation tiles under it. `test` and
+    `shifted` are functions, so that these tiles take no memory of a GPU before they are scored.
     """
 
     train: Tiles

@@ -31,6 +31,12 @@ def test_values_as_a_wandb_agent_passes_them() -> None:
     assert (config.lr, config.batch_size, config.resume) == (0.0019976195957370426, 512, False)
 
 
+def test_none_switches_off_only_optional_keys() -> None:
+    config = read("--early_stopping_patience=None", "--norm_weight_decay=null", "--run_id=none")
+    assert (config.early_stopping_patience, config.norm_weight_decay) == (None, None)
+    assert config.run_id == "none"
+
+
 def test_a_bare_flag_is_true() -> None:
     assert read("--resume", "--run_id", "x").resume is True
 

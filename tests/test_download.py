@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import multiprocessing
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from common import download as module
 from common.download import download, md5_of
 from common.errors import Fault
+from common.files import locked
 
 CONTENT = bytes(range(256)) * 100
 MD5 = hashlib.md5(CONTENT).hexdigest()
@@ -58,7 +60,7 @@ class FileServer:
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
     servers: list[FileServer] = []
-    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(module, "PAUSE", 0)
 
     def start(**options: Any) -> FileServer:
         servers.append(FileServer(**options))
@@ -113,6 +115,18 @@ def test_without_a_server_the_reason_is_named_and_no_folder_is_created(tmp_path:
     with pytest.raises(Fault, match=r"file.npz: no such file, and the download failed \(.*refused\)"):
         download(server.url, tmp_path / "new" / "file.npz", MD5)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_appears_while_the_download_waits_is_kept(tmp_path: Path, serve: Serve) -> None:
+    server, path = serve(), tmp_path / "file.npz"
+    with locked(tmp_path / ".file.npz.lock"):
+        thread = threading.Thread(target=download, args=(server.url, path, MD5))
+        thread.start()
+        while not server.ranges:
+            time.sleep(0.01)
+        path.write_bytes(b"of another process")
+    thread.join()
+    assert path.read_bytes() == b"of another process"
 
 
 def test_processes_that_download_at_the_same_time_get_one_whole_file(tmp_path: Path, serve: Serve) -> None:
