@@ -144,7 +144,7 @@ def test_a_configuration_made_in_python_is_checked_too() -> None:
         TrainingConfig().lr = 1.0  # type: ignore[misc]
 
 
-def test_usage_error_is_one_line_exit_2_and_writes_nothing(tmp_path: Path) -> None:
+def test_a_usage_error_is_one_line_with_exit_status_2_and_writes_nothing(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, ROOT / "task1.py", "--lrr=1", f"--output_dir={tmp_path}"],
         capture_output=True,

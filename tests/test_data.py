@@ -80,9 +80,7 @@ def test_a_file_of_the_official_layout_and_counts_loads(tmp_path: Path, monkeypa
     assert int(dataset.train.labels[50_000]) == 50_000 % 9
 
 
-def test_a_later_start_maps_the_arrays_and_needs_the_file_no_more(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_later_start_maps_the_arrays_without_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_official(tmp_path, monkeypatch)
     first = load_dataset("pathmnist", 28, tmp_path)
     monkeypatch.setattr(data, "_unpack", no_build)
@@ -126,7 +124,7 @@ def change_meta(folder: Path, **changes: Any) -> None:
 
 
 def foreign_version(folder: Path) -> None:
-    flip_a_byte(folder)  # with checksums that fit, so that the version alone gives it away
+    flip_a_byte(folder)  # with right checksums, so that only the version is wrong
     change_meta(folder, version=data.CACHE_VERSION + 1, checksums=data._checksums(folder))
 
 
@@ -171,7 +169,7 @@ def test_damaged_arrays_are_built_anew(
     assert "is damaged or outdated; building it anew" in capsys.readouterr().err
 
 
-def test_a_data_root_that_cannot_be_written_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_written_into_a_read_only_data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "root"
     write_official(root, monkeypatch)
     root.chmod(0o555)
@@ -233,7 +231,7 @@ def test_two_data_roots_do_not_share_a_folder_in_the_users_cache(
     assert len(list((Path(os.environ["XDG_CACHE_HOME"]) / "pathmnist-study").glob("*.arrays"))) == 2
 
 
-def test_a_full_disk_leaves_no_folder_and_a_clear_line(tmp_path: Path) -> None:
+def test_a_full_disk_is_named_and_no_folder_remains(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:

@@ -1,4 +1,4 @@
-"""Phantom tiles: same seed, same bytes; nine learnable scenes; two centres; no class told by its colour."""
+"""Phantom tiles: same seed, same bytes; nine scenes that can be learnt, but not by colour alone; two centres."""
 
 import numpy as np
 import pytest
@@ -57,7 +57,7 @@ def test_same_seed_gives_same_bytes_with_any_number_of_threads(monkeypatch: pyte
     assert runs[0] == runs[1] == runs[2]
 
 
-def test_a_reader_that_stops_and_interleaves_sees_the_same_tiles() -> None:
+def test_two_readers_that_take_turns_get_the_same_tiles() -> None:
     images, labels = whole("test", 200)
     first, other = phantom.generate("test", 200, 28), phantom.generate("train", 200, 28)
     seen = 0
@@ -126,12 +126,12 @@ def test_validation_shares_the_training_centre_and_test_does_not(train: Tiles, t
     assert blue_to_red(test) > 1.15 * ratio
 
 
-def test_mean_colour_does_not_tell_the_classes(train: Tiles, test: Tiles) -> None:
+def test_the_mean_colour_does_not_separate_the_classes(train: Tiles, test: Tiles) -> None:
     accuracy = score(train[0].mean((1, 2)), test[0].mean((1, 2)), (train[1], test[1]))
     assert 1 / 9 < accuracy < 0.60
 
 
-def test_texture_tells_the_classes(train: Tiles) -> None:
+def test_texture_separates_the_classes(train: Tiles) -> None:
     """Contrast and roughness alone do far better than the mean colour."""
 
     def pattern(images: NDArray[np.uint8]) -> NDArray[np.float64]:
