@@ -19,8 +19,9 @@ import torch
 
 from common.compute import Compute
 from common.config import TrainingConfig, run_script
-from common.data import class_names, load_dataset
+from common.data import load_dataset
 from common.models import build_model
+from common.pathmnist import CLASS_NAMES
 from common.tiles import device_splits
 from common.tracking import Run
 from common.training import Trainer
@@ -34,8 +35,9 @@ class Task1Config(TrainingConfig):
 def main(config: Task1Config) -> None:
     """Configuration → model → data → fit → test → records and figures."""
     compute = Compute.of(config.device, config.precision)
+    compute.prepare_process()
     torch.manual_seed(config.seed)
-    model = build_model(config.model_name, len(class_names()), config.input_size)
+    model = build_model(config.model_name, len(CLASS_NAMES), config.input_size)
     dataset = load_dataset(config.dataset, config.size, config.data_root, config.train_tiles)
     run = Run("task1", config, dataset, compute.name)
     splits = device_splits(dataset, compute.device, config.augmentation, config.resize_to)

@@ -23,12 +23,13 @@ from torch import nn
 from common import checkpoint
 from common.attribution_records import write_records
 from common.compute import Compute
-from common.config import Workspace, check_run_id, key, run_script
-from common.data import class_names, load_dataset
+from common.config import ScriptConfig, check_run_id, key, run_script
+from common.data import load_dataset
 from common.errors import Fault, UsageError, first_line
 from common.evaluation import evaluate
 from common.explained import TARGETS, choose_tiles, explained_tiles, one_of_each_class
 from common.models import build_model
+from common.pathmnist import CLASS_NAMES
 from common.records import is_finished, read_json, run_folder
 from common.tiles import DeviceTiles
 from common.training import derived_seed
@@ -38,7 +39,7 @@ SHOWN = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task2Config(Workspace):
+class Task2Config(ScriptConfig):
     """Which run to explain, and how."""
 
     run_id: str | None = key(
@@ -54,6 +55,7 @@ class Task2Config(Workspace):
 def main(config: Task2Config) -> None:
     """Task 1's run → network and tiles → maps → checks → figures, table and records."""
     compute = Compute.of(config.device, "fp32")
+    compute.prepare_process()
     run = find_run(config.output_dir, config.run_id)
     run_id, trained = run["run_id"], run["config"]
     size = trained.get("resize_to") or trained["size"]
@@ -140,7 +142,7 @@ def load_network(path: Path, size: int, compute: Compute) -> nn.Module:
     Raises UsageError for another architecture or number of classes, Fault for a checkpoint that cannot be read.
     """
     saved = checkpoint.load(path)
-    name, classes, expected = saved.get("model_name"), len(saved.get("class_names", ())), len(class_names())
+    name, classes, expected = saved.get("model_name"), len(saved.get("class_names", ())), len(CLASS_NAMES)
     if (name, classes) != (MODEL_NAME, expected):
         raise UsageError(f"{path}: {name} with {classes} classes; Task 2 explains a {MODEL_NAME} with {expected}")
     model = build_model(MODEL_NAME, classes, size)

@@ -28,9 +28,10 @@ import torch
 from common import distributed, pretrained
 from common.compute import Compute
 from common.config import key, run_script, with_defaults
-from common.data import Dataset, class_names, load_dataset
+from common.data import Dataset, load_dataset
 from common.features import cached_splits, decide_caching
 from common.fine_tuning import FROM_SCRATCH, FineTuningConfig
+from common.pathmnist import CLASS_NAMES
 from common.pretrained import SCRATCH, FineTunedNetwork, Weights
 from common.records import is_finished, read_json, run_folder
 from common.tiles import device_splits
@@ -56,8 +57,8 @@ class Task5Config(FineTuningConfig):
     Early stopping is off, so that both runs of the comparison have the same number of epochs.
     """
 
-    scratch: bool = key(True, "also train the same network from scratch, and compare")
-    n_seeds: int = key(1, "how many seeds to run, counting up from seed", at_least=1)
+    scratch: bool = key(True, "also train the same network from scratch, and compare", bookkeeping=True)
+    n_seeds: int = key(1, "how many seeds to run, counting up from seed", at_least=1, bookkeeping=True)
 
     def runs(self) -> list["Task5Config"]:
         """The configuration of each run: for each seed the fine-tuned one, then the one from scratch."""
@@ -75,6 +76,7 @@ class Task5Config(FineTuningConfig):
 def main(config: Task5Config) -> None:
     """Weights and data → each seed's runs → comparison."""
     compute = Compute.of(config.device, config.precision)
+    compute.prepare_process()
     names = {config.weights, *([SCRATCH] if config.scratch else [])}
     weights = {name: pretrained.load_weights(name, config.model_name, config.output_dir) for name in names}
     if config.resize_to is None:
@@ -106,7 +108,7 @@ def build(config: Task5Config, weights: Weights) -> FineTunedNetwork:
     """The network of a run, initialised with torch's global generator."""
     return pretrained.build_fine_tuned(
         config.model_name,
-        len(class_names()),
+        len(CLASS_NAMES),
         weights,
         config.input_size,
         config.train_part,

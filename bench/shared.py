@@ -15,9 +15,10 @@ import torch
 
 from common.compute import Compute
 from common.config import TrainingConfig
-from common.data import Dataset, Split, class_names
+from common.data import Dataset, Split
 from common.files import write_json
 from common.models import build_model
+from common.pathmnist import CLASS_NAMES
 from common.tiles import DeviceTiles, Splits
 from common.tracking import Run, provenance
 from common.training import Trainer
@@ -34,10 +35,11 @@ def separate_process() -> ProcessPoolExecutor:
 def trainer_of(config: TrainingConfig, split: Split, folder: Path) -> Trainer:
     """The trainer that task1.py and train.py build, on these training tiles; its records go to `folder`."""
     compute = Compute.of(config.device, config.precision)
+    compute.prepare_process()
     torch.manual_seed(config.seed)
-    model = build_model(config.model_name, len(class_names()), config.size)
+    model = build_model(config.model_name, len(CLASS_NAMES), config.size)
     tiles = DeviceTiles(split, compute.device, config.augmentation)
-    dataset = Dataset("phantom", config.size, class_names(), split, split, split, fingerprint="bench")
+    dataset = Dataset("phantom", config.size, CLASS_NAMES, split, split, split, fingerprint="bench")
     config = dataclasses.replace(config, output_dir=folder, wandb="disabled")
     with contextlib.redirect_stdout(io.StringIO()):
         run = Run("task1", config, dataset, compute.name)

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from bench.shared import save, spread
 from common.compute import Compute
-from common.data import load_dataset, official_name
+from common.data import load_dataset
+from common.pathmnist import official_file
 from task1 import Task1Config
 
 REPEATS = 5
@@ -74,7 +75,8 @@ def main() -> None:
     turns = []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        (root / official_name(SIZE)).symlink_to(data_root.resolve() / official_name(SIZE))
+        name = official_file(SIZE).name
+        (root / name).symlink_to(data_root.resolve() / name)
         for _ in range(REPEATS):
             shutil.rmtree(root / "pathmnist.arrays", ignore_errors=True)
             turns.append([seconds(program, root, compute.device.type) for program in (PLAIN, OURS, OURS)])

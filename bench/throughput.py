@@ -35,7 +35,8 @@ from bench.shared import save, separate_process, spread, trainer_of
 from common import phantom
 from common.compute import Compute
 from common.config import TrainingConfig
-from common.data import Split, official_name
+from common.data import Split
+from common.pathmnist import official_file
 
 REPEATS = 5
 SIZES = (28, 64)
@@ -118,7 +119,7 @@ def plain_way(config: TrainingConfig, root: Path) -> tuple[Callable[[], float], 
 
 def our_way(config: TrainingConfig, root: Path) -> tuple[Callable[[], float], int]:
     """The project's epoch, as `Trainer.fit` runs it, and 0 workers."""
-    trainer = trainer_of(config, read_tiles(root / official_name(config.size)), root / "ours")
+    trainer = trainer_of(config, read_tiles(root / official_file(config.size).name), root / "ours")
 
     def epoch() -> int:
         trainer.train_epoch(1)
@@ -129,7 +130,7 @@ def our_way(config: TrainingConfig, root: Path) -> tuple[Callable[[], float], in
 
 def ceiling_way(config: TrainingConfig, root: Path) -> tuple[Callable[[], float], int]:
     """Training on the same batch again and again, and 0 workers."""
-    trainer = trainer_of(config, read_tiles(root / official_name(config.size)), root / "ceiling")
+    trainer = trainer_of(config, read_tiles(root / official_file(config.size).name), root / "ceiling")
     compute, tiles, model, optimizer = trainer.compute, trainer.splits.train, trainer.model, trainer.optimizer
     inputs, labels = tiles.inputs(torch.arange(config.batch_size, device=tiles.index_device))
     model.train()
@@ -212,7 +213,7 @@ def main() -> None:
             config = config_class(dataset="phantom", size=size, run_id="bench")
             n_tiles = GPU_TILES if compute.device.type == "cuda" else CPU_STEPS[task] * config.batch_size
             with tempfile.TemporaryDirectory() as folder:
-                write_tiles(Path(folder, official_name(size)), n_tiles, size)
+                write_tiles(Path(folder, official_file(size).name), n_tiles, size)
                 row = measured(task, config, Path(folder))
             rates = ", ".join(f"{way} {row[way]['median']:,.0f}" for way in WAYS)
             print(f"{config.model_name} {size} px: {rates} tiles/s", flush=True)

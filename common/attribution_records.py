@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.config import Workspace
+from common.config import ScriptConfig
 from common.explained import Explained
 from common.files import write_json, write_text
 from common.markdown import markdown_table
@@ -15,7 +15,7 @@ PACKAGES = ("captum", "torch", "torchvision", "numpy", "scipy", "matplotlib")
 
 def write_records(
     folder: Path,
-    config: Workspace,
+    config: ScriptConfig,
     facts: Mapping[str, Any],
     shown: Sequence[Explained],
     checks: Mapping[str, Any],
@@ -48,7 +48,7 @@ def saliency_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def send_to_wandb(
-    config: Workspace,
+    config: ScriptConfig,
     facts: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]],
     checks: Mapping[str, Any],

@@ -1,8 +1,9 @@
-"""Where a network computes, and in which precision."""
+"""The device that computes, and the precision of its matrix products."""
 
 import ctypes
 import os
 import platform
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,29 +15,38 @@ from common.errors import UsageError
 
 @dataclass(frozen=True)
 class Compute:
-    """Where the network computes, and in which precision its matrix products run."""
+    """The device that the network computes on, and the precision of its matrix products."""
 
     device: torch.device
     dtype: torch.dtype  # float32, or bfloat16 under autocast
 
     @classmethod
     def of(cls, device: str, precision: str) -> "Compute":
-        """Resolve the keys `device` and `precision`; UsageError where CUDA is asked for and absent."""
+        """What the keys `device` and `precision` mean on this machine; changes nothing in this process.
+
+        Raises UsageError for `cuda` where there is no GPU.
+        """
         if device == "cuda" and not torch.cuda.is_available():
             raise UsageError("--device cuda: PyTorch sees no CUDA device here; use --device cpu or auto")
-        name = kind(device)
-        distributed.join(name == "cuda")
+        cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
         bf16 = precision == "bf16" or (
-            precision == "auto" and name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+            precision == "auto" and cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         )
-        if name == "cpu":
-            _keep_freed_memory()
-        where = torch.device(name, distributed.local_rank()) if name == "cuda" else torch.device(name)
+        where = torch.device("cuda", distributed.local_rank()) if cuda else torch.device("cpu")
         return cls(where, torch.bfloat16 if bf16 else torch.float32)
+
+    def prepare_process(self) -> None:
+        """Join torchrun's other processes, if there are any; on a CPU, let malloc keep freed memory.
+
+        A script calls this before it builds its network.
+        """
+        distributed.join(self.device.type == "cuda")
+        if self.device.type == "cpu":
+            _keep_freed_memory()
 
     @property
     def name(self) -> str:
-        """The device in words, as records carry it."""
+        """The device in words, for records."""
         processes = distributed.world_size()
         prefix = f"{processes} × " if processes > 1 else ""
         if self.device.type == "cuda":
@@ -45,15 +55,8 @@ class Compute:
         return f"{prefix}{_cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
 
     def autocast(self) -> torch.autocast:
-        """The context of a forward pass; off in float32."""
+        """The context manager for a forward pass; it does nothing in float32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
-
-def kind(device: str) -> str:
-    """What the key `device` means on this machine: `cpu` or `cuda`."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return device
 
 
 def physical_cores(cpus: Path = Path("/sys/devices/system/cpu")) -> int:
@@ -68,23 +71,20 @@ def physical_cores(cpus: Path = Path("/sys/devices/system/cpu")) -> int:
 
 
 def _keep_freed_memory() -> None:
-    """Let memory that is freed be used again, instead of going back to the system.
+    """Make malloc keep memory that is freed, instead of returning it to the system.
 
-    glibc returns blocks above 32 MB, such as a large batch's activations, as soon as they are freed, and the
-    system clears every page of them anew at the next step: 180,000 page faults a step of MobileNetV3-Large at 64
-    pixels and batch 512, and about an eighth of its time.
+    glibc returns blocks above 32 MB, such as a large batch's activations, as soon as they are freed. At the next
+    step the system clears every page of them again: 180,000 page faults per step of MobileNetV3-Large at 64 pixels
+    and batch 512, about an eighth of its time.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.system() == "Linux" else None
-    if mallopt:  # other C libraries have none; the numbers are those of glibc's malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:  # only glibc has it; the numbers are in its malloc.h
         m_trim_threshold, m_mmap_max = -1, -4
         mallopt(m_mmap_max, 0)
         mallopt(m_trim_threshold, -1)
 
 
 def _cpu_name() -> str:
-    try:  # Linux; platform.processor() says nothing there
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-        return names[0]
-    except (OSError, IndexError):
-        return platform.processor() or "CPU"
+    cpuinfo = Path("/proc/cpuinfo")  # on Linux, where platform.processor() is empty
+    found = re.search(r"model name\s*: (.+)", cpuinfo.read_text(encoding="utf-8")) if cpuinfo.exists() else None
+    return found[1] if found else platform.processor() or "CPU"

@@ -1,10 +1,10 @@
-"""The errors that end a script with one line on stderr instead of a traceback, and others' first lines."""
+"""The errors that end a script with one line on stderr instead of a traceback."""
 
 import signal
 
 
 class UsageError(Exception):
-    """What the user asked for cannot be done; the message names it and the remedy. Exit status 2."""
+    """The user asked for something impossible; the message names it and the remedy. Exit status 2."""
 
     exit_status = 2
 
@@ -16,7 +16,7 @@ class Fault(Exception):
 
 
 class Stopped(Exception):
-    """A signal stopped the run, which can be continued from there. Exit status 128 + the signal's number."""
+    """A signal ended the run, which can be resumed. Exit status 128 + the signal's number."""
 
     def __init__(self, message: str, number: signal.Signals) -> None:
         super().__init__(message)
@@ -25,5 +25,5 @@ class Stopped(Exception):
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an error says; its type's name where it says nothing."""
+    """The first line of an error's message, or the name of its type where the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

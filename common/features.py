@@ -119,7 +119,7 @@ def decide_caching(config: C, feature_shape: Sequence[int], dataset: Dataset, de
         views = (config.feature_views or 1) * len(dataset.train) + (1 + len(SHIFTS)) * len(dataset.val)
         views += (8 if config.tta else 1) * len(dataset.test)
         size, free = 4 * views * math.prod(feature_shape), free_memory(device)
-        if distributed.any_of_all(size > RESIDENT_SHARE * free, device):
+        if distributed.any_of_all(size > RESIDENT_SHARE * free):
             problem = (
                 f"the features of all tiles take {size / 1e9:.1f} GB, "
                 f"more than {RESIDENT_SHARE:.0%} of the {free / 1e9:.1f} GB of free memory"

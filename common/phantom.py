@@ -1,8 +1,8 @@
 """Draws PathMNIST's nine kinds of tissue as synthetic H&E tiles, for work without the real data set.
 
-A tile is a field of 112 µm whatever its pixel size. The scene of its class lays down haematoxylin and eosin;
-the centre's stain vectors and scanner turn them into light. Training and validation tiles come from one
-centre, test tiles from another, as in PathMNIST.
+A tile shows 112 µm at every size. The scene of its class gives the amounts of haematoxylin and eosin; the stain
+vectors and the scanner of a centre turn them into light. Training and validation tiles come from one centre, test
+tiles from another, as in PathMNIST.
 """
 
 import os
@@ -15,21 +15,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-VERSION = 2  # of the look: a change of any drawn pixel needs a new number
+from common import pathmnist
+
+VERSION = 2  # a change of any pixel needs a new number
 FIELD = 112.0  # side of a tile in µm: 224 pixels of 0.5 µm in NCT-CRC-HE-100K
-# Tiles that share a random stream: fixed, so that neither threads nor readers can change a tile, and many, because
-# numpy works side by side only on large arrays.
+# Tiles that share a random stream. A fixed number, so that the number of threads does not change a tile; a large
+# number, because threads run numpy at the same time only on large arrays.
 BLOCK = 512
-SCANNED = 64  # tiles that are scanned at once, to keep 224-pixel blocks within memory
-LATTICE = 32  # random values along each side of a table, a power of two; tables repeat beyond
-THREADS = min(4, os.cpu_count() or 1)  # that draw blocks side by side; each may need 700 MB at 224 pixels
-SPLITS = ("train", "val", "test")
+SCANNED = 64  # tiles that are scanned at the same time: limits the memory at 224 pixels
+LATTICE = 32  # random values along each side of a table, a power of two; beyond it, the table repeats
+THREADS = min(4, os.cpu_count() or 1)  # each draws a block and needs up to 700 MB at 224 pixels
 ADIPOSE, BACKGROUND, DEBRIS, LYMPHOCYTES, MUCUS, MUSCLE, MUCOSA, STROMA, TUMOUR = range(9)
-# PathMNIST's own tiles per class and per split (Yang et al. 2023, MedMNIST v2).
+# PathMNIST's tiles per class (Yang et al. 2023, MedMNIST v2).
 TRAIN_COUNTS = (9366, 9509, 10360, 10401, 8006, 12182, 7886, 9401, 12885)
 TEST_COUNTS = (1338, 847, 339, 634, 1035, 592, 741, 421, 1233)
-OFFICIAL_SIZES = {"train": 89_996, "val": 10_004, "test": 7_180}
-# By label: what lies beside the tissue in a section or is mistaken for it; twice for twice as often.
+# By label: tissues that lie beside it or look like it. A tissue that is named twice is drawn twice as often.
 NEIGHBOURS = (
     (STROMA, MUCUS),
     (ADIPOSE, MUCUS),
@@ -42,7 +42,9 @@ NEIGHBOURS = (
     (MUCOSA, STROMA, DEBRIS),
 )
 
-Array = npt.NDArray[Any]  # float32 where nothing else is said
+Array = npt.NDArray[Any]  # float32, unless a comment gives another type
+Number = Array | float
+Range = tuple[float, float]
 Stains = tuple[Array, Array]  # haematoxylin and eosin, each (B, size, size); 1 is a strong stain
 
 
@@ -50,11 +52,11 @@ Stains = tuple[Array, Array]  # haematoxylin and eosin, each (B, size, size); 1 
 class Centre:
     """A laboratory and its scanner."""
 
-    redness: tuple[float, float]  # range of the way from Ruifrok's stain vectors to Macenko's
+    redness: Range  # range of the way from Ruifrok's stain vectors to Macenko's
     strength: tuple[float, float]  # median concentration of each stain
     magnification: float
     blur: float  # standard deviation of the scanner's focus in µm
-    noise: tuple[float, float]  # range of a pixel's standard deviation in grey levels
+    noise: Range  # range of a pixel's standard deviation in grey levels
 
 
 # How haematoxylin (first) and eosin absorb red, green and blue.
@@ -70,15 +72,15 @@ class Cells(NamedTuple):
     dx: Array  # µm from the cell's centre
     dy: Array
     distance: Array  # µm to the centre
-    border: Array  # µm to the nearest border, about
-    place: Array  # int64, the cell's in every table of the canvas
+    border: Array  # about µm to the nearest border
+    place: Array  # int64: the cell's index in every table of the canvas
 
 
 @dataclass(frozen=True)
 class Canvas:
-    """The pixels of B tiles, placed in the section, and the tiles' random numbers.
+    """The places of B tiles' pixels in the section, and the tiles' random numbers.
 
-    Every draw is per tile or per table, never per pixel, so a scene is the same at every size.
+    Random numbers are drawn per tile or per table, never per pixel, so a scene is the same at every size.
     """
 
     random: np.random.Generator
@@ -91,20 +93,20 @@ class Canvas:
         return self.random.uniform(low, high, (len(self.x), 1, 1)).astype(np.float32)
 
     def table(self, low: float = 0.0, high: float = 1.0) -> Array:
-        """Uniform numbers, LATTICE² per tile, flat."""
+        """Uniform numbers, LATTICE² per tile, as a flat array."""
         values = self.random.random(len(self.x) * LATTICE * LATTICE, dtype=np.float32)
         return values * np.float32(high - low) + np.float32(low)
 
     def at_column(self, column: Array) -> Array:
-        """Where a table keeps a column, to be added to `at_row`."""
+        """The index of a column in a table, to be added to `at_row`."""
         return column & (LATTICE - 1)
 
     def at_row(self, row: Array) -> Array:
-        """Where a table keeps each tile's row."""
+        """The index of a row of each tile in a table."""
         tile = np.arange(len(self.x))[:, None, None]
         return (row & (LATTICE - 1)) * LATTICE + tile * LATTICE**2
 
-    def noise(self, x: Array, y: Array, wavelength: Array | float) -> Array:
+    def noise(self, x: Array, y: Array, wavelength: Number) -> Array:
         """Smooth noise in [-1, 1]."""
         table = self.table(-1.0, 1.0)
         column, u = split_floor(x / wavelength)
@@ -118,15 +120,16 @@ class Canvas:
         between: Array = top + (bottom - top) * v
         return between
 
-    def warped(self, amplitude: Array | float, wavelength: Array | float) -> tuple[Array, Array]:
+    def warped(self, amplitude: Number, wavelength: Number) -> tuple[Array, Array]:
         """The pixels' x and y, bent by `amplitude` µm."""
         across, along = (self.noise(self.x, self.y, wavelength) for _ in range(2))
         return self.x + amplitude * across, self.y + amplitude * along
 
-    def cells(self, x: Array, y: Array, spacing: Array | float, jitter: float, borders: bool = True) -> Cells:
+    def cells(self, x: Array, y: Array, spacing: Number, jitter: float, borders: bool = True) -> Cells:
         """Worley's cells: one centre per square of `spacing` µm, moved by up to `jitter`/2 of it.
 
-        Without `borders` only squares within half a `spacing` are searched: enough near a centre, and fast.
+        Without `borders`, only squares within half a `spacing` are searched: this is faster, and exact near a
+        centre.
         """
         margin = (1 - jitter) / 2
         centre_x, centre_y = self.table(margin, 1 - margin), self.table(margin, 1 - margin)
@@ -142,8 +145,8 @@ class Canvas:
         for number, (down, right) in enumerate(squares):
             here = rows[down] + columns[right]
             dx, dy = u - centre_x[here] - steps[right], v - centre_y[here] - steps[down]
-            # Bits of positive floats sort as integers. With the square's number in the last four bits of its
-            # distance one minimum finds both, in half the time of choosing by a mask.
+            # The bits of positive floats sort as integers. With the square's number in the last four bits of its
+            # distance, one minimum finds both, in half the time of a mask.
             packed = (dx * dx + dy * dy).view(np.int32) & ~15 | number
             packed_second = np.minimum(packed_second, np.maximum(packed, packed_nearest))
             packed_nearest = np.minimum(packed_nearest, packed)
@@ -156,18 +159,12 @@ class Canvas:
         return Cells(dx * spacing, dy * spacing, distance * spacing, border * spacing, index)
 
     def inside(self, distance: Array) -> Array:
-        """How much of each pixel lies where the signed distance in µm is negative, in [0, 1]."""
+        """The share of each pixel, in [0, 1], where the signed distance in µm is negative."""
         coverage: Array = np.clip(0.5 - distance / max(self.pixel, 1.0), 0, 1)
         return coverage
 
     def nuclei(
-        self,
-        x: Array,
-        y: Array,
-        spacing: Array | float,
-        radius: tuple[float, float],
-        share: Array | float,
-        aspect: float = 1.0,
+        self, x: Array, y: Array, spacing: Number, radius: Range, share: Number, aspect: float = 1.0
     ) -> Array:
         """Haematoxylin (B, size, size) of nuclei with radii in `radius` µm, in a `share` of cells."""
         cells = self.cells(x, y, spacing, jitter=0.8, borders=False)
@@ -177,7 +174,7 @@ class Canvas:
         short = (cells.dy * cosine - cells.dx * sine) * np.float32(np.sqrt(aspect))
         reach = np.sqrt(long * long + short * short) - self.table(*radius)[cells.place]
         present = self.table()[cells.place] < share
-        shade = self.table(0.7, 1.3)[cells.place] * (1 + 0.06 * reach)  # chromatin gathers at the envelope
+        shade = self.table(0.7, 1.3)[cells.place] * (1 + 0.06 * reach)  # more chromatin at the envelope
         stain: Array = self.inside(reach) * present * shade
         return stain
 
@@ -189,7 +186,7 @@ def split_floor(values: Array) -> tuple[Array, Array]:
 
 
 def adipose(canvas: Canvas) -> Stains:
-    """Large empty cells between thin walls, a flat nucleus here and there."""
+    """Large empty cells between thin walls, with a few flat nuclei."""
     x, y = canvas.warped(5, 30)
     cells = canvas.cells(x, y, canvas.draw(35, 80), jitter=0.8)
     wall = canvas.inside(cells.border - canvas.draw(0.4, 2.0))
@@ -200,7 +197,7 @@ def adipose(canvas: Canvas) -> Stains:
 
 
 def background(canvas: Canvas) -> Stains:
-    """Empty glass: an illumination gradient and dust; normalisation tints it, as it did to the real tiles."""
+    """Empty glass with uneven light and dust; colour normalisation tints it, as in the real tiles."""
     gradient = canvas.noise(canvas.x, canvas.y, 150) * canvas.draw(0, 0.06)
     dust = canvas.nuclei(canvas.x, canvas.y, 20, (0.3, 1.5), share=canvas.draw(-0.1, 0.1))
     tint = canvas.draw(0, 1) ** 2
@@ -209,7 +206,7 @@ def background(canvas: Canvas) -> Stains:
 
 
 def debris(canvas: Canvas) -> Stains:
-    """Granular remains without structure: eosin, faded nuclei, their dark dust, and cracks."""
+    """Grains without structure: eosin, faded nuclei and their dark dust, and cracks."""
     x, y = canvas.warped(4, 12)
     granules = canvas.noise(x, y, canvas.draw(3.5, 6)) + 0.5 * canvas.noise(x, y, 12)
     patches = canvas.noise(x, y, 35)
@@ -222,7 +219,7 @@ def debris(canvas: Canvas) -> Stains:
 
 
 def lymphocytes(canvas: Canvas) -> Stains:
-    """Packed small round dark nuclei with hardly any cytoplasm."""
+    """Small round dark nuclei, close together, with almost no cytoplasm."""
     x, y = canvas.warped(3, 25)
     nuclei = canvas.nuclei(x, y, canvas.draw(7, 10), (2.8, 4.0), share=canvas.draw(0.75, 1.05))
     gaps = canvas.inside(canvas.noise(x, y, 14) * 14 + canvas.draw(5, 16))
@@ -230,7 +227,7 @@ def lymphocytes(canvas: Canvas) -> Stains:
 
 
 def mucus(canvas: Canvas) -> Stains:
-    """Pale streaming mucin with threads and a few floating cells."""
+    """Pale streaks of mucin with threads and a few floating cells."""
     x, y = canvas.warped(canvas.draw(6, 20), 45)
     streaks = canvas.noise(x / 6, y, canvas.draw(3.5, 8))
     clouds = canvas.noise(x, y, 40)
@@ -241,7 +238,7 @@ def mucus(canvas: Canvas) -> Stains:
 
 
 def fibres(canvas: Canvas, waviness: Array, looseness: Array, share: Array, aspect: Array) -> Stains:
-    """Fibres along x: eosin with clefts between bundles, nuclei drawn out along them."""
+    """Fibres along x: eosin with gaps between bundles, and nuclei that are long in x."""
     bend = canvas.noise(canvas.x, canvas.y, 32) + 0.3 * canvas.noise(canvas.x, canvas.y, 14)
     x, y = canvas.x, canvas.y + waviness * bend
     strands = canvas.noise(x / 10, y, canvas.draw(3.5, 6))
@@ -304,7 +301,7 @@ SCENES = (adipose, background, debris, lymphocytes, mucus, muscle, mucosa, strom
 
 
 def cut(random: np.random.Generator, n_tiles: int, size: int, magnification: float) -> Canvas:
-    """Tiles turned any way, anywhere in the section, at about the centre's magnification."""
+    """Tiles at random places and angles in the section, at about the centre's magnification."""
     angle = random.uniform(0, 2 * np.pi, (n_tiles, 1, 1)).astype(np.float32)
     left, top = random.uniform(0, 1000, (2, n_tiles, 1, 1)).astype(np.float32)
     scale = np.exp(random.normal(0, 0.12, (n_tiles, 1, 1))).astype(np.float32) / magnification
@@ -327,7 +324,7 @@ def paint(random: np.random.Generator, labels: Array, size: int, magnification: 
 
 
 def mix(random: np.random.Generator, stains: Array, labels: Array, magnification: float) -> None:
-    """Let a neighbouring tissue into a side of some tiles, as at the real borders between tissues."""
+    """Add a neighbouring tissue to a side of some tiles, as at the real borders between tissues."""
     chosen = np.flatnonzero(random.random(len(labels)) < 0.2)
     others = np.array([random.choice(NEIGHBOURS[label]) for label in labels[chosen]], np.int64)
     size = stains.shape[-1]
@@ -335,7 +332,7 @@ def mix(random: np.random.Generator, stains: Array, labels: Array, magnification
     canvas = cut(random, len(chosen), size, magnification)
     middle = canvas.x.mean(axis=(1, 2), keepdims=True)
     edge = canvas.x - middle + 12 * canvas.noise(canvas.x, canvas.y, 40) + canvas.draw(5, 50)
-    share = np.clip(0.5 - edge / 8, 0, 1)  # 8 µm: tissues do not end at a line
+    share = np.clip(0.5 - edge / 8, 0, 1)  # the border is 8 µm wide
     stains[:, chosen] += (intruder - stains[:, chosen]) * share
 
 
@@ -374,7 +371,7 @@ def blurred(light: Array, deviation: float) -> Array:
 
 
 def apportioned(n_tiles: int, counts: tuple[int, ...]) -> Array:
-    """`n_tiles` sorted int64 labels in the proportions of `counts`, none missing from nine tiles on."""
+    """`n_tiles` sorted int64 labels in the proportions of `counts`; from nine tiles on, every class occurs."""
     sure = 1 if n_tiles >= len(counts) else 0
     quota = np.array(counts) / sum(counts) * (n_tiles - sure * len(counts))
     share = np.floor(quota).astype(np.int64) + sure
@@ -384,16 +381,16 @@ def apportioned(n_tiles: int, counts: tuple[int, ...]) -> Array:
 
 
 def split_sizes(train_tiles: int) -> dict[str, int]:
-    """Tiles per split for `train_tiles` training tiles; PathMNIST's number gives PathMNIST's splits."""
-    if train_tiles == OFFICIAL_SIZES["train"]:
-        return dict(OFFICIAL_SIZES)
+    """Tiles of each split for `train_tiles` training tiles; PathMNIST's number gives PathMNIST's splits."""
+    if train_tiles == pathmnist.COUNTS["train"]:
+        return dict(pathmnist.COUNTS)
     return {"train": train_tiles, "val": train_tiles // 9, "test": train_tiles // 5}
 
 
 def generate(split: str, n_tiles: int, size: int, seed: int = 0) -> Iterator[tuple[Array, Array]]:
-    """Yield blocks of images (B, size, size, 3) uint8 and labels (B,) int64 until `n_tiles` are out."""
+    """Yield `n_tiles` tiles in blocks: images (B, size, size, 3) uint8 and labels (B,) int64."""
     counts, centre = (TEST_COUNTS, TEST_CENTRE) if split == "test" else (TRAIN_COUNTS, TRAIN_CENTRE)
-    key = [VERSION, seed, SPLITS.index(split)]
+    key = [VERSION, seed, list(pathmnist.COUNTS).index(split)]
     labels = apportioned(n_tiles, counts)
     np.random.default_rng(key).shuffle(labels)
 

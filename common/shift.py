@@ -1,11 +1,11 @@
-"""Shifted validation: the validation tiles as another laboratory and another scanner might have made them.
+"""Shifted validation tiles: their colours change as in another laboratory or with another scanner.
 
 PathMNIST's validation tiles come from the slides of its training tiles, its test tiles from another clinical
-centre. A shift changes the validation tiles' colours in a way that no training augmentation here uses, so that a
-network can be judged by tiles that look foreign without a look at the test split. Each tile gets its own change,
-the same one in every run.
+centre. A shift changes the colours of the validation tiles in a way that no training augmentation here uses. So a
+network can be scored on foreign-looking tiles without the test split. Each tile gets a different change, which is
+the same in every run.
 
-The strengths below were fixed before any network had been scored on shifted tiles.
+The strengths below were fixed before any network was scored on shifted tiles.
 """
 
 import warnings
@@ -18,15 +18,15 @@ from numpy.typing import NDArray
 from common.data import Split
 
 SEED = 0
-CHUNK = 2048  # tiles that are changed at once: bounds the memory that the float copies take
+CHUNK = 2048  # tiles that are changed at the same time: limits the memory of their float copies
 Tiles = NDArray[np.float32]
 
 
 def lab_statistics(tiles: Tiles, draws: np.random.Generator) -> Tiles:
-    """Move each tile's mean and spread in CIELAB, as RandStainNA does (Shen et al. 2022); another staining.
+    """Change each tile's mean and spread in CIELAB, as RandStainNA does (Shen et al. 2022): another staining.
 
-    Standard deviations of the moved means: 6 for lightness, 5 for both colour axes. Spreads are multiplied by
-    0.7 to 1.4.
+    The means move by normal draws with standard deviation 6 for lightness and 5 for both colour axes. The spreads
+    are multiplied by 0.7 to 1.4.
     """
     from skimage.color import lab2rgb, rgb2lab
 
@@ -41,9 +41,9 @@ def lab_statistics(tiles: Tiles, draws: np.random.Generator) -> Tiles:
 
 
 def gamma(tiles: Tiles, draws: np.random.Generator) -> Tiles:
-    """Raise each tile to a power from 0.7 to 1.4, and its colour channels to powers that differ by up to 10 %.
+    """Raise each tile to a power of 0.7 to 1.4 and each of its colour channels to one of 0.9 to 1.1.
 
-    This is what another scanner's response curve does.
+    Another scanner's response curve has this effect.
     """
     powers = np.exp(draws.uniform(np.log(0.7), np.log(1.4), (len(tiles), 1, 1, 1)))
     powers = powers * np.exp(draws.uniform(np.log(0.9), np.log(1.1), (len(tiles), 1, 1, 3)))
@@ -53,7 +53,7 @@ def gamma(tiles: Tiles, draws: np.random.Generator) -> Tiles:
 def chromatic_noise(tiles: Tiles, draws: np.random.Generator) -> Tiles:
     """Add noise that changes the colour of each pixel but not its brightness: another camera at low light.
 
-    The noise's standard deviation is 0.02 to 0.08 of the full range, drawn for each tile.
+    Each tile's noise has another standard deviation, 0.02 to 0.08 of the full range.
     """
     noise = draws.standard_normal(tiles.shape, np.float32)
     noise -= noise.mean(3, keepdims=True)
@@ -68,7 +68,7 @@ SHIFTS: dict[str, Callable[[Tiles, np.random.Generator], Tiles]] = {
 
 
 def shifted(split: Split) -> Iterator[tuple[str, Split]]:
-    """Each shift's name and the split under it, images (N, 3, H, W) uint8 as in `split`, one after the other."""
+    """Yield the name of each shift and the shifted split, with images (N, 3, H, W) uint8 as in `split`."""
     for name, change in SHIFTS.items():
         images = torch.empty_like(split.images)
         for start in range(0, len(split), CHUNK):

@@ -1,4 +1,4 @@
-"""Tiles on the device that computes: batches of indices, augmentation, and what the network takes."""
+"""Tiles on the computing device: batches of indices, augmentation, and the network's inputs."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +12,7 @@ from common.augment import build_augmentation, dihedral_views
 from common.data import Dataset, Split
 from common.shift import shifted
 
-RESIDENT_SHARE = 0.6  # of a GPU's free memory that tiles may take; the network needs the rest
+RESIDENT_SHARE = 0.6  # the share of a GPU's free memory that tiles may take; the network needs the rest
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # tiles or inputs, and labels
 
@@ -20,8 +20,8 @@ Batch = tuple[torch.Tensor, torch.Tensor]  # tiles or inputs, and labels
 class Tiles(Protocol):
     """A split as training and evaluation use it: tiles, or features that were computed from them.
 
-    Indices (B,) int64 on `index_device` choose tiles. Inputs are what the network takes, float32 (B, …); labels
-    are (B,) int64. Both are on the device that computes.
+    Indices (B,) int64 on `index_device` choose tiles. The network's inputs are float32 (B, …), the labels are (B,)
+    int64. Both are on the computing device.
     """
 
     index_device: torch.device
@@ -38,10 +38,10 @@ class Tiles(Protocol):
 
 @dataclass(frozen=True)
 class Splits:
-    """The tiles of a run: it trains on `train` and validates on `val`; at its end it scores the others.
+    """The tiles of a run: it trains on `train`, validates on `val`, and scores the others at its end.
 
-    `test` and `shifted` (the validation tiles under each shift of common/shift.py, by name) are functions, so
-    that these tiles take no memory of a GPU before they are scored.
+    `shifted` gives the name of each shift of common/shift.py and the validation tiles under it. `test` and
+    `shifted` are functions, so that these tiles take no memory of a GPU before they are scored.
     """
 
     train: Tiles
@@ -51,10 +51,11 @@ class Splits:
 
 
 class DeviceTiles:
-    """`Tiles` on the device that computes or, where they don't fit there, in pinned memory of the host.
+    """`Tiles` on the computing device or, where they do not fit there, in pinned memory of the host.
 
     Inputs are (B, 3, H, W) in -1..1, or (B, 3, resize_to, resize_to) where `resize_to` is given. Tiles are
-    augmented before they are resized. Raises ValueError where `build_augmentation` does not know the augmentation.
+    augmented before they are resized. Raises ValueError for an augmentation that `build_augmentation` does not
+    know.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class DeviceTiles:
 
     def batch(self, indices: torch.Tensor) -> Batch:
         """Tiles (B, 3, H, W) uint8 in channels_last order and labels (B,) int64, on the device."""
-        # Rows of the (N, H, W, 3) file copied whole: ten times as fast on a CPU as images[indices].
+        # Copies whole rows of the (N, H, W, 3) file: on a CPU ten times as fast as images[indices].
         images = self.tiles.index_select(0, indices).permute(0, 3, 1, 2)
         labels = self.labels.index_select(0, indices)
         if self.index_device != self.device:
@@ -108,7 +109,7 @@ class DeviceTiles:
 def device_splits(
     dataset: Dataset, device: torch.device, augmentation: str = "none", resize_to: int | None = None
 ) -> Splits:
-    """A data set's splits as `DeviceTiles`; only training tiles are augmented. Raises ValueError as they do."""
+    """A data set's splits as `DeviceTiles`; only training tiles are augmented. Raises the same ValueError."""
 
     def plain(split: Split) -> DeviceTiles:
         return DeviceTiles(split, device, resize_to=resize_to)
@@ -122,7 +123,7 @@ def device_splits(
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:
-    """uint8 (N, 3, H, W) in 0..255 to float32 in -1..1, by the coursework's mean .5 and std .5."""
+    """Change uint8 (N, 3, H, W) in 0..255 to float32 in -1..1: the coursework's mean .5 and std .5."""
     return images.float().div_(127.5).sub_(1.0)
 
 
@@ -131,8 +132,8 @@ def batches(
 ) -> list[torch.Tensor]:
     """Cut 0..n_tiles-1 into batches of int64 indices on `device`, each index once, shuffled if asked.
 
-    There are as few batches as `batch_size` allows, and their sizes differ by one tile at most: a last batch of a
-    few tiles would spoil BatchNorm's running statistics, and a batch of one tile cannot be trained on at all.
+    There are as few batches as `batch_size` allows, and their sizes differ by at most one tile: a last batch of
+    few tiles would make BatchNorm's running statistics worse, and a batch of one tile cannot train BatchNorm.
     """
     order = torch.randperm(n_tiles, generator=shuffle) if shuffle else torch.arange(n_tiles)
     n_batches = max(1, min(math.ceil(n_tiles / batch_size), n_tiles // 2))

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 
 from common import distributed
-from common.config import BOOKKEEPING_KEYS, Config, TrainingConfig, Workspace
+from common.config import Config, ScriptConfig, TrainingConfig
 from common.data import Dataset
 from common.errors import UsageError, first_line
-from common.files import atomic_path, claim, write_csv, write_json
+from common.files import atomic_path, process_lock, write_csv, write_json
 from common.records import is_finished, read_json, run_folder
 
 WANDB_PROJECT = "hw1"  # the coursework's; $WANDB_PROJECT takes its place
@@ -92,7 +92,7 @@ class Run:
         self.url: str | None = None
         if not distributed.is_first():
             return
-        self._lock = claim(self.folder / ".lock")
+        self._lock = process_lock(self.folder / ".lock")
         if self._lock is None:
             raise UsageError(f"run {config.run_id} is another process's at the moment: use another --run_id")
         self._sweep_up()
@@ -233,12 +233,8 @@ def check_same(
     config: Config, before: Mapping[str, Any], remedy: str = "use that one or another --run_id"
 ) -> None:
     """Raise UsageError, naming the differing keys, where the run was started with another configuration."""
-    now = config.as_dict()
-    differing = [
-        f"{name} was {before.get(name)}"
-        for name in now
-        if name not in BOOKKEEPING_KEYS and before.get(name) != now[name]
-    ]
+    now = config.identity()
+    differing = [f"{name} was {before.get(name)}" for name in now if before.get(name) != now[name]]
     if differing:
         raise UsageError(
             f"run {config.run_id} was started with another configuration ({', '.join(differing)}): {remedy}"
@@ -279,7 +275,7 @@ def _has_wandb_key() -> bool:
         return False
 
 
-def start_wandb(task: str, run_id: str, config: Workspace, facts: Mapping[str, Any]) -> Any:
+def start_wandb(task: str, run_id: str, config: ScriptConfig, facts: Mapping[str, Any]) -> Any:
     """A W&B run, or None where W&B is disabled or cannot start."""
     mode = wandb_mode(config.wandb)
     if mode == "disabled":
@@ -320,10 +316,9 @@ def start_wandb(task: str, run_id: str, config: Workspace, facts: Mapping[str, A
     return None
 
 
-def group(task: str, config: Workspace) -> str:
+def group(task: str, config: ScriptConfig) -> str:
     """The W&B group of a run: runs that differ in the seed alone share it."""
-    apart = {"seed", "run_id", *BOOKKEEPING_KEYS}
-    same = {name: value for name, value in config.as_dict().items() if name not in apart}
+    same = {name: value for name, value in config.identity().items() if name not in ("seed", "run_id")}
     return f"{task}-{hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:8]}"
 
 

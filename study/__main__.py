@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from common.config import Workspace, key, run_script
+from common.config import ScriptConfig, key, run_script
 from common.errors import Fault, UsageError
 from common.files import write_text
 from common.records import run_folder
@@ -79,7 +79,7 @@ PLANS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyConfig(Workspace):
+class StudyConfig(ScriptConfig):
     """The data set of the study, and its folder."""
 
     dataset: str = key("pathmnist", "data set", choices=tuple(PLANS))

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from common.data import OFFICIAL_COUNTS
 from common.errors import UsageError
 from common.metrics import Estimate
+from common.pathmnist import COUNTS
 from common.records import Record
 from common.statistics import Comparison, Spread, compare, interval, spread
 from study.ablation import identical_rows
@@ -70,7 +70,7 @@ class Group:
     def full(self) -> bool:
         """Whether the scores compare with the published ones: trained on all tiles of PathMNIST."""
         summary = self.first.summary
-        return not summary["synthetic"] and summary["tiles"]["train"] == OFFICIAL_COUNTS["train"]
+        return not summary["synthetic"] and summary["tiles"]["train"] == COUNTS["train"]
 
     def by_seed(self, *keys: str) -> dict[int, float]:
         """A number of summary.json, such as ("best", "acc"), for every seed whose record has it."""
@@ -137,7 +137,7 @@ def facts(study: Study) -> dict[str, Any]:
         "tuning": compare(by_kind)["fine-tuned"] if compared else None,
         "sources": sources,
         "references": REFERENCES,
-        "official": OFFICIAL_COUNTS,
+        "official": COUNTS,
         "interval": interval,
     }
 

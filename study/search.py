@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from common.errors import Fault, UsageError
 from common.figures import BLUE, STYLE, save
-from common.files import claimed, write_csv, write_text
+from common.files import locked, write_csv, write_text
 from common.markdown import markdown_table
 from common.records import read_json, run_folder
 from study.sweep_file import Range, Sweep
@@ -77,7 +77,7 @@ def _open_study(records: TrialRecords) -> optuna.Study:
     pruner: BasePruner = NopPruner()
     if sweep.min_iter is not None:  # W&B's hyperband with `min_iter` is one bracket of successive halving
         pruner = SuccessiveHalvingPruner(min_resource=sweep.min_iter, reduction_factor=sweep.eta)
-    with claimed(records.folder / "search.lock", wait=True):
+    with locked(records.folder / "search.lock", wait=True):
         optuna_study = optuna.create_study(
             storage=JournalStorage(_Journal(records.folder / JOURNAL)),
             study_name=sweep.name,
@@ -110,7 +110,7 @@ class _Journal(JournalFileBackend):
         """Append each log as a line of JSON; OSError with the file's name where the disk is full."""
         lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
         try:
-            with claimed(self._path.with_name("journal.lock"), wait=True), open(self._path, "r+b") as file:
+            with locked(self._path.with_name("journal.lock"), wait=True), open(self._path, "r+b") as file:
                 # A full disk or a kill may have left part of a line: remove it before appending.
                 file.truncate(file.read().rfind(b"\n") + 1)
                 file.seek(0, os.SEEK_END)
@@ -134,11 +134,11 @@ def _next_trial(
 
     Only one command at a time does this. So no command sees a new trial before its lock is taken.
     """
-    with claimed(records.folder / "search.lock", wait=True):
+    with locked(records.folder / "search.lock", wait=True):
         trials = optuna_study.get_trials(deepcopy=False)
         for trial in trials:
             if trial.state == TrialState.RUNNING:
-                with claimed(records.lock_path(_run_id(records.sweep, trial))) as lock:
+                with locked(records.lock_path(_run_id(records.sweep, trial))) as lock:
                     if lock is not None:
                         yield optuna.Trial(optuna_study, trial._trial_id), lock
                         return
@@ -149,7 +149,7 @@ def _next_trial(
             # One write holds all values: after a kill between two writes, the rest would be sampled differently.
             optuna_study.enqueue_trial(_sample(optuna_study, records.sweep))
         new = optuna_study.ask()
-        with claimed(records.lock_path(_run_id(records.sweep, new)), wait=True) as lock:
+        with locked(records.lock_path(_run_id(records.sweep, new)), wait=True) as lock:
             assert lock is not None
             yield new, lock
 

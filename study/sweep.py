@@ -23,7 +23,7 @@ from typing import Any
 from common.compute import physical_cores
 from common.config import Keys, key, run_script
 from common.errors import Fault, UsageError
-from common.files import claimed
+from common.files import locked
 from study.sweep_file import Range, Sweep, read_sweep
 from study.trials import Running, Trial, TrialRecords, Workers
 
@@ -78,7 +78,7 @@ def run_grid(trials: Sequence[Trial], records: TrialRecords, n_workers: int) -> 
             # If other commands run all that is left, this one waits: it takes over the run of a killed command.
             for trial in left:
                 if len(workers.running) < n_workers:
-                    with claimed(records.lock_path(trial.run_id)) as lock:
+                    with locked(records.lock_path(trial.run_id)) as lock:
                         # Another command may have finished the trial just before we got its lock.
                         if lock is not None and not records.is_finished(trial):
                             workers.running.append(Running(trial, records, lock))

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from common import compute
+from common.compute import Compute
 from common.config import Config, closest, parse
 from common.errors import UsageError
 
@@ -61,7 +61,7 @@ class Sweep:
 
     def on_cpu(self, values: Mapping[str, Any]) -> bool:
         """Whether the program computes on a CPU, with the fixed keys and `values`."""
-        return compute.kind(self.config(values).device) == "cpu"
+        return Compute.of(self.config(values).device, "fp32").device.type == "cpu"
 
     def command_line(self, values: Mapping[str, Any]) -> list[str]:
         """The command that runs the program with the fixed keys and `values`."""

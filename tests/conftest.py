@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from common import data
+from common import pathmnist
 from common.compute import Compute
 from common.config import TrainingConfig
 from common.data import Dataset, Split
+from common.download import md5_of
 from common.models import build_model
+from common.pathmnist import OfficialFile
 from common.tiles import Tiles, device_splits
 from common.tracking import Run
 from common.training import Trainer
@@ -106,11 +108,11 @@ def official_arrays(counts: dict[str, int], size: int = 28) -> dict[str, np.ndar
 
 
 def write_official(root: Path, monkeypatch: pytest.MonkeyPatch, arrays: dict[str, Any] | None = None) -> Path:
-    """Write a small pathmnist.npz and make `common.data` expect its counts and its MD5; returns its path."""
+    """Write a small pathmnist.npz and make its counts and its MD5 the official ones; returns its path."""
     root.mkdir(parents=True, exist_ok=True)
     path = root / "pathmnist.npz"
     np.savez_compressed(path, **(arrays or official_arrays(COUNTS)))
-    monkeypatch.setattr(data, "OFFICIAL_COUNTS", COUNTS)
-    md5 = data._md5(path)
-    monkeypatch.setattr(data, "_official_address", lambda size: ("http://127.0.0.1:9/pathmnist.npz", md5))
+    official = OfficialFile(path.name, "http://127.0.0.1:9/pathmnist.npz", md5_of(path))
+    monkeypatch.setattr(pathmnist, "COUNTS", COUNTS)
+    monkeypatch.setattr(pathmnist, "official_file", lambda size: official)
     return path

@@ -1,10 +1,29 @@
-"""The name of a device in records; test_training.py tests devices and precision, test_sweep.py counts cores."""
+"""What the keys `device` and `precision` mean, and what setting up a process does."""
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import CPU
 
 from common import compute, distributed
+from common.compute import Compute
+
+
+def test_naming_a_device_changes_nothing_and_preparing_the_process_joins_torchrun(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done: list[str] = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(dist, "init_process_group", lambda backend: done.append(backend))
+    monkeypatch.setattr(compute, "_keep_freed_memory", lambda: done.append("malloc"))
+    monkeypatch.setattr("atexit.register", lambda function: None)
+    cpu = Compute.of("cpu", "bf16")
+    assert cpu == Compute(torch.device("cpu"), torch.bfloat16)
+    assert cpu.name
+    assert done == []
+    monkeypatch.setattr("common.distributed.is_first", lambda: True)
+    cpu.prepare_process()
+    assert done == ["gloo", "malloc"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Runs that start at the same moment, in one folder, with no data cache there yet."""
+"""Runs that start at the same moment in one folder without a data cache."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ def test_eight_runs_at_once_on_one_folder_and_an_empty_cache_leave_eight_intact_
     keys += [f"--data_root={data_root}", f"--output_dir={output}"]
 
     def run(number: int) -> None:
-        # Two of each seed: what they leave must be the same, whoever built the cache.
+        # Two runs of each seed must write the same records, whichever of them built the cache.
         given = [*keys, f"--run_id=r{number}", f"--seed={number % 4}"]
         run_script(task1.main, task1.Task1Config, given)
 

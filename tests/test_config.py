@@ -8,6 +8,8 @@ from conftest import ROOT
 
 from common.config import Config, TrainingConfig, parse
 from common.errors import UsageError
+from study.sweep import SweepConfig
+from task5 import Task5Config
 
 
 def read(*arguments: str) -> TrainingConfig:
@@ -27,6 +29,12 @@ def test_every_spelling_of_a_key_is_read() -> None:
 def test_values_as_a_wandb_agent_passes_them() -> None:
     config = read("--lr=0.0019976195957370426", "--batch_size=512.0", "--resume=False", "--run_id=a1b2c3d4")
     assert (config.lr, config.batch_size, config.resume) == (0.0019976195957370426, 512, False)
+
+
+def test_none_switches_off_only_optional_keys() -> None:
+    config = read("--early_stopping_patience=None", "--norm_weight_decay=null", "--run_id=none")
+    assert (config.early_stopping_patience, config.norm_weight_decay) == (None, None)
+    assert config.run_id == "none"
 
 
 def test_a_bare_flag_is_true() -> None:
@@ -66,6 +74,29 @@ def test_data_root_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
     assert read("--data_root=here").data_root == Path("here")
 
 
+def test_a_path_may_begin_with_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = read("--data_root=~/data", "--output_dir", "~")
+    assert (config.data_root, config.output_dir) == (tmp_path / "data", tmp_path)
+    monkeypatch.setenv("PATHMNIST_ROOT", "~/tiles")
+    assert read().data_root == tmp_path / "tiles"
+    assert parse(SweepConfig, ["--file=~/s.yaml"], "").file == tmp_path / "s.yaml"
+
+
+def test_bookkeeping_keys_do_not_belong_to_what_a_run_computes() -> None:
+    first = Task5Config(weights="none", train_part="all", run_id="r")
+    kept = dataclasses.replace(
+        first, data_root="/a", output_dir="/b", wandb="offline", resume=True, scratch=False, n_seeds=2
+    )
+    assert kept != first
+    assert kept.identity() == first.identity()
+    assert dataclasses.replace(first, seed=1).identity() != first.identity()
+    assert set(first.as_dict()) - set(first.identity()) == {
+        *("data_root", "output_dir", "wandb", "resume", "scratch", "n_seeds")
+    }
+    assert "run_id" in read().identity()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -85,6 +116,7 @@ def test_data_root_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
         (["--seed=-1"], "--seed -1: must be at least 0"),
         (["--resume=perhaps"], "'perhaps' is neither True nor False"),
         (["--resume"], "--resume needs --run_id"),
+        (["--data_root=~nobody-has-this-name/x"], "'~nobody-has-this-name/x' begins with an unknown home folder"),
         (["--size=32"], "--size 32: choose from 28, 64, 128, 224"),
         (["--dataset=pathmnst"], "--dataset pathmnst: choose from pathmnist, phantom; did you"),
         (["--dataset=phantom", "--train_tiles=44"], "--train_tiles 44: must be at least 45 on the phantom"),
@@ -112,7 +144,7 @@ def test_a_configuration_made_in_python_is_checked_too() -> None:
         TrainingConfig().lr = 1.0  # type: ignore[misc]
 
 
-def test_usage_error_is_one_line_exit_2_and_writes_nothing(tmp_path: Path) -> None:
+def test_a_usage_error_is_one_line_with_exit_status_2_and_writes_nothing(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, ROOT / "task1.py", "--lrr=1", f"--output_dir={tmp_path}"],
         capture_output=True,

@@ -1,13 +1,10 @@
-import http.server
-import io
 import json
 import multiprocessing
 import os
 import pickle
 import resource
-import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +15,34 @@ from conftest import COUNTS, official_arrays, write_official
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common import data
+from common import data, download, pathmnist, phantom
 from common.data import load_dataset, stratified_part
+from common.download import md5_of
 from common.errors import Fault, UsageError
 from common.tiles import DeviceTiles
 
 
-def no_build(*arguments: Any) -> str:
+def no_build(*arguments: Any) -> None:
     raise AssertionError("the arrays were built again")
 
 
-def test_names_and_addresses_are_medmnists() -> None:
+def test_names_addresses_and_counts_are_medmnists() -> None:
     from medmnist import INFO
 
-    info = INFO["pathmnist"]
-    assert list(data.class_names()) == [info["label"][str(label)] for label in range(9)]
-    assert info["n_samples"] == data.OFFICIAL_COUNTS
+    info = INFO[pathmnist.NAME]
+    assert {str(label): name for label, name in enumerate(pathmnist.CLASS_NAMES)} == info["label"]
+    assert info["n_samples"] == pathmnist.COUNTS
+    assert info["python_class"] == pathmnist.TITLE
     for size, suffix in ((28, ""), (64, "_64"), (128, "_128"), (224, "_224")):
-        assert data._official_address(size) == (info[f"url{suffix}"], info[f"MD5{suffix}"])
-        assert data.official_name(size) == f"pathmnist{suffix}.npz"
-        assert f"/{data.official_name(size)}?" in info[f"url{suffix}"]
+        file = pathmnist.official_file(size)
+        assert (file.url, file.md5) == (info[f"url{suffix}"], info[f"MD5{suffix}"])
+        assert file.name == f"pathmnist{suffix}.npz"
 
 
 def test_a_file_of_the_official_layout_and_counts_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    counts = data.OFFICIAL_COUNTS
+    counts = pathmnist.COUNTS
     write_official(tmp_path, monkeypatch, official_arrays(counts))
-    monkeypatch.setattr(data, "OFFICIAL_COUNTS", counts)
+    monkeypatch.setattr(pathmnist, "COUNTS", counts)
     dataset = load_dataset("pathmnist", 28, tmp_path)
     assert dataset.title == "PathMNIST (89,996 training tiles, 28 px)"
     assert (len(dataset.train), len(dataset.val), len(dataset.test)) == (89_996, 10_004, 7_180)
@@ -56,15 +55,13 @@ def test_a_file_of_the_official_layout_and_counts_loads(tmp_path: Path, monkeypa
     assert int(dataset.train.labels[50_000]) == 50_000 % 9
 
 
-def test_a_later_start_maps_the_arrays_and_needs_the_file_no_more(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_later_start_maps_the_arrays_without_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_official(tmp_path, monkeypatch)
     first = load_dataset("pathmnist", 28, tmp_path)
-    monkeypatch.setattr(data, "_unpack_official", no_build)
+    monkeypatch.setattr(data, "_unpack", no_build)
     again = load_dataset("pathmnist", 28, tmp_path)
     assert torch.equal(first.test.images, again.test.images)
-    assert first.fingerprint == again.fingerprint == data._md5(path)
+    assert first.fingerprint == again.fingerprint == md5_of(path)
     path.unlink()
     assert torch.equal(load_dataset("pathmnist", 28, tmp_path).val.images, first.val.images)
 
@@ -89,7 +86,7 @@ def truncate(folder: Path) -> None:
 
 
 def tear_meta(folder: Path) -> None:
-    (folder / "meta.json").write_text('{"version": 1, ')
+    (folder / "meta.json").write_text('{"version": 2, ')
 
 
 def remove_labels(folder: Path) -> None:
@@ -102,7 +99,7 @@ def change_meta(folder: Path, **changes: Any) -> None:
 
 
 def foreign_version(folder: Path) -> None:
-    flip_a_byte(folder)  # with checksums that fit, so that the version alone gives it away
+    flip_a_byte(folder)  # with right checksums, so that only the version is wrong
     change_meta(folder, version=data.CACHE_VERSION + 1, checksums=data._checksums(folder))
 
 
@@ -147,17 +144,50 @@ def test_damaged_arrays_are_built_anew(
     assert "is damaged or outdated; building it anew" in capsys.readouterr().err
 
 
-def test_a_data_root_that_cannot_be_written_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_written_into_a_read_only_data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "root"
     write_official(root, monkeypatch)
     root.chmod(0o555)
     try:
         first = load_dataset("pathmnist", 28, root)
         assert [path.name for path in root.iterdir()] == ["pathmnist.npz"]
-        monkeypatch.setattr(data, "_unpack_official", no_build)
+        monkeypatch.setattr(data, "_unpack", no_build)
         assert torch.equal(load_dataset("pathmnist", 28, root).val.images, first.val.images)
     finally:
         root.chmod(0o755)
+
+
+def test_arrays_of_earlier_versions_of_the_project_stay_valid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_official(tmp_path, monkeypatch)
+    first = load_dataset("pathmnist", 28, tmp_path)
+    change_meta(tmp_path / "pathmnist.arrays", source=[path.name, 12345, 67890])
+    monkeypatch.setattr(data, "_unpack", no_build)
+    assert torch.equal(load_dataset("pathmnist", 28, tmp_path).val.images, first.val.images)
+
+
+def test_what_a_killed_process_has_left_is_removed(tmp_path: Path) -> None:
+    left = tmp_path / f".phantom-v{phantom.VERSION}_28_45.arrays.part"
+    left.mkdir()
+    (left / "train_images.npy").write_bytes(b"half")
+    (left / "more.npy").write_bytes(b"half")
+    load_dataset("phantom", 28, tmp_path, train_tiles=45)
+    folder = tmp_path / f"phantom-v{phantom.VERSION}_28_45.arrays"
+    assert not left.exists()
+    assert len(list(folder.iterdir())) == 7
+
+
+def test_a_mistyped_data_root_is_not_created_by_a_failed_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_official(tmp_path / "right", monkeypatch)
+    monkeypatch.setattr(download, "TRIES", 1)
+    with pytest.raises(Fault, match=r"wrong/root/pathmnist\.npz: no such file, and the download failed") as fault:
+        load_dataset("pathmnist", 28, tmp_path / "wrong" / "root")
+    assert "by hand into" in str(fault.value)
+    assert "--dataset phantom" in str(fault.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["right"]
 
 
 def test_two_data_roots_do_not_share_a_folder_in_the_users_cache(
@@ -173,10 +203,10 @@ def test_two_data_roots_do_not_share_a_folder_in_the_users_cache(
             assert int(load_dataset("pathmnist", 28, root).val.images[0, 0, 5, 5]) == value
         finally:
             root.chmod(0o755)
-    assert len(list(data._user_cache().glob("*.arrays"))) == 2
+    assert len(list((Path(os.environ["XDG_CACHE_HOME"]) / "pathmnist-study").glob("*.arrays"))) == 2
 
 
-def test_a_full_disk_leaves_no_folder_and_a_clear_line(tmp_path: Path) -> None:
+def test_a_full_disk_is_named_and_no_folder_remains(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
@@ -213,72 +243,6 @@ def test_processes_that_build_at_once_share_one_whole_folder(tmp_path: Path) -> 
     assert [path.suffix for path in tmp_path.iterdir() if not path.name.startswith(".")] == [".arrays"]
 
 
-class Bomb:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, ("exploded",)
-
-
-def without(name: str) -> dict[str, np.ndarray]:
-    return {key: array for key, array in official_arrays(COUNTS).items() if key != name}
-
-
-def changed(name: str, array: np.ndarray) -> dict[str, np.ndarray]:
-    return {**official_arrays(COUNTS), name: array}
-
-
-FOREIGN = {
-    "missing array": (without("val_labels"), "no array val_labels in it"),
-    "wrong type": (
-        changed("val_images", np.zeros((30, 28, 28, 3), np.float32)),
-        "val_images is float32 (30, 28, 28, 3), should be uint8 (30, 28, 28, 3)",
-    ),
-    "wrong size": (
-        changed("test_images", np.zeros((60, 32, 32, 3), np.uint8)),
-        "test_images is uint8 (60, 32, 32, 3), should be uint8 (60, 28, 28, 3)",
-    ),
-    "wrong count": (
-        changed("train_labels", np.zeros((7, 1), np.uint8)),
-        "train_labels is uint8 (7, 1), should be uint8 (1200, 1)",
-    ),
-    "label out of range": (
-        changed("val_labels", np.full((30, 1), 9, np.uint8)),
-        "val_labels has 30 labels up to 9, should have 30 from 0 to 8",
-    ),
-    "pickled objects": (
-        changed("val_labels", np.array([[Bomb()]] * 30, dtype=object)),
-        "val_labels is object (30, 1)",
-    ),
-    "column order": (
-        changed("train_images", np.asfortranarray(official_arrays(COUNTS)["train_images"])),
-        "train_images is stored column by column",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", FOREIGN)
-def test_a_foreign_file_is_refused_with_what_was_found_and_the_remedy(
-    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arrays, found = FOREIGN[case]
-    monkeypatch.chdir(tmp_path)
-    root = tmp_path / "root"
-    path = write_official(root, monkeypatch, arrays)
-    with pytest.raises(Fault) as fault:
-        load_dataset("pathmnist", 28, root)
-    assert_tells_everything(str(fault.value), path, found)
-    assert not (tmp_path / "exploded").exists()
-    assert not list(root.glob("*.arrays"))
-
-
-def assert_tells_everything(message: str, path: Path, found: str) -> None:
-    assert message.startswith(f"{path}: ")
-    assert found in message
-    assert f"by hand into {path.parent}" in message
-    assert "http" in message
-    assert "--dataset phantom" in message
-    assert "\n" not in message
-
-
 def cut_short(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
@@ -299,47 +263,22 @@ def damaged_data(path: Path) -> None:
         file.write(b"\x00" * 64)
 
 
-@pytest.mark.parametrize(
-    ("damage", "found"),
-    [
-        (cut_short, "not a whole npz file"),
-        (empty, "not a whole npz file, 0 bytes"),
-        (not_a_zip, "not a whole npz file"),
-        (damaged_data, "its MD5 is"),
-    ],
-)
-def test_a_damaged_file_is_refused(
-    damage: Callable[[Path], None], found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("damage", [cut_short, empty, not_a_zip, damaged_data])
+def test_a_damaged_file_is_refused_with_the_remedy(
+    damage: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_official(tmp_path, monkeypatch)
+    expected = md5_of(path)
     damage(path)
     with pytest.raises(Fault) as fault:
         load_dataset("pathmnist", 28, tmp_path)
-    assert_tells_everything(str(fault.value), path, found)
-    assert path.exists()
-    assert not list(tmp_path.glob("*.arrays"))
-
-
-def test_damage_that_no_md5_guards_against_is_found_when_unpacking(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = write_official(tmp_path, monkeypatch)
-    damaged_data(path)
-    md5 = data._md5(path)
-    monkeypatch.setattr(data, "_official_address", lambda size: ("http://127.0.0.1:9/", md5))
-    with pytest.raises(Fault, match=r"pathmnist\.npz: (not a whole npz file|train_images)"):
-        load_dataset("pathmnist", 28, tmp_path)
-
-
-def test_an_encrypted_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_official(tmp_path, monkeypatch)
-    content = bytearray(path.read_bytes())
-    with zipfile.ZipFile(path) as archive:
-        entry = archive.start_dir
-    content[entry + 8] |= 1  # the first member's flag in the archive's table of contents
-    path.write_bytes(content)
-    with pytest.raises(Fault, match="encrypted"):
-        load_dataset("pathmnist", 28, tmp_path)
+    size = path.stat().st_size
+    found = f"its MD5 is {md5_of(path)}, not {expected}; it is damaged or another file ({size:,} bytes)"
+    assert str(fault.value) == (
+        f"{path}: {found}. Fetch http://127.0.0.1:9/pathmnist.npz (MD5 {expected}) by hand into {tmp_path}, "
+        "or use --dataset phantom, which needs no download"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["pathmnist.npz"]
 
 
 # -------------------------------------------------------------------------------- a part of the training tiles
@@ -351,7 +290,7 @@ def test_a_part_is_a_copy_of_the_chosen_training_tiles_and_the_other_splits_stay
     path = write_official(tmp_path, monkeypatch)
     part, whole = load_dataset("pathmnist", 28, tmp_path, 300), load_dataset("pathmnist", 28, tmp_path)
     assert part.title == "PathMNIST (300 of 1,200 training tiles, 28 px)"
-    assert part.fingerprint == f"{data._md5(path)}-300-of-1200-order{data.ORDER_VERSION}"
+    assert part.fingerprint == f"{md5_of(path)}-300-of-1200-order{data.ORDER_VERSION}"
     chosen = stratified_part(whole.train.labels.numpy(), 300)
     images = part.train.images
     assert (images[:, 0, 0, 0].int() + 251 * images[:, 1, 0, 0].int()).tolist() == chosen.tolist()
@@ -370,8 +309,8 @@ def test_a_part_as_large_as_the_whole_is_the_whole(tmp_path: Path, monkeypatch: 
     for train_tiles in (None, 1200):
         dataset = load_dataset("pathmnist", 28, tmp_path, train_tiles)
         assert dataset.title == "PathMNIST (1,200 training tiles, 28 px)"
-        assert dataset.fingerprint == data._md5(path)
-    assert load_dataset("pathmnist", 28, tmp_path, 1199).fingerprint.startswith(f"{data._md5(path)}-1199-of-1200-")
+        assert dataset.fingerprint == md5_of(path)
+    assert load_dataset("pathmnist", 28, tmp_path, 1199).fingerprint.startswith(f"{md5_of(path)}-1199-of-1200-")
 
 
 def test_more_tiles_than_there_are_are_refused_before_any_download(tmp_path: Path) -> None:
@@ -420,123 +359,6 @@ def test_the_order_of_the_tiles_is_random_and_never_changes() -> None:
     assert part.tolist() == [*frozen, 8818]
     assert np.array_equal(stratified_part(labels.astype(np.uint8), 18), part)
     assert 4000 < stratified_part(labels, 900).mean() < 5000
-
-
-# ------------------------------------------------------------------------------------------------ download
-
-
-class FileServer:
-    """Serves one file on loopback; `ranges` lists what was asked for, `resumable` honours it."""
-
-    def __init__(self, content: bytes, resumable: bool = True, cut: int = 0) -> None:
-        self.ranges: list[str | None] = []
-        outer = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def log_message(self, *arguments: Any) -> None:
-                pass
-
-            def do_GET(self) -> None:
-                asked = self.headers.get("Range")
-                outer.ranges.append(asked)
-                start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and resumable else 0
-                if start >= len(content):
-                    self.send_error(416)
-                    return
-                self.send_response(206 if start else 200)
-                self.send_header("Content-Length", str(len(content) - start))
-                self.end_headers()
-                # The first answer may end after `cut` bytes, as a failing connection does.
-                end = start + cut if cut and len(outer.ranges) == 1 else len(content)
-                self.wfile.write(content[start:end])
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/pathmnist.npz"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-
-@pytest.fixture
-def content() -> bytes:
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **official_arrays(COUNTS))
-    return buffer.getvalue()
-
-
-@pytest.fixture
-def serve(monkeypatch: pytest.MonkeyPatch, content: bytes) -> Iterator[Callable[..., FileServer]]:
-    servers = []
-
-    def start(**options: Any) -> FileServer:
-        server = FileServer(content, **options)
-        servers.append(server)
-        md5 = data.hashlib.md5(content).hexdigest()
-        monkeypatch.setattr(data, "OFFICIAL_COUNTS", COUNTS)
-        monkeypatch.setattr(data, "_official_address", lambda size: (server.url, md5))
-        monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
-        return server
-
-    yield start
-    for server in servers:
-        server.server.shutdown()
-        server.server.server_close()
-
-
-def test_a_missing_file_is_downloaded_once(
-    tmp_path: Path, serve: Callable[..., FileServer], content: bytes
-) -> None:
-    server = serve()
-    load_dataset("pathmnist", 28, tmp_path / "new")
-    load_dataset("pathmnist", 28, tmp_path / "new")
-    assert server.ranges == [None]
-    assert (tmp_path / "new" / "pathmnist.npz").read_bytes() == content
-
-
-def test_a_broken_connection_is_resumed(tmp_path: Path, serve: Callable[..., FileServer], content: bytes) -> None:
-    server = serve(cut=1000)
-    load_dataset("pathmnist", 28, tmp_path)
-    assert server.ranges == [None, "bytes=1000-"]
-    assert (tmp_path / "pathmnist.npz").read_bytes() == content
-
-
-@pytest.mark.parametrize("resumable", [True, False])
-def test_an_earlier_part_is_completed_or_replaced(
-    resumable: bool, tmp_path: Path, serve: Callable[..., FileServer], content: bytes
-) -> None:
-    server = serve(resumable=resumable)
-    (tmp_path / "pathmnist.npz.part").write_bytes(content[:2000])
-    load_dataset("pathmnist", 28, tmp_path)
-    assert server.ranges == ["bytes=2000-"]
-    assert (tmp_path / "pathmnist.npz").read_bytes() == content
-    assert not (tmp_path / "pathmnist.npz.part").exists()
-
-
-def test_a_part_that_is_already_whole_is_taken(
-    tmp_path: Path, serve: Callable[..., FileServer], content: bytes
-) -> None:
-    serve()
-    (tmp_path / "pathmnist.npz.part").write_bytes(content)
-    load_dataset("pathmnist", 28, tmp_path)
-    assert (tmp_path / "pathmnist.npz").read_bytes() == content
-
-
-def test_a_download_of_the_wrong_md5_is_dropped(
-    tmp_path: Path, serve: Callable[..., FileServer], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    server = serve()
-    monkeypatch.setattr(data, "_official_address", lambda size: (server.url, "0" * 32))
-    with pytest.raises(Fault) as fault:
-        load_dataset("pathmnist", 28, tmp_path)
-    assert_tells_everything(str(fault.value), tmp_path / "pathmnist.npz", f"not {'0' * 32}")
-    assert not list(tmp_path.glob("pathmnist*"))
-
-
-def test_without_network_one_line_tells_what_to_do(tmp_path: Path, serve: Callable[..., FileServer]) -> None:
-    server = serve()
-    server.server.shutdown()
-    server.server.server_close()
-    with pytest.raises(Fault) as fault:
-        load_dataset("pathmnist", 28, tmp_path)
-    assert_tells_everything(str(fault.value), tmp_path / "pathmnist.npz", "refused")
 
 
 # ------------------------------------------------------------------------------------------------- phantom

@@ -1,4 +1,4 @@
-"""A full disk, a file too large, a folder that cannot be written: one line, and what was there stays."""
+"""A full disk, a file that is too large, a read-only folder: one line names it, and no earlier file changes."""
 
 import json
 import resource
@@ -25,7 +25,7 @@ def run(folder: Path, data_root: Path) -> None:
 
 
 def status_of(folder: Path, data_root: Path, log: Path, largest_file: int | None = None) -> int | None:
-    """Run in a process of its own, which cannot write files larger than `largest_file` bytes."""
+    """Run in a separate process, which cannot write files larger than `largest_file` bytes."""
 
     def limited() -> None:
         if largest_file is not None:
@@ -75,7 +75,7 @@ def mount(folder: Path, options: str) -> int:
 
 
 @pytest.mark.slow
-def test_a_full_disk_ends_the_run_with_one_line_and_room_lets_it_go_on(
+def test_a_full_disk_ends_the_run_with_one_line_and_with_room_it_continues(
     small_disk: Path, whole: Path, tmp_path: Path, phantom_root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log = tmp_path / "log"
@@ -87,7 +87,7 @@ def test_a_full_disk_ends_the_run_with_one_line_and_room_lets_it_go_on(
         assert status_of(small_disk, phantom_root, log) == 1
         [line] = errors(log)
         assert str(small_disk) in line
-        assert line.endswith("No space left on device; the same command with --run_id=r goes on")
+        assert line.endswith("No space left on device; the same command with --run_id=r continues")
         assert_nothing_torn(small_disk)
         earlier = small_disk / "runs" / "earlier"
         assert not earlier.exists() or earlier.read_text() == "kept"
@@ -95,10 +95,12 @@ def test_a_full_disk_ends_the_run_with_one_line_and_room_lets_it_go_on(
     assert status_of(small_disk, phantom_root, log) == 0
     assert_same(small_disk, whole)
     with capsys.disabled():
-        print(f"\n{len(sizes)} full disks, then room: the run ended like the undisturbed one")
+        print(f"\n{len(sizes)} full disks, then room: the run ended like one without errors")
 
 
-def test_a_read_only_folder_is_named_and_left_alone(small_disk: Path, tmp_path: Path, phantom_root: Path) -> None:
+def test_a_read_only_folder_is_named_and_does_not_change(
+    small_disk: Path, tmp_path: Path, phantom_root: Path
+) -> None:
     (small_disk / "runs").mkdir()
     (small_disk / "runs" / "earlier").write_text("kept")
     assert mount(small_disk, "remount,ro") == 0
@@ -111,7 +113,7 @@ def test_a_read_only_folder_is_named_and_left_alone(small_disk: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_a_file_that_grows_too_large_is_named_and_the_run_goes_on_without_the_limit(
+def test_a_file_that_is_too_large_is_named_and_without_the_limit_the_run_continues(
     whole: Path, tmp_path: Path, phantom_root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, log = tmp_path / "limited", tmp_path / "log"
@@ -121,9 +123,9 @@ def test_a_file_that_grows_too_large_is_named_and_the_run_goes_on_without_the_li
         assert status_of(folder, phantom_root, log, limit) == 1
         [line] = errors(log)
         assert str(folder) in line
-        assert line.endswith("File too large; the same command with --run_id=r goes on")
+        assert line.endswith("File too large; the same command with --run_id=r continues")
         assert_nothing_torn(folder)
     assert status_of(folder, phantom_root, log) == 0
     assert_same(folder, whole)
     with capsys.disabled():
-        print(f"\n{len(limits)} limits of a file's size, then none: the run ended like the undisturbed one")
+        print(f"\n{len(limits)} limits of a file's size, then none: the run ended like one without errors")

@@ -1,4 +1,8 @@
+import multiprocessing
 import os
+import subprocess
+import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -6,7 +10,7 @@ import torch
 
 from common import checkpoint
 from common.errors import Fault
-from common.files import atomic_folder, atomic_path, write_json
+from common.files import atomic_path, locked, process_lock, write_csv, write_json
 
 
 def test_a_failed_write_leaves_the_file_before_it(tmp_path: Path) -> None:
@@ -39,20 +43,68 @@ def test_a_record_is_as_readable_as_the_umask_allows(tmp_path: Path) -> None:
     assert (tmp_path / "record.json").stat().st_mode & 0o777 == 0o640
 
 
-def test_the_first_of_two_builders_wins(tmp_path: Path) -> None:
-    path = tmp_path / "arrays"
-    with atomic_folder(path) as slow:
-        (slow / "who").write_text("slow")
-        with atomic_folder(path) as quick:
-            (quick / "who").write_text("quick")
-    assert (path / "who").read_text() == "quick"
-    assert list(tmp_path.iterdir()) == [path]
+def test_an_error_of_the_temporary_file_names_the_file_itself(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match=f"Is a directory: '{tmp_path}/folder'"):
+        write_json(tmp_path / "folder", 1)
+    assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
 
 
-def test_a_failed_folder_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "arrays"):
-        raise RuntimeError
-    assert not list(tmp_path.iterdir())
+def test_a_table_keeps_every_digit(tmp_path: Path) -> None:
+    write_csv(tmp_path / "table.csv", [{"epoch": 1, "loss": 0.1 + 0.2}, {"epoch": 2, "loss": None}])
+    assert (tmp_path / "table.csv").read_bytes() == b"epoch,loss\n1,0.30000000000000004\n2,\n"
+
+
+def test_only_one_at_a_time_has_the_lock(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "lock"
+    with locked(path) as first:
+        assert first is not None
+        with locked(path) as second:
+            assert second is None
+    with locked(path) as again:
+        assert again is not None
+
+
+def test_waiting_for_a_lock_ends_when_it_is_released(tmp_path: Path) -> None:
+    path, log = tmp_path / "lock", tmp_path / "log"
+
+    def work(name: str) -> None:
+        with locked(path, wait=True), open(log, "a") as file:
+            for _ in range(3):
+                file.write(name)
+                file.flush()
+                time.sleep(0.05)
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=work, args=(name,)) for name in "ab"]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert log.read_text() in ("aaabbb", "bbbaaa")
+
+
+def test_a_process_that_has_the_descriptor_keeps_the_lock(tmp_path: Path) -> None:
+    with locked(tmp_path / "lock") as descriptor:
+        assert descriptor is not None
+        orphan = subprocess.Popen(["cat"], stdin=subprocess.PIPE, pass_fds=[descriptor])
+    with locked(tmp_path / "lock") as taken:
+        assert taken is None
+    orphan.communicate()
+    with locked(tmp_path / "lock") as free:
+        assert free is not None
+
+
+def test_a_process_lock_excludes_other_processes_but_not_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "lock"
+
+    def other_process_is_refused() -> bool:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as other:
+            return other.submit(process_lock, path).result() is None
+
+    locks = [process_lock(path), process_lock(path)]
+    assert None not in locks
+    assert other_process_is_refused()
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:

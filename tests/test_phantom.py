@@ -1,4 +1,4 @@
-"""Phantom tiles: same seed, same bytes; nine learnable scenes; two centres; no class told by its colour."""
+"""Phantom tiles: same seed, same bytes; nine scenes that can be learnt, but not by colour alone; two centres."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from common import phantom
+from common import pathmnist, phantom
 
 Tiles = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
@@ -57,7 +57,7 @@ def test_same_seed_gives_same_bytes_with_any_number_of_threads(monkeypatch: pyte
     assert runs[0] == runs[1] == runs[2]
 
 
-def test_a_reader_that_stops_and_interleaves_sees_the_same_tiles() -> None:
+def test_two_readers_that_take_turns_get_the_same_tiles() -> None:
     images, labels = whole("test", 200)
     first, other = phantom.generate("test", 200, 28), phantom.generate("train", 200, 28)
     seen = 0
@@ -102,7 +102,7 @@ def test_split_sizes() -> None:
 
 @pytest.mark.parametrize(("split", "counts"), [("train", phantom.TRAIN_COUNTS), ("test", phantom.TEST_COUNTS)])
 def test_labels_keep_the_official_class_mix_in_random_order(split: str, counts: tuple[int, ...]) -> None:
-    assert sum(counts) == phantom.OFFICIAL_SIZES[split]
+    assert sum(counts) == pathmnist.COUNTS[split]
     _, labels = whole(split, 500)
     assert np.bincount(labels, minlength=9) == pytest.approx(500 * np.array(counts) / sum(counts), abs=2)
     assert (np.diff(labels) != 0).mean() > 0.7
@@ -126,12 +126,12 @@ def test_validation_shares_the_training_centre_and_test_does_not(train: Tiles, t
     assert blue_to_red(test) > 1.15 * ratio
 
 
-def test_mean_colour_does_not_tell_the_classes(train: Tiles, test: Tiles) -> None:
+def test_the_mean_colour_does_not_separate_the_classes(train: Tiles, test: Tiles) -> None:
     accuracy = score(train[0].mean((1, 2)), test[0].mean((1, 2)), (train[1], test[1]))
     assert 1 / 9 < accuracy < 0.60
 
 
-def test_texture_tells_the_classes(train: Tiles) -> None:
+def test_texture_separates_the_classes(train: Tiles) -> None:
     """Contrast and roughness alone do far better than the mean colour."""
 
     def pattern(images: NDArray[np.uint8]) -> NDArray[np.float64]:

@@ -29,7 +29,7 @@ from wandb_server import WandbServer
 from common.compute import physical_cores
 from common.config import parse, run_script
 from common.errors import Fault, UsageError
-from common.files import claimed
+from common.files import locked
 from study import ablation, sweep, trials
 from study.sweep_file import Range, read_sweep
 from study.trials import Running, Trial, TrialRecords, Workers
@@ -96,7 +96,7 @@ def most_at_once(output: Path) -> int:
 
 
 def is_locked(path: Path) -> bool:
-    with claimed(path) as lock:
+    with locked(path) as lock:
         return lock is None
 
 
@@ -444,7 +444,7 @@ def test_a_trial_gets_sigterm_once_and_stays_locked_until_its_lock_is_closed(wri
     trial = sweep.grid(records.sweep)[0]
     lock_path = records.lock_path(trial.run_id)
     with Workers("try", 1, " runs") as workers:
-        with claimed(lock_path) as lock:
+        with locked(lock_path) as lock:
             assert lock is not None
             workers.running.append(Running(trial, records, lock))
         wait_for(lambda: bool(starts(tmp_path)))

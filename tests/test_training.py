@@ -307,7 +307,7 @@ def test_a_cpu_run_uses_freed_memory_again() -> None:
     program = """
 import resource, torch
 from common.compute import Compute
-Compute.of("cpu", "fp32")
+Compute.of("cpu", "fp32").prepare_process()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(100):
     torch.ones(20_000_000)  # 80 MB: 20,000 pages

@@ -1,0 +1,43 @@
+"""What belongs to PathMNIST alone: names, addresses, MD5s and numbers of tiles, as in medmnist's info.py.
+
+They are copied because the import of medmnist takes three seconds and creates ~/.medmnist. For another data set of
+MedMNIST, change this module.
+"""
+
+from dataclasses import dataclass
+
+NAME = "pathmnist"
+TITLE = "PathMNIST"
+COUNTS = {"train": 89_996, "val": 10_004, "test": 7_180}  # tiles of each split
+CLASS_NAMES = (
+    "adipose",
+    "background",
+    "debris",
+    "lymphocytes",
+    "mucus",
+    "smooth muscle",
+    "normal colon mucosa",
+    "cancer-associated stroma",
+    "colorectal adenocarcinoma epithelium",
+)
+MD5 = {  # of the official files, by tile side in pixels
+    28: "a8b06965200029087d5bd730944a56c1",
+    64: "55aa9c1e0525abe5a6b9d8343a507616",
+    128: "ac42d08fb904d92c244187169d1fd1d9",
+    224: "2c51a510bcdc9cf8ddb2af93af1eadec",
+}
+
+
+@dataclass(frozen=True)
+class OfficialFile:
+    """An official file: its name, its address and its MD5."""
+
+    name: str
+    url: str
+    md5: str
+
+
+def official_file(size: int) -> OfficialFile:
+    """The official file with tiles of `size` pixels."""
+    name = f"{NAME}.npz" if size == 28 else f"{NAME}_{size}.npz"
+    return OfficialFile(name, f"https://zenodo.org/records/10519652/files/{name}?download=1", MD5[size])
