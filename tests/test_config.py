@@ -86,13 +86,20 @@ def test_a_path_may_begin_with_the_home_folder(monkeypatch: pytest.MonkeyPatch, 
 def test_bookkeeping_keys_do_not_belong_to_what_a_run_computes() -> None:
     first = Task5Config(weights="none", train_part="all", run_id="r")
     kept = dataclasses.replace(
-        first, data_root="/a", output_dir="/b", wandb="offline", resume=True, scratch=False, n_seeds=2
+        first,
+        data_root="/a",
+        output_dir="/b",
+        wandb="offline",
+        wandb_model=True,
+        resume=True,
+        scratch=False,
+        n_seeds=2,
     )
     assert kept != first
     assert kept.identity() == first.identity()
     assert dataclasses.replace(first, seed=1).identity() != first.identity()
     assert set(first.as_dict()) - set(first.identity()) == {
-        *("data_root", "output_dir", "wandb", "resume", "scratch", "n_seeds")
+        *("data_root", "output_dir", "wandb", "wandb_model", "resume", "scratch", "n_seeds")
     }
     assert "run_id" in read().identity()
 
