@@ -10,7 +10,7 @@ coursework reports test AUC 0.980 and test ACC 0.895 for it on the full PathMNIS
 test ACC 0.88 to 0.90 on the phantom, whose tiles are not tissue.
 
 Leaves runs/<run_id>/ (config.json, history.csv, summary.json, scores.npz), checkpoints/<run_id>/ (best.pt,
-last.pt) and four figures in fig/task1/. Killed? The same command with the same --run_id goes on.
+last.pt) and four figures in fig/task1/. Killed? The same command with the same --run_id continues.
 """
 
 from dataclasses import dataclass

@@ -130,10 +130,14 @@ class Keys:
         values = dataclasses.asdict(self)
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
+    @classmethod
+    def bookkeeping(cls) -> set[str]:
+        """The names of the bookkeeping keys; see `key`."""
+        return {field.name for field in dataclasses.fields(cls) if field.metadata["bookkeeping"]}
+
     def identity(self) -> dict[str, Any]:
         """The keys that decide what a run computes: all but the bookkeeping keys. Ready for JSON."""
-        bookkeeping = {field.name for field in dataclasses.fields(self) if field.metadata["bookkeeping"]}
-        return {name: value for name, value in self.as_dict().items() if name not in bookkeeping}
+        return {name: value for name, value in self.as_dict().items() if name not in self.bookkeeping()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ def best_epoch(history: History, select_on: str) -> int:
 
 
 def reason_to_stop(history: History, config: TrainingConfig) -> str:
-    """Why training ends after these epochs, or an empty string where it goes on.
+    """Why training ends after these epochs, or an empty string where it continues.
 
     Early stopping counts the epochs since the error last fell by the fraction `early_stopping_delta`. It is a
     fraction because ACC cannot exceed 1: from 0.98 on, it cannot rise by 0.01 three times. Epochs of the warm-up

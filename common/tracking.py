@@ -114,7 +114,7 @@ class Run:
 
     @property
     def resumable(self) -> tuple[Path, Path]:
-        """The checkpoints that the run can go on from, the newer one first."""
+        """The checkpoints from which the run can be resumed, the newer one first."""
         return self.checkpoints / "last.pt", self.checkpoints / "previous.pt"
 
     def _sweep_up(self) -> None:
@@ -251,7 +251,7 @@ def send(run: Any, action: Callable[[Any], None]) -> Any:
     try:
         action(run)
     except Exception as error:  # W&B raises many types, and none of them may end a training run
-        print(f"W&B stopped ({first_line(error)}); the local records go on", file=sys.stderr)
+        print(f"W&B stopped ({first_line(error)}); the local records continue", file=sys.stderr)
         return None
     return run
 

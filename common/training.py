@@ -315,7 +315,7 @@ class Trainer:
         self.judged.load_state_dict(saved["state_dict"])
 
     def save_last(self, begun: Mapping[str, Any] | None = None) -> None:
-        """Write last.pt, from which training can go on; `begun` is the `epoch_state` of an epoch in progress."""
+        """Write last.pt, to resume the training from; `begun` is the `epoch_state` of an epoch in progress."""
         if not distributed.is_first():
             return
         content = {
@@ -342,7 +342,7 @@ class Trainer:
             self.history, self.begun = saved["history"], saved["begun"]
         except (KeyError, RuntimeError, ValueError) as error:
             raise Fault(
-                f"{self.run.resumable[0]}: not a checkpoint that a run can go on from ({first_line(error)}); "
+                f"{self.run.resumable[0]}: no run can be resumed from this checkpoint ({first_line(error)}); "
                 "train anew under another --run_id"
             ) from error
         if self.begun and len(self.begun["processes"]) != distributed.world_size():

@@ -73,7 +73,7 @@ def identical_rows(rows: Mapping[str, Sequence[Record]]) -> set[str]:
 
     def same(run: Record) -> bool:
         twin = first.get(run.config["seed"])
-        if twin is None or run.summary["validate"]["train/loss"] != twin.summary["validate"]["train/loss"]:
+        if twin is None or run.scores != twin.scores:
             return False
         one, other = run.arrays(), twin.arrays()
         return all(np.array_equal(one[name], other[name]) for name in ("best_logits", "validate_logits"))

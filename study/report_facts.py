@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from common.config import TrainingConfig
 from common.errors import UsageError
 from common.metrics import Estimate
 from common.pathmnist import COUNTS
@@ -27,6 +28,8 @@ class Published:
     auc: float
 
 
+# Keys in which runs of one row may differ: the seed, and where and how a run is kept.
+APART = {"seed", "run_id", "scratch", "n_seeds"} | TrainingConfig.bookkeeping()
 REFERENCES = {  # by task, the coursework's first
     "Task 1": [
         Published("coursework, one seed", "ResNet-18 from scratch", 64, 0.8951, 0.9803),
@@ -50,11 +53,16 @@ class Group:
     records: Sequence[Record]
 
     def __post_init__(self) -> None:
-        """Raise UsageError where two runs have the same seed: they would count as one."""
+        """Raise UsageError where two runs have the same seed, or differ in more than the seed."""
         seeds = [record.config["seed"] for record in self.records]
+        runs = ", ".join(record.run_id for record in self.records)
         if len(set(seeds)) < len(seeds):
-            runs = ", ".join(record.run_id for record in self.records)
             raise UsageError(f"report.toml: of the runs {runs}, two have the same seed; name one per seed")
+        configs = [record.config for record in self.records]
+        identities = [{name: config.get(name) for name in config if name not in APART} for config in configs]
+        for name in {name for identity in identities for name in identity}:
+            if len({str(identity.get(name)) for identity in identities}) > 1:
+                raise UsageError(f"report.toml: the runs {runs} differ in {name}, not in the seed alone")
 
     @property
     def first(self) -> Record:
@@ -117,6 +125,10 @@ def facts(study: Study) -> dict[str, Any]:
     attribution = study.attribution() if "task2" in chosen else None
     ablation = {row: Group(records) for row, records in study.ablation().items()} if "task4" in chosen else {}
     compared = {kind: Group(records) for kind, records in study.compared().items()} if "task5" in chosen else {}
+    if len({record.summary["synthetic"] for record in study.read.values()}) > 1:
+        raise UsageError("report.toml: generated tiles and tiles of PathMNIST cannot stand on one page")
+    if len({record.config["size"] for record in study.read.values()}) > 1:
+        raise UsageError("report.toml: tiles of different sizes cannot stand on one page")
     by_kind = {kind: group.by_seed("best", "acc") for kind, group in compared.items()}
     sources = {task: [record.facts for record in group.records] for task, group in tasks.items()}
     for task, groups in (("Task 4", ablation), ("Task 5", compared)):

@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from common.config import Config, key, run_script
 from common.errors import UsageError
 from common.files import write_csv, write_json
@@ -65,6 +67,8 @@ def main(config: FakeConfig) -> None:
         "stopped": "all epochs done",
         "wall_seconds": 1.0,
     }
+    outputs = np.array([[ord(config.row[-1]), config.quality]])  # the same for rows that end in the same letter
+    np.savez(folder / "scores.npz", best_logits=outputs, validate_logits=outputs)
     write_json(folder / "summary.json", summary)
     while (config.output_dir / f"hold-{config.run_id}").exists() and time.monotonic() < begun + 60:
         time.sleep(0.02)

@@ -6,8 +6,11 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from conftest import ROOT
@@ -182,13 +185,90 @@ def test_an_error_in_the_findings_is_one_line_that_names_the_place(
 def test_the_check_names_the_first_difference(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make(study)
     make(study, "--check")
-    path = study / "runs" / "first-1" / "summary.json"
-    summary = json.loads(path.read_text())
-    summary["best"]["acc"]["value"] = 0.1234
-    path.write_text(json.dumps(summary))
-    page = (study / "report.md").read_text()
+    page = re.sub(r"(?m)^(\| Task 1 .*)0\.(\d)", r"\g<1>0.9\2", (study / "report.md").read_text(), count=1)
+    (study / "report.md").write_text(page)
     fails(study, 1, r"out of date: line \d+ says '\| Task 1 .*, the records give '\| Task 1 ", capsys, "--check")
     assert (study / "report.md").read_text() == page
+
+
+def npz(change: Callable[[dict[str, np.ndarray]], None]) -> Callable[[Path], None]:
+    def changed(folder: Path) -> None:
+        with np.load(folder / "scores.npz") as file:
+            arrays = dict(file)
+        change(arrays)
+        np.savez_compressed(folder / "scores.npz", **arrays)  # type: ignore[arg-type]
+
+    return changed
+
+
+def summary(*keys: str, value: Any) -> Callable[[Path], None]:
+    def changed(folder: Path) -> None:
+        content = json.loads((folder / "summary.json").read_text())
+        inner = content
+        for key in keys[:-1]:
+            inner = inner[key]
+        inner[keys[-1]] = value
+        (folder / "summary.json").write_text(json.dumps(content))
+
+    return changed
+
+
+def reverse(name: str) -> Callable[[Path], None]:
+    return npz(lambda arrays: arrays.update({name: arrays[name][::-1]}))
+
+
+def repaint(folder: Path) -> None:
+    figure = folder.parents[1] / "fig/task1/first-1-confusion.png"
+    figure.write_bytes((folder.parents[1] / "fig/task1/first-0-confusion.png").read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (reverse("best_logits"), "summary.json: best, .*, scores.npz gives another value"),
+        (reverse("tta_logits"), "summary.json: tta, .*, scores.npz gives another value"),
+        (
+            npz(lambda arrays: arrays.update(validate_logits=np.eye(9)[arrays["validate_targets"]])),
+            "validate/acc is .*, scores.npz gives",
+        ),
+        (
+            npz(lambda arrays: arrays.update(shifted_gamma=arrays["validate_targets"])),
+            "shifted gamma is .*, scores.npz gives",
+        ),
+        (npz(lambda arrays: arrays.pop("last_logits")), "does not hold the outputs of the last weights"),
+        (lambda folder: (folder / "scores.npz").unlink(), "scores.npz: not a readable record"),
+        (summary("best", "acc", "value", value=0.99), "best, acc value is 0.99, scores.npz gives another value"),
+        (summary("tta", "auc", "low", value=0.1), "tta, auc low is 0.1, scores.npz gives another value"),
+        (summary("test/acc", value=0.99), "test/acc and test/auc are not those of the best weights"),
+        (summary("best", "epoch", value=7), "its best epoch is not that of history.csv"),
+        (summary("validate", "validate/auc", value=0.99), "its best epoch is not that of history.csv"),
+        (repaint, "first-1-confusion.png: not the figure that run first-1 has drawn"),
+    ],
+)
+def test_the_check_refuses_records_that_contradict_one_another(
+    change: Callable[[Path], None], message: str, study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(study)
+    change(study / "runs" / "first-1")
+    fails(study, 1, message, capsys, "--check")
+
+
+def test_runs_of_a_row_differ_in_the_seed_alone(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = study / "runs" / "first-1" / "config.json"
+    content = json.loads(path.read_text())
+    content["config"]["lr"] = 0.9
+    path.write_text(json.dumps(content))
+    fails(study, 2, "the runs first-0, first-1 differ in lr, not in the seed alone", capsys)
+
+
+def test_a_run_of_another_task_and_data_of_another_kind_are_refused(
+    study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (study / "report.toml").write_text('[task3]\nruns = ["first-0"]\n')
+    fails(study, 2, r"run first-0 in \[task3\] is a run of task1", capsys)
+    (study / "report.toml").write_text('[task1]\nruns = ["first-0"]\n[task3]\nruns = ["small-combined-0"]\n')
+    summary("synthetic", value=False)(study / "runs" / "small-combined-0")
+    fails(study, 2, "generated tiles and tiles of PathMNIST cannot stand on one page", capsys)
 
 
 def test_the_same_records_give_the_same_page(study: Path) -> None:

@@ -59,6 +59,15 @@ def test_the_verdict_uses_the_corrected_p_value() -> None:
     assert compared["b"].verdict == "inside the noise"
 
 
+def test_identical_rows_are_no_tests_and_do_not_count_in_holms_correction() -> None:
+    rows = {"a": [0.5, 0.5, 0.5], "b": [0.51, 0.515, 0.52], "c": [0.5, 0.5, 0.5]}
+    values = {row: dict(enumerate(numbers)) for row, numbers in rows.items()}
+    compared = compare(values, identical={"c"})
+    assert compared["b"].p_holm == compared["b"].p
+    assert (compared["c"].verdict, math.isnan(compared["c"].p)) == ("identical", True)
+    assert compare(values)["b"].p_holm == 2 * compared["b"].p
+
+
 def test_equal_differences_have_no_division_by_zero() -> None:
     same = compare({"a": {0: 0.5, 1: 0.25}, "b": {0: 0.5, 1: 0.25}, "c": {0: 0.75, 1: 0.5}})
     assert (same["b"].verdict, same["b"].p) == ("the same", 1.0)

@@ -17,10 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import torch
 import yaml
 from conftest import ROOT
+from optuna.distributions import FloatDistribution
 from processes import end, start
 from scipy import stats
 from tqdm import tqdm
@@ -31,6 +33,7 @@ from common.config import parse, run_script
 from common.errors import Fault, UsageError
 from common.files import locked
 from study import ablation, sweep, trials
+from study.search import importances
 from study.sweep_file import Range, read_sweep
 from study.trials import Running, Trial, TrialRecords, Workers
 from train import ABLATIONS
@@ -216,6 +219,32 @@ def test_a_grid_runs_every_combination_and_the_seeds_vary_slowest(
     assert printed.err == ""
     assert (tmp_path / "out/fig/task4/try.png").exists()
     assert len(read_csv(tmp_path / "out/sweeps/try/runs.csv")) == 6
+
+
+def test_rows_with_the_same_outputs_are_called_identical_and_are_not_tested(write: Write, tmp_path: Path) -> None:
+    parameters = {"row": {"values": ["a", "b", "twin-of-a"]}, "seed": {"values": [0, 1]}}
+    run(write({"method": "grid", "parameters": parameters}), tmp_path / "out")
+    rows = {line["row"]: line for line in read_csv(tmp_path / "out/sweeps/try/table.csv")}
+    assert [rows[row]["test/acc verdict"] for row in ("b", "twin-of-a")] == ["the same", "identical"]
+    assert rows["twin-of-a"]["test/acc p"] == "nan"
+    text = (tmp_path / "out/sweeps/try/table.md").read_text()
+    assert "Identical: the networks of both rows give the same outputs to the last bit." in text
+    run(write({**GRID, "name": "other"}), tmp_path / "out")
+    assert "Identical" not in (tmp_path / "out/sweeps/other/table.md").read_text()
+
+
+def test_the_importance_is_drawn_only_if_the_same_parameter_comes_first_with_every_seed() -> None:
+    def shares(n_trials: int) -> list[dict[str, float]]:
+        optuna_study = optuna.create_study()
+        for number in range(n_trials):
+            trial = optuna_study.ask({name: FloatDistribution(0, 1) for name in ("strong", "weak", "none")})
+            optuna_study.tell(trial, 3 * trial.params["strong"] + trial.params["weak"] + 0.01 * number % 2)
+        return importances(optuna_study)
+
+    many = shares(60)
+    assert len(many) > 1
+    assert {max(share, key=share.__getitem__) for share in many} == {"strong"}
+    assert many[0] != many[1]  # the seeds of the estimate differ
 
 
 def test_finished_runs_are_skipped_and_another_configuration_is_refused(write: Write, tmp_path: Path) -> None:
