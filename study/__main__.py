@@ -22,7 +22,7 @@ import yaml
 
 from common.config import ScriptConfig, key, run_script
 from common.errors import Fault, UsageError
-from common.files import write_text
+from common.files import locked, write_text
 from common.records import run_folder
 from study import report
 from study.sweep import grid
@@ -121,22 +121,33 @@ def main(config: StudyConfig) -> None:
     for program in ("task1.py", "ablation.yaml"):
         if not Path(program).exists():
             raise UsageError(f"{program}: no such file here; start the study in the repository's folder")
-    todo = steps(config)
-    for number, step in enumerate(todo, start=1):
-        line = f"[{number}/{len(todo)}] {step.title}"
-        if step.finished:
-            print(f"{line}: finished already", flush=True)
-            continue
-        print(f"\n{line}: {shlex.join(['python', *step.command])}", flush=True)
-        status = subprocess.run([sys.executable, *step.command]).returncode
-        if status:
-            raise Fault(f"{step.title} ended with exit status {status}; the same command continues the study")
+    # Every step's process inherits the lock: a step may live longer than a study that was killed.
+    path = config.output_dir / ".study.lock"
+    with locked(path) as lock:
+        if lock is None:
+            print(f"{config.output_dir}: a study is running here, or a step of a killed one; waiting", flush=True)
+    with locked(path, wait=True) as lock:
+        assert lock is not None
+        run_steps(steps(config), lock)
     selection = config.output_dir / "report.toml"
     if not selection.exists():
         write_text(selection, toml(config))
     print()
     report.main(report.ReportConfig(output_dir=config.output_dir))
     print(f"the study is finished: open {(config.output_dir / 'report.md').resolve()}")
+
+
+def run_steps(todo: Sequence[Step], lock: int) -> None:
+    """Run what is not finished, one step after the other; Fault where one fails."""
+    for number, step in enumerate(todo, start=1):
+        line = f"[{number}/{len(todo)}] {step.title}"
+        if step.finished:
+            print(f"{line}: finished already", flush=True)
+            continue
+        print(f"\n{line}: {shlex.join(['python', *step.command])}", flush=True)
+        status = subprocess.run([sys.executable, *step.command], pass_fds=[lock]).returncode
+        if status:
+            raise Fault(f"{step.title} ended with exit status {status}; the same command continues the study")
 
 
 def steps(config: StudyConfig) -> list[Step]:

@@ -1,14 +1,18 @@
 """The study in one command: its steps, a whole study, and a second start."""
 
 import dataclasses
+import os
 import re
+import signal
 import subprocess
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from processes import start
 
 import task1
 import task2
@@ -139,3 +143,23 @@ def test_a_study_ends_with_its_report_and_a_second_start_runs_only_what_is_missi
     assert error.endswith("Task 4, ablation ended with exit status 7; the same command continues the study")
     assert (tmp_path / "report.toml").read_text() == selection
     assert (tmp_path / "report.md").read_text() == page
+
+
+def test_a_study_waits_for_the_step_that_a_killed_study_has_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun, done = tmp_path / "begun", tmp_path / "done"
+    code = f"import time; open({str(begun)!r}, 'w'); time.sleep(3); open({str(done)!r}, 'w')"
+    monkeypatch.setattr(study, "steps", lambda config: [study.Step("a step", ["-c", code], done.exists())])
+    monkeypatch.setattr(study.report, "main", lambda config: None)
+    config = config_of(f"--output_dir={tmp_path}", "--dataset=phantom")
+    killed = start(lambda: study.main(config), tmp_path / "log")
+    while not begun.exists():
+        time.sleep(0.05)
+    os.kill(killed, signal.SIGKILL)  # the study alone
+    os.waitpid(killed, 0)
+    assert not done.exists()
+    study.main(config)
+    printed = capsys.readouterr().out
+    assert "a study is running here, or a step of a killed one; waiting" in printed
+    assert "[1/1] a step: finished already" in printed
