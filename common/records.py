@@ -13,6 +13,9 @@ import numpy as np
 
 from common.errors import Fault, first_line
 
+METRICS = ("train/loss", "validate/loss", "validate/auc", "validate/acc", "validate/balanced_acc")
+COLUMNS = ("epoch", *METRICS, "lr", "tiles_per_second", "seconds")  # of history.csv
+
 
 @dataclass(frozen=True)
 class Record:

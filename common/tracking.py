@@ -94,7 +94,9 @@ class Run:
             return
         self._lock = process_lock(self.folder / ".lock")
         if self._lock is None:
-            raise UsageError(f"run {config.run_id} is another process's at the moment: use another --run_id")
+            raise UsageError(
+                f"run {config.run_id} is running in another process: wait for its end, or use another --run_id"
+            )
         self._sweep_up()
         fresh = not (self.folder / "config.json").exists()
         if not fresh:

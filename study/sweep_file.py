@@ -10,8 +10,9 @@ from typing import Any
 import yaml
 
 from common.compute import Compute
-from common.config import Config, closest, parse
+from common.config import Config, TrainingConfig, closest, parse
 from common.errors import UsageError
+from common.records import METRICS
 
 METHODS = ("grid", "random", "bayes")
 # The forms of a parameter, each with the distributions that W&B allows for it; the first one is the default.
@@ -21,7 +22,7 @@ DISTRIBUTIONS = {
     "min": ("uniform", "int_uniform", "log_uniform_values"),
 }
 KEYS = ("program", "method", "metric", "parameters", "command", "early_terminate", "name")
-SERVER_KEYS = ("description", "project", "entity")  # only W&B's server uses them
+WANDB_KEYS = {"project": "WANDB_PROJECT", "entity": "WANDB_ENTITY"}  # with the variables that W&B reads in a run
 DEFAULT_COMMAND = ("${env}", "${interpreter}", "${program}", "${args}")
 SET_PER_RUN = ("run_id", "output_dir")  # the sweep sets them for each run
 
@@ -39,14 +40,15 @@ class Range:
 class Sweep:
     """The content of a sweep file.
 
-    `fixed` are the keys that are the same in every run; `swept` are those that vary, each with its values or its
-    range. Without early termination `min_iter` is None.
+    `environment` has W&B's variables for the runs. `fixed` are the keys that are the same in every run; `swept` are
+    those that vary, each with its values or its range. Without early termination `min_iter` is None.
     """
 
     name: str
     method: str
     program: str
     command: tuple[str, ...]
+    environment: Mapping[str, str]
     fixed: Mapping[str, Any]
     swept: Mapping[str, tuple[Any, ...] | Range]
     metric: str | None
@@ -80,7 +82,7 @@ def read_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
     Raises UsageError naming the file and what in it is missing, malformed or unknown.
     """
     try:
-        return _sweep(_mapping(_load(path), "the file", KEYS + SERVER_KEYS), path.stem, overrides)
+        return _sweep(_mapping(_load(path), "the file", (*KEYS, *WANDB_KEYS, "description")), path.stem, overrides)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
 
@@ -116,6 +118,7 @@ def _sweep(content: Mapping[str, Any], default_name: str, overrides: Sequence[st
         method=method,
         program=str(content["program"]),
         command=_command(content.get("command", DEFAULT_COMMAND)),
+        environment={variable: str(content[key]) for key, variable in WANDB_KEYS.items() if key in content},
         fixed=fixed,
         swept=swept,
         metric=metric,
@@ -129,6 +132,8 @@ def _sweep(content: Mapping[str, Any], default_name: str, overrides: Sequence[st
     for name, values in swept.items():
         for value in (values.low, values.high) if isinstance(values, Range) else values:
             sweep.config({name: value})
+    if metric is not None and issubclass(sweep.config_class, TrainingConfig):
+        _one_of(metric, METRICS, "metric")
     return sweep
 
 

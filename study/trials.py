@@ -104,7 +104,13 @@ class Running:
         # Two processes with one thread each train more tiles than one process with two threads.
         threads = {"OMP_NUM_THREADS": "1"} if sweep.on_cpu(trial.values) else {}
         # Unbuffered output: after a kill, the log holds every line. W&B shows the runs of a group together.
-        environment = {**threads, **os.environ, "PYTHONUNBUFFERED": "1", "WANDB_RUN_GROUP": sweep.name}
+        environment = {
+            **threads,
+            **sweep.environment,
+            **os.environ,
+            "PYTHONUNBUFFERED": "1",
+            "WANDB_RUN_GROUP": sweep.name,
+        }
         with open(records.log_path(trial.run_id), "ab") as log:
             self._process = subprocess.Popen(
                 sweep.command_line({**trial.values, "run_id": trial.run_id, "output_dir": records.output_dir}),

@@ -42,6 +42,7 @@ def main(config: FakeConfig) -> None:
     if config.lingering:
         signal.signal(signal.SIGTERM, linger)
     note("starts.txt", config.run_id)
+    note("wandb.txt", os.environ.get("WANDB_PROJECT"), os.environ.get("WANDB_ENTITY"))
     while len((config.output_dir / "starts.txt").read_text().split()) < config.together:
         if time.monotonic() > begun + 15:
             raise UsageError("it is alone")

@@ -195,6 +195,25 @@ def test_the_command_line_has_the_file_first_and_the_runs_keys_after_two_hyphens
     assert (config.file, config.count, config.fixed) == (Path("s.yaml"), 3, "--size=28 '--row=a b'")
 
 
+def test_a_metric_that_train_py_does_not_record_is_refused_before_any_run(write: Write) -> None:
+    content = {**SEARCH, "metric": {"name": "validate/accuracy"}, "parameters": {"lr": {"min": 0.1, "max": 1.0}}}
+    path = write({**content, "program": str(ROOT / "train.py")})
+    with pytest.raises(UsageError, match="unknown metric validate/accuracy: choose from train/loss"):
+        read_sweep(path)
+
+
+def test_runs_get_the_project_and_entity_of_the_sweep_unless_the_user_names_others(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parameters = {"seed": {"values": [0]}}
+    path = write({"method": "grid", "project": "p", "entity": "e", "description": "d", "parameters": parameters})
+    run(path, tmp_path / "one")
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    run(path, tmp_path / "other")
+    assert (tmp_path / "one/wandb.txt").read_text() == "p e\n"
+    assert (tmp_path / "other/wandb.txt").read_text() == "mine e\n"
+
+
 def test_keys_for_every_run_reach_its_command_unless_the_sweep_varies_them(write: Write) -> None:
     path = write({**GRID, "command": ["${env}", "nice", "${interpreter}", "${program}", "${args}"]})
     command = read_sweep(path, ["--dataset=phantom", "--train-tiles=90"]).command_line({"row": "b"})

@@ -23,6 +23,7 @@ from common.data import Dataset
 from common.errors import Fault, Stopped, UsageError
 from common.evaluation import Evaluation, evaluate
 from common.models import build_model
+from common.records import COLUMNS
 from common.selection import best_epoch, reason_to_stop
 from common.shift import shifted
 from common.tiles import DeviceTiles, batches, device_splits
@@ -52,6 +53,7 @@ def test_training_learns(tiny: Dataset, tmp_path: Path) -> None:
     assert history[-1]["train/loss"] < 0.5 * history[0]["train/loss"]
     assert max(row["validate/acc"] for row in history) > 0.5  # chance is 0.11
     assert [row["epoch"] for row in history] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert tuple(history[0]) == COLUMNS
     assert trainer.stopped == "all 8 epochs done"
 
 
