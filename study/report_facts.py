@@ -134,6 +134,8 @@ def facts(study: Study) -> dict[str, Any]:
     for task, groups in (("Task 4", ablation), ("Task 5", compared)):
         sources[task] = [record.facts for group in groups.values() for record in group.records]
     sources["Task 2"] = [attribution] if attribution else []
+    search = study.search() if chosen.get("task4", {}).get("search") else []
+    sources["Task 4, search"] = [study.provenance(trial["run_id"]) for trial in search]
     return {
         "study": study,
         "tasks": tasks,
@@ -143,7 +145,7 @@ def facts(study: Study) -> dict[str, Any]:
             ablation, key=lambda row: ablation[row].spread("validate", "validate/acc").mean, default=None
         ),
         "verdicts": verdicts(ablation),
-        "search": study.search() if chosen.get("task4", {}).get("search") else [],
+        "search": search,
         "compared": compared,
         "comparison": study.comparison() if compared else None,
         "tuning": compare(by_kind)["fine-tuned"] if compared else None,

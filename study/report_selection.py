@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import Fault, UsageError
-from common.records import Record, is_finished, read_json
+from common.records import Record, is_finished, read_json, run_folder
 
 SECTIONS = ("task1", "task2", "task3", "task4", "task5")
 TASKS = {"task1": "task1", "task3": "task3", "task4": "task3", "task5": "task5"}  # of the runs in a section
@@ -92,6 +92,11 @@ class Study:
     def search(self) -> list[dict[str, str]]:
         """The search's trials, the best one first; UsageError where the table is missing."""
         return self._sweep_table("search", "table.csv", "sweep.yaml")
+
+    def provenance(self, run_id: str) -> Mapping[str, Any]:
+        """The config.json of a run, finished or not; Fault where it is missing."""
+        content: Mapping[str, Any] = read_json(run_folder(self.folder, run_id) / "config.json")
+        return content
 
     def comparison(self) -> Mapping[str, Any]:
         """Task 5's comparison; UsageError where it is missing."""

@@ -40,8 +40,8 @@ class Range:
 class Sweep:
     """The content of a sweep file.
 
-    `environment` has W&B's variables for the runs. `fixed` are the keys that are the same in every run, `swept` those
-    that vary, each with its values or its range. Without early termination `min_iter` is None.
+    `environment` has W&B's variables for the runs. `fixed` are the keys that are the same in every run; `swept`
+    are those that vary, each with its values or its range. Without early termination `min_iter` is None.
     """
 
     name: str
