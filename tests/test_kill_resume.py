@@ -282,7 +282,7 @@ def test_two_processes_cannot_train_the_same_run(tmp_path: Path, phantom_root: P
             time.sleep(0.02)
         assert end(start(lambda: run_script(main, config_class, keys), log)) == 2
         [line] = log.read_text().strip().splitlines()
-        assert line.endswith(": use another --run_id")
+        assert line.endswith(": wait for its end, or use another --run_id")
     finally:
         end(first, within=0)
 

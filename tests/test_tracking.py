@@ -84,13 +84,13 @@ def track(output_dir: Path, body: str) -> "subprocess.CompletedProcess[str]":
 import os, sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
 from conftest import coloured_tiles
-from test_tracking import KEY, ROW
 from wandb_server import WandbServer
 from common import tracking
 from common.config import TrainingConfig
 from common.data import Dataset
 
 tracking.WANDB_PATIENCE = 3.0
+KEY, ROW = {KEY!r}, {ROW!r}
 
 def open_run():
     tiles = coloured_tiles(9, 28, 0)
