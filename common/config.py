@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from common import pathmnist
-from common.errors import Fault, Stopped, UsageError
+from common.errors import Fault, Stopped, UsageError, first_line
 
 C = TypeVar("C", bound="Keys")
 
@@ -369,6 +369,14 @@ def run_script(main: Callable[[C], None], config_class: type[C], arguments: Sequ
         message, status = str(error), error.exit_status
     except OSError as error:
         message, status = (f"{error.filename}: {error.strerror}" if error.filename else str(error)) + again, 1
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
+            raise
+        keys = [
+            f"--{name}" for name in ("batch_size", "resize_to", "checked_tiles") if hasattr(config_class, name)
+        ]
+        remedy = f"lower {' or '.join(keys)}" if keys else "close other programs"
+        message, status = f"out of memory ({first_line(error)}): {remedy}", 1
     except KeyboardInterrupt:
         message, status = f"interrupted{again}", 130
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)

@@ -66,7 +66,10 @@ def main(config: ReportConfig) -> None:
     """report.toml and the records → report.md, or a check of it."""
     study = Study(config.output_dir)
     content = facts(study)
-    check_study(study, {kind: group.records for kind, group in content["compared"].items()})
+    ablation, compared = (
+        {name: group.records for name, group in content[part].items()} for part in ("ablation", "compared")
+    )
+    check_study(study, ablation, compared)
     path = config.output_dir / "report.md"
     if not config.check:
         from study import report_figures  # matplotlib

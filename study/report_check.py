@@ -3,13 +3,14 @@
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
 from common.errors import Fault
 from common.evaluation import Evaluation
-from common.records import Record
+from common.records import METRICS, Record, read_history, run_folder
 from common.selection import best_epoch
 from study.comparison import comparison
 from study.report_selection import Study
@@ -18,10 +19,27 @@ TOLERANCE = 1e-9
 ROUNDED = 5e-4  # share of tiles whose two best classes are so close that rounding may change the class
 
 
-def check_study(study: Study, compared: Mapping[str, Sequence[Record]]) -> None:
-    """Raise Fault where a record that the page shows contradicts another one, naming both."""
+def check_study(
+    study: Study, ablation: Mapping[str, Sequence[Record]], compared: Mapping[str, Sequence[Record]]
+) -> None:
+    """Raise Fault where a record that the page shows contradicts another one, naming both.
+
+    `ablation` and `compared` are the runs of Tasks 4 and 5, by row and by kind.
+    """
     for record in study.read.values():
         check_run(study, record)
+    for line in study.sweep_table("ablation", "table.csv", "ablation.yaml") if ablation else []:
+        for metric in ("validate/acc", "test/acc", "test/auc") if line["row"] in ablation else ():
+            mean = fmean(record.scores[metric] for record in ablation[line["row"]])
+            if difference(float(line[f"{metric} mean"]), mean):
+                raise Fault(
+                    f"table.csv: {metric} of {line['row']} is not its runs'; python -m study.sweep makes it anew"
+                )
+    for line in study.search():
+        history = read_history(run_folder(study.folder, line["run_id"]) / "history.csv")
+        best = {metric: history[int(line["best epoch"]) - 1][metric] for metric in METRICS if line.get(metric)}
+        if difference({metric: float(line[metric]) for metric in best}, best):
+            raise Fault(f"table.csv: trial {line['run_id']} is not its run's; python -m study.sweep makes it anew")
     if compared and (where := difference(study.comparison(), comparison(compared))):
         raise Fault(f"comparison.json: {where}, its runs give another value; python task5.py makes it anew")
 

@@ -134,7 +134,7 @@ def facts(study: Study) -> dict[str, Any]:
     for task, groups in (("Task 4", ablation), ("Task 5", compared)):
         sources[task] = [record.facts for group in groups.values() for record in group.records]
     sources["Task 2"] = [attribution] if attribution else []
-    search = study.search() if chosen.get("task4", {}).get("search") else []
+    search = study.search()
     sources["Task 4, search"] = [study.provenance(trial["run_id"]) for trial in search]
     return {
         "study": study,

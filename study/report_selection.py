@@ -83,15 +83,17 @@ class Study:
 
     def ablation(self) -> dict[str, list[Record]]:
         """The ablation's runs by row, in its order; UsageError where its table is missing."""
-        lines = self._sweep_table("ablation", "runs.csv", "ablation.yaml")
+        lines = self.sweep_table("ablation", "runs.csv", "ablation.yaml")
         rows: dict[str, list[Record]] = {}
         for line, record in zip(lines, self.runs("task4", [line["run_id"] for line in lines]), strict=True):
             rows.setdefault(line["ablation"], []).append(record)
         return rows
 
     def search(self) -> list[dict[str, str]]:
-        """The search's trials, the best one first; UsageError where the table is missing."""
-        return self._sweep_table("search", "table.csv", "sweep.yaml")
+        """The search's trials, the best one first; none where report.toml names no search."""
+        if not self.selection.get("task4", {}).get("search"):
+            return []
+        return self.sweep_table("search", "table.csv", "sweep.yaml")
 
     def provenance(self, run_id: str) -> Mapping[str, Any]:
         """The config.json of a run, finished or not; Fault where it is missing."""
@@ -123,7 +125,8 @@ class Study:
         self.linked.append(path)
         return f"![{alt}]({path})"
 
-    def _sweep_table(self, key: str, file: str, sweep: str) -> list[dict[str, str]]:
+    def sweep_table(self, key: str, file: str, sweep: str) -> list[dict[str, str]]:
+        """The lines of a table of the ablation or the search; UsageError where it is missing."""
         path = self.folder / "sweeps" / self.named("task4", key, str) / file
         if not path.exists():
             raise UsageError(f"{path}: missing; python -m study.sweep {sweep} makes it")

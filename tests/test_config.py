@@ -1,12 +1,15 @@
 import dataclasses
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
-from common.config import Config, TrainingConfig, parse
+from common.config import Config, TrainingConfig, parse, run_script
 from common.errors import UsageError
 from study.sweep import SweepConfig
 from task5 import Task5Config
@@ -81,6 +84,39 @@ def test_a_path_may_begin_with_the_home_folder(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("PATHMNIST_ROOT", "~/tiles")
     assert read().data_root == tmp_path / "tiles"
     assert parse(SweepConfig, ["--file=~/s.yaml"], "").file == tmp_path / "s.yaml"
+
+
+def allocate_a_tensor(config: TrainingConfig) -> None:
+    torch.empty(2**60)
+
+
+def allocate_an_array(config: TrainingConfig) -> None:
+    np.empty(2**50)
+
+
+def fill_a_gpu(config: TrainingConfig) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.mark.parametrize("main", [allocate_a_tensor, allocate_an_array, fill_a_gpu])
+def test_out_of_memory_is_one_line_that_names_the_key_to_lower(
+    main: Callable[[TrainingConfig], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_script(main, TrainingConfig, [])
+    assert ended.value.code == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert "out of memory (" in lines[0]
+    assert lines[0].endswith(": lower --batch_size or --resize_to")
+
+
+def test_another_runtime_error_keeps_its_traceback() -> None:
+    def main(config: TrainingConfig) -> None:
+        raise RuntimeError("a shape does not fit")
+
+    with pytest.raises(RuntimeError, match="a shape does not fit"):
+        run_script(main, TrainingConfig, [])
 
 
 def test_bookkeeping_keys_do_not_belong_to_what_a_run_computes() -> None:

@@ -1,5 +1,6 @@
 """report.md from real records of small phantom runs: complete, traceable, and checked against them."""
 
+import csv
 import itertools
 import json
 import re
@@ -18,6 +19,7 @@ from conftest import ROOT
 import task1
 import train
 from common.config import run_script
+from common.files import write_csv
 from study import report, sweep
 from study.report_facts import REFERENCES, facts
 from study.report_selection import Study
@@ -251,6 +253,17 @@ def test_the_check_refuses_records_that_contradict_one_another(
     make(study)
     change(study / "runs" / "first-1")
     fails(study, 1, message, capsys, "--check")
+
+
+def test_the_check_compares_the_ablations_table_with_its_runs(
+    study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = study / "sweeps/small/table.csv"
+    with open(path, newline="") as file:
+        lines = list(csv.DictReader(file))
+    lines[1]["test/auc mean"] = "0.99"
+    write_csv(path, lines)
+    fails(study, 1, "table.csv: test/auc of with_ema is not its runs'", capsys, "--check")
 
 
 def test_runs_of_a_row_differ_in_the_seed_alone(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
