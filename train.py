@@ -38,6 +38,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "without_lr_warmup": {"lr_warmup_epochs": 0},
     "without_weight_decay": {"weight_decay": 0.0},
     "with_weight_decay": {"weight_decay": 0.05, "norm_weight_decay": 0.0},
+    "with_scaled_shifts": {"augmentation": "ta_wide_scaled"},  # TrivialAugment with shifts that fit the tile
     "with_stain": {"augmentation": "ta_wide,stain"},
     "with_stain_only": {"augmentation": "stain"},  # in the place of TrivialAugment
     "with_ema": {"ema_decay": 0.99},

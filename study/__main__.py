@@ -57,7 +57,7 @@ AT_28_PIXELS = Plan(
     keys={
         "ablation": ("--train_tiles=18000", "--batch_size=128"),
         "search": ("--train_tiles=9000",),
-        "task5": LITE0,
+        "task5": (*LITE0, "--n_epochs=4"),
     },
 )
 # The phantom's study is a miniature: it needs minutes and no download.

@@ -122,7 +122,7 @@ def test_the_ablation_file_has_every_row_with_five_seeds_and_the_seeds_vary_slow
     trials = sweep.grid(read_sweep(Path("ablation.yaml")))
     assert [trial.values["ablation"] for trial in trials[: len(ABLATIONS)]] == list(ABLATIONS)
     assert [trial.values["seed"] for trial in trials] == [seed for seed in range(5) for _ in ABLATIONS]
-    assert trials[10].run_id == "ablation-with_ema-0"
+    assert trials[0].run_id == "ablation-combined-0"
 
 
 def test_the_search_file_has_the_courseworks_space(monkeypatch: pytest.MonkeyPatch) -> None:
