@@ -18,23 +18,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from common import checkpoint
 from common.attribution_records import write_records
 from common.compute import Compute
 from common.config import ScriptConfig, check_run_id, key, run_script
 from common.data import load_dataset
-from common.errors import Fault, UsageError, first_line
+from common.errors import Fault, UsageError
 from common.evaluation import evaluate
-from common.explained import TARGETS, choose_tiles, explained_tiles, one_of_each_class
+from common.explained import (
+    MODEL_NAME,
+    TARGETS,
+    choose_tiles,
+    explained_tiles,
+    load_network,
+    one_of_each_class,
+)
 from common.models import build_model
-from common.pathmnist import CLASS_NAMES
 from common.records import is_finished, read_json, run_folder
 from common.tiles import DeviceTiles
 from common.training import derived_seed
 
-MODEL_NAME = "resnet18"
 SHOWN = 10
 
 
@@ -134,24 +137,6 @@ def find_run(output_dir: Path, run_id: str | None) -> Mapping[str, Any]:
     if not is_finished(output_dir, run_id):
         raise UsageError(f"--run_id {run_id}: not finished; task1.py with this --run_id continues it")
     return run
-
-
-def load_network(path: Path, size: int, compute: Compute) -> nn.Module:
-    """The trained ResNet-18 of a checkpoint, frozen, in eval mode, on the device.
-
-    Raises UsageError for another architecture or number of classes, Fault for a checkpoint that cannot be read.
-    """
-    saved = checkpoint.load(path)
-    name, classes, expected = saved.get("model_name"), len(saved.get("class_names", ())), len(CLASS_NAMES)
-    if (name, classes) != (MODEL_NAME, expected):
-        raise UsageError(f"{path}: {name} with {classes} classes; Task 2 explains a {MODEL_NAME} with {expected}")
-    model = build_model(MODEL_NAME, classes, size)
-    try:
-        model.load_state_dict(saved["state_dict"])
-    except (KeyError, RuntimeError) as error:
-        raise Fault(f"{path}: its weights do not fit a {MODEL_NAME} ({first_line(error)}); train again") from error
-    model.to(compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model.eval().requires_grad_(False)
 
 
 if __name__ == "__main__":

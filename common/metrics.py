@@ -114,9 +114,9 @@ def balanced_accuracy_estimate(probabilities: NDArray[Any], targets: NDArray[Any
     """The balanced accuracy with its Wilson score interval for the effective number of tiles.
 
     A plain accuracy over the effective number of tiles has the same variance as the mean recall: C. Franco,
-    R. J. A. Little, T. A. Louis and E. V. Slud, Journal of Survey Statistics and Methodology 7, 2019. The numbers
-    of tiles per class count as fixed. For the variance, one right and one wrong tile are added to each class:
-    otherwise a class with few tiles, all of them right, would have no variance.
+    R. J. A. Little, T. A. Louis and E. V. Slud, Journal of Survey Statistics and Methodology 7, 2019, PMC6690503.
+    The numbers of tiles per class count as fixed. For the variance, one right and one wrong tile are added to each
+    class: otherwise a class with few tiles, all of them right, would have no variance.
     """
     recalls, counts = _recalls(probabilities, targets)
     adjusted = (recalls * counts + 1) / (counts + 2)
