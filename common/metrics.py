@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 # 95 % of the standard normal distribution lies between −Z and Z.
 Z = 1.959963984540054
@@ -82,6 +82,12 @@ def confusion_matrix(probabilities: NDArray[Any], targets: NDArray[Any]) -> NDAr
     # MedMNIST stores targets as uint8, in which the product would overflow.
     cells = targets.astype(np.int64) * classes + probabilities.argmax(axis=1)
     return np.bincount(cells, minlength=classes**2).reshape(classes, classes).astype(np.int64)
+
+
+def recalls(matrix: ArrayLike) -> NDArray[np.float64]:
+    """Each class's share of right predictions, (C,), from a confusion matrix (C, C); NaN for one without tiles."""
+    counts = np.sum(matrix, axis=1)
+    return np.where(counts > 0, np.diagonal(matrix) / np.maximum(counts, 1), np.nan)
 
 
 def expected_calibration_error(probabilities: NDArray[Any], targets: NDArray[Any], bins: int = 15) -> float:
@@ -181,8 +187,7 @@ def _recalls(probabilities: NDArray[Any], targets: NDArray[Any]) -> tuple[NDArra
     """The recall and the number of tiles of each class that has tiles."""
     matrix = confusion_matrix(probabilities, targets)
     counts = matrix.sum(axis=1)
-    present = counts > 0
-    return matrix.diagonal()[present] / counts[present], counts[present]
+    return recalls(matrix)[counts > 0], counts[counts > 0]
 
 
 def _placements(probabilities: NDArray[Any], targets: NDArray[Any]) -> NDArray[np.float64]:

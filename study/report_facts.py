@@ -9,7 +9,7 @@ import numpy as np
 
 from common.config import TrainingConfig
 from common.errors import UsageError
-from common.metrics import Estimate
+from common.metrics import Estimate, recalls
 from common.pathmnist import COUNTS
 from common.records import Record
 from common.statistics import Comparison, Spread, compare, interval, spread
@@ -59,9 +59,8 @@ class Group:
         if len(set(seeds)) < len(seeds):
             raise UsageError(f"report.toml: of the runs {runs}, two have the same seed; name one per seed")
         configs = [record.config for record in self.records]
-        identities = [{name: config.get(name) for name in config if name not in APART} for config in configs]
-        for name in {name for identity in identities for name in identity}:
-            if len({str(identity.get(name)) for identity in identities}) > 1:
+        for name in set().union(*configs) - APART:
+            if len({str(config.get(name)) for config in configs}) > 1:
                 raise UsageError(f"report.toml: the runs {runs} differ in {name}, not in the seed alone")
 
     @property
@@ -108,7 +107,7 @@ class Group:
     def recalls(self) -> dict[str, float]:
         """The mean over seeds of each class's recall on test tiles; NaN for a class without tiles."""
         scores = [record.summary["best"] for record in self.records]
-        means = np.mean([_recalls(one["confusion_matrix"]) for one in scores], axis=0)
+        means = np.mean([recalls(one["confusion_matrix"]) for one in scores], axis=0)
         return dict(zip(scores[0]["auc_per_class"], means.tolist(), strict=True))
 
     def areas(self) -> dict[str, float]:
@@ -130,9 +129,11 @@ def facts(study: Study) -> dict[str, Any]:
     if len({record.config["size"] for record in study.read.values()}) > 1:
         raise UsageError("report.toml: tiles of different sizes cannot stand on one page")
     by_kind = {kind: group.by_seed("best", "acc") for kind, group in compared.items()}
-    sources = {task: [record.facts for record in group.records] for task, group in tasks.items()}
-    for task, groups in (("Task 4", ablation), ("Task 5", compared)):
-        sources[task] = [record.facts for group in groups.values() for record in group.records]
+    groups = {title: {title: group} for title, group in tasks.items()} | {"Task 4": ablation, "Task 5": compared}
+    sources = {
+        task: [record.facts for group in parts.values() for record in group.records]
+        for task, parts in groups.items()
+    }
     sources["Task 2"] = [attribution] if attribution else []
     search = study.search()
     sources["Task 4, search"] = [study.provenance(trial["run_id"]) for trial in search]
@@ -172,13 +173,7 @@ def _look_up(summary: Mapping[str, Any], keys: Sequence[str]) -> Estimate | None
     value: Any = summary
     for key in keys:
         if key == "balanced_acc" and key not in value:
-            value = float(np.nanmean(_recalls(value["confusion_matrix"])))
+            value = float(np.nanmean(recalls(value["confusion_matrix"])))
         elif (value := value.get(key)) is None:
             return None
     return Estimate(**value) if isinstance(value, Mapping) else Estimate(value, math.nan, math.nan)
-
-
-def _recalls(matrix: Sequence[Sequence[int]]) -> np.ndarray:
-    """Each class's share of right predictions, (C,) float64; NaN for a class without tiles."""
-    counts = np.sum(matrix, axis=1)
-    return np.where(counts > 0, np.diagonal(matrix) / np.maximum(counts, 1), np.nan)

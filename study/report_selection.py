@@ -45,7 +45,7 @@ class Study:
             if not is_finished(self.folder, run_id):
                 runs = self.folder / "runs"
                 raise UsageError(f"report.toml names run {run_id}, which is not finished in {runs}: make report")
-        records = [Record.read(self.folder, run_id) for run_id in run_ids]
+        records = [self.read.get(run_id) or Record.read(self.folder, run_id) for run_id in run_ids]
         if len({record.summary["data_fingerprint"] for record in records}) > 1:
             raise UsageError(f"report.toml: the runs of [{section}] come from different data sets")
         for record in records:

@@ -12,19 +12,10 @@ from matplotlib.image import imread
 from common import figures
 from common.attribution_figures import tile_and_saliency
 from common.explained import Explained
+from common.pathmnist import CLASS_NAMES
 
 TITLE = "Task 1 · ResNet-18 · phantom (9,000 training tiles, 28 px) · seed 0"
-NAMES = [
-    "adipose",
-    "background",
-    "debris",
-    "lymphocytes",
-    "mucus",
-    "smooth muscle",
-    "normal colon mucosa",
-    "cancer-associated stroma",
-    "colorectal adenocarcinoma epithelium",
-]
+NAMES = list(CLASS_NAMES)
 MATRIX = np.random.default_rng(0).integers(1, 40, size=(9, 9)) + 1200 * np.eye(9, dtype=np.int64)
 
 
