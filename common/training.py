@@ -14,7 +14,7 @@ from common import checkpoint, distributed, metrics
 from common.averaging import ExponentialMovingAverage, reestimate_batchnorm
 from common.compute import Compute
 from common.config import TrainingConfig
-from common.errors import Fault, Stopped, UsageError, first_line
+from common.errors import Fault, Stopped, Untrainable, UsageError, first_line
 from common.evaluation import EVALUATION_BATCH, Evaluation, evaluate, progress_bar
 from common.interruption import Interruption
 from common.mixing import cross_entropy, mix
@@ -134,7 +134,7 @@ class Trainer:
         After each epoch last.pt, best.pt (if this epoch is the best so far) and history.csv are written whole: a
         kill loses the epoch in progress and no more. The former last.pt stays as previous.pt, in case last.pt is
         damaged. Ctrl-C and SIGTERM lose nothing: the step in progress ends, last.pt is written, and Stopped is
-        raised. Raises Fault where the loss or the network's outputs are not finite.
+        raised. Raises Untrainable where the loss or the network's outputs are not finite.
         """
         with self.interruption:
             while not self.stopped:
@@ -177,9 +177,9 @@ class Trainer:
         An epoch that was stopped is continued after its last step. Each process trains on its share of a batch
         with its own random stream; the gradients are those of the whole batch.
 
-        The loss is read once a second and at the end, because a GPU waits while a value is read. Raises Fault
-        where the loss is not finite. Ctrl-C or SIGTERM in any process ends the epoch after the step: last.pt is
-        written and Stopped is raised.
+        The loss is read once a second and at the end, because a GPU waits while a value is read. Raises
+        Untrainable where the loss is not finite. Ctrl-C or SIGTERM in any process ends the epoch after the step:
+        last.pt is written and Stopped is raised.
         """
         config, tiles = self.config, self.splits.train
         self.parallel.train()
@@ -229,8 +229,8 @@ class Trainer:
         common/shift.py; afterwards `judged` has the best weights. Returns the content of summary.json without the
         facts that `Run` adds. Every score of the test tiles can be computed again from scores.npz, which has
         log-probabilities (N, C) float16, targets (N,) uint8, and for each shift the predicted classes (N,) uint8.
-        Raises Fault where best.pt cannot be read or is not of the history's best epoch, or where an output is not
-        finite.
+        Raises Fault where best.pt cannot be read or is not of the history's best epoch, and Untrainable where
+        an output is not finite.
         """
         started = time.perf_counter()
         test = self.splits.test()
@@ -382,10 +382,10 @@ class Trainer:
 
 
 def read_loss(total: torch.Tensor, epoch: int) -> float:
-    """An epoch's sum of losses () as a number; raises Fault where it is not finite."""
+    """An epoch's sum of losses () as a number; raises Untrainable where it is not finite."""
     loss = float(total)
     if not math.isfinite(loss):
-        raise Fault(
+        raise Untrainable(
             f"the loss became {loss} in epoch {epoch}; lower --lr. last.pt keeps the epoch before it, if any"
         )
     return loss

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from common.config import Config, key, run_script
-from common.errors import UsageError
+from common.errors import Fault, Untrainable, UsageError
 from common.files import write_csv, write_json
 
 
@@ -41,12 +41,17 @@ def main(config: FakeConfig) -> None:
 
     if config.lingering:
         signal.signal(signal.SIGTERM, linger)
+    note("processes.txt", os.getpid())
     note("starts.txt", config.run_id)
     note("wandb.txt", os.environ.get("WANDB_PROJECT"), os.environ.get("WANDB_ENTITY"))
     while len((config.output_dir / "starts.txt").read_text().split()) < config.together:
         if time.monotonic() > begun + 15:
             raise UsageError("it is alone")
         time.sleep(0.02)
+    if (config.output_dir / "disk-is-full").exists():
+        raise Fault("No space left on device")
+    if config.quality < -1:
+        raise Untrainable("the loss became nan")
     if config.quality < 0:
         raise UsageError(f"--quality {config.quality}: broken")
     folder = config.output_dir / "runs" / config.run_id
