@@ -1,7 +1,8 @@
 """What the template of report.md may use: the records of a study as typed facts, and the published scores."""
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,6 +118,15 @@ class Group:
         return dict(zip(scores[0], means.tolist(), strict=True))
 
 
+def grouped(records: Iterable[Record], apart: Collection[str] = APART) -> list[Group]:
+    """The runs that differ in the keys `apart` alone, as groups in the order of their first runs."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        same = {name: value for name, value in record.config.items() if name not in apart}
+        groups.setdefault(json.dumps(same, sort_keys=True), []).append(record)
+    return [Group(records) for records in groups.values()]
+
+
 def facts(study: Study) -> dict[str, Any]:
     """The template's variables. Raises UsageError or Fault naming the first record that is missing."""
     chosen = study.selection
@@ -124,6 +134,9 @@ def facts(study: Study) -> dict[str, Any]:
     attribution = study.attribution() if "task2" in chosen else None
     ablation = {row: Group(records) for row, records in study.ablation().items()} if "task4" in chosen else {}
     compared = {kind: Group(records) for kind, records in study.compared().items()} if "task5" in chosen else {}
+    baselines = grouped(
+        study.runs("baselines", study.named("baselines", "runs", list)) if "baselines" in chosen else []
+    )
     if len({record.summary["synthetic"] for record in study.read.values()}) > 1:
         raise UsageError("report.toml: generated tiles and tiles of PathMNIST cannot stand on one page")
     if len({record.config["size"] for record in study.read.values()}) > 1:
@@ -134,6 +147,7 @@ def facts(study: Study) -> dict[str, Any]:
         task: [record.facts for group in parts.values() for record in group.records]
         for task, parts in groups.items()
     }
+    sources["Baselines"] = [record.facts for group in baselines for record in group.records]
     sources["Task 2"] = [attribution] if attribution else []
     search = study.search()
     sources["Task 4, search"] = [study.provenance(trial["run_id"]) for trial in search]
@@ -149,6 +163,10 @@ def facts(study: Study) -> dict[str, Any]:
         "search": search,
         "compared": compared,
         "comparison": study.comparison() if compared else None,
+        "baselines": baselines,
+        "best_baseline": max(
+            baselines, key=lambda group: group.spread("validate", "validate/acc").mean, default=None
+        ),
         "tuning": compare(by_kind)["fine-tuned"] if compared else None,
         "sources": sources,
         "references": REFERENCES,

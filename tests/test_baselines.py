@@ -1,5 +1,6 @@
 """The baselines: their features, the choice by validation, and their records."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,8 @@ def test_validation_alone_chooses_the_setting() -> None:
 def test_each_baseline_leaves_the_records_of_a_run_and_a_second_start_fits_nothing(
     phantom_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    quick = dataclasses.replace(BASELINES["boosting"], settings=[{"max_iter": 2}])
+    monkeypatch.setitem(BASELINES, "boosting", quick)
     data = ["--dataset=phantom", "--size=28", f"--data_root={phantom_root}"]
     arguments = [*data, f"--output_dir={tmp_path}", "--train_tiles=90"]
     run_script(baselines.main, baselines.BaselinesConfig, arguments)
