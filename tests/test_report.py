@@ -20,7 +20,7 @@ import task1
 import train
 from common.config import run_script
 from common.files import write_csv
-from study import baselines, report, sweep
+from study import baselines, forecast, report, sweep
 from study.report_facts import REFERENCES, facts
 from study.report_selection import Study
 
@@ -156,6 +156,26 @@ def test_the_page_compares_a_network_with_the_baseline_of_the_best_validation_ac
     assert f"- Task 1: test ACC is {verdict} that of the best baseline" in page
     title = json.loads((study / "runs/neighbours-90-0/summary.json").read_text())["title"]
     assert f"| Baseline | {title} | 90 | 1 | 0.9000 [0.8000, 1.0000] |" in page
+
+
+def test_the_page_compares_the_validation_scores_where_there_are_enough_runs(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "at least 10 runs and 5 configurations; this page has 6 and 3." in built(study)
+    monkeypatch.setattr(forecast, "LEAST_RUNS", 6)
+    monkeypatch.setattr(forecast, "LEAST_GROUPS", 3)
+    for number, path in enumerate(sorted(study.glob("runs/*/summary.json"))):
+        record = json.loads(path.read_text())
+        record["best"]["acc"]["value"] = record["validate"]["validate/acc"] = number / 10
+        record["validate"]["validate/loss"] = number / 10
+        path.write_text(json.dumps(record))
+    monkeypatch.setattr(report, "check_study", lambda *records: None)
+    make(study)
+    page = (study / "report.md").read_text()
+    assert "| validation ACC | 1.00 [1.00, 1.00] | forecasts test ACC |" in page
+    assert "| validation loss (sign turned) | -1.00 [-1.00, -1.00] | misleads |" in page
+    assert "6 runs of 3 configurations" in page
+    assert "fig/report/forecast.png" in page
 
 
 @pytest.mark.parametrize(
@@ -351,8 +371,10 @@ def test_a_selection_that_cannot_be_shown_is_refused_in_one_line(
 
 
 def test_a_missing_figure_and_a_missing_page_are_faults(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (study / "fig" / "report" / "gap.png").unlink()
-    fails(study, 1, "fig/report/gap.png: the report shows this figure, and it is missing", capsys, "--check")
+    (study / "fig" / "report" / "calibration.png").unlink()
+    fails(
+        study, 1, "fig/report/calibration.png: the report shows this figure, and it is missing", capsys, "--check"
+    )
     make(study)
     next((study / "fig" / "task3").glob("small-combined-0-*")).unlink()
     fails(study, 1, "fig/task3/small-combined-0-.*: the report shows this figure", capsys, "--check")
