@@ -326,8 +326,9 @@ def group(task: str, config: ScriptConfig) -> str:
 
 def provenance(packages: Sequence[str]) -> dict[str, Any]:
     """Where a record comes from: command, commit, time, Python, platform and the packages' versions."""
+    module = sys.modules["__main__"].__spec__  # of `python -m MODULE`, where sys.argv has the whole path of a file
     return {
-        "command": shlex.join(sys.argv),
+        "command": shlex.join([*(["-m", module.name] if module else sys.argv[:1]), *sys.argv[1:]]),
         "commit": _commit(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),

@@ -9,8 +9,14 @@ from typing import Any
 from common.errors import Fault, UsageError
 from common.records import Record, is_finished, read_json, run_folder
 
-SECTIONS = ("task1", "task2", "task3", "task4", "task5")
-TASKS = {"task1": "task1", "task3": "task3", "task4": "task3", "task5": "task5"}  # of the runs in a section
+SECTIONS = ("task1", "task2", "task3", "task4", "task5", "baselines")
+TASKS = {  # of the runs in a section
+    "task1": "task1",
+    "task3": "task3",
+    "task4": "task3",
+    "task5": "task5",
+    "baselines": "baselines",
+}
 
 
 class Study:
