@@ -30,12 +30,13 @@ from common.explained import (
     TARGETS,
     choose_tiles,
     explained_tiles,
-    load_network,
     one_of_each_class,
 )
 from common.models import build_model
+from common.pathmnist import CLASS_NAMES
 from common.records import is_finished, read_json, run_folder
 from common.tiles import DeviceTiles
+from common.trained import load_trained
 from common.training import derived_seed
 
 SHOWN = 10
@@ -62,7 +63,12 @@ def main(config: Task2Config) -> None:
     run = find_run(config.output_dir, config.run_id)
     run_id, trained = run["run_id"], run["config"]
     size = trained.get("resize_to") or trained["size"]
-    model = load_network(config.output_dir / "checkpoints" / run_id / "best.pt", size, compute)
+    path = config.output_dir / "checkpoints" / run_id / "best.pt"
+    loaded = load_trained(path, compute.device)
+    found, expected = (loaded.model_name, len(loaded.class_names)), (MODEL_NAME, len(CLASS_NAMES))
+    if found != expected:
+        raise UsageError("{}: {} with {} classes; Task 2 explains a {} with {}".format(path, *found, *expected))
+    model = loaded.network
     dataset = load_dataset(trained["dataset"], trained["size"], config.data_root, trained["train_tiles"])
     if dataset.fingerprint != run["data_fingerprint"]:
         raise Fault(f"{config.data_root}: its {dataset.title} is not what run {run_id} was trained on")

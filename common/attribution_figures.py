@@ -5,6 +5,7 @@ Tiles are (H, W, 3) uint8, maps (H, W) float32. Importing this module loads matp
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -122,6 +123,25 @@ def class_grid(
                     left.set_ylabel(words, fontsize=7, rotation=0, ha="right", va="center")
             line[0].set_ylabel(wrap(name, 16), fontsize=8, rotation=0, ha="right", va="center")
         figure.suptitle(wrap(title, 90), fontsize=9)
+        save(figure, path)
+
+
+def contact_sheet(
+    path: Path, tiles: NDArray[np.uint8], maps: NDArray[Any], words: Sequence[str], *, title: str
+) -> None:
+    """Draw tiles (N, H, W, 3), each with `words` above it and its saliency map (N, H', W') on its right."""
+    pairs = min(4, len(tiles))
+    n_rows = -(-len(tiles) // pairs)
+    with style.context(["default", STYLE, {"axes.grid": False}]):
+        figure = Figure(figsize=(2.6 * pairs, 1.85 * n_rows + 0.4))
+        panels = figure.subplots(n_rows, 2 * pairs, squeeze=False).reshape(-1, 2)
+        for axes in panels.flat:
+            _bare(axes)
+        for (left, right), tile, map_, text in zip(panels, tiles, maps, words, strict=False):
+            left.imshow(tile, interpolation="nearest")
+            left.set_title("\n".join(fill(line, 30) for line in text.splitlines()), fontsize=6.5, loc="left")
+            _heat(right, map_, signed=False)
+        figure.suptitle(wrap(title, 40 * pairs), fontsize=9)
         save(figure, path)
 
 

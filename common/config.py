@@ -36,16 +36,18 @@ def key(
     choices: Sequence[Any] = (),
     check: Callable[[Any], str | None] = lambda value: None,
     bookkeeping: bool = False,
+    positional: bool = False,
     **bounds: float,
 ) -> Any:
     """A dataclass field with its help text and the values that it may take.
 
     A default that depends on the environment or on other keys is a function, which takes the configuration.
     `check` takes the value and returns what is wrong with it, or None. A bookkeeping key changes where and how a
-    run is kept, not what it computes: a resumed run may have another value. `bounds` have the names of BOUNDS.
+    run is kept, not what it computes: a resumed run may have another value. The value of a positional key is
+    written without the key's name. `bounds` have the names of BOUNDS.
     """
     metadata = {"description": description, "choices": choices, "check": check}
-    metadata |= {"bookkeeping": bookkeeping, "bounds": bounds}
+    metadata |= {"bookkeeping": bookkeeping, "bounds": bounds, "positional": positional}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -284,19 +286,19 @@ def parse(config_class: type[C], arguments: Sequence[str], description: str) -> 
         text = field.metadata["description"].replace("%", "%%")
         if field.metadata["choices"]:
             text += f" [{' | '.join(map(str, field.metadata['choices']))}]"
-        if field.default is not None and not callable(field.default):
+        if field.default not in (None, ()) and not callable(field.default):
             text += f" (default: {field.default})"
         options: dict[str, Any] = {"nargs": "?", "const": True} if bool in types else {}
+        name, metavar = f"--{field.name}", types[0].__name__.upper()
+        if field.metadata["positional"]:
+            name, metavar, options = field.name, field.name.upper(), {"nargs": "*" if Ellipsis in types else "?"}
         parser.add_argument(
-            f"--{field.name}",
-            type=_reader(types),
-            default=argparse.SUPPRESS,
-            metavar=types[0].__name__.upper(),
-            help=text,
-            **options,
+            name, type=_reader(types), default=argparse.SUPPRESS, metavar=metavar, help=text, **options
         )
     try:
-        given, unknown = parser.parse_known_args([_with_underscores(argument) for argument in arguments])
+        given, unknown = parser.parse_known_intermixed_args(
+            [_with_underscores(argument) for argument in arguments]
+        )
     except argparse.ArgumentError as error:
         raise UsageError(str(error).removeprefix("argument ")) from None
     if unknown:

@@ -2,20 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import nn
 
-from common import checkpoint
-from common.compute import Compute
 from common.data import Dataset
-from common.errors import Fault, UsageError, first_line
-from common.models import build_model
-from common.pathmnist import CLASS_NAMES
 
 MODEL_NAME = "resnet18"
 TARGETS = {"predicted": "the predicted one", "label": "the true one"}  # the class explained, for keys and titles
@@ -89,21 +81,3 @@ def explained_tiles(
         )
         for place, index in enumerate(indices)
     }
-
-
-def load_network(path: Path, size: int, compute: Compute) -> nn.Module:
-    """The trained ResNet-18 of a checkpoint, frozen, in eval mode, on the device.
-
-    Raises UsageError for another architecture or number of classes, Fault for a checkpoint that cannot be read.
-    """
-    saved = checkpoint.load(path)
-    name, classes, expected = saved.get("model_name"), len(saved.get("class_names", ())), len(CLASS_NAMES)
-    if (name, classes) != (MODEL_NAME, expected):
-        raise UsageError(f"{path}: {name} with {classes} classes; Task 2 explains a {MODEL_NAME} with {expected}")
-    model = build_model(MODEL_NAME, classes, size)
-    try:
-        model.load_state_dict(saved["state_dict"])
-    except (KeyError, RuntimeError) as error:
-        raise Fault(f"{path}: its weights do not fit a {MODEL_NAME} ({first_line(error)}); train again") from error
-    model.to(compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model.eval().requires_grad_(False)

@@ -97,13 +97,8 @@ class DeviceTiles:
         return map(self.prepared, dihedral_views(images)), labels
 
     def prepared(self, images: torch.Tensor) -> torch.Tensor:
-        """Tiles (B, 3, H, W) uint8 as the network takes them: float32 in -1..1, resized bilinearly."""
-        inputs = normalise(images)
-        side = images.shape[2]
-        if self.resize_to is None or self.resize_to == side:
-            return inputs
-        size = (self.resize_to, self.resize_to)
-        return F.interpolate(inputs, size=size, mode="bilinear", antialias=self.resize_to < side)
+        """Tiles (B, 3, H, W) uint8 as the network takes them; see `network_inputs`."""
+        return network_inputs(images, self.resize_to)
 
 
 def device_splits(
@@ -120,6 +115,15 @@ def device_splits(
         test=lambda: plain(dataset.test),
         shifted=lambda: ((name, plain(split)) for name, split in shifted(dataset.val)),
     )
+
+
+def network_inputs(images: torch.Tensor, resize_to: int | None) -> torch.Tensor:
+    """Tiles (B, 3, H, W) uint8 as a network takes them: float32 in -1..1, resized bilinearly to `resize_to`."""
+    inputs = normalise(images)
+    side = images.shape[2]
+    if resize_to is None or resize_to == side:
+        return inputs
+    return F.interpolate(inputs, size=(resize_to, resize_to), mode="bilinear", antialias=resize_to < side)
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:

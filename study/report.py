@@ -1,6 +1,7 @@
 """report.md, made from the records in runs/ and sweeps/ alone.
 
     python -m study.report                      # report.toml and runs/ here → report.md and report.html
+    python -m study.report --collect            # first write report.toml from what is finished in runs/
     python -m study.report --check              # exit status 1, naming the first difference, if it is out of date
     python -m study.report --output_dir FOLDER  # the same for the study in FOLDER
 
@@ -20,9 +21,10 @@ from jinja2 import FileSystemLoader, StrictUndefined, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 
 from common.config import Keys, key, run_script
-from common.errors import Fault, first_line
+from common.errors import Fault, UsageError, first_line
 from common.files import write_text
 from study.report_check import check_study
+from study.report_collect import collect
 from study.report_facts import facts
 from study.report_html import html_page
 from study.report_selection import Study
@@ -34,6 +36,7 @@ class ReportConfig(Keys):
 
     output_dir: Path = key(Path(), "folder of the study: has report.toml, runs/, sweeps/ and fig/, gets report.md")
     check: bool = key(False, "write nothing: exit with 1 if report.md is not what the records give")
+    collect: bool = key(False, "first write report.toml, from the finished runs; it replaces an existing one")
 
 
 def build(study: Study, content: Mapping[str, Any]) -> str:
@@ -66,6 +69,10 @@ def first_difference(page: str, made: str) -> str | None:
 
 def main(config: ReportConfig) -> None:
     """report.toml and the records → report.md, or a check of it."""
+    if config.collect:
+        if config.check:
+            raise UsageError("--collect writes report.toml and --check writes nothing: use one of them")
+        collect(config.output_dir)
     study = Study(config.output_dir)
     content = facts(study)
     ablation, compared = (

@@ -6,10 +6,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.config import closest
 from common.errors import Fault, UsageError
 from common.records import Record, is_finished, read_json, run_folder
 
-SECTIONS = ("task1", "task2", "task3", "task4", "task5", "baselines")
+SECTIONS: dict[str, dict[str, type]] = {  # the keys of each section
+    "task1": {"runs": list},
+    "task2": {"run": str},
+    "task3": {"runs": list},
+    "task4": {"ablation": str, "search": str},
+    "task5": {"comparison": str},
+    "baselines": {"runs": list},
+}
 TASKS = {  # of the runs in a section
     "task1": "task1",
     "task3": "task3",
@@ -20,27 +28,38 @@ TASKS = {  # of the runs in a section
 
 
 class Study:
-    """A study's folder: reads the records that report.toml names, and remembers which figures the page shows."""
+    """A study's folder: reads the records that a selection names, and remembers which figures the page shows."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, selection: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+        """Read report.toml, unless `selection` has its content; UsageError names an unknown section or key."""
         self.folder = folder
         self.linked: list[str] = []
         self.read: dict[str, Record] = {}  # every run that the page shows, by its id
         path = folder / "report.toml"
         try:
-            self.selection = tomllib.loads(path.read_text(encoding="utf-8"))
+            self.selection = selection or tomllib.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise UsageError(f"{path}: no such file; it names the runs to show (make report writes one)") from None
+            raise UsageError(
+                f"{path}: no such file; it names the runs to show; "
+                "python -m study.report --collect writes it from the finished runs"
+            ) from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise UsageError(f"{path}: {error}") from None
-        for name in self.selection:
-            if name not in SECTIONS:
-                raise UsageError(f"{path}: unknown section {name}; known are {', '.join(SECTIONS)}")
+        for section, keys in self.selection.items():
+            if section not in SECTIONS:
+                raise UsageError(f"{path}: unknown section {section}; known are {', '.join(SECTIONS)}")
+            if not isinstance(keys, Mapping):
+                raise UsageError(f"{path}: {section} must be a section, [{section}] on a line")
+            for name in keys:
+                if name not in SECTIONS[section]:
+                    hint = closest(name, list(SECTIONS[section])) or f"; known: {', '.join(SECTIONS[section])}"
+                    raise UsageError(f"{path}: unknown key {name} in [{section}]{hint}")
 
-    def named(self, section: str, name: str, kind: type) -> Any:
+    def named(self, section: str, name: str) -> Any:
         """The value of a key of report.toml; UsageError where it is missing or of another type."""
-        value = self.selection.get(section, {}).get(name)
-        if not isinstance(value, kind) or not value:
+        value, kind = self.selection.get(section, {}).get(name), SECTIONS[section][name]
+        names = value if isinstance(value, list) else [value]
+        if not isinstance(value, kind) or not value or not all(isinstance(one, str) for one in names):
             example = '["RUN_ID", …]' if kind is list else f'"{name.upper()}"'
             raise UsageError(f"{self.folder / 'report.toml'}: [{section}] needs {name} = {example}")
         return value
@@ -65,7 +84,7 @@ class Study:
     def trained(self) -> dict[str, list[Record]]:
         """The runs of every section that trains, by the task's name."""
         everything = {
-            title: self.runs(section, self.named(section, "runs", list))
+            title: self.runs(section, self.named(section, "runs"))
             for title, section in (("Task 1", "task1"), ("Task 3", "task3"))
             if section in self.selection
         }
@@ -77,14 +96,19 @@ class Study:
 
     def attribution(self) -> Mapping[str, Any]:
         """The record of Task 2; UsageError where it is missing."""
-        run_id = self.named("task2", "run", str)
+        run_id = self.named("task2", "run")
         path = self.folder / "runs" / run_id / "attribution.json"
         if not path.exists():
             raise UsageError(
                 f"report.toml names run {run_id} for Task 2, which is not explained yet: {path} is missing; "
                 f"python task2.py --run_id {run_id} makes it"
             )
+        self.runs("task2", [run_id])
         content: Mapping[str, Any] = read_json(path)
+        if content["run_id"] != run_id:
+            raise UsageError(
+                f"{path}: explains run {content['run_id']}; python task2.py --run_id {run_id} makes it"
+            )
         return content
 
     def ablation(self) -> dict[str, list[Record]]:
@@ -99,7 +123,14 @@ class Study:
         """The search's trials, the best one first; none where report.toml names no search."""
         if not self.selection.get("task4", {}).get("search"):
             return []
-        return self.sweep_table("search", "table.csv", "sweep.yaml")
+        lines = self.sweep_table("search", "table.csv", "sweep.yaml")
+        for shown in list(self.read.values())[:1]:  # the page has one kind of tiles
+            for trial in (line["run_id"] for line in lines):
+                facts = self.provenance(trial)
+                tiles = (shown.summary["synthetic"], shown.config["size"])
+                if (facts["synthetic"], facts["config"]["size"]) != tiles:
+                    raise UsageError(f"report.toml: trial {trial} and run {shown.run_id} have other tiles")
+        return lines
 
     def provenance(self, run_id: str) -> Mapping[str, Any]:
         """The config.json of a run, finished or not; Fault where it is missing."""
@@ -108,7 +139,7 @@ class Study:
 
     def comparison(self) -> Mapping[str, Any]:
         """Task 5's comparison; UsageError where it is missing."""
-        name = self.named("task5", "comparison", str)
+        name = self.named("task5", "comparison")
         path = self.folder / "runs" / name / "comparison.json"
         if not path.exists():
             raise UsageError(f"{path}: missing; python task5.py --run_id {name} makes it")
@@ -133,7 +164,7 @@ class Study:
 
     def sweep_table(self, key: str, file: str, sweep: str) -> list[dict[str, str]]:
         """The lines of a table of the ablation or the search; UsageError where it is missing."""
-        path = self.folder / "sweeps" / self.named("task4", key, str) / file
+        path = self.folder / "sweeps" / self.named("task4", key) / file
         if not path.exists():
             raise UsageError(f"{path}: missing; python -m study.sweep {sweep} makes it")
         with open(path, newline="", encoding="utf-8") as table:

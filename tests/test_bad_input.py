@@ -204,7 +204,7 @@ FILES: list[tuple[Make, str, int, str]] = [
     (finished_task1(b""), EXPLAIN, 1, r"best\.pt: not a readable checkpoint"),
     (finished_task1(Bomb()), EXPLAIN, 1, r"best\.pt: not a readable checkpoint"),
     (finished_task1([1, 2]), EXPLAIN, 1, r"best\.pt: not a checkpoint of this project"),
-    (finished_task1({"state_dict": {"a": torch.zeros(1)}}), EXPLAIN, 2, r"best\.pt"),
+    (finished_task1({"state_dict": {"a": torch.zeros(1)}}), EXPLAIN, 1, r"best\.pt: has no 'model_name'"),
     (weights(b""), TUNE, 2, r"w\.pth: not a file of weights"),
     (weights(b"\x80\x02torn"), TUNE, 2, r"w\.pth: not a file of weights"),
     (weights(Bomb()), TUNE, 2, r"w\.pth: not a file of weights"),

@@ -8,9 +8,11 @@ import pytest
 import task1
 from common import checkpoint
 from common.config import parse
+from common.data import load_dataset
 from common.errors import UsageError
 from common.metrics import accuracy, auc, softmax
 from common.models import build_model
+from common.trained import load_trained
 
 
 def run_task1(*arguments: str) -> None:
@@ -87,6 +89,14 @@ def test_the_records_agree_with_one_another(finished: Path) -> None:
 def test_the_best_checkpoint_is_a_plain_torchvision_network(finished: Path) -> None:
     saved = checkpoint.load(finished / "checkpoints/r/best.pt")
     build_model(saved["model_name"], len(saved["class_names"]), saved["size"]).load_state_dict(saved["state_dict"])
+
+
+def test_the_best_checkpoint_labels_the_test_tiles_as_the_run_did(finished: Path, phantom_root: Path) -> None:
+    trained = load_trained(finished / "checkpoints/r/best.pt")
+    probabilities = trained(load_dataset("phantom", 28, phantom_root, 90).test.images)
+    with np.load(finished / "runs/r/scores.npz") as scores:
+        np.testing.assert_allclose(probabilities, softmax(scores["best_logits"]), atol=2e-3)
+    assert len(trained.class_names) == 9
 
 
 def test_a_finished_run_is_not_overwritten(finished: Path, phantom_root: Path) -> None:

@@ -1,0 +1,67 @@
+"""A trained network from its checkpoint, with all that it needs to label pictures.
+
+from common.trained import load_trained
+
+trained = load_trained("checkpoints/RUN_ID/best.pt")
+probabilities = trained(images)    # uint8 (N, 3, H, W), H = W = trained.size; float32 (N, 9)
+names = [trained.class_names[label] for label in probabilities.argmax(1)]
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from common import checkpoint
+from common.errors import Fault, first_line
+from common.models import build_model
+from common.pretrained import Preset, Weights, build_fine_tuned
+from common.tiles import network_inputs
+
+
+class Trained(nn.Module):
+    """A trained network: tiles (N, 3, size, size) uint8 in, probabilities of the classes (N, C) float32 out.
+
+    `network` takes what `inputs` returns and returns logits. `size` is the side in pixels of the tiles on which it
+    was trained, `input_size` their side after resizing.
+    """
+
+    def __init__(
+        self, network: nn.Module, model_name: str, class_names: tuple[str, ...], size: int, input_size: int
+    ) -> None:
+        super().__init__()
+        self.network, self.model_name, self.class_names = network, model_name, class_names
+        self.size, self.input_size = size, input_size
+
+    def inputs(self, images: torch.Tensor) -> torch.Tensor:
+        """The network's inputs (N, 3, input_size, input_size) float32, normalised to -1..1."""
+        return network_inputs(images, self.input_size)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Probabilities (N, C) float32 of tiles (N, 3, size, size) uint8."""
+        return self.network(self.inputs(images)).softmax(1)  # type: ignore[no-any-return]
+
+
+def load_trained(path: Path | str, device: torch.device | str = "cpu") -> Trained:
+    """The network of a best.pt of Tasks 1, 3 or 5: frozen, in eval mode, on the device.
+
+    Raises Fault where the file cannot be read, or is no such checkpoint.
+    """
+    saved = checkpoint.load(Path(path))
+    try:
+        name, class_names, config = saved["model_name"], tuple(saved["class_names"]), saved["config"]
+        weights, side = saved["state_dict"], config.get("resize_to") or config["size"]
+    except KeyError as error:
+        raise Fault(f"{path}: has no {error}: not a best.pt of this project") from None
+    if "mean" in weights:  # of a FineTunedNetwork, which changes the inputs to those of its first training
+        preset = Preset(side, *(tuple(weights[part].flatten().tolist()) for part in ("mean", "std")))
+        unknown = Weights("none", "random initialisation", None, None, preset)
+        network: nn.Module = build_fine_tuned(name, len(class_names), unknown, side, config["train_part"])
+    else:
+        network = build_model(name, len(class_names), side)
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise Fault(f"{path}: its weights do not fit a {name} ({first_line(error)}); train again") from error
+    network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Trained(network, name, class_names, config["size"], side).eval().requires_grad_(False)

@@ -1,0 +1,152 @@
+"""A report.toml of what is finished in runs/ and sweeps/: of each task the largest set of comparable runs."""
+
+import csv
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from common.errors import Fault, UsageError
+from common.files import write_text
+from common.records import Record, is_finished, read_json
+from study.report_facts import APART, facts
+from study.report_selection import Study
+
+HEADER = "# Which runs report.md shows. `python -m study.report --collect` wrote this file; edit it as you like.\n"
+Selection = dict[str, dict[str, Any]]
+
+
+def collect(folder: Path) -> None:
+    """Write report.toml, and print which runs it names and which it leaves out, with the reason.
+
+    Raises UsageError where no run of Tasks 1, 3 or 5 is finished.
+    """
+    left: dict[str, str] = {}  # by run
+    records = comparable(finished(folder, left), left)
+    selection: Selection = {}
+    for section, content, run_ids in candidates(folder, records, left):
+        try:
+            facts(Study(folder, {**selection, section: content}))
+        except (UsageError, Fault) as error:
+            left |= dict.fromkeys(run_ids, str(error))
+        else:
+            selection[section] = content
+    if not selection:
+        raise UsageError(f"{folder / 'runs'}: no finished run to show; python task1.py makes one")
+    text = HEADER
+    for section, content in sorted(selection.items()):
+        text += f"[{section}]\n" + "".join(f"{name} = {json.dumps(value)}\n" for name, value in content.items())
+    write_text(folder / "report.toml", text)
+    print(f"{folder / 'report.toml'}:\n{text.removeprefix(HEADER)}", end="")
+    for reason in dict.fromkeys(left.values()):
+        print(f"left out: {', '.join(run_id for run_id in left if left[run_id] == reason)}: {reason}")
+
+
+def finished(folder: Path, left: dict[str, str]) -> list[Record]:
+    """The records of the finished runs, the oldest first; `left` gets the others."""
+    records = []
+    for path in (folder / "runs").glob("*/config.json"):
+        run_id = path.parent.name
+        try:
+            if is_finished(folder, run_id):
+                records.append(Record.read(folder, run_id))
+            else:
+                left[run_id] = "not finished"
+        except Fault as fault:
+            left[run_id] = str(fault)
+    return sorted(records, key=started)
+
+
+def comparable(records: Sequence[Record], left: dict[str, str]) -> list[Record]:
+    """The records of one kind of tiles and one size, because one page shows only such; `left` gets the others.
+
+    Real tiles come before generated ones, then the size that most tasks have, then the newest.
+    """
+
+    def tiles(record: Record) -> tuple[bool, int]:
+        return record.summary["synthetic"], record.config["size"]
+
+    def preference(kind: tuple[bool, int]) -> tuple[bool, int, str]:
+        of_kind = [record for record in records if tiles(record) == kind]
+        return not kind[0], len({record.facts["task"] for record in of_kind}), started(of_kind[-1])
+
+    best = max(map(tiles, records), key=preference, default=None)
+    left |= {record.run_id: "other tiles than the page's" for record in records if tiles(record) != best}
+    return [record for record in records if tiles(record) == best]
+
+
+def candidates(
+    folder: Path, records: Sequence[Record], left: dict[str, str]
+) -> Iterable[tuple[str, dict[str, Any], list[str]]]:
+    """The section, its content, and the runs that it shows; `left` gets the runs that stand in no section."""
+    tables = {path: read_table(path) for path in sorted((folder / "sweeps").glob("*/*.csv"))}
+    ablations = [path for path, lines in tables.items() if path.name == "runs.csv" and "ablation" in lines[0]]
+    searches = [path for path, lines in tables.items() if path.name == "table.csv" and "run_id" in lines[0]]
+    trials = {line["run_id"] for path in searches for line in tables[path]}
+    compared = {
+        path.parent.name: [run["run_id"] for runs in read_json(path)["runs"].values() for run in runs]
+        for path in (folder / "runs").glob("*/comparison.json")
+    }
+    first: list[Record] = []
+    for section in ("task1", "task3"):
+        of_task = [record for record in records if record.facts["task"] == section and record.run_id not in trials]
+        if group := largest_group(of_task):
+            first = first or group
+            run_ids = [record.run_id for record in group]
+            rows = {line["run_id"] for path in ablations for line in tables[path]}
+            others = [one.run_id for one in of_task if one.run_id not in (*run_ids, *rows)]
+            left |= dict.fromkeys(
+                others, f"not another seed of {group[0].run_id}, or an older run of the same seed"
+            )
+            yield section, {"runs": run_ids}, run_ids
+    tuned = [record for record in records if record.facts["task"] == "task5"]
+    pairs = {name: [one for one in tuned if one.run_id in run_ids] for name, run_ids in compared.items()}
+    if pairs:
+        chosen = max(pairs, key=lambda name: preference_of(pairs[name]))
+        yield "task5", {"comparison": chosen}, compared[chosen]
+        others = [record.run_id for record in tuned if record.run_id not in compared[chosen]]
+        left |= dict.fromkeys(others, f"not of the comparison {chosen}")
+    else:
+        left |= dict.fromkeys([record.run_id for record in tuned], "no comparison with a run from scratch")
+    for path in ablations[-1:]:
+        names = {"ablation": path.parent.name}
+        if searches:
+            names["search"] = searches[-1].parent.name
+        yield "task4", names, [line["run_id"] for line in tables[path]]
+    explained = [one for one in records if (one.folder / "attribution.json").exists()]
+    for record in sorted(explained, key=lambda one: one in first)[-1:]:  # rather one of the page's Task 1
+        yield "task2", {"run": record.run_id}, []
+
+
+def largest_group(records: Sequence[Record]) -> list[Record]:
+    """The runs that differ in their seed alone, the newest of each seed, sorted by seed.
+
+    Of several such groups: Task 3's reference row, then most training tiles, most seeds, the newest.
+    """
+    groups: dict[str, dict[int, Record]] = {}
+    for record in records:
+        same = {name: value for name, value in sorted(record.config.items()) if name not in APART}
+        groups.setdefault(json.dumps([same, record.summary["data_fingerprint"]]), {})[record.config["seed"]] = (
+            record
+        )
+    best = max((list(group.values()) for group in groups.values()), key=preference_of, default=[])
+    return sorted(best, key=lambda record: record.config["seed"])
+
+
+def preference_of(group: Sequence[Record]) -> tuple[Any, ...]:
+    """The larger, the rather a group of runs is shown."""
+    if not group:
+        return (False,)
+    reference = group[0].config.get("ablation", "combined") == "combined"
+    return reference, group[0].summary["tiles"]["train"], len(group), max(map(started, group))
+
+
+def started(record: Record) -> str:
+    """When a run was started, in a form that sorts by time."""
+    return str(record.facts["started"])
+
+
+def read_table(path: Path) -> list[Mapping[str, str]]:
+    """The lines of a sweep's table."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file)) or [{}]

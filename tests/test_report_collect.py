@@ -1,0 +1,172 @@
+"""What may stand together in a report, the selection of what is finished, and the table of runs."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+
+from common.config import run_script
+from common.errors import UsageError
+from common.files import write_csv
+from study import runs
+from study.report_collect import collect
+from study.report_facts import facts
+from study.report_selection import Study
+
+
+def add(folder: Path, run_id: str, *, config: dict[str, Any] | None = None, **changes: Any) -> Path:
+    """Copy the record of the committed run task1-0 under another name, with other facts and keys."""
+    run: Path = shutil.copytree(ROOT / "runs/task1-0", folder / "runs" / run_id)
+    if "attribution" in changes:
+        changes.pop("attribution")
+        content = json.loads((run / "attribution.json").read_text())
+        (run / "attribution.json").write_text(json.dumps({**content, "run_id": run_id}))
+    else:
+        (run / "attribution.json").unlink()
+    for name in ("config.json", "summary.json"):
+        content = json.loads((run / name).read_text()) | {"run_id": run_id, **changes}
+        if name == "config.json":
+            content["config"] |= {"run_id": run_id, **(config or {})}
+        (run / name).write_text(json.dumps(content))
+    return run
+
+
+def selected(folder: Path, text: str) -> None:
+    (folder / "report.toml").write_text(text)
+    facts(Study(folder))
+
+
+def test_the_largest_group_of_each_task_is_selected_and_the_rest_is_named_with_the_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add(tmp_path, "old", started="2026-01-01")
+    add(tmp_path, "new", started="2026-01-02", attribution=True)
+    add(tmp_path, "other-seed", started="2026-01-03", config={"seed": 1})
+    add(tmp_path, "other-lr", started="2026-01-04", config={"lr": 0.1}, attribution=True)
+    add(tmp_path, "phantom", started="2026-01-05", synthetic=True)
+    add(tmp_path, "large", started="2026-01-06", config={"size": 64})
+    add(tmp_path, "three", started="2026-01-07", task="task3", config={"ablation": "combined"})
+    add(tmp_path, "row", started="2026-01-08", task="task3", config={"ablation": "with_ema"})
+    add(tmp_path, "trial", started="2026-01-09", task="task3", config={"ablation": "combined", "lr": 0.2})
+    add(tmp_path, "tuned", started="2026-01-10", task="task5")
+    (add(tmp_path, "torn") / "history.csv").unlink()
+    (add(tmp_path, "stopped") / "summary.json").unlink()
+    (tmp_path / "sweeps" / "search").mkdir(parents=True)
+    write_csv(tmp_path / "sweeps" / "search" / "table.csv", [{"run_id": "trial", "lr": 0.2}])
+    collect(tmp_path)
+    text = (tmp_path / "report.toml").read_text()
+    assert text.splitlines()[1:] == [
+        *("[task1]", 'runs = ["new", "other-seed"]', "[task2]", 'run = "new"', "[task3]", 'runs = ["three"]'),
+    ]
+    facts(Study(tmp_path))
+    printed = capsys.readouterr().out
+    for run_ids, reason in (
+        ("stopped", "not finished"),
+        ("torn", r".*history\.csv: not a readable record"),
+        ("phantom, large", "other tiles than the page's"),
+        ("old, other-lr", "not another seed of new, or an older run"),
+        ("row", "not another seed of three"),
+        ("tuned", "no comparison"),
+    ):
+        assert re.search(f"^left out: {run_ids}: {reason}", printed, re.MULTILINE), run_ids
+
+
+def test_only_generated_tiles_make_a_page_too_and_no_run_at_all_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no finished run to show; python task1\.py makes one"):
+        collect(tmp_path)
+    add(tmp_path, "phantom", synthetic=True)
+    collect(tmp_path)
+    assert Study(tmp_path).selection == {"task1": {"runs": ["phantom"]}}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("task1 = 3", r"task1 must be a section, \[task1\] on a line"),
+        ('[task1]\nrun = ["a"]', r"unknown key run in \[task1\]; did you mean runs\?"),
+        ('[task2]\nseeds = "a"', r"unknown key seeds in \[task2\]; known: run"),
+        ("[task1]\nruns = [1]", r'\[task1\] needs runs = \["RUN_ID", …\]'),
+        ('[task1]\nruns = ["a", "a"]', "of the runs a, a, two have the same seed"),
+        ('[task1]\nruns = ["a", "copy"]', "of the runs a, copy, two have the same seed"),
+        ('[task1]\nruns = ["a", "lr"]', "the runs a, lr differ in lr"),
+        ('[task1]\nruns = ["a", "network"]', "the runs a, network differ in model_name"),
+        ('[task1]\nruns = ["a", "three"]', r"run three in \[task1\] is a run of task3"),
+        ('[task1]\nruns = ["a"]\n[task3]\nruns = ["phantom-3"]', "generated tiles and tiles of PathMNIST"),
+        ('[task1]\nruns = ["a"]\n[task2]\nrun = "phantom"', "generated tiles and tiles of PathMNIST"),
+        ('[task1]\nruns = ["a"]\n[task2]\nrun = "three"', r"run three in \[task2\] is a run of task3"),
+        ('[task1]\nruns = ["a"]\n[task2]\nrun = "a"', "explains run b"),
+        ('[task1]\nruns = ["a"]\n[task2]\nrun = "lr"', "not explained yet"),
+    ],
+)
+def test_what_may_not_stand_together_is_refused_by_name(text: str, message: str, tmp_path: Path) -> None:
+    explained = add(tmp_path, "a", attribution=True) / "attribution.json"
+    explained.write_text(explained.read_text().replace('"run_id": "a"', '"run_id": "b"'))
+    add(tmp_path, "copy")
+    add(tmp_path, "lr", config={"seed": 1, "lr": 0.1})
+    add(tmp_path, "network", config={"seed": 1, "model_name": "resnet34"})
+    add(tmp_path, "three", task="task3", attribution=True)
+    add(tmp_path, "phantom", synthetic=True, attribution=True)
+    add(tmp_path, "phantom-3", task="task3", synthetic=True)
+    with pytest.raises(UsageError, match=message):
+        selected(tmp_path, text)
+
+
+def test_a_search_on_other_tiles_is_refused(tmp_path: Path) -> None:
+    add(tmp_path, "a")
+    add(tmp_path, "trial", task="task3", synthetic=True)
+    write_csv(tmp_path / "sweeps" / "s" / "table.csv", [{"run_id": "trial"}])
+    study = Study(tmp_path, {"task1": {"runs": ["a"]}, "task4": {"search": "s"}})
+    study.trained()
+    with pytest.raises(UsageError, match="trial trial and run a have other tiles"):
+        study.search()
+
+
+def test_the_table_of_runs_has_each_state(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    add(tmp_path, "done", started="2026-01-02T00:00:00+00:00")
+    for run_id, started in (("running", "2026-01-03T00:00:00+00:00"), ("stopped", "2026-01-01T00:00:00+00:00")):
+        run = add(tmp_path, run_id, started=started)
+        (run / "summary.json").unlink()
+        (run / ".lock").touch()
+    (add(tmp_path, "torn") / "config.json").write_text("{")
+    hold = "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX); print(); input()"
+    command = [sys.executable, "-c", hold, str(tmp_path / "runs/running/.lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        process.stdout.readline()
+        run_script(runs.main, runs.RunsConfig, [f"--output_dir={tmp_path}"])
+        process.communicate(b"\n")
+    table = capsys.readouterr().out
+    assert "\x1b" not in table  # no colour outside a terminal
+    lines = [line.split() for line in table.splitlines()]
+    assert [line[0] for line in lines] == ["run", "torn", "stopped", "done", "running"]
+    assert lines[1][1:] == ["damaged"]
+    assert "stopped (5 of 5 epochs)" in " ".join(lines[2])
+    assert "finished 0.9468 0.8149" in " ".join(lines[3])
+    assert "running (5 of 5 epochs)" in " ".join(lines[4])
+
+
+def test_states_are_coloured_on_a_terminal_only_and_not_where_no_color_is_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert runs.in_colour()
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not runs.in_colour()
+    monkeypatch.delenv("NO_COLOR")
+    monkeypatch.setenv("TERM", "dumb")
+    assert not runs.in_colour()
+
+
+def test_a_folder_without_runs_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_script(runs.main, runs.RunsConfig, [f"--output_dir={tmp_path}"])
+    assert ended.value.code == 2
+    assert "no runs here; python task1.py makes one" in capsys.readouterr().err
