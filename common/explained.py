@@ -13,7 +13,7 @@ from torch import nn
 from common import checkpoint
 from common.compute import Compute
 from common.data import Dataset
-from common.errors import Fault, UsageError, first_line
+from common.errors import Fault, UsageError
 from common.models import build_model
 from common.pathmnist import CLASS_NAMES
 
@@ -97,13 +97,12 @@ def load_network(path: Path, size: int, compute: Compute) -> nn.Module:
     Raises UsageError for another architecture or number of classes, Fault for a checkpoint that cannot be read.
     """
     saved = checkpoint.load(path)
-    name, classes, expected = saved.get("model_name"), len(saved.get("class_names", ())), len(CLASS_NAMES)
-    if (name, classes) != (MODEL_NAME, expected):
-        raise UsageError(f"{path}: {name} with {classes} classes; Task 2 explains a {MODEL_NAME} with {expected}")
-    model = build_model(MODEL_NAME, classes, size)
-    try:
-        model.load_state_dict(saved["state_dict"])
-    except (KeyError, RuntimeError) as error:
-        raise Fault(f"{path}: its weights do not fit a {MODEL_NAME} ({first_line(error)}); train again") from error
+    name, classes = saved.get("model_name"), saved.get("class_names")
+    if name != MODEL_NAME or classes != list(CLASS_NAMES):
+        raise UsageError(f"{path}: a {name} with the classes {classes}; Task 2 explains a {MODEL_NAME} of Task 1")
+    model = build_model(MODEL_NAME, len(CLASS_NAMES), size)
+    if problem := checkpoint.state_problem(saved.get("state_dict"), model.state_dict()):
+        raise Fault(f"{path}: its weights are no trained {MODEL_NAME}'s ({problem}); train again")
+    model.load_state_dict(saved["state_dict"])
     model.to(compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model.eval().requires_grad_(False)
