@@ -48,7 +48,7 @@ def facts(study: Study) -> dict[str, Any]:
     ablation = {row: Group(records) for row, records in study.ablation().items()} if "task4" in chosen else {}
     compared = {kind: Group(records) for kind, records in study.compared().items()} if "task5" in chosen else {}
     baselines = grouped(
-        study.runs("baselines", study.named("baselines", "runs", list)) if "baselines" in chosen else []
+        study.runs("baselines", study.named("baselines", "runs")) if "baselines" in chosen else []
     )
     if len({record.summary["synthetic"] for record in study.read.values()}) > 1:
         raise UsageError("report.toml: generated tiles and tiles of PathMNIST cannot stand on one page")

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import example_records
 import pytest
 import torch
 import yaml
@@ -42,7 +43,7 @@ from wandb_server import WandbServer
 from common.compute import physical_cores
 from common.config import parse
 from common.errors import Fault, UsageError
-from common.files import locked
+from common.files import locked, write_csv
 from study import ablation, sweep, trials
 from study.sweep_file import Range, read_sweep
 from study.trials import Running, Trial, TrialRecords, Workers
@@ -537,25 +538,23 @@ def report(
         if score is None:
             continue
         config = records.sweep.config({**trial.values, "run_id": trial.run_id}).as_dict()
+        facts = {**example_records.facts(config, "task3"), "dataset": "no data", "synthetic": False}
+        row = {**example_records.row(1, 0.8), "validate/auc": 0.9}
         summary = {
-            "dataset": "no data",
-            "synthetic": False,
-            "data_fingerprint": "f",
+            **example_records.summary(facts, [row], 0.9, score),
             "tiles": {"train": 1000, "val": 10, "test": 20},
-            "test/auc": 0.9,
-            "test/acc": score,
-            "best": {"epoch": 1},
-            "validate": {"validate/acc": 0.8, "validate/auc": 0.9},
             "stopped": "all 1 epochs done",
             "wall_seconds": 1.5,
         }
         if views and trial.values["row"] != "b":
-            summary |= {"tta": {"acc": {"value": score + 0.01}, "auc": {"value": 0.95}}}
+            interval = {"low": 0.0, "high": 1.0}
+            scores = {"acc": {"value": score + 0.01, **interval}, "auc": {"value": 0.95, **interval}}
+            summary |= {"tta": {**summary["best"], **scores}}
         summary |= others.get(trial.run_id, {})
         folder = output / "runs" / trial.run_id
         folder.mkdir(parents=True)
-        (folder / "config.json").write_text(json.dumps({"config": config, "commit": "abc"}))
-        (folder / "history.csv").write_text("epoch,validate/acc\n1,0.8\n")
+        (folder / "config.json").write_text(json.dumps(facts))
+        write_csv(folder / "history.csv", [row])
         (folder / "summary.json").write_text(json.dumps(summary))
     ablation.report(trials, records)
     return (output / "sweeps/try/table.md").read_text()
