@@ -119,7 +119,7 @@ class Step:
 
 
 def main(config: StudyConfig) -> None:
-    """Missing runs → report.toml, where there is none → report.md."""
+    """report.toml, where there is none → missing runs → report.md."""
     for program in ("task1.py", "ablation.yaml"):
         if not Path(program).exists():
             raise UsageError(f"{program}: no such file here; start the study in the repository's folder")
@@ -130,10 +130,10 @@ def main(config: StudyConfig) -> None:
             print(f"{config.output_dir}: a study is running here, or a step of a killed one; waiting", flush=True)
     with locked(path, wait=True) as lock:
         assert lock is not None
+        selection = config.output_dir / "report.toml"
+        if not selection.exists():
+            write_text(selection, toml(config))
         run_steps(steps(config), lock)
-    selection = config.output_dir / "report.toml"
-    if not selection.exists():
-        write_text(selection, toml(config))
     print()
     report.main(report.ReportConfig(output_dir=config.output_dir))
     print(f"the study is finished: open {(config.output_dir / 'report.md').resolve()}")
@@ -184,6 +184,8 @@ def steps(config: StudyConfig) -> list[Step]:
     keys = baseline_keys(config)
     complete = all(is_finished(config.output_dir, run_id) for run_id in parse(BaselinesConfig, keys, "").runs)
     found.append(Step("baselines", ["-m", "study.baselines", *keys], complete))
+    analysed = (config.output_dir / "analysis.json").exists()
+    found.append(Step("analysis", ["-m", "study.analysis", output, *shared], analysed))
     return found
 
 

@@ -1,12 +1,15 @@
 """What the template of report.md may use: the records of a study as typed facts, and the published scores."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from common.errors import UsageError
+from common.metrics import Estimate, recalls
 from common.pathmnist import COUNTS
-from common.statistics import Comparison, compare, interval
+from common.statistics import SIGNIFICANT, Comparison, Spread, compare, interval, spread
 from study.ablation import identical_rows
 from study.forecast import LEAST_GROUPS, LEAST_RUNS, LOWER_IS_BETTER, forecast
 from study.groups import Group, grouped
@@ -40,6 +43,55 @@ REFERENCES = {  # by task, the coursework's first
 }
 
 
+@dataclass(frozen=True)
+class Analysed:
+    """The runs of a task in the record of study/analysis.py.
+
+    `only_right` are the mean numbers of tiles that only ours or only the published network classifies rightly,
+    `p` is the largest p of McNemar's exact tests, one per run. `matched` has, for each matching of colours, the
+    test ACC and the share of the gap between test and validation ACC that closes; it is empty without checkpoints.
+    """
+
+    group: Group
+    only_right: Mapping[str, float]
+    p: float
+    verdict: str
+    matched: Mapping[str, tuple[Estimate, Spread]]
+
+    @classmethod
+    def of(cls, group: Group, analysis: Mapping[str, Any]) -> "Analysed":
+        """What the record contains about these runs."""
+        runs = [record.run_id for record in group.records]
+        pairs = [analysis["published"]["only_right"][run] for run in runs] if analysis["published"] else []
+        p = max((mcnemar(**pair) for pair in pairs), default=math.nan)
+        directions = {"better" if pair["ours"] > pair["theirs"] else "worse" for pair in pairs}
+        matched = {}
+        for name, scores in analysis["matched"].items():
+            after, shares = [], []
+            for record in group.records:
+                if record.run_id in scores:
+                    after.append(scores[record.run_id]["acc"])
+                    before, goal = (record.scores[score] for score in ("test/acc", "validate/acc"))
+                    shares.append((after[-1] - before) / (goal - before) if goal != before else math.nan)
+            if after:
+                over = spread(after)
+                matched[name] = Estimate(over.mean, max(over.low, 0), min(over.high, 1)), spread(shares)
+        return cls(
+            group,
+            {whose: fmean(pair[whose] for pair in pairs) for whose in ("ours", "theirs") if pairs},
+            p,
+            directions.pop() if len(directions) == 1 and p < SIGNIFICANT else "cannot be decided",
+            matched,
+        )
+
+
+def mcnemar(ours: int, theirs: int) -> float:
+    """The p value of McNemar's exact test of two networks, from the tiles that only one of them gets right."""
+    from scipy.stats import binomtest  # half a second of import
+
+    return float(binomtest(ours, ours + theirs).pvalue) if ours + theirs else 1.0
+
+
 def facts(study: Study) -> dict[str, Any]:
     """The template's variables. Raises UsageError or Fault naming the first record that is missing."""
     chosen = study.selection
@@ -62,6 +114,13 @@ def facts(study: Study) -> dict[str, Any]:
     }
     sources["Baselines"] = [record.facts for group in baselines for record in group.records]
     sources["Task 2"] = [attribution] if attribution else []
+    analysis = study.analysis()
+    sources["Analysis"] = [analysis] if analysis else []
+    analysed = {}
+    for task, group in tasks.items():
+        runs = [record for record in group.records if analysis and record.run_id in analysis["runs"]]
+        if analysis and runs:
+            analysed[task] = Analysed.of(Group(runs), analysis)
     search = study.search()
     sources["Task 4, search"] = [study.provenance(trial["run_id"]) for trial in search]
     return {
@@ -79,6 +138,9 @@ def facts(study: Study) -> dict[str, Any]:
         "baselines": baselines,
         # By test ACC: a network that passes here is better than every baseline.
         "strongest": max(baselines, key=lambda group: group.spread("best", "acc").mean, default=None),
+        "analysis": analysis,
+        "analysed": analysed,
+        "recalls": recalls,
         "forecast": forecast(grouped(record for record in study.read.values() if record.history)),
         "lower_is_better": LOWER_IS_BETTER,
         "least_runs": LEAST_RUNS,

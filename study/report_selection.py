@@ -120,6 +120,10 @@ class Study:
         kinds = self.comparison()["runs"]
         return {kind: self.runs("task5", [run["run_id"] for run in runs]) for kind, runs in kinds.items()}
 
+    def analysis(self) -> Mapping[str, Any] | None:
+        """The record of study/analysis.py; None where the study has none."""
+        return read_json(self.folder / "analysis.json") if self.has("analysis.json") else None
+
     def has(self, path: str) -> bool:
         """Whether the study has this file."""
         return (self.folder / path).is_file()

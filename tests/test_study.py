@@ -20,7 +20,7 @@ import task5
 import train
 from common.config import Keys, parse, run_script
 from study import __main__ as study
-from study import baselines, sweep
+from study import analysis, baselines, sweep
 from study.sweep_file import read_sweep
 
 SCRIPTS: dict[str, type[Keys]] = {
@@ -46,6 +46,8 @@ def test_every_step_is_a_command_that_its_script_accepts(dataset: str, size: int
         if program in SCRIPTS:
             made: Any = parse(SCRIPTS[program], arguments, "")
             scripts += 1
+        elif arguments[0] == "study.analysis":
+            made = parse(analysis.AnalysisConfig, arguments[1:], "")
         elif arguments[0] == "study.baselines":
             made = parse(baselines.BaselinesConfig, arguments[1:], "")
             assert (made.dataset, made.size) == (dataset, size)
