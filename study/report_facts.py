@@ -12,7 +12,8 @@ from common.pathmnist import COUNTS
 from common.statistics import SIGNIFICANT, Comparison, Spread, compare, interval, spread
 from study.ablation import identical_rows
 from study.forecast import LEAST_GROUPS, LEAST_RUNS, LOWER_IS_BETTER, forecast
-from study.groups import Group, grouped
+from study.groups import NETWORKS, TECHNIQUES, Group, grouped
+from study.learning_curve import learning_curves
 from study.report_selection import Study
 
 
@@ -102,6 +103,9 @@ def facts(study: Study) -> dict[str, Any]:
     baselines = grouped(
         study.runs("baselines", study.named("baselines", "runs", list)) if "baselines" in chosen else []
     )
+    judged = [record for record in study.read.values() if record.history]  # a baseline has no epochs
+    extra = study.learning_curve()
+    curves = learning_curves(study.read.values()) if extra else []
     if len({record.summary["synthetic"] for record in study.read.values()}) > 1:
         raise UsageError("report.toml: generated tiles and tiles of PathMNIST cannot stand on one page")
     if len({record.config["size"] for record in study.read.values()}) > 1:
@@ -112,6 +116,7 @@ def facts(study: Study) -> dict[str, Any]:
         task: [record.facts for group in parts.values() for record in group.records]
         for task, parts in groups.items()
     }
+    sources["Learning curve"] = [record.facts for record in extra]
     sources["Baselines"] = [record.facts for group in baselines for record in group.records]
     sources["Task 2"] = [attribution] if attribution else []
     analysis = study.analysis()
@@ -138,10 +143,14 @@ def facts(study: Study) -> dict[str, Any]:
         "baselines": baselines,
         # By test ACC: a network that passes here is better than every baseline.
         "strongest": max(baselines, key=lambda group: group.spread("best", "acc").mean, default=None),
+        "curves": curves,
+        "curve_tiles": sorted({tiles for curve in curves for tiles in curve.tiles}),
+        "networks": NETWORKS,
+        "techniques": TECHNIQUES,
         "analysis": analysis,
         "analysed": analysed,
         "recalls": recalls,
-        "forecast": forecast(grouped(record for record in study.read.values() if record.history)),
+        "forecast": forecast(grouped(judged)),
         "lower_is_better": LOWER_IS_BETTER,
         "least_runs": LEAST_RUNS,
         "least_groups": LEAST_GROUPS,

@@ -9,7 +9,7 @@ from typing import Any
 from common.errors import Fault, UsageError
 from common.records import Record, is_finished, read_json, run_folder
 
-SECTIONS = ("task1", "task2", "task3", "task4", "task5", "baselines")
+SECTIONS = ("task1", "task2", "task3", "task4", "task5", "baselines", "learning_curve")
 TASKS = {  # of the runs in a section
     "task1": "task1",
     "task3": "task3",
@@ -55,7 +55,7 @@ class Study:
         if len({record.summary["data_fingerprint"] for record in records}) > 1:
             raise UsageError(f"report.toml: the runs of [{section}] come from different data sets")
         for record in records:
-            if record.facts["task"] != TASKS[section]:
+            if record.facts["task"] != TASKS.get(section, record.facts["task"]):
                 raise UsageError(
                     f"report.toml: run {record.run_id} in [{section}] is a run of {record.facts['task']}"
                 )
@@ -120,6 +120,15 @@ class Study:
         kinds = self.comparison()["runs"]
         return {kind: self.runs("task5", [run["run_id"] for run in runs]) for kind, runs in kinds.items()}
 
+    def learning_curve(self) -> list[Record]:
+        """The runs of the learning curve, of any task and number of training tiles; none without a curve."""
+        chosen = self.selection.get("learning_curve", {})
+        lines = [
+            line for name in chosen.get("sweeps", []) for line in self._lines(name, "runs.csv", "learning_curve/…")
+        ]
+        run_ids = [*(line["run_id"] for line in lines), *chosen.get("runs", [])]
+        return [self.runs("learning_curve", [run_id])[0] for run_id in run_ids]
+
     def analysis(self) -> Mapping[str, Any] | None:
         """The record of study/analysis.py; None where the study has none."""
         return read_json(self.folder / "analysis.json") if self.has("analysis.json") else None
@@ -137,7 +146,10 @@ class Study:
 
     def sweep_table(self, key: str, file: str, sweep: str) -> list[dict[str, str]]:
         """The lines of a table of the ablation or the search; UsageError where it is missing."""
-        path = self.folder / "sweeps" / self.named("task4", key, str) / file
+        return self._lines(self.named("task4", key, str), file, sweep)
+
+    def _lines(self, name: str, file: str, sweep: str) -> list[dict[str, str]]:
+        path = self.folder / "sweeps" / name / file
         if not path.exists():
             raise UsageError(f"{path}: missing; python -m study.sweep {sweep} makes it")
         with open(path, newline="", encoding="utf-8") as table:
