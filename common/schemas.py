@@ -209,10 +209,36 @@ class Attribution(TypedDict):
     figures: dict[str, str]
 
 
+class OnlyRight(TypedDict):
+    ours: NonNegativeInt
+    theirs: NonNegativeInt
+
+
+class Published(TypedDict):
+    file: str
+    sha256: str
+    scores: CheckedScores
+    only_right: dict[RunId, OnlyRight]
+
+
+class Accuracies(TypedDict):
+    acc: Share
+    balanced_acc: Share
+
+
+class Analysis(TypedDict):
+    dataset: str
+    synthetic: bool
+    runs: list[RunId]
+    published: Published | None
+    matched: dict[str, dict[RunId, Accuracies]]
+
+
 HISTORY: TypeAdapter[Any] = TypeAdapter(Annotated[list[Row], AfterValidator(_check_epochs)])
 BY_FILE: dict[str, TypeAdapter[Any]] = {
     "config.json": TypeAdapter(Facts),
     "summary.json": TypeAdapter(Summary),
     "comparison.json": TypeAdapter(Comparison),
     "attribution.json": TypeAdapter(Attribution),
+    "analysis.json": TypeAdapter(Analysis),
 }

@@ -1,6 +1,6 @@
 """The report's own figures: a run's learning rate, augmentations, validation against test, calibration."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from common.statistics import interval
 from common.tracking import TITLES
 from study.forecast import LOWER_IS_BETTER, Forecast
 from study.groups import Group
+from study.learning_curve import Curve
 
 SHOWN = {
     "none": "original",
@@ -29,6 +30,7 @@ SHOWN = {
 TILES, SIZE = 9, 64
 TASK_COLOURS = {"Task 1": BLUE, "Task 3": VERMILLION, "Task 5": "#009E73"}  # Okabe and Ito's
 TASK_MARKERS = {"Task 1": "o", "Task 3": "s", "Task 5": "D"}
+PALETTE = (BLUE, VERMILLION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
 CALIBRATION_BINS = 10
 
 
@@ -41,6 +43,8 @@ def draw(folder: Path, content: Mapping[str, Any]) -> None:
     title = str(next(iter(tasks.values())).first.summary["dataset"])
     if content["forecast"].correlations:
         scatter(to / "forecast.png", content["forecast"], title)
+    if content["curves"]:
+        learning_curve(to / "learning_curve.png", content["curves"])
     scores = {task: _scores(group) for task, group in tasks.items()}
     calibration(to / "calibration.png", scores, title)
     if ablation:
@@ -100,6 +104,37 @@ def scatter(path: Path, found: Forecast, title: str) -> None:
             axes.set_ylabel("Test ACC")
         figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
         figure.suptitle(f"One dot per run · {title}", fontsize=10)
+        save(figure, path)
+
+
+def learning_curve(path: Path, curves: Sequence[Curve]) -> None:
+    """Draw test ACC and balanced ACC against the number of training tiles, one line per recipe, with intervals."""
+    with style.context(["default", STYLE]):
+        figure = Figure(figsize=(8, 4.2 + 0.22 * len(curves)))
+        panels = figure.subplots(1, 2)
+        for axes, (score, name) in zip(panels, (("acc", "ACC"), ("balanced_acc", "balanced ACC")), strict=True):
+            for place, curve in enumerate(curves):
+                estimates = [group.score("best", score) for group in curve.groups]
+                values, low, high = np.array([(one.value, one.low, one.high) for one in estimates if one]).T
+                colour = PALETTE[place % len(PALETTE)]
+                axes.errorbar(
+                    curve.tiles,
+                    values,
+                    yerr=[values - low, high - values],
+                    color=colour,
+                    marker="o",
+                    markersize=4,
+                    capsize=3,
+                    linewidth=1.5,
+                    linestyle="--" if "baseline" in curve.groups[0].first.config else "-",
+                    label=curve.title,
+                )
+            tiles = sorted({number for curve in curves for number in curve.tiles})
+            axes.set_xscale("log")
+            axes.set_xticks(tiles, [f"{number:,}" for number in tiles], rotation=30)
+            axes.minorticks_off()
+            axes.set(xlabel="Training tiles (logarithmic)", ylabel=f"Test {name}")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center")
         save(figure, path)
 
 
