@@ -89,9 +89,10 @@ def read_plain(file: BinaryIO) -> Any:
         if _is_zip(file):
             with zipfile.ZipFile(file) as archive:
                 # torch.save compresses nothing and sets no attributes: PyTorch reads nothing of a "folder".
-                if any(
-                    info.file_size != info.compress_size or info.external_attr for info in archive.infolist()
-                ) or archive.testzip():
+                if (
+                    any(info.file_size != info.compress_size or info.external_attr for info in archive.infolist())
+                    or archive.testzip()
+                ):
                     raise ValueError
         file.seek(0)
         return torch.load(file, map_location="cpu", weights_only=True)
@@ -140,7 +141,11 @@ def optimizer_problem(given: Any, optimizer: torch.optim.Optimizer) -> str | Non
     if not isinstance(groups, list) or len(groups) != len(own) or not isinstance(given.get("state"), Mapping):
         return "no state of this optimiser"
     for group, expected in zip(groups, own, strict=True):
-        if not isinstance(group, Mapping) or not isinstance(group.get("lr"), float) or not math.isfinite(group["lr"]):
+        if (
+            not isinstance(group, Mapping)
+            or not isinstance(group.get("lr"), float)
+            or not math.isfinite(group["lr"])
+        ):
             return "no state of this optimiser"
         for name in expected.keys() - {"lr"}:  # set anew before each step
             if group.get(name) != expected[name]:

@@ -100,9 +100,7 @@ def facts(study: Study) -> dict[str, Any]:
     attribution = study.attribution() if "task2" in chosen else None
     ablation = {row: Group(records) for row, records in study.ablation().items()} if "task4" in chosen else {}
     compared = {kind: Group(records) for kind, records in study.compared().items()} if "task5" in chosen else {}
-    baselines = grouped(
-        study.runs("baselines", study.named("baselines", "runs")) if "baselines" in chosen else []
-    )
+    baselines = grouped(study.runs("baselines", study.named("baselines", "runs")) if "baselines" in chosen else [])
     judged = [record for record in study.read.values() if record.history]  # a baseline has no epochs
     extra = study.learning_curve()
     curves = learning_curves(study.read.values()) if extra else []

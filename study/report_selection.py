@@ -170,12 +170,16 @@ class Study:
         """Whether the study has this file."""
         return (self.folder / path).is_file()
 
-    def image(self, path: str, alt: str) -> str:
-        """Markdown of a figure; Fault where its file is missing."""
+    def link(self, path: str, text: str) -> str:
+        """Markdown of a link to a figure; Fault where its file is missing."""
         if not self.has(path):
             raise Fault(f"{self.folder / path}: the report shows this figure, and it is missing: make report")
         self.linked.append(path)
-        return f"![{alt}]({path})"
+        return f"[{text}]({path})"
+
+    def image(self, path: str, alt: str) -> str:
+        """Markdown of a figure; Fault where its file is missing."""
+        return f"!{self.link(path, alt)}"
 
     def sweep_table(self, key: str, file: str, sweep: str) -> list[dict[str, str]]:
         """The lines of a table of the ablation or the search; UsageError where it is missing."""
