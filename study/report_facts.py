@@ -13,7 +13,7 @@ from common.statistics import SIGNIFICANT, Comparison, Spread, compare, interval
 from study.ablation import identical_rows
 from study.forecast import LEAST_GROUPS, LEAST_RUNS, LOWER_IS_BETTER, forecast
 from study.groups import NETWORKS, TECHNIQUES, Group, grouped
-from study.learning_curve import learning_curves
+from study.learning_curve import best_at, learning_curves
 from study.report_selection import Study
 
 
@@ -143,6 +143,7 @@ def facts(study: Study) -> dict[str, Any]:
         "strongest": max(baselines, key=lambda group: group.spread("best", "acc").mean, default=None),
         "curves": curves,
         "curve_tiles": sorted({tiles for curve in curves for tiles in curve.tiles}),
+        "best_at": best_at,
         "networks": NETWORKS,
         "techniques": TECHNIQUES,
         "analysis": analysis,

@@ -161,6 +161,8 @@ def learning_curve(path: Path, curves: Sequence[Curve]) -> None:
             axes.set_xticks(tiles, [f"{number:,}" for number in tiles], rotation=30)
             axes.minorticks_off()
             axes.set(xlabel="Training tiles (logarithmic)", ylabel=f"Test {name}")
+        first = curves[0].groups[0].first
+        figure.suptitle(f"{first.summary['dataset'].split(' (')[0]}, {first.config['size']} px", fontsize=10)
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center")
         save(figure, path)
 

@@ -187,6 +187,7 @@ def test_the_page_shows_a_recipe_and_a_baseline_on_fewer_tiles(study: Path) -> N
     assert f"| ResNet-18 from scratch | ACC | 0.250 [0.250, 0.250] | {whole:.3f} [" in page
     assert "| nearest neighbours on colour and gradient statistics | ACC | 0.125 [0.125, 0.125] | " in page
     assert "| MobileNetV3-Large from scratch | ACC |" not in page  # has one number of tiles
+    assert "- With 45 training tiles, ResNet-18 from scratch has the highest mean test ACC: 0.250 [" in page
     assert "this page has 6 and 3." in page  # the runs on fewer tiles are no runs of the tasks
 
 
