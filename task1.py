@@ -20,6 +20,7 @@ import torch
 from common.compute import Compute
 from common.config import TrainingConfig, run_script
 from common.data import load_dataset
+from common.dry_run import describe
 from common.models import build_model
 from common.pathmnist import CLASS_NAMES
 from common.tiles import device_splits
@@ -38,6 +39,9 @@ def main(config: Task1Config) -> None:
     compute.prepare_process()
     torch.manual_seed(config.seed)
     model = build_model(config.model_name, len(CLASS_NAMES), config.input_size)
+    if config.dry_run:
+        describe(config, model, compute)
+        return
     dataset = load_dataset(config.dataset, config.size, config.data_root, config.train_tiles)
     run = Run("task1", config, dataset, compute.name)
     splits = device_splits(dataset, compute.device, config.augmentation, config.resize_to)

@@ -190,6 +190,9 @@ class Config(ScriptConfig):
         super().__post_init__()
         if self.dataset == "phantom" and self.train_tiles is not None and self.train_tiles < 45:
             raise UsageError(f"--train_tiles {self.train_tiles}: must be at least 45 on the phantom")
+        whole = pathmnist.COUNTS["train"]
+        if self.dataset == pathmnist.NAME and self.train_tiles is not None and self.train_tiles > whole:
+            raise UsageError(f"--train_tiles {self.train_tiles}: {pathmnist.TITLE} has {whole:,} training tiles")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,6 +247,9 @@ class TrainingConfig(Config):
         None, "tile side in pixels after resizing, which follows augmentation (default: no resizing)", at_least=8
     )
     tta: bool = key(True, "also score the test tiles averaged over their 8 flips and quarter turns")
+    dry_run: bool = key(
+        False, "check everything, print what the run would do and need, and write nothing", bookkeeping=True
+    )
 
     @property
     def input_size(self) -> int:

@@ -30,6 +30,7 @@ WANDB_PATIENCE = 60.0  # seconds to wait for its server at the start and at the 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CODE = ("*.py", ":(glob)*.yaml", "constraints.txt")  # as git takes paths: what a result depends on
 TITLES = {"task1": "Task 1", "task3": "Task 3", "task5": "Task 5"}
+RESUMABLE = ("last.pt", "previous.pt")  # the checkpoints to continue from, the newer one first
 AXIS_LABELS = {
     "train/loss": "Training loss (cross-entropy, nats)",
     "validate/auc": "Validation AUC (mean over classes, one vs rest)",
@@ -71,13 +72,10 @@ class Run:
         self.title = f"{TITLES[task]} · {network or config.model_name} · {dataset.title} · seed {config.seed}"
         self.output_dir = config.output_dir
         self.folder = run_folder(config.output_dir, config.run_id)
-        self.checkpoints = config.output_dir / "checkpoints" / config.run_id
+        self.checkpoints = checkpoint_folder(config)
         self.upload_model = config.wandb_model
         self.figures = config.output_dir / "fig" / task
-        if is_finished(config.output_dir, config.run_id):
-            raise UsageError(f"run {config.run_id} is finished already ({self.folder}): use another --run_id")
-        if config.resume and not any(path.exists() for path in self.resumable):
-            raise UsageError(f"--resume: run {config.run_id} has no checkpoint in {self.checkpoints}")
+        check_startable(config)
         self.facts = {
             "task": task,
             "run_id": config.run_id,
@@ -98,10 +96,9 @@ class Run:
                 f"run {config.run_id} is running in another process: wait for its end, or use another --run_id"
             )
         self._sweep_up()
-        fresh = not (self.folder / "config.json").exists()
-        if not fresh:
+        if (self.folder / "config.json").exists():  # another process may have written it since the first check
             check_same(config, read_json(self.folder / "config.json")["config"])
-        if fresh:
+        else:
             write_json(
                 self.folder / "config.json",
                 {
@@ -116,8 +113,8 @@ class Run:
 
     @property
     def resumable(self) -> tuple[Path, Path]:
-        """The checkpoints from which the run can be resumed, the newer one first."""
-        return self.checkpoints / "last.pt", self.checkpoints / "previous.pt"
+        """The checkpoints from which the run can be resumed; see RESUMABLE."""
+        return self.checkpoints / RESUMABLE[0], self.checkpoints / RESUMABLE[1]
 
     def _sweep_up(self) -> None:
         """Delete what a killed process of this run was about to write."""
@@ -229,6 +226,22 @@ class Run:
 
     def _send(self, action: Callable[[Any], None]) -> None:
         self._wandb = send(self._wandb, action)
+
+
+def check_startable(config: TrainingConfig) -> None:
+    """Raise UsageError where the run is finished, has another configuration, or must be resumed and cannot."""
+    folder, checkpoints = run_folder(config.output_dir, config.run_id), checkpoint_folder(config)
+    if is_finished(config.output_dir, config.run_id):
+        raise UsageError(f"run {config.run_id} is finished already ({folder}): use another --run_id")
+    if config.resume and not any((checkpoints / name).exists() for name in RESUMABLE):
+        raise UsageError(f"--resume: run {config.run_id} has no checkpoint in {checkpoints}")
+    if (folder / "config.json").exists():
+        check_same(config, read_json(folder / "config.json")["config"])
+
+
+def checkpoint_folder(config: Config) -> Path:
+    """Where a run's checkpoints are."""
+    return config.output_dir / "checkpoints" / config.run_id
 
 
 def check_same(
