@@ -9,8 +9,8 @@ The coursework's recipe: torchvision's ResNet-18, Adam 1e-3, batch 64, 5 epochs,
 coursework reports test AUC 0.980 and test ACC 0.895 for it on the full PathMNIST at 64 pixels, one seed. Expect
 test ACC 0.88 to 0.90 on the phantom, whose tiles are not tissue.
 
-Leaves runs/<run_id>/ (config.json, history.csv, summary.json, scores.npz), checkpoints/<run_id>/ (best.pt,
-last.pt) and four figures in fig/task1/. Killed? The same command with the same --run_id continues.
+Leaves runs/<run_id>/ (config.json, history.csv, summary.json, scores.npz), checkpoints/<run_id>/best.pt and four
+figures in fig/task1/. Killed? The same command with the same --run_id continues.
 """
 
 from dataclasses import dataclass

@@ -162,16 +162,16 @@ class Run:
             np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
 
     def finish(self, history: Sequence[Mapping[str, float]], summary: Mapping[str, Any]) -> None:
-        """Draw the figures, write summary.json, pass both on to W&B, and say the result."""
+        """Draw the figures, write summary.json, delete last.pt, send the results to W&B, and print them."""
         if not distributed.is_first():
             return
         figures = self._draw(history, summary)
         names = {name: path.name for name, path in figures.items()}
-        self.resumable[1].unlink(missing_ok=True)  # nothing will ask for it any more
         hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in figures.items()}
         drawn = {"figures": names, "figure_sha256": hashes}
         write_json(self.folder / "summary.json", {**self.facts, "wandb": self.url, **summary, **drawn})
-        (self.folder / ".lock").unlink(missing_ok=True)
+        for path in (*self.resumable, self.folder / ".lock"):  # a finished run is not continued
+            path.unlink(missing_ok=True)
         self._send(lambda run: self._send_results(run, summary, figures))
         self._send(lambda run: run.finish())
         for weights in ("best", "last"):
