@@ -36,7 +36,7 @@ from common.pathmnist import CLASS_NAMES
 from common.pretrained import SCRATCH, FineTunedNetwork, Weights
 from common.records import is_finished, read_json, run_folder
 from common.tiles import device_splits
-from common.tracking import VERSIONED, Run, check_same
+from common.tracking import Run, check_same
 from common.training import Trainer
 from study.comparison import compare_runs
 
@@ -137,7 +137,6 @@ def train(config: Task5Config, weights: Weights, dataset: Dataset, compute: Comp
         compute.name,
         network=f"{config.model_name} {start}",
         facts={"weights": weights.record()},
-        packages=(*VERSIONED, "timm") if config.model_name == pretrained.LITE0 else VERSIONED,
     )
     started = time.perf_counter()
     cached = cached_splits(model, dataset, config, compute) if config.cache_features else None

@@ -79,11 +79,9 @@ def check_run_id(run_id: str) -> str | None:
 
 
 def _check_model_name(name: str) -> str | None:
-    from common.models import model_names  # the import of torchvision takes a second, which --help does not need
+    from common.models import check_model_name  # imports torchvision, which --help does not need
 
-    if name in model_names():
-        return None
-    return f"torchvision has no classification model of this name{closest(name, model_names())}"
+    return check_model_name(name)
 
 
 def _check_augmentation(names: str) -> str | None:
@@ -117,6 +115,8 @@ class Keys:
             value = getattr(self, field.name)
             if callable(value):
                 self._set(field.name, value(self))
+            elif isinstance(value, str) and Path in (field.type, *typing.get_args(field.type)):
+                self._set(field.name, Path(value).expanduser())
             _check_value(field, getattr(self, field.name))
 
     def _set(self, name: str, value: Any) -> None:
@@ -199,7 +199,11 @@ class Config(ScriptConfig):
 class TrainingConfig(Config):
     """The keys of the training loop, which every script that trains shares."""
 
-    model_name: str = key("resnet18", "torchvision classification model", check=_check_model_name)
+    model_name: str = key(
+        "resnet18",
+        "torchvision classification model, or timm:NAME for one of the package timm",
+        check=_check_model_name,
+    )
     n_epochs: int = key(5, "largest number of epochs", at_least=1)
     batch_size: int = key(64, "tiles per step", at_least=2)
 

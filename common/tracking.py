@@ -56,15 +56,11 @@ class Run:
         device_name: str,
         network: str | None = None,
         facts: Mapping[str, Any] | None = None,
-        packages: Sequence[str] = VERSIONED,
     ) -> None:
         """Open the run and write config.json.
 
-        `network` describes the network in titles (default: its name); the records carry the task's own `facts`
-        and the versions of `packages`.
-
-        Raises UsageError where the run is finished already, was started with another configuration, or is
-        to be resumed and has no checkpoint.
+        `network` describes the network in titles (default: its name); the records carry the task's own `facts`.
+        Raises what `check_startable` does, and UsageError where another process trains the run.
         """
         self.task = task
         self.run_id = config.run_id
@@ -104,7 +100,7 @@ class Run:
                 {
                     "config": config.as_dict(),
                     **self.facts,
-                    **provenance(packages),
+                    **provenance((*VERSIONED, "timm") if "timm" in sys.modules else VERSIONED),
                 },
             )
         self._wandb = start_wandb(task, config.run_id, config, self.facts)

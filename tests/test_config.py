@@ -171,6 +171,7 @@ def test_bookkeeping_keys_do_not_belong_to_what_a_run_computes() -> None:
         (["--run_id=../x"], "--run_id ../x: a run id names files"),
         (["--model_name=resnet19"], "--model_name resnet19: torchvision has no classification model of this"),
         (["--model_name=mobilenetv3_large"], "did you mean mobilenet_v3_large?"),
+        (["--model_name=timm:resnet19"], "--model_name timm:resnet19: timm has no classification model of this"),
         (["--select_on=test/acc"], "--select_on test/acc: choose from"),
     ],
 )
@@ -181,7 +182,9 @@ def test_impossible_values_are_refused_in_one_line(arguments: list[str], message
     assert "\n" not in str(refused.value)
 
 
-def test_a_configuration_made_in_python_is_checked_too() -> None:
+def test_a_configuration_made_in_python_is_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert TrainingConfig(data_root="~/tiles").data_root == Path("/home/me/tiles")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="--lr -1"):
         TrainingConfig(lr=-1)
     with pytest.raises(dataclasses.FrozenInstanceError):
