@@ -1,15 +1,26 @@
-"""Checkpoints: written whole or not at all, read without running code from them."""
+"""Checkpoints: written whole or not at all, checked, and read without running code from them.
 
+A checkpoint is the zip archive that torch.save writes, with a checksum (CRC-32) of every tensor and of the rest.
+PyTorch itself does not look at these checksums; `read_plain` does. So it also accepts the files of earlier versions
+of the project: they have the same checksums.
+"""
+
+import errno
 import io
+import math
 import os
 import sys
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
-from common.errors import Fault, first_line
-from common.files import atomic_path
+from common.errors import Fault
+from common.files import atomic_path, open_regular
+
+NOT_PLAIN = "it is damaged, or holds more than tensors, numbers and text"
 
 
 def save(path: Path, content: dict[str, Any], previous: Path | None = None) -> None:
@@ -29,18 +40,18 @@ def save(path: Path, content: dict[str, Any], previous: Path | None = None) -> N
 def load(path: Path) -> dict[str, Any]:
     """Read what `save` wrote, tensors on the CPU.
 
-    Raises Fault where the file is missing, torn, or holds anything but plain data (`weights_only`).
+    Raises Fault where the file is missing, damaged, or holds anything but plain data, OSError where it cannot be
+    read.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with open_regular(path) as file:
+            if not _is_zip(file):
+                raise ValueError(NOT_PLAIN)
+            content = read_plain(file)
     except FileNotFoundError:
         raise Fault(f"{path}: no such checkpoint; train first, or name another --run_id") from None
-    except OSError:
-        raise
-    except Exception as error:  # the unpickler stumbles over a damaged file in many ways, IndexError for one
-        raise Fault(
-            f"{path}: not a readable checkpoint ({first_line(error)}); train anew under another --run_id"
-        ) from error
+    except ValueError as error:
+        raise Fault(f"{path}: not a readable checkpoint ({error}); train anew under another --run_id") from error
     if not isinstance(content, dict):
         raise Fault(f"{path}: not a checkpoint of this project; name another --run_id")
     return content
@@ -64,4 +75,108 @@ def load_newest(*paths: Path) -> dict[str, Any] | None:
             return content
     if faults:
         raise next(iter(faults.values()))
+    return None
+
+
+def read_plain(file: BinaryIO) -> Any:
+    """The content of a file that torch.save wrote, tensors on the CPU, without running code from it.
+
+    Raises ValueError where it is damaged or holds more than plain data. Files in PyTorch's format from before 2020,
+    which are no zip archives, have no checksums.
+    """
+    try:
+        file.seek(0)
+        if _is_zip(file):
+            with zipfile.ZipFile(file) as archive:
+                # torch.save compresses nothing and sets no attributes: PyTorch reads nothing of a "folder".
+                if any(
+                    info.file_size != info.compress_size or info.external_attr for info in archive.infolist()
+                ) or archive.testzip():
+                    raise ValueError
+        file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file makes zipfile and the unpickler raise many types
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno != errno.EINVAL):
+            raise  # EINVAL: a damaged place before the file's beginning
+        # PyTorch's own message would advise to switch weights_only off.
+        raise ValueError(NOT_PLAIN) from error
+
+
+def _is_zip(file: BinaryIO) -> bool:
+    return file.read(4) == b"PK\3\4"  # PyTorch decides in the same way how it reads the file
+
+
+def state_problem(given: Any, expected: Mapping[str, torch.Tensor]) -> str | None:
+    """The first difference of tensors by name from `expected`, in words; None where there is none.
+
+    Names, shapes and dtypes must be the same. Tensors must be dense, on the CPU, and finite.
+    """
+    if not isinstance(given, Mapping):
+        return "no tensors by name"
+    for name in [*expected, *given]:
+        value, own = given.get(name), expected.get(name)
+        if own is None:
+            return f"an unknown tensor {name}"
+        if not isinstance(value, torch.Tensor):
+            return f"no tensor {name}"
+        if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
+            return f"{name} is no dense tensor"
+        if value.shape != own.shape:
+            return f"{name} has the shape {tuple(value.shape)}, not {tuple(own.shape)}"
+        if value.dtype != own.dtype:
+            return f"{name} has the dtype {value.dtype}, not {own.dtype}"
+        if not value.isfinite().all():
+            return f"{name} has values that are not finite"
+    return None
+
+
+def optimizer_problem(given: Any, optimizer: torch.optim.Optimizer) -> str | None:
+    """As `state_problem` for the state of an optimiser of the Adam family: PyTorch checks no shape of it.
+
+    The fused step would write beyond the memory of a moment that is smaller than its parameter.
+    """
+    own = optimizer.state_dict()["param_groups"]
+    groups = given.get("param_groups") if isinstance(given, Mapping) else None
+    if not isinstance(groups, list) or len(groups) != len(own) or not isinstance(given.get("state"), Mapping):
+        return "no state of this optimiser"
+    for group, expected in zip(groups, own, strict=True):
+        if not isinstance(group, Mapping) or not isinstance(group.get("lr"), float) or not math.isfinite(group["lr"]):
+            return "no state of this optimiser"
+        for name in expected.keys() - {"lr"}:  # set anew before each step
+            if group.get(name) != expected[name]:
+                return f"{name} of the optimiser is {group.get(name)}, not {expected[name]}"
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, state in given["state"].items():
+        if not isinstance(number, int) or not 0 <= number < len(parameters):
+            return f"a state of an unknown parameter {number}"
+        moments = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if own[0]["amsgrad"] else [])]
+        expected = {"step": torch.zeros(()), **dict.fromkeys(moments, parameters[number])}
+        if problem := state_problem(state, expected):
+            return f"in the optimiser's state of parameter {number}: {problem}"
+    return None
+
+
+def begun_problem(begun: Any, steps_per_epoch: int) -> str | None:
+    """As `state_problem` for the `epoch_state` of an epoch in progress, which may be None."""
+    if begun is None:
+        return None
+    if not isinstance(begun, Mapping) or not isinstance(begun.get("processes"), list) or not begun["processes"]:
+        return "no state of an epoch in progress"
+    steps, seconds = begun.get("steps"), begun.get("seconds")
+    if type(steps) is not int or not 0 < steps <= steps_per_epoch:
+        return f"{steps} steps of an epoch that has {steps_per_epoch}"
+    if not isinstance(seconds, float) or not 0 <= seconds < math.inf:
+        return f"{seconds} seconds of an epoch"
+    random = torch.Generator().get_state()
+    for process in begun["processes"]:
+        expected = {"total": torch.zeros(()), "augment": random, "cpu": random}
+        if isinstance(process, Mapping) and "cuda" in process:
+            expected["cuda"] = torch.zeros(16, dtype=torch.uint8)
+        if problem := state_problem(process, expected):
+            return problem
+        try:
+            for name in ("augment", "cpu"):
+                torch.Generator().set_state(process[name])
+        except RuntimeError:
+            return f"{name} is no state of a random generator"
     return None

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from common import pathmnist
-from common.errors import Fault, Stopped, UsageError, first_line
+from common.errors import Fault, Stopped, Untrainable, UsageError, first_line
 
 C = TypeVar("C", bound="Keys")
 
@@ -388,7 +388,7 @@ def run_script(main: Callable[[C], None], config_class: type[C], arguments: Sequ
             f"--{name}" for name in ("batch_size", "resize_to", "checked_tiles") if hasattr(config_class, name)
         ]
         remedy = f"lower {' or '.join(keys)}" if keys else "close other programs"
-        message, status = f"out of memory ({first_line(error)}): {remedy}", 1
+        message, status = f"out of memory ({first_line(error)}): {remedy}", Untrainable.exit_status
     except KeyboardInterrupt:
         message, status = f"interrupted{again}", 130
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)

@@ -9,9 +9,8 @@ import json
 import os
 import shutil
 import sys
-import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,10 +20,11 @@ import torch
 from tqdm import tqdm
 
 from common import pathmnist, phantom
+from common.archives import open_npz, read_array
 from common.config import PHANTOM_TRAIN_TILES
 from common.download import download, md5_of
 from common.errors import Fault, UsageError
-from common.files import locked, write_json
+from common.files import flush, locked, open_regular, read_text, write_json
 from common.pathmnist import OfficialFile
 
 SPLITS = tuple(pathmnist.COUNTS)
@@ -69,6 +69,19 @@ class Dataset:
         return f"{title} ({len(self.train):,}{part} training tiles, {self.size} px)"
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What a folder of arrays must hold: its fingerprint, the tiles' side in pixels, and how many per split."""
+
+    fingerprint: str
+    size: int
+    counts: Mapping[str, int]
+
+    def images(self, split: str) -> tuple[int, ...]:
+        """The shape (N, H, W, 3) of a split's images."""
+        return self.counts[split], self.size, self.size, 3
+
+
 def load_dataset(name: str, size: int, data_root: Path, train_tiles: int | None = None) -> Dataset:
     """Map the arrays of a data set. Where there are none, build them first.
 
@@ -81,17 +94,17 @@ def load_dataset(name: str, size: int, data_root: Path, train_tiles: int | None 
     whole = pathmnist.COUNTS["train"]
     if name == "phantom":
         n_tiles = train_tiles or PHANTOM_TRAIN_TILES
-        fingerprint = f"phantom-v{phantom.VERSION}-seed0-{n_tiles}x{size}px"
+        layout = Layout(f"phantom-v{phantom.VERSION}-seed0-{n_tiles}x{size}px", size, phantom.split_sizes(n_tiles))
         build = partial(_generate_phantom, size, n_tiles)
-        folder = _arrays(data_root, f"phantom-v{phantom.VERSION}_{size}_{n_tiles}", fingerprint, build)
+        splits = _arrays(data_root, f"phantom-v{phantom.VERSION}_{size}_{n_tiles}", layout, build)
     else:
         if train_tiles is not None and train_tiles > whole:
             raise UsageError(f"--train_tiles {train_tiles}: {pathmnist.TITLE} has {whole:,} training tiles")
         file = pathmnist.official_file(size)
-        fingerprint = file.md5
-        build = partial(_unpack, data_root / file.name)
-        folder = _arrays(data_root, Path(file.name).stem, fingerprint, build, file)
-    splits = {split: _map_split(folder, split) for split in SPLITS}
+        layout = Layout(file.md5, size, pathmnist.COUNTS)
+        build = partial(_unpack, data_root / file.name, layout)
+        splits = _arrays(data_root, Path(file.name).stem, layout, build, file)
+    fingerprint = layout.fingerprint
     if name != "phantom" and train_tiles is not None and train_tiles < whole:
         splits["train"] = _part(splits["train"], train_tiles)
         fingerprint += f"-{train_tiles}-of-{whole}-order{ORDER_VERSION}"
@@ -125,77 +138,103 @@ def _part(split: Split, n_tiles: int) -> Split:
     return Split(images.permute(0, 3, 1, 2), split.labels[chosen])
 
 
-def _map_split(folder: Path, split: str) -> Split:
-    # 'c' (copy on write): torch warns of read-only arrays. Nothing is ever written here.
-    images = np.load(folder / f"{split}_images.npy", mmap_mode="c", allow_pickle=False)
-    labels = np.load(folder / f"{split}_labels.npy", allow_pickle=False)
-    return Split(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels))
-
-
 def _arrays(
-    data_root: Path, name: str, fingerprint: str, build: Build, source: OfficialFile | None = None
-) -> Path:
-    """The folder with the arrays of this fingerprint. Where there is none, `build` writes them, from `source`."""
+    data_root: Path, name: str, layout: Layout, build: Build, source: OfficialFile | None = None
+) -> dict[str, Split]:
+    """The splits in the folder with the arrays of this layout. Where there is none, `build` writes it."""
     beside = data_root / f"{name}.arrays"
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pathmnist-study"
-    digest = hashlib.sha256(str(data_root.resolve()).encode()).hexdigest()[:12]
-    cached = user_cache / f"{name}-{digest}.arrays"
-    for folder in (beside, cached):
-        if _is_whole(folder, fingerprint):
-            return folder
-    folder = beside if _writable(data_root) else cached
+    folders = [beside]
+    try:
+        user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pathmnist-study"
+        digest = hashlib.sha256(str(data_root.resolve()).encode()).hexdigest()[:12]
+        folders.append(user_cache / f"{name}-{digest}.arrays")
+    except RuntimeError:  # a user without a home folder has no cache
+        pass
+    for folder in folders:
+        if splits := _map_splits(folder, layout):
+            return splits
+    folder = beside if _writable(data_root) else folders[-1]
     try:
         if source is not None:  # before any folder is created: the user may have mistyped data_root
             _check_source(source, data_root / source.name)
         with locked(folder.with_name(f".{folder.name}.lock"), wait=True):
-            if not _is_whole(folder, fingerprint):  # another process may have built it in the meantime
-                _build_folder(folder, fingerprint, build)
+            splits = _map_splits(folder, layout)  # another process may have built it in the meantime
+            if splits is None:
+                _build_folder(folder, layout, build)
+                splits = _map_splits(folder, layout)
     except OSError as error:  # its text names the file: one of the folder, or the source
         raise Fault(f"{folder}: cannot be built ({error}); make room there or name another --data_root") from error
-    return folder
+    if splits is None:
+        raise Fault(f"{folder}: its files change or cannot be read back; name another --data_root")
+    return splits
 
 
-def _build_folder(folder: Path, fingerprint: str, build: Build) -> None:
+def _build_folder(folder: Path, layout: Layout, build: Build) -> None:
     """Build the arrays in a temporary folder, and rename it to `folder`. The caller holds a lock."""
     if folder.exists():
         print(f"{folder} is damaged or outdated; building it anew", file=sys.stderr)
         shutil.rmtree(folder)
+    for left in folder.parent.glob(".*.arrays.part"):  # killed processes may have left some
+        with locked(left.with_suffix(".lock")) as lock:
+            if lock is not None:
+                shutil.rmtree(left, ignore_errors=True)
     temporary = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)  # a killed process may have left it
+    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         build(temporary)
-        meta = {"version": CACHE_VERSION, "fingerprint": fingerprint, "checksums": _checksums(temporary)}
+        meta = {"version": CACHE_VERSION, "fingerprint": layout.fingerprint, "checksums": _checksums(temporary)}
         write_json(temporary / "meta.json", meta)
         temporary.rename(folder)
+        flush(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _check_source(source: OfficialFile, path: Path) -> None:
     """Download the official file where it is missing, and check its MD5. Raises Fault with the remedy."""
+    by_hand = f"or fetch {source.url} (MD5 {source.md5}) by hand into {path.parent}, or use --dataset phantom"
     try:
         if not path.exists():
             download(source.url, path, source.md5)
-        elif (found := md5_of(path)) != source.md5:
-            size = path.stat().st_size
-            raise Fault(
-                f"{path}: its MD5 is {found}, not {source.md5}; it is damaged or another file ({size:,} bytes)"
-            )
     except Fault as fault:
-        by_hand = f"Fetch {source.url} (MD5 {source.md5}) by hand into {path.parent}"
-        raise Fault(f"{fault}. {by_hand}, or use --dataset phantom, which needs no download") from fault
+        raise Fault(f"{fault}: try again, {by_hand}, which needs no download") from fault
+    if (found := md5_of(path)) != source.md5:
+        size = path.stat().st_size
+        raise Fault(
+            f"{path}: its MD5 is {found}, not {source.md5}; it is damaged or another file ({size:,} bytes): "
+            f"delete it, and the same command fetches it again, {by_hand}"
+        )
 
 
-def _is_whole(folder: Path, fingerprint: str) -> bool:
-    """Whether the folder holds undamaged arrays of this fingerprint."""
+def _map_splits(folder: Path, layout: Layout) -> dict[str, Split] | None:
+    """The splits in a folder of arrays; None where it is missing, damaged or has another layout."""
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        if (meta["version"], meta["fingerprint"]) != (CACHE_VERSION, fingerprint):
-            return False
-        return bool(meta["checksums"] == _checksums(folder))
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+        meta = json.loads(read_text(folder / "meta.json"))
+        if (meta["version"], meta["fingerprint"]) != (CACHE_VERSION, layout.fingerprint):
+            return None
+        if meta["checksums"] != _checksums(folder):
+            return None
+        return {split: _map_split(folder, split, layout) for split in SPLITS}
+    except Exception:  # numpy raises many types for a damaged header
+        return None
+
+
+def _map_split(folder: Path, split: str, layout: Layout) -> Split:
+    n_tiles = layout.counts[split]
+    with open_regular(folder / f"{split}_labels.npy") as file:
+        labels = read_array(file, "i", (n_tiles,))
+    _check_labels(labels)
+    # 'c' (copy on write): torch warns of read-only arrays. Nothing is ever written here.
+    images = np.load(folder / f"{split}_images.npy", mmap_mode="c", allow_pickle=False)
+    if images.shape != layout.images(split) or images.dtype != np.uint8:
+        raise ValueError(f"{split}_images has another layout")
+    return Split(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels.astype(np.int64)))
+
+
+def _check_labels(labels: np.ndarray) -> None:
+    if labels.min() < 0 or labels.max() >= len(pathmnist.CLASS_NAMES):
+        raise ValueError(f"labels from {labels.min()} to {labels.max()}")
 
 
 def _checksums(folder: Path) -> dict[str, int]:
@@ -209,7 +248,8 @@ def _checksum(path: Path) -> int:
 
     It changes with torn, zeroed, flipped and misplaced blocks; two words swapped within a MiB do not change it.
     """
-    data = np.memmap(path, dtype=np.uint8, mode="r")
+    with open_regular(path) as file:
+        data = np.memmap(file, dtype=np.uint8, mode="r")
     words = data[: len(data) // 8 * 8].view(np.uint64)
     sums = np.add.reduceat(words, np.arange(0, len(words), 1 << 17))
     return zlib.crc32(data[len(words) * 8 :].tobytes(), zlib.crc32(sums.tobytes()))
@@ -225,15 +265,24 @@ def _writable(folder: Path) -> bool:
     return os.access(folder, os.W_OK | os.X_OK) and bool(folder.stat().st_mode & 0o222)
 
 
-def _unpack(path: Path, folder: Path) -> None:
-    """Unpack an official file: images (N, H, W, 3) uint8 as they are, labels (N, 1) uint8 as (N,) int64."""
+def _unpack(path: Path, layout: Layout, folder: Path) -> None:
+    """Unpack an official file: images (N, H, W, 3) uint8 as they are, labels (N, 1) uint8 as (N,) int64.
+
+    Raises Fault where the file has another layout or is damaged.
+    """
     print(f"unpacking {path}", flush=True)
-    with zipfile.ZipFile(path) as archive:
-        for split in SPLITS:
-            archive.extract(f"{split}_images.npy", folder)
-            with archive.open(f"{split}_labels.npy") as member:
-                labels = np.load(member, allow_pickle=False)
-            np.save(folder / f"{split}_labels.npy", labels[:, 0].astype(np.int64))
+    try:
+        with open_npz(path) as archive:
+            for split in SPLITS:
+                labels = archive.read(f"{split}_labels", "u", (layout.counts[split], 1))
+                _check_labels(labels)
+                np.save(folder / f"{split}_labels.npy", labels[:, 0].astype(np.int64))
+                archive.extract(f"{split}_images", layout.images(split), folder / f"{split}_images.npy")
+                _map_split(folder, split, layout)
+    except ValueError as error:
+        raise Fault(
+            f"{path}: not an official file ({error}); delete it, and the same command fetches it again"
+        ) from error
 
 
 def _generate_phantom(size: int, train_tiles: int, folder: Path) -> None:

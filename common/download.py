@@ -1,6 +1,7 @@
 """Download a file, resume an interrupted download, and check the file's MD5."""
 
 import hashlib
+import os
 import shutil
 import time
 import urllib.error
@@ -11,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.errors import Fault
-from common.files import locked
+from common.files import flush, locked, open_regular
 
 PATIENCE = 20  # seconds to wait for an answer of the server
 TRIES = 4
@@ -20,7 +21,7 @@ PAUSE = 0.5  # seconds before the second try, and twice as many before each late
 
 def md5_of(path: Path) -> str:
     """The MD5 of a file, in hexadecimal digits."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "md5").hexdigest()
 
 
@@ -61,6 +62,7 @@ def _download_once(url: str, path: Path, md5: str) -> None:
             part.unlink()
             raise Fault(f"{path}: no such file, and the download has the MD5 {found}, not {md5}")
         part.replace(path)
+        flush(path.parent)
 
 
 def _write(answer: HTTPResponse, part: Path, start: int) -> None:
@@ -74,3 +76,4 @@ def _write(answer: HTTPResponse, part: Path, start: int) -> None:
         shutil.copyfileobj(content, file)
         if total is not None and file.tell() < total:
             raise OSError("the connection ended early")
+        os.fsync(file.fileno())

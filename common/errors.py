@@ -15,6 +15,15 @@ class Fault(Exception):
     exit_status = 1
 
 
+class Untrainable(Fault):
+    """Every run of this configuration on this machine fails: its numbers diverge, or it needs more memory.
+
+    Exit status 3. So a search does not try it again.
+    """
+
+    exit_status = 3
+
+
 class Stopped(Exception):
     """A signal ended the run, which can be resumed. Exit status 128 + the signal's number."""
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from common import distributed, metrics
 from common.compute import Compute
-from common.errors import Fault
+from common.errors import Untrainable
 from common.tiles import Tiles, batches
 
 EVALUATION_BATCH = 512
@@ -73,7 +73,8 @@ def evaluate(model: nn.Module, tiles: Tiles, compute: Compute, tta: bool = False
     """The logits of every tile, in order; the model is put into eval mode.
 
     With `tta` the logits are the logarithm of the mean probability over the 8 dihedral views of the tile.
-    Several processes share the work, and each of them gets all logits. Raises Fault where a logit is not finite.
+    Several processes share the work, and each of them gets all logits. Raises Untrainable where a logit is not
+    finite.
     """
     model.eval()
     logits, targets = [], []
@@ -93,7 +94,7 @@ def evaluate(model: nn.Module, tiles: Tiles, compute: Compute, tta: bool = False
             bar.update(len(batch))
     scores = distributed.gathered(torch.cat(logits), len(tiles))
     if not scores.isfinite().all():
-        raise Fault("the network's outputs are no longer finite; lower --lr")
+        raise Untrainable("the network's outputs are no longer finite; lower --lr")
     labels = distributed.gathered(torch.cat(targets), len(tiles))
     return Evaluation(scores.cpu().numpy(), labels.cpu().numpy())
 

@@ -1,14 +1,76 @@
-"""Files that appear complete or not at all, and locks between processes."""
+"""Regular files to read, files that appear complete or not at all, and locks between processes."""
 
 import csv
+import errno
 import fcntl
 import json
 import os
+import re
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+import stat
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+TEMPORARY = re.compile(r"\..+\.unfinished-[0-9a-f]{8}(\.\w+)?")  # the names of `atomic_path`
+
+
+def open_regular(path: Path, flags: int = os.O_RDONLY) -> BinaryIO:
+    """Open a regular file, to read it unless `flags` say otherwise.
+
+    Raises OSError for anything else, such as a folder, a FIFO, which may never send a byte, or a device, which may
+    never end.
+    """
+    # Without O_NONBLOCK a FIFO without a writer would block this call.
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return os.fdopen(descriptor, "rb" if flags == os.O_RDONLY else "ab")
+
+
+def read_text(path: Path) -> str:
+    """The text of a regular file in UTF-8. Raises OSError, and UnicodeDecodeError, which is a ValueError."""
+    with open_regular(path) as file:
+        return file.read().decode("utf-8")
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder and those above it, and flush their names to disk."""
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for one in missing:
+        flush(one.parent)
+
+
+def flush(path: Path) -> None:
+    """Flush a file's content, or the names in a folder, to disk: a power cut does not lose them any more."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:  # a folder may be writable and not readable
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def public(content: Any) -> Any:
+    """`content` as a record may show it: without the home folder's path, which names the user, and passwords.
+
+    In every text `~` takes the place of the home folder, and `user:password@` is left out of addresses.
+    """
+    if isinstance(content, str):
+        home = os.path.expanduser("~")
+        if len(home) > 1:
+            content = re.sub(rf"(?<![^\s=:,'\"]){re.escape(home)}(?![^/\s'\"])", "~", content)
+        return re.sub(r"://[^/\s@]+@", "://", content)
+    if isinstance(content, Mapping):
+        return {name: public(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [public(value) for value in content]
+    return content
 
 
 @contextmanager
@@ -18,18 +80,25 @@ def atomic_path(path: Path) -> Iterator[Path]:
     The temporary name keeps the suffix, because numpy and matplotlib choose the format by it. If the block raises,
     the temporary file is removed and the file at `path` stays as it was.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
+    make_folder(path.parent)
+    temporary = path.with_name(f".{path.stem}.unfinished-{secrets.token_hex(4)}{path.suffix}")
     try:
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        flush(temporary)
         temporary.replace(path)
+        flush(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno and error.filename in (None, str(temporary)):
             error.filename = str(path)  # the user knows this name, not the temporary one
         raise
+
+
+def sweep_up(folder: Path) -> None:
+    """Delete the temporary files that a killed process has left in `folder`, and no other file."""
+    for path in folder.glob(".*"):
+        if TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -39,8 +108,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` as indented JSON, atomically. Raises ValueError for NaN, which JSON does not have."""
-    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    """Write what is `public` of `content` as indented JSON, atomically.
+
+    Raises ValueError for NaN, which JSON does not have.
+    """
+    write_text(path, json.dumps(public(content), indent=2, allow_nan=False) + "\n")
 
 
 def write_csv(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -51,6 +123,26 @@ def write_csv(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
         writer.writerows(lines)
 
 
+def _lock(path: Path, lock: Callable[[int, int], None], wait: bool) -> BinaryIO | None:
+    """Open `path`, create it if it is missing, and lock it with `lock`; None where the lock is taken.
+
+    The content stays as it is, and a symbolic link is refused: it may lead to a file of the user.
+    """
+    make_folder(path.parent)
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "a lock is no symbolic link; delete it", str(path))
+    file = open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW)
+    try:
+        lock(file.fileno(), fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        file.close()
+        if isinstance(error, BlockingIOError | PermissionError):  # POSIX allows either
+            return None
+        error.filename = str(path)
+        raise
+    return file
+
+
 @contextmanager
 def locked(path: Path, wait: bool = False) -> Iterator[int | None]:
     """Lock the file `path` and yield its descriptor, or None where the lock is taken already.
@@ -58,14 +150,12 @@ def locked(path: Path, wait: bool = False) -> Iterator[int | None]:
     With `wait`, wait until the lock is free. A process that is started with the descriptor (`pass_fds`) shares the
     lock. The kernel releases the lock when the last of these processes has ended.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield None
-            return
-        yield file.fileno()
+    file = _lock(path, fcntl.flock, wait)
+    try:
+        yield file and file.fileno()
+    finally:
+        if file:
+            file.close()
 
 
 def process_lock(path: Path) -> BinaryIO | None:
@@ -73,11 +163,4 @@ def process_lock(path: Path) -> BinaryIO | None:
 
     Unlike `locked`, the same process can lock the file again, and no process that it starts shares the lock.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "ab")  # noqa: SIM115 (stays open as long as the lock is needed)
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # POSIX allows either
-        file.close()
-        return None
-    return file
+    return _lock(path, fcntl.lockf, wait=False)

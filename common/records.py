@@ -1,9 +1,8 @@
-"""The records that a run leaves in runs/<run_id>/, read in one place."""
+"""The records that a run leaves in runs/<run_id>/, read and checked in one place."""
 
 import csv
+import io
 import json
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from common.archives import open_npz
 from common.errors import Fault, first_line
+from common.files import read_text
 
 METRICS = ("train/loss", "validate/loss", "validate/auc", "validate/acc", "validate/balanced_acc")
 COLUMNS = ("epoch", *METRICS, "lr", "tiles_per_second", "seconds")  # of history.csv
+REMEDY = "restore this file, or run the script that wrote it again under another --run_id"
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,17 @@ class Record:
 
     @classmethod
     def read(cls, output_dir: Path, run_id: str) -> "Record":
-        """The record of a finished run; Fault where a file is missing or damaged."""
+        """The record of a finished run; Fault where a file is missing, damaged, or of another run or task."""
         folder = run_folder(output_dir, run_id)
         facts, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
-        return cls(folder, facts, summary, read_history(folder / "history.csv"))
+        history = read_history(folder / "history.csv")
+        if problem := history_problem(history):
+            raise unreadable(folder / "history.csv", problem)
+        if summary["task"] != facts["task"]:
+            raise unreadable(
+                folder / "summary.json", f"task: it is {summary['task']}, in config.json {facts['task']}"
+            )
+        return cls(folder, facts, summary, history)
 
     @property
     def run_id(self) -> str:
@@ -47,11 +56,20 @@ class Record:
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays of scores.npz, which `Trainer.test` describes; Fault where it is missing or damaged."""
         path = self.folder / "scores.npz"
+        tiles, n_classes = self.summary["tiles"], len(self.summary["best"]["auc_per_class"])
         try:
-            with np.load(path, allow_pickle=False) as file:
-                return dict(file)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise Fault(f"{path}: not a readable record ({first_line(error)})") from error
+            with open_npz(path) as archive:
+                arrays = {}
+                for name in archive.names:
+                    n_tiles = tiles["val" if name.startswith(("validate_", "shifted_")) else "test"]
+                    shape, kinds = ((n_tiles, n_classes), "f") if name.endswith("_logits") else ((n_tiles,), "ui")
+                    arrays[name] = archive.read(name, kinds, shape)
+            for name, values in arrays.items():
+                if not (np.isfinite(values).all() if values.dtype.kind == "f" else (values < n_classes).all()):
+                    raise ValueError(f"{name} has values that are not finite, or no class")
+        except (OSError, ValueError) as error:
+            raise unreadable(path, error) from error
+        return arrays
 
     @property
     def scores(self) -> dict[str, float]:
@@ -74,17 +92,58 @@ def is_finished(output_dir: Path, run_id: str) -> bool:
 
 
 def read_history(path: Path) -> list[dict[str, float]]:
-    """The rows of a history.csv, one per epoch; Fault where it is missing or damaged."""
+    """The rows of a history.csv, one per epoch; Fault where it is missing or damaged.
+
+    The columns may be those of another program's runs; `history_problem` checks those of ours.
+    """
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    except (OSError, ValueError, TypeError) as error:
-        raise Fault(f"{path}: not a readable record ({first_line(error)})") from error
+        table = csv.DictReader(io.StringIO(read_text(path), newline=""))
+        rows = [{name: float(value) for name, value in row.items()} for row in table]
+        if [row.get("epoch") for row in rows] != list(range(1, len(rows) + 1)):
+            raise ValueError("epoch: the epochs do not count from 1")
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        raise unreadable(path, error) from error
+    return rows
+
+
+def history_problem(rows: Any) -> str | None:
+    """What is wrong with the epochs of one of our runs, in words, with the key; None where nothing is."""
+    from common.schemas import HISTORY
+
+    return _problem(HISTORY, rows, strict=False)  # in a table even the epoch is a float
 
 
 def read_json(path: Path) -> Any:
-    """The content of a record; Fault where it is missing or damaged."""
+    """The content of a record of a run, whose keys, types and ranges are those of `common.schemas`.
+
+    Raises Fault where it is missing, damaged, or in the folder of another run.
+    """
+    from common.schemas import BY_FILE
+
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise Fault(f"{path}: not a readable record ({first_line(error)})") from error
+        content = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise unreadable(path, error) from error
+    if problem := _problem(BY_FILE[path.name], content, strict=True):
+        raise unreadable(path, problem)
+    if content.get("run_id", path.parent.name) != path.parent.name:
+        raise unreadable(path, f"run_id: it is of run {content['run_id']}")
+    return content
+
+
+def _problem(adapter: Any, content: Any, strict: bool) -> str | None:
+    from pydantic import ValidationError
+
+    try:
+        adapter.validate_python(content, strict=strict, extra="allow")
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        return f"{key}: {first['msg']}" if key else str(first["msg"])
+    return None
+
+
+def unreadable(path: Path, problem: Exception | str) -> Fault:
+    """The error for a record that cannot be used."""
+    reason = problem if isinstance(problem, str) else first_line(problem)
+    return Fault(f"{path}: not a readable record ({reason}); {REMEDY}")

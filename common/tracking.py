@@ -22,7 +22,7 @@ from common import distributed
 from common.config import Config, ScriptConfig, TrainingConfig
 from common.data import Dataset
 from common.errors import UsageError, first_line
-from common.files import atomic_path, process_lock, write_csv, write_json
+from common.files import atomic_path, process_lock, public, sweep_up, write_csv, write_json
 from common.records import is_finished, read_json, run_folder
 
 WANDB_PROJECT = "hw1"  # the coursework's; $WANDB_PROJECT takes its place
@@ -91,9 +91,13 @@ class Run:
             raise UsageError(
                 f"run {config.run_id} is running in another process: wait for its end, or use another --run_id"
             )
-        self._sweep_up()
+        for folder in (self.folder, self.checkpoints):
+            sweep_up(folder)
         if (self.folder / "config.json").exists():  # another process may have written it since the first check
-            check_same(config, read_json(self.folder / "config.json")["config"])
+            before = read_json(self.folder / "config.json")
+            if before["task"] != task:
+                raise UsageError(f"run {config.run_id} is a run of {before['task']}: use another --run_id")
+            check_same(config, before["config"])
         else:
             write_json(
                 self.folder / "config.json",
@@ -104,19 +108,13 @@ class Run:
                 },
             )
         self._wandb = start_wandb(task, config.run_id, config, self.facts)
-        self.url = self._wandb.url if self._wandb else None  # None offline, too
+        self.url = public(self._wandb.url) if self._wandb else None  # None offline, too
         print(f"run {config.run_id}: {dataset.title} on {device_name}; records in {self.folder}")
 
     @property
     def resumable(self) -> tuple[Path, Path]:
         """The checkpoints from which the run can be resumed; see RESUMABLE."""
         return self.checkpoints / RESUMABLE[0], self.checkpoints / RESUMABLE[1]
-
-    def _sweep_up(self) -> None:
-        """Delete what a killed process of this run was about to write."""
-        for folder in (self.folder, self.checkpoints):
-            for path in folder.glob(".*-*.*"):
-                path.unlink(missing_ok=True)
 
     def write_history(self, history: Sequence[Mapping[str, float]]) -> None:
         """Write history.csv whole."""
@@ -244,7 +242,7 @@ def check_same(
     config: Config, before: Mapping[str, Any], remedy: str = "use that one or another --run_id"
 ) -> None:
     """Raise UsageError, naming the differing keys, where the run was started with another configuration."""
-    now = config.identity()
+    now, before = public(config.identity()), public(before)
     differing = [f"{name} was {before.get(name)}" for name in now if before.get(name) != now[name]]
     if differing:
         raise UsageError(
@@ -262,7 +260,7 @@ def send(run: Any, action: Callable[[Any], None]) -> Any:
     try:
         action(run)
     except Exception as error:  # W&B raises many types, and none of them may end a training run
-        print(f"W&B stopped ({first_line(error)}); the local records continue", file=sys.stderr)
+        print(f"W&B stopped ({public(first_line(error))}); the local records continue", file=sys.stderr)
         return None
     return run
 
@@ -311,18 +309,18 @@ def start_wandb(task: str, run_id: str, config: ScriptConfig, facts: Mapping[str
                 id=run_id,
                 group=os.environ.get("WANDB_RUN_GROUP") or group(task, config),
                 job_type=task,
-                config={**config.as_dict(), "facts": dict(facts)},
+                config=public({**config.as_dict(), "facts": facts}),
                 dir=str(config.output_dir),
                 mode=attempt,  # type: ignore[arg-type]
                 resume="allow",
                 settings=settings,
             )
         except Exception as error:  # W&B raises many types, and none of them may end a training run
-            print(f"W&B {attempt} failed ({first_line(error)})", file=sys.stderr)
+            print(f"W&B {attempt} failed ({public(first_line(error))})", file=sys.stderr)
             wandb.teardown()  # else its service holds the run's id, and the second attempt is refused
             continue
         run.define_metric("*", step_metric="epoch")
-        print(f"W&B: {attempt}, project {project}, run {run.url or run.dir}")
+        print(public(f"W&B: {attempt}, project {project}, run {run.url or run.dir}"))
         return run
     return None
 
@@ -335,8 +333,9 @@ def group(task: str, config: ScriptConfig) -> str:
 
 def provenance(packages: Sequence[str]) -> dict[str, Any]:
     """Where a record comes from: command, commit, time, Python, platform and the packages' versions."""
+    module = sys.modules["__main__"].__spec__  # of `python -m MODULE`, where sys.argv has the whole path of a file
     return {
-        "command": shlex.join(sys.argv),
+        "command": shlex.join([*(["-m", module.name] if module else sys.argv[:1]), *sys.argv[1:]]),
         "commit": _commit(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from common import checkpoint
-from common.errors import Fault, first_line
+from common.errors import Fault
 from common.models import build_model
 from common.pretrained import Preset, Weights, build_fine_tuned
 from common.tiles import network_inputs
@@ -59,9 +59,8 @@ def load_trained(path: Path | str, device: torch.device | str = "cpu") -> Traine
         network: nn.Module = build_fine_tuned(name, len(class_names), unknown, side, config["train_part"])
     else:
         network = build_model(name, len(class_names), side)
-    try:
-        network.load_state_dict(weights)
-    except RuntimeError as error:
-        raise Fault(f"{path}: its weights do not fit a {name} ({first_line(error)}); train again") from error
+    if problem := checkpoint.state_problem(weights, network.state_dict()):
+        raise Fault(f"{path}: its weights are no trained {name}'s ({problem}); train again")
+    network.load_state_dict(weights)
     network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Trained(network, name, class_names, config["size"], side).eval().requires_grad_(False)

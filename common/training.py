@@ -14,10 +14,11 @@ from common import checkpoint, distributed, metrics
 from common.averaging import ExponentialMovingAverage, reestimate_batchnorm
 from common.compute import Compute
 from common.config import TrainingConfig
-from common.errors import Fault, Stopped, UsageError, first_line
+from common.errors import Fault, Stopped, Untrainable, UsageError
 from common.evaluation import EVALUATION_BATCH, Evaluation, evaluate, progress_bar
 from common.interruption import Interruption
 from common.mixing import cross_entropy, mix
+from common.records import history_problem
 from common.selection import best_epoch, reason_to_stop
 from common.tiles import Splits, Tiles, batches
 from common.tracking import Run, check_same
@@ -134,7 +135,7 @@ class Trainer:
         After each epoch last.pt, best.pt (if this epoch is the best so far) and history.csv are written whole: a
         kill loses the epoch in progress and no more. The former last.pt stays as previous.pt, in case last.pt is
         damaged. Ctrl-C and SIGTERM lose nothing: the step in progress ends, last.pt is written, and Stopped is
-        raised. Raises Fault where the loss or the network's outputs are not finite.
+        raised. Raises Untrainable where the loss or the network's outputs are not finite.
         """
         with self.interruption:
             while not self.stopped:
@@ -177,9 +178,9 @@ class Trainer:
         An epoch that was stopped is continued after its last step. Each process trains on its share of a batch
         with its own random stream; the gradients are those of the whole batch.
 
-        The loss is read once a second and at the end, because a GPU waits while a value is read. Raises Fault
-        where the loss is not finite. Ctrl-C or SIGTERM in any process ends the epoch after the step: last.pt is
-        written and Stopped is raised.
+        The loss is read once a second and at the end, because a GPU waits while a value is read. Raises
+        Untrainable where the loss is not finite. Ctrl-C or SIGTERM in any process ends the epoch after the step:
+        last.pt is written and Stopped is raised.
         """
         config, tiles = self.config, self.splits.train
         self.parallel.train()
@@ -229,8 +230,8 @@ class Trainer:
         common/shift.py; afterwards `judged` has the best weights. Returns the content of summary.json without the
         facts that `Run` adds. Every score of the test tiles can be computed again from scores.npz, which has
         log-probabilities (N, C) float16, targets (N,) uint8, and for each shift the predicted classes (N,) uint8.
-        Raises Fault where best.pt cannot be read or is not of the history's best epoch, or where an output is not
-        finite.
+        Raises Fault where best.pt cannot be read or is not of the history's best epoch, and Untrainable where
+        an output is not finite.
         """
         started = time.perf_counter()
         test = self.splits.test()
@@ -312,6 +313,8 @@ class Trainer:
         saved = checkpoint.load(path)
         if saved.get("history") != self.history[: self.best_epoch]:
             raise Fault(f"{path}: not the weights of epoch {self.best_epoch}; train anew under another --run_id")
+        if problem := checkpoint.state_problem(saved.get("state_dict"), self.judged.state_dict()):
+            raise Fault(f"{path}: {problem}; train anew under another --run_id")
         self.judged.load_state_dict(saved["state_dict"])
 
     def save_last(self, begun: Mapping[str, Any] | None = None) -> None:
@@ -334,22 +337,32 @@ class Trainer:
         saved = checkpoint.load_newest(*self.run.resumable)
         if saved is None:
             return
-        try:
-            check_same(self.config, saved["config"])
-            self.model.load_state_dict(saved["state_dict"])
-            self.judged.load_state_dict(saved["judged_state_dict"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.history, self.begun = saved["history"], saved["begun"]
-        except (KeyError, RuntimeError, ValueError) as error:
+        path, before = self.run.resumable[0], saved.get("config")
+        if isinstance(before, Mapping):
+            check_same(self.config, before)
+        problem = (
+            history_problem(saved.get("history"))
+            or checkpoint.state_problem(saved.get("state_dict"), self.model.state_dict())
+            or checkpoint.state_problem(saved.get("judged_state_dict"), self.judged.state_dict())
+            or checkpoint.optimizer_problem(saved.get("optimizer"), self.optimizer)
+            or checkpoint.begun_problem(saved.get("begun"), self.steps_per_epoch)
+        )
+        if problem or not isinstance(before, Mapping):
             raise Fault(
-                f"{self.run.resumable[0]}: no run can be resumed from this checkpoint ({first_line(error)}); "
+                f"{path}: no run can be resumed from this checkpoint ({problem or 'no configuration'}); "
                 "train anew under another --run_id"
-            ) from error
+            )
+        self.model.load_state_dict(saved["state_dict"])
+        self.judged.load_state_dict(saved["judged_state_dict"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.history, self.begun = saved["history"], saved["begun"]
         if self.begun and len(self.begun["processes"]) != distributed.world_size():
             raise UsageError(
                 f"run {self.run.run_id} was stopped within an epoch of {len(self.begun['processes'])} processes; "
                 "continue it with as many"
             )
+        if self.begun and ("cuda" in self.begun["processes"][0]) != (self.compute.device.type == "cuda"):
+            raise UsageError(f"run {self.run.run_id} was stopped within an epoch on another kind of device")
         steps = f" and {self.begun['steps']} steps" if self.begun else ""
         print(f"continuing run {self.run.run_id} after epoch {len(self.history)}{steps}")
         if self.history:  # a kill may have come after last.pt and before the other two
@@ -382,10 +395,10 @@ class Trainer:
 
 
 def read_loss(total: torch.Tensor, epoch: int) -> float:
-    """An epoch's sum of losses () as a number; raises Fault where it is not finite."""
+    """An epoch's sum of losses () as a number; raises Untrainable where it is not finite."""
     loss = float(total)
     if not math.isfinite(loss):
-        raise Fault(
+        raise Untrainable(
             f"the loss became {loss} in epoch {epoch}; lower --lr. last.pt keeps the epoch before it, if any"
         )
     return loss

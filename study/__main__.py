@@ -1,4 +1,4 @@
-"""The whole study in one command: run what is missing of Tasks 1 to 5, then write its report.
+"""The whole study in one command: run what is missing of Tasks 1 to 5 and baselines, then write its report.
 
     python -m study                       # PathMNIST at 28 pixels: what report.md here was made from
     python -m study --size 64             # a GPU box: PathMNIST at 64 pixels, into pathmnist-64/
@@ -20,11 +20,12 @@ from typing import Any
 
 import yaml
 
-from common.config import ScriptConfig, key, run_script
+from common.config import ScriptConfig, key, parse, run_script
 from common.errors import Fault, UsageError
 from common.files import locked, write_text
-from common.records import run_folder
+from common.records import is_finished, run_folder
 from study import report
+from study.baselines import BaselinesConfig
 from study.sweep import grid
 from study.sweep_file import read_sweep
 from study.trials import TrialRecords
@@ -38,9 +39,9 @@ LITE0 = ("--model_name=tf_efficientnet_lite0",)  # its ImageNet weights come fro
 class Plan:
     """The parts of a data set's study.
 
-    `keys` change the defaults of a script: those of `train` are for all runs of train.py, those of `ablation` and
-    `search` only for the runs of that sweep. `task3_rows` are rows of the ablation that also run without the keys
-    of `ablation`; the first one is then Task 3 in the report.
+    `keys` change the defaults of a script, or of the module `baselines`: those of `train` are for all runs of
+    train.py, those of `ablation` and `search` only for the runs of that sweep. `task3_rows` are rows of the
+    ablation that also run without the keys of `ablation`; the first one is then Task 3 in the report.
     """
 
     n_seeds: int = 5
@@ -69,6 +70,7 @@ PLANS = {
         rows=FEW_ROWS,
         search_trials=0,
         keys={
+            "baselines": (_FEW_TILES,),
             "task1": (_FEW_TILES,),
             "task2": ("--checked_tiles=64",),
             "train": (_FEW_TILES, "--batch_size=64", "--n_epochs=8"),
@@ -179,7 +181,16 @@ def steps(config: StudyConfig) -> list[Step]:
         sweep("search", Path("sweep.yaml"), f"--count={plan.search_trials}")
     seeds = [f"--seed={config.seed}", f"--n_seeds={plan.n_seeds}"]
     run("Task 5", "task5", "task5", *data, *seeds, last="comparison.json")
+    keys = baseline_keys(config)
+    complete = all(is_finished(config.output_dir, run_id) for run_id in parse(BaselinesConfig, keys, "").runs)
+    found.append(Step("baselines", ["-m", "study.baselines", *keys], complete))
     return found
+
+
+def baseline_keys(config: StudyConfig) -> list[str]:
+    """The keys of study/baselines.py."""
+    names = ("data_root", "output_dir", "dataset", "size", "seed")
+    return [*(f"--{name}={getattr(config, name)}" for name in names), *config.plan.keys.get("baselines", ())]
 
 
 def ablation_file(config: StudyConfig) -> Path:
@@ -209,6 +220,7 @@ def toml(config: StudyConfig) -> str:
     task1 = [f"task1-{seed}" for seed in config.seeds]
     reference = REFERENCE_ROW if config.plan.task3_rows else f"ablation-{REFERENCE_ROW}"
     task3 = [f"{reference}-{seed}" for seed in config.seeds]
+    baselines = list(parse(BaselinesConfig, baseline_keys(config), "").runs)
     lines = [
         "# Which runs report.md shows. `python -m study.report` makes the page from them.",
         "[task1]",
@@ -222,6 +234,8 @@ def toml(config: StudyConfig) -> str:
         *(['search = "search"'] if config.plan.search_trials else []),
         "[task5]",
         'comparison = "task5"',
+        "[baselines]",
+        f"runs = {json.dumps(baselines)}",
     ]
     return "\n".join(lines) + "\n"
 

@@ -1,10 +1,11 @@
 """report.md, made from the records in runs/ and sweeps/ alone.
 
-    python -m study.report                      # report.toml and runs/ here → report.md
+    python -m study.report                      # report.toml and runs/ here → report.md and report.html
     python -m study.report --collect            # first write report.toml from what is finished in runs/
     python -m study.report --check              # exit status 1, naming the first difference, if it is out of date
     python -m study.report --output_dir FOLDER  # the same for the study in FOLDER
 
+report.html is the same page as one file, with the figures inside: to hand in, or to send by mail.
 report.toml names the runs that each section shows. study/report.md.j2 is the page; a file findings.md.j2 beside
 report.toml, if there is one, is shown after the summary. `python -m study` makes all that is missing first.
 """
@@ -25,6 +26,7 @@ from common.files import write_text
 from study.report_check import check_study
 from study.report_collect import collect
 from study.report_facts import facts
+from study.report_html import html_page
 from study.report_selection import Study
 
 
@@ -92,7 +94,9 @@ def main(config: ReportConfig) -> None:
         print(f"{path} is what the records give")
         return
     write_text(path, page)
-    print(f"{path}: {len(study.linked)} figures")
+    in_one_file = path.with_suffix(".html")
+    write_text(in_one_file, html_page(page, study.folder))
+    print(f"{path}: {len(study.linked)} figures; {in_one_file}: the same page as one file")
 
 
 if __name__ == "__main__":

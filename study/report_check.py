@@ -52,9 +52,10 @@ def check_run(study: Study, record: Record) -> None:
     def fail(what: str) -> Fault:
         return Fault(f"{path}: {what}; the record has been changed, restore it or train the run again")
 
-    best = best_epoch(record.history, record.config["select_on"])
-    if summary["best"]["epoch"] != best or difference(summary["validate"], record.history[best - 1]):
-        raise fail("its best epoch is not that of history.csv")
+    if record.history:  # a baseline has no epochs
+        best = best_epoch(record.history, record.config["select_on"])
+        if summary["best"]["epoch"] != best or difference(summary["validate"], record.history[best - 1]):
+            raise fail("its best epoch is not that of history.csv")
     for weights in ("last", "best", "tta"):
         if weights in summary:
             names = tuple(summary[weights]["auc_per_class"])

@@ -9,7 +9,8 @@ from typing import Any
 from common.errors import Fault, UsageError
 from common.files import write_text
 from common.records import Record, is_finished, read_json
-from study.report_facts import APART, facts
+from study.groups import APART
+from study.report_facts import facts
 from study.report_selection import Study
 
 HEADER = "# Which runs report.md shows. `python -m study.report --collect` wrote this file; edit it as you like.\n"

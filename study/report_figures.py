@@ -14,7 +14,10 @@ from common import phantom
 from common.augment import build_augmentation
 from common.figures import BLUE, STYLE, VERMILLION, curve, save
 from common.metrics import softmax
-from study.report_facts import Group
+from common.statistics import interval
+from common.tracking import TITLES
+from study.forecast import LOWER_IS_BETTER, Forecast
+from study.groups import Group
 
 SHOWN = {
     "none": "original",
@@ -36,7 +39,8 @@ def draw(folder: Path, content: Mapping[str, Any]) -> None:
     """
     to, tasks, ablation = folder / "fig" / "report", content["tasks"], content["ablation"]
     title = str(next(iter(tasks.values())).first.summary["dataset"])
-    gap(to / "gap.png", tasks, ablation, title)
+    if content["forecast"].correlations:
+        scatter(to / "forecast.png", content["forecast"], title)
     scores = {task: _scores(group) for task, group in tasks.items()}
     calibration(to / "calibration.png", scores, title)
     if ablation:
@@ -68,26 +72,34 @@ def augmentations(path: Path) -> None:
         save(figure, path)
 
 
-def gap(path: Path, tasks: Mapping[str, Group], ablation: Mapping[str, Group], title: str) -> None:
-    """Draw validation against test ACC, one dot per run, and the line on which they are equal."""
-
-    def accuracies(group: Group) -> tuple[list[float], list[float]]:
-        validation, test = group.by_seed("validate", "validate/acc"), group.by_seed("best", "acc")
-        return list(validation.values()), list(test.values())
-
+def scatter(path: Path, found: Forecast, title: str) -> None:
+    """Draw the test ACC against each validation score, one dot per run, with the rank correlation above it."""
     with style.context(["default", STYLE]):
-        figure = Figure(figsize=(6.4, 5))
-        axes = figure.add_subplot()
-        for place, group in enumerate(ablation.values()):
-            label = None if place else "Task 4, every row"
-            axes.plot(*accuracies(group), "o", color="#999999", markersize=4, label=label)
-        for task, group in tasks.items():
-            axes.plot(*accuracies(group), TASK_MARKERS[task], color=TASK_COLOURS[task], label=task)
-        low, high = min(axes.get_xlim()[0], axes.get_ylim()[0]), max(axes.get_xlim()[1], axes.get_ylim()[1])
-        axes.plot([low, high], [low, high], "--", color="#888888", linewidth=1, label="test = validation")
-        axes.set(xlabel="Validation ACC of the selected epoch", ylabel="Test ACC")
-        axes.set_title(f"One dot per run · {title}")
-        axes.legend()
+        figure = Figure(figsize=(6.4, 6.2))
+        panels = figure.subplots(2, 2, sharey=True)
+        for column, (axes, (name, correlation)) in enumerate(
+            zip(panels.flat, found.correlations.items(), strict=True), start=1
+        ):
+            for task, marker in TASK_MARKERS.items():
+                runs = [
+                    values
+                    for group, values in zip(found.groups, found.values, strict=True)
+                    if TITLES[group.first.facts["task"]] == task
+                ]
+                if runs:
+                    accuracies, scores = np.concatenate(runs)[:, [0, column]].T
+                    label = "Tasks 3 and 4" if task == "Task 3" else task  # both train the same network
+                    axes.plot(
+                        scores, accuracies, marker, color=TASK_COLOURS[task], markersize=4, alpha=0.6, label=label
+                    )
+            sign = " (correlation: sign turned)" if name == LOWER_IS_BETTER else ""
+            axes.set_xlabel(name[0].upper() + name[1:] + sign)
+            shown = interval(correlation.value, correlation.low, correlation.high, 2)
+            axes.set_title(f"rank correlation {shown}")
+        for axes in panels[:, 0]:
+            axes.set_ylabel("Test ACC")
+        figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        figure.suptitle(f"One dot per run · {title}", fontsize=10)
         save(figure, path)
 
 

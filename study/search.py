@@ -1,100 +1,251 @@
-"""Search a sweep's parameters with Optuna, all workers sharing one journal file, and rank the trials."""
+"""Search a sweep's parameters with Optuna: all workers share one journal file or one database."""
 
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+import socket
+import time
+import warnings
+import zlib
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
-from matplotlib import colormaps, style
-from matplotlib.figure import Figure
-from optuna.importance import FanovaImportanceEvaluator, get_param_importances
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.pruners import BasePruner, NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from common.errors import Fault, UsageError
-from common.figures import BLUE, STYLE, save
-from common.files import locked, write_csv, write_text
-from common.markdown import markdown_table
-from common.records import read_json, run_folder
+from common.errors import Fault, Untrainable, UsageError, first_line
+from common.files import locked
 from study.sweep_file import Range, Sweep
 from study.trials import Running, Trial, TrialRecords, Workers
 
-STATES = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
-JOURNAL = "search.journal"
-LABEL: dict[str, Any] = {
-    "fontsize": 8,
-    "ha": "center",
-    "va": "center",
-    "bbox": {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
-}
-FANOVA_SEEDS = 5
+ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+MAX_FAILURES = 3  # then the machine is broken, for example its disk is full: a command starts no other trial
+HEARTBEAT = 60  # seconds between two signs of life of a trial in a database
+GRACE = 600  # seconds without a sign of life, after which other machines repeat a trial
 
 
-def search(records: TrialRecords, count: int, n_workers: int) -> None:
-    """Run trials until `count` have ended, including those of other commands and of earlier starts."""
-    optuna_study = _open_study(records)
-    asked: dict[str, optuna.Trial] = {}
-    with Workers(records.sweep.name, count, " trials") as workers:
-        while True:
-            ended = optuna_study.get_trials(deepcopy=False, states=tuple(STATES))
-            workers.bar.update(len(ended) - workers.bar.n)
-            if len(ended) >= count and not workers.running:
-                break
-            while len(ended) < count and len(workers.running) < n_workers:
-                with _next_trial(optuna_study, records, count) as found:
-                    if found is None:
-                        break  # other commands run the last trials; if one is killed, this command takes its trial
-                    optuna_trial, lock = found
-                    trial = Trial(_run_id(records.sweep, optuna_trial), _suggest(optuna_trial, records.sweep))
-                    if records.is_finished(trial):  # its process lived longer than the command that started it
-                        workers.print(f"{trial.run_id}: {_end(optuna_trial, trial, records)}")
-                    else:
-                        asked[trial.run_id] = optuna_trial
-                        workers.running.append(Running(trial, records, lock))
-            for running, status in workers.wait():
-                trial = running.trial
-                with running.lock:
-                    outcome = _end(asked[trial.run_id], trial, records, status, pruned=running.stopped)
-                workers.print(f"{trial.run_id}: {outcome} ({running.seconds:.0f} s)")
-            for running in workers.running:
-                run_id = running.trial.run_id
-                if _report(asked[run_id], records.history(run_id)):
-                    running.stop()
-    if all(trial.state == TrialState.FAIL for trial in ended):
-        raise Fault(f"all {len(ended)} trials failed")
+class Search:
+    """A search and its trials, as this command sees them.
 
+    Optuna's storage is a journal file in the sweep's folder, and commands that share the folder share the search.
+    Or it is a database, for commands on several machines, each with a folder for itself. A command continues the
+    trials that a killed command left in the same folder. With a database, a trial of a machine that is lost is
+    repeated by another machine after GRACE seconds.
+    """
 
-def _open_study(records: TrialRecords) -> optuna.Study:
-    """The search in the sweep's journal; UsageError where it was started with other parameters."""
-    sweep = records.sweep
-    records.folder.mkdir(parents=True, exist_ok=True)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    pruner: BasePruner = NopPruner()
-    if sweep.min_iter is not None:  # W&B's hyperband with `min_iter` is one bracket of successive halving
-        pruner = SuccessiveHalvingPruner(min_resource=sweep.min_iter, reduction_factor=sweep.eta)
-    with locked(records.folder / "search.lock", wait=True):
-        optuna_study = optuna.create_study(
-            storage=JournalStorage(_Journal(records.folder / JOURNAL)),
+    def __init__(self, records: TrialRecords, url: str | None = None) -> None:
+        """Create or open the search. UsageError where it was started with other parameters, or for a bad URL."""
+        self.records = records
+        self.failed: list[str] = []  # trials that this command could not finish, and not by their configuration
+        self._database: RDBStorage | None = None
+        self._owner = ""  # whose folder a trial's records and locks are in; a journal has only one folder
+        self._beats: dict[int, float] = {}  # trial → time of its last heartbeat
+        records.folder.mkdir(parents=True, exist_ok=True)
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        warnings.filterwarnings("ignore", "Heartbeat of storage")  # this module sends them
+        with locked(records.folder / "search.lock", wait=True):
+            if url is None:
+                self.study = self._create(JournalStorage(_Journal(records.folder / "search.journal")))
+            else:
+                self._database = _open_database(url)
+                self._owner = f"{socket.gethostname()}:{records.folder.resolve()}"
+                self.study = self._create(self._database)
+            self._check_space()
+
+    def _create(self, storage: JournalStorage | RDBStorage) -> optuna.Study:
+        sweep = self.records.sweep
+        pruner: BasePruner = NopPruner()
+        if sweep.min_iter is not None:  # W&B's hyperband with `min_iter` is one bracket of successive halving
+            pruner = SuccessiveHalvingPruner(min_resource=sweep.min_iter, reduction_factor=sweep.eta)
+        return optuna.create_study(
+            storage=storage,
             study_name=sweep.name,
             direction="maximize" if sweep.maximize else "minimize",
             pruner=pruner,
             load_if_exists=True,
         )
-        space = {"metric": sweep.metric, "fixed": dict(sweep.fixed), "swept": str(dict(sweep.swept))}
-        if optuna_study.user_attrs.setdefault("space", space) != space:
+
+    def _check_space(self) -> None:
+        sweep = self.records.sweep
+        fixed = {name: value for name, value in sweep.fixed.items() if name not in sweep.per_machine()}
+        space = {"metric": sweep.metric, "fixed": fixed, "swept": str(dict(sweep.swept))}
+        if self.study.user_attrs.get("space", space) != space:
             raise UsageError(
                 f"search {sweep.name} was started with other parameters: use another --output_dir, or another "
                 "name in the sweep file"
             )
-        optuna_study.set_user_attr("space", space)
-    return optuna_study
+        self.study.set_user_attr("space", space)
+
+    def trials(self) -> list[FrozenTrial]:
+        """The trials of all commands and of earlier starts, without those that another machine repeats."""
+        trials = self.study.get_trials(deepcopy=False)
+        repeated = {number for trial in trials for number in RetryHeartbeatStaleTrialCallback.retry_history(trial)}
+        return [trial for trial in trials if trial.number not in repeated]
+
+    def ended(self) -> list[FrozenTrial]:
+        """Those of `trials` that have ended."""
+        return [trial for trial in self.trials() if trial.state in ENDED]
+
+    def run(self, count: int, n_workers: int) -> None:
+        """Run trials until `count` have ended, including those of other commands and of earlier starts.
+
+        Raises Fault naming the trials that failed, unless their configuration was the reason: the next command
+        tries these again.
+        """
+        asked: dict[str, optuna.Trial] = {}
+        with _one_line_for_the_database(), Workers(self.records.sweep.name, count, " trials") as workers:
+            while True:
+                ended = self.ended()
+                workers.bar.update(len(ended) - workers.bar.n)
+                left = count - len(ended) - len(self.failed) if len(self.failed) < MAX_FAILURES else 0
+                if left <= 0 and not workers.running:
+                    break
+                while left > 0 and len(workers.running) < n_workers:
+                    with self._next_trial(count) as found:
+                        if found is None:
+                            break  # other commands run the last ones; if one is killed, this command continues it
+                        optuna_trial, lock = found
+                        trial = Trial(self.run_id(optuna_trial), _suggest(optuna_trial, self.records.sweep))
+                        if self.records.is_finished(trial):  # its process outlived the command that started it
+                            workers.print(f"{trial.run_id}: {self._end(optuna_trial, trial)}")
+                            left -= 1
+                        else:
+                            asked[trial.run_id] = optuna_trial
+                            workers.running.append(Running(trial, self.records, lock))
+                for running, status in workers.wait():
+                    trial = running.trial
+                    with running.lock:
+                        outcome = self._end(asked[trial.run_id], trial, status, pruned=running.stopped)
+                    workers.print(f"{trial.run_id}: {outcome} ({running.seconds:.0f} s)")
+                self._send_heartbeats([asked[running.trial.run_id] for running in workers.running])
+                for running in workers.running:
+                    run_id = running.trial.run_id
+                    if self._report(asked[run_id], self.records.history(run_id)):
+                        running.stop()
+        if self.failed:
+            raise Fault(f"{', '.join(self.failed)} failed: see their logs; the same command tries them again")
+        if all(trial.state == TrialState.FAIL for trial in ended):
+            raise Fault(f"all {len(ended)} trials failed")
+
+    def run_id(self, trial: optuna.Trial | FrozenTrial) -> str:
+        """The id of a trial's run."""
+        return f"{self.records.sweep.name}-{trial.number}"
+
+    @contextmanager
+    def _next_trial(self, count: int) -> Iterator[tuple[optuna.Trial, int] | None]:
+        """Yield a trial that a command left, else a new one, with its lock; None where others run the last ones.
+
+        In a folder, only one command at a time does this. So no command sees a new trial before its lock is taken.
+        """
+        with locked(self.records.folder / "search.lock", wait=True):
+            for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+                mine = trial.user_attrs.get("owner") == self._owner and self.run_id(trial) not in self.failed
+                if mine:
+                    with locked(self.records.lock_path(self.run_id(trial))) as lock:
+                        if lock is not None:
+                            yield optuna.Trial(self.study, trial._trial_id), lock
+                            return
+            fail_stale_trials(self.study)
+            trials = self.trials()
+            if all(trial.state != TrialState.WAITING for trial in trials):
+                if len(trials) >= count:
+                    yield None
+                    return
+                # One write holds all values. With two, a kill between them would change the rest of the samples.
+                self.study.enqueue_trial(self._sample(), {"owner": self._owner})
+            new = self.study.ask()
+            if new.user_attrs.get("owner") != self._owner:  # of another machine's queue
+                new.set_user_attr("owner", self._owner)
+            with locked(self.records.lock_path(self.run_id(new)), wait=True) as lock:
+                assert lock is not None
+                yield new, lock
+
+    def _sample(self) -> dict[str, Any]:
+        """The values of the next trial, by the sweep's method.
+
+        The seed is the trial's number: so kills do not change the samples, and each trial has other ones. Machines
+        that ask at the same time have different seeds.
+        """
+        trials = self.study.get_trials(deepcopy=False)
+        seed = zlib.crc32(f"{len(trials)} {self._owner}".encode())
+        sampler: BaseSampler = RandomSampler(seed=seed)
+        if self.records.sweep.method == "bayes":  # constant liar: trials at the same time try different values
+            sampler = TPESampler(seed=seed, constant_liar=True)
+        in_memory = optuna.create_study(direction=self.study.direction, sampler=sampler)
+        in_memory.add_trials(trials)
+        return _suggest(in_memory.ask(), self.records.sweep)
+
+    def _end(self, optuna_trial: optuna.Trial, trial: Trial, status: int = 0, pruned: bool = False) -> str:
+        """Tell Optuna how a trial ended, unless it is to be tried again; returns the outcome in words."""
+        records = self.records
+        self._report(optuna_trial, records.history(trial.run_id))  # the epochs since the last report
+        best = records.best(trial.run_id)
+        if records.is_finished(trial) and best is not None:
+            self.study.tell(optuna_trial, best, skip_if_finished=True)
+            return records.outcome(trial.run_id, "finished")
+        if pruned:
+            self.study.tell(optuna_trial, state=TrialState.PRUNED, skip_if_finished=True)
+            return records.outcome(trial.run_id, "pruned")
+        if status in (UsageError.exit_status, Untrainable.exit_status):  # every attempt would end like this
+            self.study.tell(optuna_trial, state=TrialState.FAIL, skip_if_finished=True)
+        else:
+            self.failed.append(trial.run_id)
+        return records.failure(trial.run_id, status)
+
+    def _report(self, optuna_trial: optuna.Trial, history: dict[int, float]) -> bool:
+        """Report each new epoch to Optuna; returns whether the trial is to be stopped."""
+        known = self.study.get_trials(deepcopy=False)[optuna_trial.number]
+        if known.state != TrialState.RUNNING:  # this machine gave no sign of life, and another one repeats it
+            return True
+        prune = False
+        for epoch in sorted(history.keys() - known.intermediate_values.keys()):
+            optuna_trial.report(history[epoch], epoch)
+            prune |= optuna_trial.should_prune()
+        return prune
+
+    def _send_heartbeats(self, trials: Sequence[optuna.Trial]) -> None:
+        if self._database is None:
+            return
+        for trial in trials:
+            if time.monotonic() > self._beats.get(trial.number, -math.inf) + HEARTBEAT:
+                self._database.record_heartbeat(trial._trial_id)
+                self._beats[trial.number] = time.monotonic()
+
+
+def _open_database(url: str) -> RDBStorage:
+    """Optuna's tables in the database at `url`; UsageError where it cannot be opened."""
+    until = time.monotonic() + 10
+    while True:
+        try:
+            return RDBStorage(
+                url,
+                heartbeat_interval=HEARTBEAT,
+                grace_period=GRACE,
+                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
+            )
+        except Exception as error:  # of Optuna, SQLAlchemy, or the database's driver
+            # Another machine may be creating the tables at this moment.
+            if not re.search("already exists|duplicate key", str(error)) or time.monotonic() > until:
+                reason = first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
+                raise UsageError(f"--storage: no database can be opened: {reason}") from None
+        time.sleep(0.2)
+
+
+@contextmanager
+def _one_line_for_the_database() -> Iterator[None]:
+    try:
+        yield
+    except StorageInternalError as error:
+        raise Fault(f"the search's database: {first_line(error)}; the same command continues") from error
 
 
 class _Journal(JournalFileBackend):
@@ -124,52 +275,6 @@ class _Journal(JournalFileBackend):
             raise
 
 
-def _run_id(sweep: Sweep, trial: optuna.Trial | FrozenTrial) -> str:
-    return f"{sweep.name}-{trial.number}"
-
-
-@contextmanager
-def _next_trial(
-    optuna_study: optuna.Study, records: TrialRecords, count: int
-) -> Iterator[tuple[optuna.Trial, int] | None]:
-    """Yield the trial of a killed command, else a new one, with its lock; None where others run the last ones.
-
-    Only one command at a time does this. So no command sees a new trial before its lock is taken.
-    """
-    with locked(records.folder / "search.lock", wait=True):
-        trials = optuna_study.get_trials(deepcopy=False)
-        for trial in trials:
-            if trial.state == TrialState.RUNNING:
-                with locked(records.lock_path(_run_id(records.sweep, trial))) as lock:
-                    if lock is not None:
-                        yield optuna.Trial(optuna_study, trial._trial_id), lock
-                        return
-        if all(trial.state != TrialState.WAITING for trial in trials):
-            if len(trials) >= count:
-                yield None
-                return
-            # One write holds all values: after a kill between two writes, the rest would be sampled differently.
-            optuna_study.enqueue_trial(_sample(optuna_study, records.sweep))
-        new = optuna_study.ask()
-        with locked(records.lock_path(_run_id(records.sweep, new)), wait=True) as lock:
-            assert lock is not None
-            yield new, lock
-
-
-def _sample(optuna_study: optuna.Study, sweep: Sweep) -> dict[str, Any]:
-    """The values of the next trial, by the sweep's method.
-
-    The trial's number is the seed: so kills do not change the samples, and each trial has other ones.
-    """
-    trials = optuna_study.get_trials(deepcopy=False)
-    sampler: BaseSampler = RandomSampler(seed=len(trials))
-    if sweep.method == "bayes":  # with the constant liar, trials at the same time do not try the same values
-        sampler = TPESampler(seed=len(trials), constant_liar=True)
-    in_memory = optuna.create_study(direction=optuna_study.direction, sampler=sampler)
-    in_memory.add_trials(trials)
-    return _suggest(in_memory.ask(), sweep)
-
-
 def _suggest(trial: optuna.Trial, sweep: Sweep) -> dict[str, Any]:
     """The trial's values: those in the queue, or new samples."""
     chosen: dict[str, Any] = {}
@@ -182,176 +287,3 @@ def _suggest(trial: optuna.Trial, sweep: Sweep) -> dict[str, Any]:
             log = values.distribution == "log_uniform_values"
             chosen[name] = trial.suggest_float(name, values.low, values.high, log=log)
     return chosen
-
-
-def _end(
-    optuna_trial: optuna.Trial, trial: Trial, records: TrialRecords, status: int = 0, pruned: bool = False
-) -> str:
-    """Tell Optuna how a trial ended; returns the outcome in words."""
-    _report(optuna_trial, records.history(trial.run_id))  # the epochs since the last report
-    best = records.best(trial.run_id)
-    if records.is_finished(trial) and best is not None:
-        optuna_trial.study.tell(optuna_trial, best)
-        return records.outcome(trial.run_id, "finished")
-    optuna_trial.study.tell(optuna_trial, state=TrialState.PRUNED if pruned else TrialState.FAIL)
-    return records.outcome(trial.run_id, "pruned") if pruned else records.failure(trial.run_id, status)
-
-
-def _report(optuna_trial: optuna.Trial, history: dict[int, float]) -> bool:
-    """Report each new epoch to Optuna; returns whether the trial is to be pruned."""
-    known = optuna_trial.study.get_trials(deepcopy=False)[optuna_trial.number].intermediate_values
-    prune = False
-    for epoch in sorted(history.keys() - known.keys()):
-        optuna_trial.report(history[epoch], epoch)
-        prune |= optuna_trial.should_prune()
-    return prune
-
-
-def rank(records: TrialRecords) -> None:
-    """Write the trials, best first, as table.md and table.csv, draw both figures, and print where they are."""
-    sweep, folder = records.sweep, records.folder
-    ended: list[FrozenTrial] = []
-    if (folder / JOURNAL).exists():
-        optuna_study = _open_study(records)
-        ended = optuna_study.get_trials(deepcopy=False, states=tuple(STATES))
-    if not ended:
-        raise UsageError(f"no trial of {sweep.name} has ended yet")
-    ended.sort(key=lambda trial: _order(trial, records))
-    lines = [_line(place, trial, records) for place, trial in enumerate(ended, start=1)]
-    write_csv(folder / "table.csv", lines)
-    data = _data(ended, records)
-    write_text(folder / "table.md", _markdown(sweep, lines, data))
-    written = [folder / "table.csv", folder / "table.md"]
-    figures = records.output_dir / "fig" / "task4"
-    finished = [trial for trial in ended if trial.state == TrialState.COMPLETE]
-    if finished:
-        written.append(figures / f"{sweep.name}-parallel-coordinates.png")
-        draw_parallel_coordinates(written[-1], ended, sweep, data)
-    shares = importances(optuna_study) if len({trial.value for trial in finished}) > 1 else []
-    first = {max(share, key=share.__getitem__) for share in shares}
-    if len(first) == 1:
-        written.append(figures / f"{sweep.name}-importance.png")
-        draw_importance(
-            written[-1], shares, f"{sweep.name} · {data}\n{len(finished)} finished trials", sweep.metric
-        )
-    else:
-        print(
-            f"{sweep.name}: too few finished trials for the importance of the parameters: "
-            f"with {len(finished)}, the most important one depends on the seed of the estimate"
-        )
-    print(f"{sweep.name}: {len(ended)} trials, {len(finished)} finished; best first by {sweep.metric}:")
-    for path in written:
-        print(f"  {path}")
-
-
-def _data(trials: Sequence[FrozenTrial], records: TrialRecords) -> str:
-    """The titles of the data sets in the trials' records."""
-    facts = [run_folder(records.output_dir, _run_id(records.sweep, trial)) / "config.json" for trial in trials]
-    titles = {read_json(path)["dataset"] for path in facts if path.exists()}
-    return " / ".join(sorted(titles)) or "no trial has loaded its data"
-
-
-def _order(trial: FrozenTrial, records: TrialRecords) -> tuple[int, float]:
-    """The key to sort by: finished, then pruned, then failed trials, and the best ones first."""
-    best = records.best(_run_id(records.sweep, trial))
-    value = math.inf if best is None else -best if records.sweep.maximize else best
-    return list(STATES).index(trial.state), value
-
-
-def _line(place: int, trial: FrozenTrial, records: TrialRecords) -> dict[str, Any]:
-    """A trial's line of the table. It has no test scores: nobody may choose a trial by them."""
-    run_id = _run_id(records.sweep, trial)
-    history, best = records.history(run_id), records.best(run_id)
-    return {
-        "rank": place,
-        "run_id": run_id,
-        "state": STATES[trial.state],
-        records.sweep.metric or "": best,
-        "best epoch": next((epoch for epoch, value in history.items() if value == best), None),
-        "epochs": len(history),
-        **trial.params,
-    }
-
-
-def _markdown(sweep: Sweep, lines: Sequence[dict[str, Any]], data: str) -> str:
-    fixed = ", ".join(f"{name} {value}" for name, value in sweep.fixed.items()) or "none"
-    caption = (
-        f"**{sweep.name}**: {data}; {len(lines)} trials of a {sweep.method} search, the best over a trial's "
-        f"epochs of {sweep.metric}; keys that all share: {fixed}. A pruned trial was stopped early; its value "
-        "is the best of the epochs before."
-    )
-    rows = [[_cell(value) for value in line.values()] for line in lines]
-    return "\n".join([caption, "", *markdown_table(list(lines[0]), "l" * len(lines[0]), rows)]) + "\n"
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def draw_parallel_coordinates(path: Path, trials: Sequence[FrozenTrial], sweep: Sweep, data: str) -> None:
-    """A line per trial through its parameters to the metric: coloured if it finished, else grey."""
-    finished = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    scores = [trial.value or 0.0 for trial in finished]
-    scales = {**sweep.swept, str(sweep.metric): Range("uniform", min(scores), max(scores))}
-    places = range(len(scales))
-    with style.context(["default", STYLE, {"axes.grid": False}]):
-        figure = Figure(figsize=(6.4, 4.2))
-        axes = figure.add_subplot()
-        for trial in trials:
-            heights = [_height(trial.params[name], values) for name, values in sweep.swept.items()]
-            if trial.state == TrialState.COMPLETE:
-                heights.append(_height(trial.value, scales[str(sweep.metric)]))
-                axes.plot(places, heights, color=colormaps["viridis"](heights[-1]), linewidth=1.5, alpha=0.8)
-            else:
-                axes.plot(places[:-1], heights, color="#BBBBBB", linewidth=0.8, zorder=1)
-        for place, values in enumerate(scales.values()):
-            axes.axvline(place, color="#888888", linewidth=0.8, zorder=0)
-            for value in (values.low, values.high) if isinstance(values, Range) else values:
-                axes.text(place, _height(value, values), _cell(value).replace(",", ",\n"), **LABEL)
-        axes.set_xticks(places, [name.replace("_", "\n") for name in scales], fontsize=9)
-        axes.set_yticks([])
-        axes.spines[["left", "bottom"]].set_visible(False)
-        other = len(trials) - len(finished)
-        axes.set_title(f"{sweep.name} · {data}\n{len(finished)} finished trials, {other} pruned or failed (grey)")
-        save(figure, path)
-
-
-def _height(value: Any, values: tuple[Any, ...] | Range) -> float:
-    """The position of a value on its axis, from 0 to 1."""
-    if not isinstance(values, Range):
-        return values.index(value) / max(len(values) - 1, 1)
-    scale = math.log if values.distribution == "log_uniform_values" else float
-    low, high = scale(values.low), scale(values.high)
-    return 0.5 if low == high else (scale(value) - low) / (high - low)
-
-
-def importances(optuna_study: optuna.Study) -> list[dict[str, float]]:
-    """For each seed of the random forest: the share of the variance that each parameter explains (fANOVA).
-
-    Functional ANOVA: Hutter, Hoos, Leyton-Brown 2014. With few trials, the result depends on the seed.
-    In simulated searches of four parameters, all 5 seeds had the same most important parameter in 3 of 8 searches
-    of 4 trials, and in 8 of 8 searches of 12, 20 and 40 trials; shares still differed by 0.1 between seeds.
-    """
-    return [
-        get_param_importances(optuna_study, evaluator=FanovaImportanceEvaluator(seed=seed))
-        for seed in range(FANOVA_SEEDS)
-    ]
-
-
-def draw_importance(path: Path, shares: Sequence[Mapping[str, float]], title: str, metric: str | None) -> None:
-    """A bar per parameter: its mean share of the metric's variance, and the range over the estimate's seeds."""
-    names = list(shares[0])
-    values = np.array([[share[name] for name in names] for share in shares])
-    mean = values.mean(axis=0)
-    with style.context(["default", STYLE]):
-        figure = Figure(figsize=(6.4, 1.4 + 0.3 * len(names)))
-        axes = figure.add_subplot()
-        bars = axes.barh(names, mean, color=BLUE, xerr=[mean - values.min(axis=0), values.max(axis=0) - mean])
-        axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
-        axes.invert_yaxis()
-        axes.grid(axis="y", visible=False)
-        axes.set_xlabel(f"share of the variance of {metric} (fANOVA, mean and range of {len(shares)} seeds)")
-        axes.set_title(title)
-        save(figure, path)

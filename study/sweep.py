@@ -9,9 +9,17 @@
 a GPU it is one. After a kill, the same command skips the finished runs and resumes the others from their
 checkpoints. A second command at the same time, for example on another GPU, shares the work: a lock keeps two
 processes from training the same run. output_dir/sweeps/<name>/ holds logs, tables, and the state of a search.
+
+Machines without a shared folder share a search through a database. Start the same command on each of them:
+
+    python -m study.sweep sweep.yaml --count 40 --storage postgresql+psycopg://USER:PASSWORD@HOST/DATABASE
+
+They may differ in data_root, device and wandb. If a machine is lost, another one repeats its trials. Every command
+ends when `count` trials have ended; a few more may run if machines ask for one at the same moment.
 """
 
 import itertools
+import math
 import re
 import shlex
 import sys
@@ -27,17 +35,22 @@ from common.files import locked
 from study.sweep_file import Range, Sweep, read_sweep
 from study.trials import Running, Trial, TrialRecords, Workers
 
+MAX_RUNS = 10_000
+
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig(Keys):
     """The keys of a sweep; those of its runs are in its file."""
 
     file: Path | None = key(None, "the sweep's YAML file; as the first argument it needs no --file")
-    count: int = key(20, "trials of a search, of all workers together; a grid ignores it", at_least=1)
+    count: int = key(
+        20, "trials of a search, of all workers together; a grid ignores it", at_least=1, at_most=MAX_RUNS
+    )
     workers: int | None = key(
         None, "runs at the same time (default: one per core on a CPU, 1 on a GPU)", at_least=1
     )
     output_dir: Path = key(Path(), "folder that gets sweeps/ and the runs' folders")
+    storage: str | None = key(None, "URL of a database, to share a search between machines (see README)")
     fixed: str = key("", "keys for every run, as '--key=value --key=value'; or write them after --")
     table_only: bool = key(False, "start no run: only make the table of the finished ones")
 
@@ -53,6 +66,9 @@ def grid(sweep: Sweep) -> list[Trial]:
             raise UsageError(f"parameter {name}: a grid needs values, not min and max")
         axes[name] = values
     order = sorted(axes, key=lambda name: name != "seed")  # stable
+    n_runs = math.prod(map(len, axes.values()))
+    if n_runs > MAX_RUNS:
+        raise UsageError(f"the grid has {n_runs:,} runs; at most {MAX_RUNS:,} can be planned")
     trials = []
     for combination in itertools.product(*(axes[name] for name in order)):
         chosen = dict(zip(order, combination, strict=True))
@@ -65,10 +81,13 @@ def grid(sweep: Sweep) -> list[Trial]:
     return trials
 
 
-def run_grid(trials: Sequence[Trial], records: TrialRecords, n_workers: int) -> None:
-    """Run the unfinished trials; return when all trials, also those of other commands, have finished or failed."""
+def run_grid(trials: Sequence[Trial], records: TrialRecords, n_workers: int) -> list[str]:
+    """Run the unfinished trials until all, also those of other commands, have finished or failed.
+
+    Returns the ids of the failed ones.
+    """
     left: list[Trial] = list(trials)
-    failed: set[str] = set()
+    failed: list[str] = []
     with Workers(records.sweep.name, len(trials), " runs") as workers:
         while True:
             left = [trial for trial in left if trial.run_id not in failed and not records.is_finished(trial)]
@@ -89,32 +108,41 @@ def run_grid(trials: Sequence[Trial], records: TrialRecords, n_workers: int) -> 
                         outcome = records.outcome(run_id, "finished")
                     else:
                         outcome = records.failure(run_id, status)
-                        failed.add(run_id)
+                        failed.append(run_id)
                 workers.print(f"{run_id}: {outcome} ({running.seconds:.0f} s)")
-    if len(failed) == len(trials):
-        raise Fault(f"all {len(trials)} runs failed")
+    return failed
 
 
 def main(config: SweepConfig) -> None:
     """Sweep file → runs → table and figures."""
     if config.file is None:
         raise UsageError("which sweep? python -m study.sweep FILE.yaml")
-    sweep = read_sweep(config.file, shlex.split(config.fixed))
+    try:
+        fixed = shlex.split(config.fixed)
+    except ValueError as error:
+        raise UsageError(f"--fixed {config.fixed}: {error}") from None
+    sweep = read_sweep(config.file, fixed)
     records = TrialRecords(sweep, config.output_dir)
     n_workers = config.workers or (physical_cores() if sweep.on_cpu({}) else 1)
     if sweep.method == "grid":
         from study.ablation import report
 
+        if config.storage:
+            raise UsageError("--storage is for a search: commands that share a grid share its --output_dir")
         trials = grid(sweep)
-        if not config.table_only:
-            run_grid(trials, records, n_workers)
-        report(trials, records)
+        failed = [] if config.table_only else run_grid(trials, records, n_workers)
+        if len(failed) < len(trials):
+            report(trials, records)
+        if failed:
+            raise Fault(f"{', '.join(failed)} failed: see their logs; the same command tries them again")
     else:
-        from study.search import rank, search  # Optuna takes a second to import: a grid does not need it
+        from study.ranking import rank  # Optuna takes a second to import: a grid does not need it
+        from study.search import Search
 
+        search = Search(records, config.storage)
         if not config.table_only:
-            search(records, config.count, n_workers)
-        rank(records)
+            search.run(config.count, n_workers)
+        rank(search)
 
 
 def as_keys(arguments: Sequence[str]) -> list[str]:

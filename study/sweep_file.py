@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from common.compute import Compute
-from common.config import Config, TrainingConfig, closest, parse
-from common.errors import UsageError
+from common.config import Config, TrainingConfig, check_run_id, closest, parse
+from common.errors import UsageError, first_line
 from common.records import METRICS
 
 METHODS = ("grid", "random", "bayes")
@@ -24,6 +24,7 @@ DISTRIBUTIONS = {
 KEYS = ("program", "method", "metric", "parameters", "command", "early_terminate", "name")
 WANDB_KEYS = {"project": "WANDB_PROJECT", "entity": "WANDB_ENTITY"}  # with the variables that W&B reads in a run
 DEFAULT_COMMAND = ("${env}", "${interpreter}", "${program}", "${args}")
+LARGEST = 1e300  # of a range's bounds
 SET_PER_RUN = ("run_id", "output_dir")  # the sweep sets them for each run
 
 
@@ -61,6 +62,10 @@ class Sweep:
         """The program's configuration for the fixed keys and `values`."""
         return parse(self.config_class, _as_arguments({**self.fixed, **values}), "")
 
+    def per_machine(self) -> set[str]:
+        """The keys in which the machines that share a search may differ."""
+        return {*self.config_class.bookkeeping(), "device"}
+
     def on_cpu(self, values: Mapping[str, Any]) -> bool:
         """Whether the program computes on a CPU, with the fixed keys and `values`."""
         return Compute.of(self.config(values).device, "fp32").device.type == "cpu"
@@ -87,15 +92,28 @@ def read_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
         raise UsageError(f"{path}: {error}") from None
 
 
+class _Loader(yaml.SafeLoader):
+    """A safe loader that refuses a key that stands twice: YAML would drop the first value without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.MarkedYAMLError(problem=f"key {name} stands twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _load(path: Path) -> Any:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise UsageError(error.strerror or str(error)) from None
     except UnicodeDecodeError:
         raise UsageError("not a text file") from None
     except yaml.YAMLError as error:
         raise UsageError(f"not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UsageError("not a sweep: its lists are nested too deep") from None
 
 
 def _sweep(content: Mapping[str, Any], default_name: str, overrides: Sequence[str]) -> Sweep:
@@ -113,8 +131,11 @@ def _sweep(content: Mapping[str, Any], default_name: str, overrides: Sequence[st
     fixed.update(_overrides(overrides, swept))
     metric, maximize = _metric(content, method)
     min_iter, eta = _early_terminate(content.get("early_terminate"))
+    name = str(content.get("name", default_name))
+    if problem := check_run_id(name):  # the names of its runs begin with it
+        raise UsageError(f"name {name!r}: {problem}")
     sweep = Sweep(
-        name=str(content.get("name", default_name)),
+        name=name,
         method=method,
         program=str(content["program"]),
         command=_command(content.get("command", DEFAULT_COMMAND)),
@@ -171,8 +192,10 @@ def _parameter(name: str, content: Any) -> Any:
         return tuple(content["values"])
     low, high = content["min"], content["max"]
     for bound in (low, high):
-        if not isinstance(bound, int | float):  # YAML reads 1e-4 as text
+        if isinstance(bound, bool) or not isinstance(bound, int | float):  # YAML reads 1e-4 as text
             raise UsageError(f"parameter {name}: {bound!r} is not a number; YAML wants 0.0001 or 1.0e-4")
+        if not -LARGEST <= bound <= LARGEST:
+            raise UsageError(f"parameter {name}: min and max must be numbers up to {LARGEST:g}")
     whole = isinstance(low, int) and isinstance(high, int)
     if whole and "distribution" not in content:
         distribution = "int_uniform"
@@ -216,9 +239,9 @@ def _early_terminate(content: Any) -> tuple[int | None, int]:
     _mapping(content, "early_terminate", ("type", "min_iter", "eta"))
     _one_of(content.get("type"), ("hyperband",), "type of early_terminate:")
     min_iter, eta = content.get("min_iter"), content.get("eta", 3)
-    if not isinstance(min_iter, int) or min_iter < 1:
+    if type(min_iter) is not int or min_iter < 1:  # true is an int, too
         raise UsageError(f"early_terminate: min_iter {min_iter} must be a whole number of epochs")
-    if not isinstance(eta, int) or eta < 2:
+    if type(eta) is not int or eta < 2:
         raise UsageError(f"early_terminate: eta {eta} must be a whole number, at least 2")
     return min_iter, eta
 
@@ -240,8 +263,8 @@ def _config_class(program: Path) -> type[Config]:
         raise UsageError(f"program {program}: no such file; start the sweep in the folder of the program")
     try:
         defined = runpy.run_path(str(program), run_name="swept_program")
-    except SyntaxError:
-        raise UsageError(f"program {program} is not a Python file") from None
+    except Exception as error:  # of the program
+        raise UsageError(f"program {program}: Python cannot load it: {first_line(error)}") from None
     for item in defined.values():
         if isinstance(item, type) and issubclass(item, Config) and item.__module__ == "swept_program":
             return item

@@ -2,12 +2,14 @@
 
 import dataclasses
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from common import pathmnist
 from common.compute import Compute
@@ -116,3 +118,18 @@ def write_official(root: Path, monkeypatch: pytest.MonkeyPatch, arrays: dict[str
     monkeypatch.setattr(pathmnist, "COUNTS", COUNTS)
     monkeypatch.setattr(pathmnist, "official_file", lambda size: official)
     return path
+
+
+@pytest.fixture
+def write_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """A function that writes a sweep file `try.yaml` for the fake program: its content, with more `parameters`."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    program = str(ROOT / "tests" / "fake_program.py")
+
+    def write(content: Mapping[str, Any], parameters: Mapping[str, Any] | None = None) -> Path:
+        path = tmp_path / "try.yaml"
+        together = {**content["parameters"], **(parameters or {})}
+        path.write_text(yaml.safe_dump({"program": program, **content, "parameters": together}, sort_keys=False))
+        return path
+
+    return write

@@ -7,10 +7,11 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import example_records
 import numpy as np
 
 from common.config import Config, key, run_script
-from common.errors import UsageError
+from common.errors import Fault, Untrainable, UsageError
 from common.files import write_csv, write_json
 
 
@@ -41,36 +42,32 @@ def main(config: FakeConfig) -> None:
 
     if config.lingering:
         signal.signal(signal.SIGTERM, linger)
+    note("processes.txt", os.getpid())
     note("starts.txt", config.run_id)
     note("wandb.txt", os.environ.get("WANDB_PROJECT"), os.environ.get("WANDB_ENTITY"))
     while len((config.output_dir / "starts.txt").read_text().split()) < config.together:
         if time.monotonic() > begun + 15:
             raise UsageError("it is alone")
         time.sleep(0.02)
+    if (config.output_dir / "disk-is-full").exists():
+        raise Fault("No space left on device")
+    if config.quality < -1:
+        raise Untrainable("the loss became nan")
     if config.quality < 0:
         raise UsageError(f"--quality {config.quality}: broken")
     folder = config.output_dir / "runs" / config.run_id
-    write_json(folder / "config.json", {"config": config.as_dict(), "commit": "abc", "dataset": "no data"})
+    facts = {**example_records.facts(config.as_dict(), "task3"), "dataset": "no data"}
+    write_json(folder / "config.json", facts)
     history = []
     for epoch in range(1, config.n_epochs + 1):
         time.sleep(0 if (config.output_dir / "no-pause").exists() else config.pause)
-        history.append({"epoch": epoch, "validate/acc": config.quality * epoch / config.n_epochs})
+        history.append(example_records.row(epoch, config.quality * epoch / config.n_epochs))
         write_csv(folder / "history.csv", history)
-    summary = {
-        "dataset": "no data",
-        "synthetic": True,
-        "data_fingerprint": "f",
-        "tiles": {"train": 1000, "val": 10, "test": 20},
-        "test/auc": config.quality,
-        "test/acc": config.quality,
-        "best": {"epoch": config.n_epochs},
-        "validate": {"validate/acc": config.quality, "validate/auc": config.quality},
-        "stopped": "all epochs done",
-        "wall_seconds": 1.0,
-    }
-    outputs = np.array([[ord(config.row[-1]), config.quality]])  # the same for rows that end in the same letter
-    np.savez(folder / "scores.npz", best_logits=outputs, validate_logits=outputs)
-    write_json(folder / "summary.json", summary)
+    # The outputs are the same for rows that end in the same letter.
+    np.savez(folder / "scores.npz", **example_records.outputs(ord(config.row[-1]) + config.quality))
+    write_json(
+        folder / "summary.json", example_records.summary(facts, history, config.quality, config.quality)
+    )
     while (config.output_dir / f"hold-{config.run_id}").exists() and time.monotonic() < begun + 60:
         time.sleep(0.02)
     note("spans.txt", begun, time.monotonic(), os.environ.get("OMP_NUM_THREADS"))

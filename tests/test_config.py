@@ -104,7 +104,7 @@ def test_out_of_memory_is_one_line_that_names_the_key_to_lower(
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         run_script(main, TrainingConfig, [])
-    assert ended.value.code == 1
+    assert ended.value.code == 3
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert "out of memory (" in lines[0]

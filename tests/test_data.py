@@ -219,7 +219,7 @@ def test_a_full_disk_is_named_and_no_folder_remains(tmp_path: Path) -> None:
 
 def test_a_source_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "pathmnist.npz").mkdir()
-    with pytest.raises(Fault, match=r"Is a directory: .*pathmnist\.npz"):
+    with pytest.raises(Fault, match=r"not a regular file: .*pathmnist\.npz"):
         load_dataset("pathmnist", 28, tmp_path)
 
 
@@ -275,8 +275,8 @@ def test_a_damaged_file_is_refused_with_the_remedy(
     size = path.stat().st_size
     found = f"its MD5 is {md5_of(path)}, not {expected}; it is damaged or another file ({size:,} bytes)"
     assert str(fault.value) == (
-        f"{path}: {found}. Fetch http://127.0.0.1:9/pathmnist.npz (MD5 {expected}) by hand into {tmp_path}, "
-        "or use --dataset phantom, which needs no download"
+        f"{path}: {found}: delete it, and the same command fetches it again, or fetch "
+        f"http://127.0.0.1:9/pathmnist.npz (MD5 {expected}) by hand into {tmp_path}, or use --dataset phantom"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["pathmnist.npz"]
 

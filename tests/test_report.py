@@ -20,7 +20,7 @@ import task1
 import train
 from common.config import run_script
 from common.files import write_csv
-from study import report, sweep
+from study import baselines, forecast, report, sweep
 from study.report_facts import REFERENCES, facts
 from study.report_selection import Study
 
@@ -29,7 +29,7 @@ PHANTOM = ["--dataset=phantom", "--size=28", "--train_tiles=90", "--wandb=disabl
 
 @pytest.fixture(scope="module")
 def finished(phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A study of six small runs, four of them an ablation with its table, with all figures but without a page."""
+    """A study of six small runs, four of them an ablation, and two baselines; with figures but without a page."""
     folder = tmp_path_factory.mktemp("study")
     where = [f"--data_root={phantom_root}", f"--output_dir={folder}"]
     fixed = [f"--data_root={phantom_root}", *PHANTOM, "--n_epochs=2", "--batch_size=45"]
@@ -44,10 +44,14 @@ def finished(phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     file.write_text(yaml.safe_dump({"program": "train.py", "method": "grid", "parameters": parameters}))
     arguments = [f"--file={file}", f"--output_dir={folder}", "--table_only", f"--fixed={' '.join(fixed)}"]
     run_script(sweep.main, sweep.SweepConfig, arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delitem(baselines.BASELINES, "boosting")  # takes seconds
+        run_script(baselines.main, baselines.BaselinesConfig, [*PHANTOM[:3], *where])
     (folder / "report.toml").write_text(
         '[task1]\nruns = ["first-0", "first-1"]\n'
         '[task3]\nruns = ["small-combined-0", "small-combined-1"]\n'
         '[task4]\nablation = "small"\n'
+        '[baselines]\nruns = ["mean_rgb-90-0", "neighbours-90-0"]\n'
     )
     make(folder)
     (folder / "report.md").unlink()
@@ -134,6 +138,44 @@ def test_balanced_acc_is_the_record_s_or_the_mean_of_the_recalls(study: Path) ->
     for run_id, balanced in zip(("first-0", "first-1"), expected, strict=True):
         line = next(line for line in page.splitlines() if line.startswith(f"| [{run_id}]"))
         assert line.split("|")[7] == balanced
+
+
+@pytest.mark.parametrize(("best", "verdict"), [("mean_rgb", "higher than"), ("neighbours", "lower than")])
+def test_the_page_compares_a_network_with_the_baseline_of_the_best_validation_acc(
+    best: str, verdict: str, study: Path
+) -> None:
+    (study / "report.toml").write_text(
+        '[task1]\nruns = ["first-0"]\n[baselines]\nruns = ["mean_rgb-90-0", "neighbours-90-0"]\n'
+    )
+    scores = {"first-0": (0.5, 0.4, 0.6), "mean_rgb-90-0": (0.1, 0.0, 0.2), "neighbours-90-0": (0.9, 0.8, 1.0)}
+    for run_id, (value, low, high) in scores.items():
+        folder = study / "runs" / run_id
+        summary("best", "acc", value={"value": value, "low": low, "high": high})(folder)
+        summary("validate", "validate/acc", value=0.9 if run_id.startswith(best) else 0.8)(folder)
+    page = built(study)
+    assert f"- Task 1: test ACC is {verdict} that of the best baseline" in page
+    title = json.loads((study / "runs/neighbours-90-0/summary.json").read_text())["title"]
+    assert f"| Baseline | {title} | 90 | 1 | 0.9000 [0.8000, 1.0000] |" in page
+
+
+def test_the_page_compares_the_validation_scores_where_there_are_enough_runs(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "at least 10 runs and 5 configurations; this page has 6 and 3." in built(study)
+    monkeypatch.setattr(forecast, "LEAST_RUNS", 6)
+    monkeypatch.setattr(forecast, "LEAST_GROUPS", 3)
+    for number, path in enumerate(sorted(study.glob("runs/*/summary.json"))):
+        record = json.loads(path.read_text())
+        record["best"]["acc"]["value"] = record["validate"]["validate/acc"] = number / 10
+        record["validate"]["validate/loss"] = number / 10
+        path.write_text(json.dumps(record))
+    monkeypatch.setattr(report, "check_study", lambda *records: None)
+    make(study)
+    page = (study / "report.md").read_text()
+    assert "| validation ACC | 1.00 [1.00, 1.00] | forecasts test ACC |" in page
+    assert "| validation loss (sign turned) | -1.00 [-1.00, -1.00] | misleads |" in page
+    assert "6 runs of 3 configurations" in page
+    assert "fig/report/forecast.png" in page
 
 
 @pytest.mark.parametrize(
@@ -255,6 +297,12 @@ def test_the_check_refuses_records_that_contradict_one_another(
     fails(study, 1, message, capsys, "--check")
 
 
+def test_the_check_computes_a_baseline_s_scores_again(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(study)
+    reverse("best_logits")(study / "runs" / "mean_rgb-90-0")
+    fails(study, 1, "mean_rgb-90-0/summary.json: best, .*, scores.npz gives another value", capsys, "--check")
+
+
 def test_the_check_compares_the_ablations_table_with_its_runs(
     study: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -323,8 +371,10 @@ def test_a_selection_that_cannot_be_shown_is_refused_in_one_line(
 
 
 def test_a_missing_figure_and_a_missing_page_are_faults(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (study / "fig" / "report" / "gap.png").unlink()
-    fails(study, 1, "fig/report/gap.png: the report shows this figure, and it is missing", capsys, "--check")
+    (study / "fig" / "report" / "calibration.png").unlink()
+    fails(
+        study, 1, "fig/report/calibration.png: the report shows this figure, and it is missing", capsys, "--check"
+    )
     make(study)
     next((study / "fig" / "task3").glob("small-combined-0-*")).unlink()
     fails(study, 1, "fig/task3/small-combined-0-.*: the report shows this figure", capsys, "--check")

@@ -20,7 +20,7 @@ import task5
 import train
 from common.config import Keys, parse, run_script
 from study import __main__ as study
-from study import sweep
+from study import baselines, sweep
 from study.sweep_file import read_sweep
 
 SCRIPTS: dict[str, type[Keys]] = {
@@ -46,6 +46,9 @@ def test_every_step_is_a_command_that_its_script_accepts(dataset: str, size: int
         if program in SCRIPTS:
             made: Any = parse(SCRIPTS[program], arguments, "")
             scripts += 1
+        elif arguments[0] == "study.baselines":
+            made = parse(baselines.BaselinesConfig, arguments[1:], "")
+            assert (made.dataset, made.size) == (dataset, size)
         else:
             made = parse(sweep.SweepConfig, sweep.as_keys(arguments[1:]), "")
             fixed = read_sweep(made.file, made.fixed.split()).fixed
@@ -104,6 +107,7 @@ def test_a_study_ends_with_its_report_and_a_second_start_runs_only_what_is_missi
     phantom_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     few = {
+        "baselines": (TINY,),
         "task1": (TINY, "--n_epochs=1"),
         "task2": ("--checked_tiles=2",),
         "train": (TINY, "--batch_size=45", "--n_epochs=1"),

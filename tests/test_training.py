@@ -20,7 +20,7 @@ from common import checkpoint, evaluation, tiles, training
 from common.compute import Compute
 from common.config import TrainingConfig
 from common.data import Dataset
-from common.errors import Fault, Stopped, UsageError
+from common.errors import Fault, Stopped, Untrainable, UsageError
 from common.evaluation import Evaluation, evaluate
 from common.models import build_model
 from common.records import COLUMNS
@@ -201,7 +201,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         return original(images) * (math.nan if len(calls) == 7 else 1)
 
     monkeypatch.setattr(tiles, "normalise", poisoned)
-    with pytest.raises(Fault, match="the loss became nan in epoch 2; lower --lr"):
+    with pytest.raises(Untrainable, match="the loss became nan in epoch 2; lower --lr"):
         fitted(tiny, tmp_path)
     saved = checkpoint.load(tmp_path / "checkpoints" / "r" / "last.pt")
     assert len(saved["history"]) == 1

@@ -1,0 +1,74 @@
+"""Which validation score forecasts the test ACC: rank correlations over the runs of a study."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.metrics import Estimate
+from study.groups import Group
+
+SCORES = {  # of the selected epoch's weights, by what the page calls them
+    "validation ACC": ("validate", "validate/acc"),
+    "validation AUC": ("validate", "validate/auc"),
+    "validation loss": ("validate", "validate/loss"),
+    "ACC under changed colours": ("validate/shifted_acc",),
+}
+LOWER_IS_BETTER = "validation loss"  # its correlation has the sign turned
+LEAST_RUNS, LEAST_GROUPS = 10, 5
+DRAWS = 2000
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The runs that have every score, by configuration, and each score's rank correlation with the test ACC.
+
+    `values` are (runs, 1 + scores): the test ACC and SCORES. Without enough runs there are no correlations.
+    """
+
+    groups: Sequence[Group]
+    values: Sequence[NDArray[np.float64]]
+    correlations: Mapping[str, Estimate]
+
+    @property
+    def n_runs(self) -> int:
+        """The number of runs."""
+        return sum(map(len, self.values))
+
+
+def forecast(groups: Sequence[Group]) -> Forecast:
+    """The correlations over the runs of these configurations; runs without one of the scores are left out."""
+    found, values = [], []
+    for group in groups:
+        columns = [group.by_seed("best", "acc"), *(group.by_seed(*keys) for keys in SCORES.values())]
+        seeds = set.intersection(*map(set, columns))
+        if seeds:
+            found.append(group)
+            values.append(np.array([[column[seed] for column in columns] for seed in sorted(seeds)]))
+    if len(values) < LEAST_GROUPS or sum(map(len, values)) < LEAST_RUNS:
+        return Forecast(found, values, {})
+    signs = np.array([1, *(-1 if name == LOWER_IS_BETTER else 1 for name in SCORES)])
+    correlations = rank_correlations([runs * signs for runs in values])
+    return Forecast(found, values, dict(zip(SCORES, correlations, strict=True)))
+
+
+def rank_correlations(groups: Sequence[NDArray[np.float64]]) -> list[Estimate]:
+    """Spearman's correlation of the first column with each other one, with its 95 % bootstrap interval.
+
+    A group (runs, columns) holds the runs of one configuration. The bootstrap draws whole groups, because runs
+    that differ in the seed alone resemble one another (Efron and Tibshirani 1993, percentile interval).
+    """
+    from scipy.stats import spearmanr  # half a second of import
+
+    def correlations(chosen: Sequence[int]) -> NDArray[np.float64]:
+        return np.asarray(spearmanr(np.concatenate([groups[place] for place in chosen])).statistic[0, 1:])
+
+    draws = np.random.default_rng(0).integers(len(groups), size=(DRAWS, len(groups)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a draw of one group again and again may give NaN
+        drawn = [correlations(chosen) for chosen in draws]
+        values = correlations(range(len(groups)))
+    low, high = np.nanquantile(drawn, (0.025, 0.975), axis=0)
+    return [Estimate(*map(float, ends)) for ends in zip(values, low, high, strict=True)]

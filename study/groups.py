@@ -1,0 +1,110 @@
+"""Runs that differ in their seed alone, and their scores over the seeds."""
+
+import json
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from common.config import TrainingConfig
+from common.errors import UsageError
+from common.metrics import Estimate, recalls
+from common.pathmnist import COUNTS
+from common.records import Record
+from common.statistics import Comparison, Spread, compare, spread
+
+# Keys in which runs of one row may differ: the seed, and where and how a run is kept.
+APART = {"seed", "run_id", "scratch", "n_seeds"} | TrainingConfig.bookkeeping()
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed alone."""
+
+    records: Sequence[Record]
+
+    def __post_init__(self) -> None:
+        """Raise UsageError where two runs have the same seed, or differ in more than the seed."""
+        seeds = [record.config["seed"] for record in self.records]
+        runs = ", ".join(record.run_id for record in self.records)
+        if len(set(seeds)) < len(seeds):
+            raise UsageError(f"report.toml: of the runs {runs}, two have the same seed; name one per seed")
+        configs = [record.config for record in self.records]
+        for name in set().union(*configs) - APART:
+            if len({str(config.get(name)) for config in configs}) > 1:
+                raise UsageError(f"report.toml: the runs {runs} differ in {name}, not in the seed alone")
+
+    @property
+    def first(self) -> Record:
+        """The run that stands for all of them in figures and in words."""
+        return self.records[0]
+
+    @property
+    def single(self) -> list["Group"]:
+        """Every run as a group of one."""
+        return [Group([record]) for record in self.records]
+
+    @property
+    def full(self) -> bool:
+        """Whether the scores compare with the published ones: trained on all tiles of PathMNIST."""
+        summary = self.first.summary
+        return not summary["synthetic"] and summary["tiles"]["train"] == COUNTS["train"]
+
+    def by_seed(self, *keys: str) -> dict[int, float]:
+        """A number of summary.json, such as ("best", "acc"), for every seed whose record has it."""
+        found = {record.config["seed"]: _look_up(record.summary, keys) for record in self.records}
+        return {seed: estimate.value for seed, estimate in found.items() if estimate}
+
+    def spread(self, *keys: str) -> Spread:
+        """A number of summary.json over the seeds."""
+        return spread(list(self.by_seed(*keys).values()))
+
+    def score(self, *keys: str) -> Estimate | None:
+        """The mean over seeds of a score from 0 to 1, with its t interval; None where a record lacks the score.
+
+        One seed: the score as recorded, with its interval over test tiles; NaN where the record has none.
+        """
+        if len(self.by_seed(*keys)) < len(self.records):
+            return None
+        if len(self.records) == 1:
+            return _look_up(self.first.summary, keys)
+        over = self.spread(*keys)
+        return Estimate(over.mean, max(over.low, 0), min(over.high, 1))
+
+    def difference(self, after: Sequence[str], before: Sequence[str]) -> Comparison:
+        """One number of summary.json minus another one, seed by seed."""
+        return compare({"before": self.by_seed(*before), "after": self.by_seed(*after)})["after"]
+
+    def recalls(self) -> dict[str, float]:
+        """The mean over seeds of each class's recall on test tiles; NaN for a class without tiles."""
+        scores = [record.summary["best"] for record in self.records]
+        means = np.mean([recalls(one["confusion_matrix"]) for one in scores], axis=0)
+        return dict(zip(scores[0]["auc_per_class"], means.tolist(), strict=True))
+
+    def areas(self) -> dict[str, float]:
+        """The mean over seeds of each class's AUC against the others; NaN for a class without tiles."""
+        scores = [record.summary["best"]["auc_per_class"] for record in self.records]
+        means = np.mean([list(one.values()) for one in scores], axis=0, dtype=float)
+        return dict(zip(scores[0], means.tolist(), strict=True))
+
+
+def grouped(records: Iterable[Record], apart: Collection[str] = APART) -> list[Group]:
+    """The runs that differ in the keys `apart` alone, as groups in the order of their first runs."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        same = {name: value for name, value in record.config.items() if name not in apart}
+        groups.setdefault(json.dumps(same, sort_keys=True), []).append(record)
+    return [Group(records) for records in groups.values()]
+
+
+def _look_up(summary: Mapping[str, Any], keys: Sequence[str]) -> Estimate | None:
+    """A number of summary.json; None where it has none. Older records lack balanced ACC: it is computed."""
+    value: Any = summary
+    for key in keys:
+        if key == "balanced_acc" and key not in value:
+            value = float(np.nanmean(recalls(value["confusion_matrix"])))
+        elif (value := value.get(key)) is None:
+            return None
+    return Estimate(**value) if isinstance(value, Mapping) else Estimate(value, math.nan, math.nan)

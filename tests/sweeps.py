@@ -1,0 +1,71 @@
+"""What the tests of sweeps and searches share: sweep files for a fake program, and commands that run them."""
+
+import csv
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from processes import start
+
+from common.config import run_script
+from common.files import locked
+from study import sweep
+
+GRID = {"method": "grid", "parameters": {"row": {"values": ["a", "b", "c"]}, "seed": {"values": [0, 1]}}}
+SEARCH = {
+    "method": "bayes",
+    "metric": {"name": "validate/acc", "goal": "maximize"},
+    "parameters": {"quality": {"min": 0.1, "max": 1.0}, "row": {"values": ["a", "b"]}},
+}
+EVERY_RUN_ONCE = {f"try-{row}-{seed}": 1 for row in "abc" for seed in (0, 1)}  # of GRID
+Write = Callable[..., Path]
+
+
+def run(path: Path, output: Path, **keys: Any) -> None:
+    output.mkdir(exist_ok=True)
+    sweep.main(sweep.SweepConfig(**{"file": path, "output_dir": output, "workers": 1, **keys}))
+
+
+def begin(path: Path, output: Path, **keys: Any) -> int:
+    """Start a command in another process; its output goes to log.txt."""
+    output.mkdir(exist_ok=True)
+    keys = {"file": path, "output_dir": output, "workers": 1, **keys}
+    arguments = [f"--{name}={value}" for name, value in keys.items()]
+    return start(lambda: run_script(sweep.main, sweep.SweepConfig, arguments), output / "log.txt")
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def wait_for_starts(output: Path, n_runs: int) -> None:
+    wait_for(lambda: len(starts(output)) == n_runs)
+
+
+def starts(output: Path) -> list[str]:
+    path = output / "starts.txt"
+    return path.read_text().split() if path.exists() else []
+
+
+def most_at_once(output: Path) -> int:
+    """How many runs were at work at the same time."""
+    spans = [[float(moment) for moment in line.split()[:2]] for line in (output / "spans.txt").open()]
+    return max(sum(begun <= moment < ended for begun, ended in spans) for moment, _ in spans)
+
+
+def is_locked(path: Path) -> bool:
+    with locked(path) as lock:
+        return lock is None
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def table(output: Path, name: str = "try") -> list[dict[str, str]]:
+    return read_csv(output / "sweeps" / name / "table.csv")
