@@ -55,6 +55,8 @@ def test_the_largest_group_of_each_task_is_selected_and_the_rest_is_named_with_t
     add(tmp_path, "row", started="2026-01-08", task="task3", config={"ablation": "with_ema"})
     add(tmp_path, "trial", started="2026-01-09", task="task3", config={"ablation": "combined", "lr": 0.2})
     add(tmp_path, "tuned", started="2026-01-10", task="task5")
+    add(tmp_path, "colours", started="2026-01-11", task="baselines")
+    add(tmp_path, "few-colours", started="2026-01-12", task="baselines", data_fingerprint="few")
     (add(tmp_path, "torn") / "history.csv").unlink()
     (add(tmp_path, "stopped") / "summary.json").unlink()
     (tmp_path / "sweeps" / "search").mkdir(parents=True)
@@ -62,7 +64,16 @@ def test_the_largest_group_of_each_task_is_selected_and_the_rest_is_named_with_t
     collect(tmp_path)
     text = (tmp_path / "report.toml").read_text()
     assert text.splitlines()[1:] == [
-        *("[task1]", 'runs = ["new", "other-seed"]', "[task2]", 'run = "new"', "[task3]", 'runs = ["three"]'),
+        *(
+            "[baselines]",
+            'runs = ["colours"]',
+            "[task1]",
+            'runs = ["new", "other-seed"]',
+            "[task2]",
+            'run = "new"',
+            "[task3]",
+            'runs = ["three"]',
+        ),
     ]
     facts(Study(tmp_path))
     printed = capsys.readouterr().out
@@ -73,6 +84,7 @@ def test_the_largest_group_of_each_task_is_selected_and_the_rest_is_named_with_t
         ("old, other-lr", "not another seed of new, or an older run"),
         ("row", "not another seed of three"),
         ("tuned", "no comparison"),
+        ("few-colours", "a baseline on other tiles"),
     ):
         assert re.search(f"^left out: {run_ids}: {reason}", printed, re.MULTILINE), run_ids
 
