@@ -55,7 +55,7 @@ def test_the_largest_group_of_each_task_is_selected_and_the_rest_is_named_with_t
     add(tmp_path, "row", started="2026-01-08", task="task3", config={"ablation": "with_ema"})
     add(tmp_path, "trial", started="2026-01-09", task="task3", config={"ablation": "combined", "lr": 0.2})
     add(tmp_path, "tuned", started="2026-01-10", task="task5")
-    add(tmp_path, "colours", started="2026-01-11", task="baselines")
+    add(tmp_path, "colours", started="2026-01-11", task="baselines", config={"baseline": "mean_rgb"})
     add(tmp_path, "few-colours", started="2026-01-12", task="baselines", data_fingerprint="few")
     (add(tmp_path, "torn") / "history.csv").unlink()
     (add(tmp_path, "stopped") / "summary.json").unlink()
