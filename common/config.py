@@ -17,6 +17,7 @@ import sys
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -103,6 +104,11 @@ def _new_run_id(config: "Config") -> str:
     if "WANDB_SWEEP_ID" in os.environ and "WANDB_RUN_ID" in os.environ:
         return os.environ["WANDB_RUN_ID"]
     return secrets.token_hex(4)
+
+
+@cache
+def _print_once(line: str) -> None:
+    print(line)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +217,9 @@ class TrainingConfig(Config):
     amsgrad: bool = key(False, "use the maximum of past second moments (Reddi et al. 2018)")
     lr: float = key(1e-3, "learning rate at its peak", above=0)
     lr_min: float = key(0.0, "the cosine ends at this factor of lr; 1: constant lr", at_least=0, at_most=1)
-    lr_warmup_epochs: int = key(0, "epochs of linear warm-up", at_least=0)
+    lr_warmup_epochs: int = key(
+        0, "epochs of linear warm-up; in a run that is not longer, half of its epochs", at_least=0
+    )
     lr_warmup_decay: float = key(0.1, "the warm-up starts at this factor of lr", above=0, at_most=1)
     weight_decay: float = key(0.0, "weight decay", at_least=0)
     norm_weight_decay: float | None = key(None, "decay of norms and biases (default: weight_decay)", at_least=0)
@@ -254,6 +262,16 @@ class TrainingConfig(Config):
     dry_run: bool = key(
         False, "check everything, print what the run would do and need, and write nothing", bookkeeping=True
     )
+
+    def __post_init__(self) -> None:
+        """Also shorten a warm-up that would fill the whole run, with one line."""
+        super().__post_init__()
+        if 0 < self.lr_warmup_epochs >= self.n_epochs:
+            shorter = self.n_epochs // 2
+            _print_once(
+                f"lr_warmup_epochs {self.lr_warmup_epochs} → {shorter}: the run has {self.n_epochs} epochs"
+            )
+            self._set("lr_warmup_epochs", shorter)
 
     @property
     def input_size(self) -> int:

@@ -119,6 +119,14 @@ def test_another_runtime_error_keeps_its_traceback() -> None:
         run_script(main, TrainingConfig, [])
 
 
+def test_a_warm_up_that_would_fill_the_run_is_shortened_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for n_epochs, warmup in ((1, 0), (2, 1), (9, 4), (10, 9)):
+        assert read(f"--n_epochs={n_epochs}", "--lr_warmup_epochs=9").lr_warmup_epochs == warmup
+    read("--n_epochs=2", "--lr_warmup_epochs=9")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "lr_warmup_epochs 9 → 1" in line]
+    assert lines == ["lr_warmup_epochs 9 → 1: the run has 2 epochs"]
+
+
 def test_bookkeeping_keys_do_not_belong_to_what_a_run_computes() -> None:
     first = Task5Config(weights="none", train_part="all", run_id="r")
     kept = dataclasses.replace(
