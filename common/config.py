@@ -95,6 +95,13 @@ def _check_augmentation(names: str) -> str | None:
     return None
 
 
+def _check_wandb(mode: str) -> str | None:
+    given, modes = os.environ.get("WANDB_MODE"), ("online", "offline", "disabled")
+    if mode != "auto" or not given or given in modes:
+        return None
+    return f"WANDB_MODE={given} is no mode; choose from {', '.join(modes)}{closest(given, modes)}"
+
+
 def _new_run_id(config: "Config") -> str:
     """A random id, or W&B's id under a W&B agent. Raises UsageError where only the user can name the run."""
     if config.resume:
@@ -114,6 +121,8 @@ def _print_once(line: str) -> None:
 @dataclass(frozen=True, kw_only=True)
 class Keys:
     """The base of every configuration, without any key."""
+
+    OF_A_RUN = ""  # the hint where a key of the training loop is given that this configuration does not have
 
     def __post_init__(self) -> None:
         """Compute the defaults that are functions, and check every value; UsageError names a wrong one."""
@@ -164,6 +173,7 @@ class ScriptConfig(Keys):
         "auto",
         "W&B mode; auto is $WANDB_MODE, else online where a key is configured, else offline",
         choices=("auto", "online", "offline", "disabled"),
+        check=_check_wandb,
         bookkeeping=True,
     )
 
@@ -315,6 +325,7 @@ def parse(config_class: type[C], arguments: Sequence[str], description: str) -> 
         if field.metadata["choices"]:
             text += f" [{' | '.join(map(str, field.metadata['choices']))}]"
         if field.default not in (None, ()) and not callable(field.default):
+            text = re.sub(r" \(default: [^)]*\)$", "", text)  # says what None would mean
             text += f" (default: {field.default})"
         options: dict[str, Any] = {"nargs": "?", "const": True} if bool in types else {}
         name, metavar = f"--{field.name}", types[0].__name__.upper()
@@ -331,8 +342,14 @@ def parse(config_class: type[C], arguments: Sequence[str], description: str) -> 
         raise UsageError(str(error).removeprefix("argument ")) from None
     if unknown:
         name = unknown[0].split("=")[0]
-        hint = closest(name, [f"--{field.name}" for field in fields]) or "; --help lists the keys"
-        raise UsageError(f"unknown key {name}{hint}")
+        positive = name.replace("--no_", "--", 1)
+        if positive != name and positive in [f"--{field.name}" for field in fields]:
+            hint = f"; write {positive}=False"
+        elif name.removeprefix("--") in [field.name for field in dataclasses.fields(TrainingConfig)]:
+            hint = config_class.OF_A_RUN  # no mistyped key
+        else:
+            hint = closest(name, [f"--{field.name}" for field in fields])
+        raise UsageError(f"unknown key {name}{hint or '; --help lists the keys'}")
     return config_class(**{**config_class.implied(vars(given)), **vars(given)})
 
 

@@ -108,7 +108,7 @@ class Run:
                 },
             )
         self._wandb = start_wandb(task, config.run_id, config, self.facts)
-        self.url = public(self._wandb.url) if self._wandb else None  # None offline, too
+        self.url = address(self._wandb) if self._wandb else None
         print(f"run {config.run_id}: {dataset.title} on {device_name}; records in {self.folder}")
 
     @property
@@ -269,7 +269,7 @@ def wandb_mode(asked: str) -> str:
     """Resolve `auto`: $WANDB_MODE, else online where an API key is configured, else offline."""
     if asked != "auto":
         return asked
-    if os.environ.get("WANDB_MODE") in ("online", "offline", "disabled"):
+    if os.environ.get("WANDB_MODE"):
         return os.environ["WANDB_MODE"]
     return "online" if _has_wandb_key() else "offline"
 
@@ -320,9 +320,14 @@ def start_wandb(task: str, run_id: str, config: ScriptConfig, facts: Mapping[str
             wandb.teardown()  # else its service holds the run's id, and the second attempt is refused
             continue
         run.define_metric("*", step_metric="epoch")
-        print(public(f"W&B: {attempt}, project {project}, run {run.url or run.dir}"))
+        print(public(f"W&B: {attempt}, project {project}, run {address(run) or run.dir}"))
         return run
     return None
+
+
+def address(run: Any) -> str | None:
+    """The address of W&B's run; None offline, where W&B would print a warning if it were asked."""
+    return None if run.offline else public(run.url)
 
 
 def group(task: str, config: ScriptConfig) -> str:
