@@ -9,8 +9,8 @@ The coursework's recipe: torchvision's ResNet-18, Adam 1e-3, batch 64, 5 epochs,
 coursework reports test AUC 0.980 and test ACC 0.895 for it on the full PathMNIST at 64 pixels, one seed. Expect
 test ACC 0.88 to 0.90 on the phantom, whose tiles are not tissue.
 
-Leaves runs/<run_id>/ (config.json, history.csv, summary.json, scores.npz), checkpoints/<run_id>/ (best.pt,
-last.pt) and four figures in fig/task1/. Killed? The same command with the same --run_id continues.
+Leaves runs/<run_id>/ (config.json, history.csv, summary.json, scores.npz), checkpoints/<run_id>/best.pt and four
+figures in fig/task1/. Killed? The same command with the same --run_id continues.
 """
 
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ import torch
 from common.compute import Compute
 from common.config import TrainingConfig, run_script
 from common.data import load_dataset
+from common.dry_run import describe
 from common.models import build_model
 from common.pathmnist import CLASS_NAMES
 from common.tiles import device_splits
@@ -38,6 +39,9 @@ def main(config: Task1Config) -> None:
     compute.prepare_process()
     torch.manual_seed(config.seed)
     model = build_model(config.model_name, len(CLASS_NAMES), config.input_size)
+    if config.dry_run:
+        describe(config, model, compute)
+        return
     dataset = load_dataset(config.dataset, config.size, config.data_root, config.train_tiles)
     run = Run("task1", config, dataset, compute.name)
     splits = device_splits(dataset, compute.device, config.augmentation, config.resize_to)

@@ -8,8 +8,8 @@ mode, and by SmoothGrad, Integrated Gradients, Grad-CAM and Occlusion. Then it c
 change when the network is randomised, do its pixels matter more than random pixels, and more than edges?
 About two minutes on two CPU cores at 28 pixels (bench/results/one_offs.md).
 
-Leaves fig/task2/NNNNN-input.png and NNNNN-saliency.png for each tile, four figures fig/task2/<run_id>-*.png,
-runs/<run_id>/saliency.md and runs/<run_id>/attribution.json.
+Leaves NNNNN-input.png and NNNNN-saliency.png for each tile in fig/task2/<run_id>/, four figures
+fig/task2/<run_id>-*.png, runs/<run_id>/saliency.md and runs/<run_id>/attribution.json.
 """
 
 from collections.abc import Mapping, Sequence
@@ -47,7 +47,7 @@ class Task2Config(ScriptConfig):
     """Which run to explain, and how."""
 
     run_id: str | None = key(
-        None, "the Task 1 run to explain (default: the newest finished one)", check=check_run_id
+        None, "the Task 1 run to explain (default: the newest finished one with weights)", check=check_run_id
     )
     target: str = key("predicted", "the class whose logit is explained", choices=tuple(TARGETS))
     checked_tiles: int = key(256, "test tiles for the checks of the methods", at_least=2)
@@ -96,7 +96,7 @@ def main(config: Task2Config) -> None:
     pictured = sorted({index for group in groups for index in group})
     inputs = inputs_of(pictured)
     maps = {name: way.maps(model, *inputs, config.seed).cpu().numpy() for name, way in METHODS.items()}
-    explained = explained_tiles(dataset, probabilities, pictured, maps)
+    explained = explained_tiles(run_id, dataset, probabilities, pictured, maps)
     shown, right, wrong = ([explained[index] for index in group] for group in groups)
 
     torch.manual_seed(derived_seed(config.seed, 0, "randomised network"))
@@ -123,7 +123,7 @@ def main(config: Task2Config) -> None:
 
 
 def find_run(output_dir: Path, run_id: str | None) -> Mapping[str, Any]:
-    """The config.json of the Task 1 run to explain: the named run, or the newest that is finished.
+    """The config.json of the Task 1 run to explain: the named one, or the newest finished one with its best.pt.
 
     Raises UsageError if there is none, or if the named run is another task's or is not finished.
     """
@@ -131,9 +131,14 @@ def find_run(output_dir: Path, run_id: str | None) -> Mapping[str, Any]:
     if run_id is None:
         finished = [read_json(path.with_name("config.json")) for path in runs.glob("*/summary.json")]
         ours = [run for run in finished if run.get("task") == "task1"]
+        weights = output_dir / "checkpoints"
+        with_weights = [run for run in ours if (weights / run["run_id"] / "best.pt").exists()]
+        if with_weights:
+            return max(with_weights, key=lambda run: (run["started"], run["run_id"]))
+        problem = f"no finished Task 1 run in {runs}"
         if ours:
-            return max(ours, key=lambda run: (run["started"], run["run_id"]))
-        raise UsageError(f"no finished Task 1 run in {runs}: run python task1.py first, or name its --output_dir")
+            problem = f"none of the {len(ours)} finished Task 1 runs in {runs} has its weights in {weights}"
+        raise UsageError(f"{problem}: run python task1.py first, or name its --output_dir")
     path = run_folder(output_dir, run_id) / "config.json"
     if not path.exists():
         raise UsageError(f"--run_id {run_id}: no such run in {runs}; python task1.py makes one")

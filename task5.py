@@ -29,13 +29,14 @@ from common import distributed, pretrained
 from common.compute import Compute
 from common.config import key, run_script, with_defaults
 from common.data import Dataset, load_dataset
+from common.dry_run import describe, planned_dataset
 from common.features import cached_splits, decide_caching
 from common.fine_tuning import FROM_SCRATCH, FineTuningConfig
 from common.pathmnist import CLASS_NAMES
 from common.pretrained import SCRATCH, FineTunedNetwork, Weights
 from common.records import is_finished, read_json, run_folder
 from common.tiles import device_splits
-from common.tracking import VERSIONED, Run, check_same
+from common.tracking import Run, check_same
 from common.training import Trainer
 from study.comparison import compare_runs
 
@@ -81,13 +82,20 @@ def main(config: Task5Config) -> None:
     weights = {name: pretrained.load_weights(name, config.model_name, config.output_dir) for name in names}
     if config.resize_to is None:
         config = dataclasses.replace(config, resize_to=weights[config.weights].preset.size)
-    dataset = load_dataset(config.dataset, config.size, config.data_root, config.train_tiles)
+    if config.dry_run:
+        dataset = planned_dataset(config)
+    else:
+        dataset = load_dataset(config.dataset, config.size, config.data_root, config.train_tiles)
     if config.cache_features is not False:
         untrained = dataclasses.replace(weights[config.weights], state_dict=None)
         with torch.device("meta"):  # takes no memory: only the shape of the features is needed
             shape = build(config, untrained).feature_shape
         config = decide_caching(config, shape, dataset, compute.device)
     runs = config.runs()
+    if config.dry_run:
+        for single in runs:
+            describe(single, build(single, weights[single.weights]), compute)
+        return
     if len(runs) == 1:
         train(config, weights[config.weights], dataset, compute)
         return
@@ -129,7 +137,6 @@ def train(config: Task5Config, weights: Weights, dataset: Dataset, compute: Comp
         compute.name,
         network=f"{config.model_name} {start}",
         facts={"weights": weights.record()},
-        packages=(*VERSIONED, "timm") if config.model_name == pretrained.LITE0 else VERSIONED,
     )
     started = time.perf_counter()
     cached = cached_splits(model, dataset, config, compute) if config.cache_features else None

@@ -17,6 +17,7 @@ import sys
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -79,11 +80,9 @@ def check_run_id(run_id: str) -> str | None:
 
 
 def _check_model_name(name: str) -> str | None:
-    from common.models import model_names  # the import of torchvision takes a second, which --help does not need
+    from common.models import check_model_name  # imports torchvision, which --help does not need
 
-    if name in model_names():
-        return None
-    return f"torchvision has no classification model of this name{closest(name, model_names())}"
+    return check_model_name(name)
 
 
 def _check_augmentation(names: str) -> str | None:
@@ -94,6 +93,13 @@ def _check_augmentation(names: str) -> str | None:
     except ValueError as error:
         return str(error)
     return None
+
+
+def _check_wandb(mode: str) -> str | None:
+    given, modes = os.environ.get("WANDB_MODE"), ("online", "offline", "disabled")
+    if mode != "auto" or not given or given in modes:
+        return None
+    return f"WANDB_MODE={given} is no mode; choose from {', '.join(modes)}{closest(given, modes)}"
 
 
 def _new_run_id(config: "Config") -> str:
@@ -107,9 +113,16 @@ def _new_run_id(config: "Config") -> str:
     return secrets.token_hex(4)
 
 
+@cache
+def _print_once(line: str) -> None:
+    print(line)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Keys:
     """The base of every configuration, without any key."""
+
+    OF_A_RUN = ""  # the hint where a key of the training loop is given that this configuration does not have
 
     def __post_init__(self) -> None:
         """Compute the defaults that are functions, and check every value; UsageError names a wrong one."""
@@ -117,6 +130,8 @@ class Keys:
             value = getattr(self, field.name)
             if callable(value):
                 self._set(field.name, value(self))
+            elif isinstance(value, str) and Path in (field.type, *typing.get_args(field.type)):
+                self._set(field.name, Path(value).expanduser())
             _check_value(field, getattr(self, field.name))
 
     def _set(self, name: str, value: Any) -> None:
@@ -158,6 +173,7 @@ class ScriptConfig(Keys):
         "auto",
         "W&B mode; auto is $WANDB_MODE, else online where a key is configured, else offline",
         choices=("auto", "online", "offline", "disabled"),
+        check=_check_wandb,
         bookkeeping=True,
     )
 
@@ -190,13 +206,20 @@ class Config(ScriptConfig):
         super().__post_init__()
         if self.dataset == "phantom" and self.train_tiles is not None and self.train_tiles < 45:
             raise UsageError(f"--train_tiles {self.train_tiles}: must be at least 45 on the phantom")
+        whole = pathmnist.COUNTS["train"]
+        if self.dataset == pathmnist.NAME and self.train_tiles is not None and self.train_tiles > whole:
+            raise UsageError(f"--train_tiles {self.train_tiles}: {pathmnist.TITLE} has {whole:,} training tiles")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig(Config):
     """The keys of the training loop, which every script that trains shares."""
 
-    model_name: str = key("resnet18", "torchvision classification model", check=_check_model_name)
+    model_name: str = key(
+        "resnet18",
+        "torchvision classification model, or timm:NAME for one of the package timm",
+        check=_check_model_name,
+    )
     n_epochs: int = key(5, "largest number of epochs", at_least=1)
     batch_size: int = key(64, "tiles per step", at_least=2)
 
@@ -204,7 +227,9 @@ class TrainingConfig(Config):
     amsgrad: bool = key(False, "use the maximum of past second moments (Reddi et al. 2018)")
     lr: float = key(1e-3, "learning rate at its peak", above=0)
     lr_min: float = key(0.0, "the cosine ends at this factor of lr; 1: constant lr", at_least=0, at_most=1)
-    lr_warmup_epochs: int = key(0, "epochs of linear warm-up", at_least=0)
+    lr_warmup_epochs: int = key(
+        0, "epochs of linear warm-up; in a run that is not longer, half of its epochs", at_least=0
+    )
     lr_warmup_decay: float = key(0.1, "the warm-up starts at this factor of lr", above=0, at_most=1)
     weight_decay: float = key(0.0, "weight decay", at_least=0)
     norm_weight_decay: float | None = key(None, "decay of norms and biases (default: weight_decay)", at_least=0)
@@ -244,6 +269,19 @@ class TrainingConfig(Config):
         None, "tile side in pixels after resizing, which follows augmentation (default: no resizing)", at_least=8
     )
     tta: bool = key(True, "also score the test tiles averaged over their 8 flips and quarter turns")
+    dry_run: bool = key(
+        False, "check everything, print what the run would do and need, and write nothing", bookkeeping=True
+    )
+
+    def __post_init__(self) -> None:
+        """Also shorten a warm-up that would fill the whole run, with one line."""
+        super().__post_init__()
+        if 0 < self.lr_warmup_epochs >= self.n_epochs:
+            shorter = self.n_epochs // 2
+            _print_once(
+                f"lr_warmup_epochs {self.lr_warmup_epochs} → {shorter}: the run has {self.n_epochs} epochs"
+            )
+            self._set("lr_warmup_epochs", shorter)
 
     @property
     def input_size(self) -> int:
@@ -287,6 +325,7 @@ def parse(config_class: type[C], arguments: Sequence[str], description: str) -> 
         if field.metadata["choices"]:
             text += f" [{' | '.join(map(str, field.metadata['choices']))}]"
         if field.default not in (None, ()) and not callable(field.default):
+            text = re.sub(r" \(default: [^)]*\)$", "", text)  # says what None would mean
             text += f" (default: {field.default})"
         options: dict[str, Any] = {"nargs": "?", "const": True} if bool in types else {}
         name, metavar = f"--{field.name}", types[0].__name__.upper()
@@ -303,8 +342,14 @@ def parse(config_class: type[C], arguments: Sequence[str], description: str) -> 
         raise UsageError(str(error).removeprefix("argument ")) from None
     if unknown:
         name = unknown[0].split("=")[0]
-        hint = closest(name, [f"--{field.name}" for field in fields]) or "; --help lists the keys"
-        raise UsageError(f"unknown key {name}{hint}")
+        positive = name.replace("--no_", "--", 1)
+        if positive != name and positive in [f"--{field.name}" for field in fields]:
+            hint = f"; write {positive}=False"
+        elif name.removeprefix("--") in [field.name for field in dataclasses.fields(TrainingConfig)]:
+            hint = config_class.OF_A_RUN  # no mistyped key
+        else:
+            hint = closest(name, [f"--{field.name}" for field in fields])
+        raise UsageError(f"unknown key {name}{hint or '; --help lists the keys'}")
     return config_class(**{**config_class.implied(vars(given)), **vars(given)})
 
 

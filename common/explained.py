@@ -15,8 +15,12 @@ TARGETS = {"predicted": "the predicted one", "label": "the true one"}  # the cla
 
 @dataclass(frozen=True)
 class Explained:
-    """A test tile, (H, W, 3) uint8, with the names of its classes and its maps by method, (H, W) float32."""
+    """A test tile, (H, W, 3) uint8, with the names of its classes and its maps by method, (H, W) float32.
 
+    `run_id` is the run whose network is explained.
+    """
+
+    run_id: str
     index: int
     tile: NDArray[np.uint8]
     label: str
@@ -37,7 +41,7 @@ class Explained:
             "label": self.label,
             "predicted": self.predicted,
             "probability": self.probability,
-            **{part: f"fig/task2/{self.index:05d}-{part}.png" for part in ("input", "saliency")},
+            **{part: f"fig/task2/{self.run_id}/{self.index:05d}-{part}.png" for part in ("input", "saliency")},
         }
 
 
@@ -60,6 +64,7 @@ def one_of_each_class(labels: NDArray[Any], candidates: NDArray[np.bool_], seed:
 
 
 def explained_tiles(
+    run_id: str,
     dataset: Dataset,
     probabilities: NDArray[np.float64],
     indices: Sequence[int],
@@ -72,6 +77,7 @@ def explained_tiles(
     names, labels = dataset.class_names, dataset.test.labels
     return {
         index: Explained(
+            run_id,
             index,
             dataset.test.images[index].permute(1, 2, 0).numpy(),
             names[labels[index]],

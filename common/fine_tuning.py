@@ -59,8 +59,8 @@ class FineTuningConfig(TrainingConfig):
     weights: str = key(
         None,
         "where the network starts: a torchvision entry such as ResNet18_Weights.IMAGENET1K_V1, "
-        f"{pretrained.LITE0_WEIGHTS}, a .pth or .pt file, the id of a run, or {SCRATCH} (default: the network's "
-        "ImageNet weights)",
+        f"{pretrained.LITE0_WEIGHTS}, a .pth, .pt or .safetensors file, the id of a run, or {SCRATCH} "
+        "(default: the network's ImageNet weights)",
     )
     train_part: str = key(
         "classifier",

@@ -1,20 +1,36 @@
-"""The networks: torchvision's classification models, by name, for tiles of any size."""
+"""The networks: torchvision's classification models by name, timm's as `timm:NAME`, for tiles of any size."""
 
+import importlib.util
 from functools import cache
 
 import torch
 from torch import nn
 
+from common.config import closest
 from common.convolutions import use_small_map_convolutions
 from common.errors import UsageError, first_line
+
+TIMM = "timm:"  # the names of timm's networks begin with it
 
 
 @cache
 def model_names() -> list[str]:
-    """The names for `build_model`: torchvision's classification models without the quantised ones."""
+    """Torchvision's classification models without the quantised ones."""
     from torchvision import models
 
     return list(models.list_models(module=models))
+
+
+def check_model_name(name: str) -> str | None:
+    """The problem with a name for `build_model`, or None."""
+    library, names = "torchvision", model_names()
+    if name.startswith(TIMM):
+        if importlib.util.find_spec("timm") is None:
+            return "needs the package timm; python -m pip install timm"
+        import timm  # takes seconds, and torchvision's networks do not need it
+
+        library, names = "timm", [f"{TIMM}{known}" for known in timm.list_models()]
+    return None if name in names else f"{library} has no classification model of this name{closest(name, names)}"
 
 
 def build_model(model_name: str, num_classes: int, size: int) -> nn.Module:
@@ -33,7 +49,13 @@ def build_model(model_name: str, num_classes: int, size: int) -> nn.Module:
         # Its position embeddings have one size.
         options = {"image_size": size}
     try:
-        model: nn.Module = models.get_model(model_name, weights=None, num_classes=num_classes, **options)
+        model: nn.Module
+        if model_name.startswith(TIMM):
+            import timm
+
+            model = timm.create_model(model_name.removeprefix(TIMM), num_classes=num_classes)
+        else:
+            model = models.get_model(model_name, weights=None, num_classes=num_classes, **options)
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, size, size))
     except (AssertionError, RuntimeError, ValueError) as error:

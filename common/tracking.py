@@ -30,6 +30,7 @@ WANDB_PATIENCE = 60.0  # seconds to wait for its server at the start and at the 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CODE = ("*.py", ":(glob)*.yaml", "constraints.txt")  # as git takes paths: what a result depends on
 TITLES = {"task1": "Task 1", "task3": "Task 3", "task5": "Task 5"}
+RESUMABLE = ("last.pt", "previous.pt")  # the checkpoints to continue from, the newer one first
 AXIS_LABELS = {
     "train/loss": "Training loss (cross-entropy, nats)",
     "validate/auc": "Validation AUC (mean over classes, one vs rest)",
@@ -55,15 +56,11 @@ class Run:
         device_name: str,
         network: str | None = None,
         facts: Mapping[str, Any] | None = None,
-        packages: Sequence[str] = VERSIONED,
     ) -> None:
         """Open the run and write config.json.
 
-        `network` describes the network in titles (default: its name); the records carry the task's own `facts`
-        and the versions of `packages`.
-
-        Raises UsageError where the run is finished already, was started with another configuration, or is
-        to be resumed and has no checkpoint.
+        `network` describes the network in titles (default: its name); the records carry the task's own `facts`.
+        Raises what `check_startable` does, and UsageError where another process trains the run.
         """
         self.task = task
         self.run_id = config.run_id
@@ -71,13 +68,10 @@ class Run:
         self.title = f"{TITLES[task]} · {network or config.model_name} · {dataset.title} · seed {config.seed}"
         self.output_dir = config.output_dir
         self.folder = run_folder(config.output_dir, config.run_id)
-        self.checkpoints = config.output_dir / "checkpoints" / config.run_id
+        self.checkpoints = checkpoint_folder(config)
         self.upload_model = config.wandb_model
         self.figures = config.output_dir / "fig" / task
-        if is_finished(config.output_dir, config.run_id):
-            raise UsageError(f"run {config.run_id} is finished already ({self.folder}): use another --run_id")
-        if config.resume and not any(path.exists() for path in self.resumable):
-            raise UsageError(f"--resume: run {config.run_id} has no checkpoint in {self.checkpoints}")
+        check_startable(config)
         self.facts = {
             "task": task,
             "run_id": config.run_id,
@@ -99,29 +93,28 @@ class Run:
             )
         for folder in (self.folder, self.checkpoints):
             sweep_up(folder)
-        fresh = not (self.folder / "config.json").exists()
-        if not fresh:
+        if (self.folder / "config.json").exists():  # another process may have written it since the first check
             before = read_json(self.folder / "config.json")
             if before["task"] != task:
                 raise UsageError(f"run {config.run_id} is a run of {before['task']}: use another --run_id")
             check_same(config, before["config"])
-        if fresh:
+        else:
             write_json(
                 self.folder / "config.json",
                 {
                     "config": config.as_dict(),
                     **self.facts,
-                    **provenance(packages),
+                    **provenance((*VERSIONED, "timm") if "timm" in sys.modules else VERSIONED),
                 },
             )
         self._wandb = start_wandb(task, config.run_id, config, self.facts)
-        self.url = public(self._wandb.url) if self._wandb else None  # None offline, too
+        self.url = address(self._wandb) if self._wandb else None
         print(f"run {config.run_id}: {dataset.title} on {device_name}; records in {self.folder}")
 
     @property
     def resumable(self) -> tuple[Path, Path]:
-        """The checkpoints from which the run can be resumed, the newer one first."""
-        return self.checkpoints / "last.pt", self.checkpoints / "previous.pt"
+        """The checkpoints from which the run can be resumed; see RESUMABLE."""
+        return self.checkpoints / RESUMABLE[0], self.checkpoints / RESUMABLE[1]
 
     def write_history(self, history: Sequence[Mapping[str, float]]) -> None:
         """Write history.csv whole."""
@@ -163,16 +156,16 @@ class Run:
             np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
 
     def finish(self, history: Sequence[Mapping[str, float]], summary: Mapping[str, Any]) -> None:
-        """Draw the figures, write summary.json, pass both on to W&B, and say the result."""
+        """Draw the figures, write summary.json, delete last.pt, send the results to W&B, and print them."""
         if not distributed.is_first():
             return
         figures = self._draw(history, summary)
         names = {name: path.name for name, path in figures.items()}
-        self.resumable[1].unlink(missing_ok=True)  # nothing will ask for it any more
         hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in figures.items()}
         drawn = {"figures": names, "figure_sha256": hashes}
         write_json(self.folder / "summary.json", {**self.facts, "wandb": self.url, **summary, **drawn})
-        (self.folder / ".lock").unlink(missing_ok=True)
+        for path in (*self.resumable, self.folder / ".lock"):  # a finished run is not continued
+            path.unlink(missing_ok=True)
         self._send(lambda run: self._send_results(run, summary, figures))
         self._send(lambda run: run.finish())
         for weights in ("best", "last"):
@@ -229,6 +222,22 @@ class Run:
         self._wandb = send(self._wandb, action)
 
 
+def check_startable(config: TrainingConfig) -> None:
+    """Raise UsageError where the run is finished, has another configuration, or must be resumed and cannot."""
+    folder, checkpoints = run_folder(config.output_dir, config.run_id), checkpoint_folder(config)
+    if is_finished(config.output_dir, config.run_id):
+        raise UsageError(f"run {config.run_id} is finished already ({folder}): use another --run_id")
+    if config.resume and not any((checkpoints / name).exists() for name in RESUMABLE):
+        raise UsageError(f"--resume: run {config.run_id} has no checkpoint in {checkpoints}")
+    if (folder / "config.json").exists():
+        check_same(config, read_json(folder / "config.json")["config"])
+
+
+def checkpoint_folder(config: Config) -> Path:
+    """Where a run's checkpoints are."""
+    return config.output_dir / "checkpoints" / config.run_id
+
+
 def check_same(
     config: Config, before: Mapping[str, Any], remedy: str = "use that one or another --run_id"
 ) -> None:
@@ -260,7 +269,7 @@ def wandb_mode(asked: str) -> str:
     """Resolve `auto`: $WANDB_MODE, else online where an API key is configured, else offline."""
     if asked != "auto":
         return asked
-    if os.environ.get("WANDB_MODE") in ("online", "offline", "disabled"):
+    if os.environ.get("WANDB_MODE"):
         return os.environ["WANDB_MODE"]
     return "online" if _has_wandb_key() else "offline"
 
@@ -311,9 +320,14 @@ def start_wandb(task: str, run_id: str, config: ScriptConfig, facts: Mapping[str
             wandb.teardown()  # else its service holds the run's id, and the second attempt is refused
             continue
         run.define_metric("*", step_metric="epoch")
-        print(public(f"W&B: {attempt}, project {project}, run {run.url or run.dir}"))
+        print(public(f"W&B: {attempt}, project {project}, run {address(run) or run.dir}"))
         return run
     return None
+
+
+def address(run: Any) -> str | None:
+    """The address of W&B's run; None offline, where W&B would print a warning if it were asked."""
+    return None if run.offline else public(run.url)
 
 
 def group(task: str, config: ScriptConfig) -> str:

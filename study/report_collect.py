@@ -109,6 +109,13 @@ def candidates(
         left |= dict.fromkeys(others, f"not of the comparison {chosen}")
     else:
         left |= dict.fromkeys([record.run_id for record in tuned], "no comparison with a run from scratch")
+    baselines = [record for record in records if record.facts["task"] == "baselines"]
+    tiles = {record.summary["data_fingerprint"] for record in first}
+    run_ids = [record.run_id for record in baselines if record.summary["data_fingerprint"] in tiles]
+    if run_ids:
+        yield "baselines", {"runs": run_ids}, run_ids
+    others = [record.run_id for record in baselines if record.run_id not in run_ids]
+    left |= dict.fromkeys(others, "a baseline on other tiles than the networks'")
     for path in ablations[-1:]:
         names = {"ablation": path.parent.name}
         if searches:

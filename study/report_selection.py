@@ -107,10 +107,6 @@ class Study:
             )
         self.runs("task2", [run_id])
         content: Mapping[str, Any] = read_json(path)
-        if content["run_id"] != run_id:
-            raise UsageError(
-                f"{path}: explains run {content['run_id']}; python task2.py --run_id {run_id} makes it"
-            )
         return content
 
     def ablation(self) -> dict[str, list[Record]]:

@@ -57,10 +57,10 @@ def row(output_dir: Path, run_id: str) -> tuple[str, dict[str, str]]:
         state = "running" if is_running(folder) else "stopped"
         cells |= {
             "task": facts["task"],
-            "network": config["model_name"],
+            "network": config.get("model_name") or config["baseline"],
             "data": facts["dataset"],
             "seed": str(config["seed"]),
-            "state": f"{state} ({len(history)} of {config['n_epochs']} epochs)",
+            "state": f"{state} ({len(history)} of {config.get('n_epochs', 0)} epochs)",
             "validation ACC": f"{max(accuracies):.4f}" if accuracies else "",
             "age": age(datetime.fromisoformat(started)),
         }

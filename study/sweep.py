@@ -42,6 +42,8 @@ MAX_RUNS = 10_000
 class SweepConfig(Keys):
     """The keys of a sweep; those of its runs are in its file."""
 
+    OF_A_RUN = ", which is a key of the runs: write it after --"
+
     file: Path | None = key(None, "the sweep's YAML file; as the first argument it needs no --file")
     count: int = key(
         20, "trials of a search, of all workers together; a grid ignores it", at_least=1, at_most=MAX_RUNS

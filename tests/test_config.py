@@ -1,4 +1,5 @@
 import dataclasses
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from conftest import ROOT
 from common.config import Config, TrainingConfig, parse, run_script
 from common.errors import UsageError
 from study.sweep import SweepConfig
+from task2 import Task2Config
 from task5 import Task5Config
 
 
@@ -119,6 +121,14 @@ def test_another_runtime_error_keeps_its_traceback() -> None:
         run_script(main, TrainingConfig, [])
 
 
+def test_a_warm_up_that_would_fill_the_run_is_shortened_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for n_epochs, warmup in ((1, 0), (2, 1), (9, 4), (10, 9)):
+        assert read(f"--n_epochs={n_epochs}", "--lr_warmup_epochs=9").lr_warmup_epochs == warmup
+    read("--n_epochs=2", "--lr_warmup_epochs=9")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "lr_warmup_epochs 9 → 1" in line]
+    assert lines == ["lr_warmup_epochs 9 → 1: the run has 2 epochs"]
+
+
 def test_bookkeeping_keys_do_not_belong_to_what_a_run_computes() -> None:
     first = Task5Config(weights="none", train_part="all", run_id="r")
     kept = dataclasses.replace(
@@ -128,6 +138,7 @@ def test_bookkeeping_keys_do_not_belong_to_what_a_run_computes() -> None:
         wandb="offline",
         wandb_model=True,
         resume=True,
+        dry_run=True,
         scratch=False,
         n_seeds=2,
     )
@@ -135,7 +146,7 @@ def test_bookkeeping_keys_do_not_belong_to_what_a_run_computes() -> None:
     assert kept.identity() == first.identity()
     assert dataclasses.replace(first, seed=1).identity() != first.identity()
     assert set(first.as_dict()) - set(first.identity()) == {
-        *("data_root", "output_dir", "wandb", "wandb_model", "resume", "scratch", "n_seeds")
+        *("data_root", "output_dir", "wandb", "wandb_model", "resume", "dry_run", "scratch", "n_seeds")
     }
     assert "run_id" in read().identity()
 
@@ -145,6 +156,7 @@ def test_bookkeeping_keys_do_not_belong_to_what_a_run_computes() -> None:
     [
         (["--batchsize=3"], "unknown key --batchsize; did you mean --batch_size?"),
         (["extra"], "unknown key extra; --help lists the keys"),
+        (["--no-tta"], "unknown key --no_tta; write --tta=False"),
         (["--batch_size=0"], "--batch_size 0: must be at least 2"),
         (["--batch_size=many"], "'many' is not a whole number"),
         (["--batch_size=1.5"], "'1.5' is not a whole number"),
@@ -170,6 +182,7 @@ def test_bookkeeping_keys_do_not_belong_to_what_a_run_computes() -> None:
         (["--run_id=../x"], "--run_id ../x: a run id names files"),
         (["--model_name=resnet19"], "--model_name resnet19: torchvision has no classification model of this"),
         (["--model_name=mobilenetv3_large"], "did you mean mobilenet_v3_large?"),
+        (["--model_name=timm:resnet19"], "--model_name timm:resnet19: timm has no classification model of this"),
         (["--select_on=test/acc"], "--select_on test/acc: choose from"),
     ],
 )
@@ -180,7 +193,23 @@ def test_impossible_values_are_refused_in_one_line(arguments: list[str], message
     assert "\n" not in str(refused.value)
 
 
-def test_a_configuration_made_in_python_is_checked_too() -> None:
+def test_a_key_of_the_runs_is_no_mistyped_key_of_another_program() -> None:
+    with pytest.raises(UsageError, match=r"^unknown key --dataset; --help lists the keys$"):
+        parse(Task2Config, ["--dataset=x"], "")
+    with pytest.raises(UsageError, match=r"^unknown key --dataset, which is a key of the runs: write it after --$"):
+        parse(SweepConfig, ["--dataset=x"], "")
+
+
+def test_an_unknown_mode_of_wandb_in_the_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offlin")
+    with pytest.raises(UsageError, match=r"WANDB_MODE=offlin is no mode; choose from .*; did you mean offline"):
+        read()
+    assert read("--wandb=disabled").wandb == "disabled"
+
+
+def test_a_configuration_made_in_python_is_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert TrainingConfig(data_root="~/tiles").data_root == Path("/home/me/tiles")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="--lr -1"):
         TrainingConfig(lr=-1)
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -200,12 +229,13 @@ def test_a_usage_error_is_one_line_with_exit_status_2_and_writes_nothing(tmp_pat
 
 
 def test_help_explains_every_key_with_its_default() -> None:
-    done = subprocess.run([sys.executable, ROOT / "task1.py", "--help"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True)
     assert done.returncode == 0
     for field in dataclasses.fields(TrainingConfig):
         assert f"--{field.name} " in done.stdout
         assert field.metadata["description"][:20] in " ".join(done.stdout.split())
-    assert "(default: 0.001)" in done.stdout
+    assert "(default: mobilenet_v3_large)" in done.stdout
+    assert not re.search(r"\(default: [^)]*\)\s+\(default", done.stdout)
 
 
 def test_as_dict_is_plain_data_of_every_key() -> None:

@@ -191,7 +191,7 @@ def test_drawing_needs_no_pyplot():
 def test_the_longest_names_fit_under_a_tile_and_its_map(tmp_path, drawn):
     name = max(NAMES, key=len)
     tile = np.zeros((28, 28, 3), np.uint8)
-    explained = Explained(0, tile, name, name, 0.5, {"saliency": np.ones((28, 28), np.float32)})
+    explained = Explained("r", 0, tile, name, name, 0.5, {"saliency": np.ones((28, 28), np.float32)})
     tile_and_saliency(tmp_path, explained, target=name)
     for axes, text in ((drawn[0], drawn[0].figure.texts[0]), (drawn[1], drawn[1].figure.axes[1].xaxis.label)):
         page, box = axes.figure.bbox, text.get_window_extent()

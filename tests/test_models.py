@@ -1,8 +1,11 @@
+import sys
+
 import pytest
 import torch
 
+from common.convolutions import SmallMapConv2d
 from common.errors import UsageError
-from common.models import build_model, model_names
+from common.models import build_model, check_model_name, model_names
 from common.tiles import normalise
 
 
@@ -26,6 +29,22 @@ def test_the_global_seed_decides_the_weights() -> None:
 def test_googlenet_has_torchvisions_initial_weights() -> None:
     first = next(build_model("googlenet", 9, 64).parameters())
     assert first.std().item() == pytest.approx(0.01, rel=0.05)  # PyTorch's default would be 0.048
+
+
+def test_a_network_of_timm_is_built_by_name_and_without_timm_its_package_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("timm")
+    assert check_model_name("timm:resnet10t") is None
+    model = build_model("timm:resnet10t", 9, 28)
+    assert model.training
+    assert any(isinstance(module, SmallMapConv2d) for module in model.modules())
+    assert model.eval()(torch.zeros(2, 3, 28, 28)).shape == (2, 9)
+    assert str(check_model_name("timm:resnet10")).endswith("of this name; did you mean timm:resnet10t?")
+    with pytest.raises(UsageError, match="timm:vit_tiny_patch16_224 cannot take tiles of 28 pixels"):
+        build_model("timm:vit_tiny_patch16_224", 9, 28)
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert check_model_name("timm:resnet10t") == "needs the package timm; python -m pip install timm"
 
 
 @pytest.mark.parametrize(("name", "size"), [("alexnet", 28), ("vit_b_16", 28), ("inception_v3", 64)])

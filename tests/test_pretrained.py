@@ -1,5 +1,6 @@
 import hashlib
 import importlib.util
+import re
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import CPU, ROOT, trainer_of
 from example_records import CONFIG, write_run
@@ -21,7 +23,7 @@ from common.augment import build_augmentation, dihedral_view
 from common.compute import Compute
 from common.convolutions import SmallMapConv2d
 from common.data import Dataset
-from common.errors import UsageError
+from common.errors import Fault, UsageError
 from common.evaluation import evaluate
 from common.features import cache_features
 from common.pretrained import FineTunedNetwork, Preset, Weights, build_fine_tuned, build_network, load_weights
@@ -322,7 +324,7 @@ def test_without_network_one_line_names_file_source_folder_and_the_two_ways_out(
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(urllib.request, "urlopen", unreachable)
     monkeypatch.setattr(torch.hub, "urlopen", unreachable)
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(Fault) as caught:
         load_weights(V2, LARGE, tmp_path)
     message = str(caught.value)
     for part in (
@@ -335,10 +337,9 @@ def test_without_network_one_line_names_file_source_folder_and_the_two_ways_out(
     ):
         assert part in message
     assert "\n" not in message
-    assert caught.value.exit_status == 2
 
 
-def test_the_command_without_network_ends_with_that_line_and_status_2(tmp_path: Path) -> None:
+def test_the_command_without_network_ends_with_that_line_and_status_1(tmp_path: Path) -> None:
     # A proxy that refuses every connection stands for a machine without network.
     environment = {
         "TORCH_HOME": str(tmp_path / "home"),
@@ -351,7 +352,7 @@ def test_the_command_without_network_ends_with_that_line_and_status_2(tmp_path: 
         text=True,
         env=environment,
     )
-    assert done.returncode == 2
+    assert done.returncode == 1
     lines = [line for line in done.stderr.splitlines() if not line.startswith("Downloading")]
     assert len(lines) == 1
     assert lines[0].startswith(f"task5.py: --weights {V2}: {OFFICIAL} is not in {tmp_path / 'home'}")
@@ -386,6 +387,46 @@ def test_a_file_that_is_no_state_dict_is_one_line(content: bytes | None, tmp_pat
         load_weights(str(path), LARGE, tmp_path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_usual_forms_of_a_file_of_weights_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = build_network(SMALL, 1000).state_dict()
+    parallel = {f"module.{name}": value for name, value in state.items()}
+    forms = {"plain": state, "parallel": parallel, "optimizer": {"state_dict": parallel, "epoch": 3}}
+    forms |= {name: {name: state} for name in ("net", "model")}
+    for name, content in forms.items():
+        torch.save(content, tmp_path / f"{name}.pt")
+    safetensors.torch.save_file(state, tmp_path / "safe.safetensors")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for path in (*tmp_path.iterdir(), "~/plain.pt"):
+        read = load_weights(str(path), SMALL, tmp_path).state_dict
+        assert read is not None
+        assert read.keys() == state.keys(), path
+        assert all(torch.equal(read[name], state[name]) for name in state), path
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "error::UserWarning")
+def test_what_is_no_state_dict_is_refused_in_plain_words(tmp_path: Path) -> None:
+    network = torch.nn.Linear(1, 1)
+    torch.save(network, tmp_path / "module.pt")
+    torch.jit.script(network).save(str(tmp_path / "script.pt"))
+    torch.save({"fc.weight": torch.tensor([1.0, float("nan")])}, tmp_path / "nan.pt")
+    (tmp_path / "page.pth").write_text("<html>not found</html>")
+    (tmp_path / "torn.safetensors").write_bytes(b"torn")
+    for name, message in (
+        (
+            tmp_path / "module.pt",
+            r"it holds a Python object, torch\.nn\.modules\.linear\.Linear; save model\.state_dict",
+        ),
+        (tmp_path / "script.pt", r"it is a TorchScript program; save model\.state_dict"),
+        (tmp_path / "nan.pt", r"fc\.weight holds values that are not finite \(NaN"),
+        (tmp_path / "page.pth", "it is damaged, or it was not written by torch.save"),
+        (tmp_path / "torn.safetensors", "it is damaged, or it was not written by torch.save or safetensors"),
+        ("https://example.org/w.pth", r"w\.pth: an address, not a file; download it"),
+    ):
+        with pytest.raises(UsageError, match=message) as caught:
+            load_weights(str(name), SMALL, tmp_path)
+        assert not re.search(r"[\n\x1b]", str(caught.value))
 
 
 def test_a_file_that_would_run_code_is_not_run(tmp_path: Path) -> None:

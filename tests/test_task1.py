@@ -50,7 +50,6 @@ def test_a_run_writes_its_records_checkpoints_and_figures_and_no_other_file(fini
         "runs/r/summary.json",
         "runs/r/scores.npz",
         "checkpoints/r/best.pt",
-        "checkpoints/r/last.pt",
         "fig/task1/r-train-loss.png",
         "fig/task1/r-validate-auc.png",
         "fig/task1/r-validate-acc.png",

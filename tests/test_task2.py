@@ -16,6 +16,7 @@ import task1
 import task2
 from common import attribution_checks, checkpoint
 from common.config import run_script
+from common.errors import UsageError
 from common.explained import TARGETS, choose_tiles, one_of_each_class
 from common.models import build_model
 
@@ -81,7 +82,7 @@ def test_every_file_is_there_and_every_picture_legible(explained: Path) -> None:
         assert picture.shape == map_.shape
         assert min(picture.shape[:2]) >= 300
         assert picture.std() > 0.02
-        assert Path(row["input"]).name == f"{row['index']:05d}-input.png"
+        assert row["input"] == f"fig/task2/first/{row['index']:05d}-input.png"
     table = (explained / "runs" / "first" / "saliency.md").read_text().splitlines()
     assert table[0] == "| Index | Label | Predicted | Input | Saliency |"
     assert len(table) == 12
@@ -118,12 +119,10 @@ def test_the_same_seed_gives_the_same_pictures_and_numbers(
         for name in ("seconds", "started", "command", "config"):
             contents[-1].pop(name)
     assert contents[0] == contents[1]
-    pictures = sorted((tmp_path / "one" / "fig" / "task2").iterdir())
+    pictures = [path.relative_to(tmp_path / "one") for path in (tmp_path / "one" / "fig" / "task2").rglob("*.png")]
     assert len(pictures) == 24
-    for picture in pictures:
-        assert picture.read_bytes() == (tmp_path / "other" / "fig" / "task2" / picture.name).read_bytes(), (
-            picture.name
-        )
+    for path in pictures:
+        assert (tmp_path / "one" / path).read_bytes() == (tmp_path / "other" / path).read_bytes(), path
 
 
 @pytest.mark.slow
@@ -152,19 +151,28 @@ def test_the_class_explained_is_the_predicted_one_or_the_label(
 
 
 def test_the_newest_finished_task_1_run_is_explained(tmp_path: Path) -> None:
-    for run_id, task, started, finished in (
-        ("old", "task1", "2026-01-01T00:00:00+00:00", True),
-        ("new", "task1", "2026-01-02T00:00:00+00:00", True),
-        ("unfinished", "task1", "2026-01-03T00:00:00+00:00", False),
-        ("other", "task3", "2026-01-04T00:00:00+00:00", True),
+    for run_id, task, started, finished, weights in (
+        ("old", "task1", "2026-01-01T00:00:00+00:00", True, True),
+        ("new", "task1", "2026-01-02T00:00:00+00:00", True, True),
+        ("unfinished", "task1", "2026-01-03T00:00:00+00:00", False, True),
+        ("without-weights", "task1", "2026-01-04T00:00:00+00:00", True, False),
+        ("other", "task3", "2026-01-05T00:00:00+00:00", True, True),
     ):
         folder = tmp_path / "runs" / run_id
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps({"task": task, "run_id": run_id, "started": started}))
         if finished:
             (folder / "summary.json").write_text("{}")
+        if weights:
+            (tmp_path / "checkpoints" / run_id).mkdir(parents=True)
+            (tmp_path / "checkpoints" / run_id / "best.pt").touch()
     assert task2.find_run(tmp_path, None)["run_id"] == "new"
     assert task2.find_run(tmp_path, "old")["run_id"] == "old"
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(
+        UsageError, match=r"none of the 3 finished Task 1 runs .* has its weights.*task1\.py first"
+    ):
+        task2.find_run(tmp_path, None)
 
 
 def spoil(path: Path, **changes: Any) -> None:

@@ -147,7 +147,7 @@ def test_a_comparison_leaves_its_records_and_figures_and_nothing_else(finished: 
         expected |= {
             f"runs/{run_id}/{name}" for name in ("config.json", "history.csv", "summary.json", "scores.npz")
         }
-        expected |= {f"checkpoints/{run_id}/{name}.pt" for name in ("best", "last")}
+        expected.add(f"checkpoints/{run_id}/best.pt")
         for name in ("train-loss", "validate-auc", "validate-acc", "confusion"):
             expected.add(f"fig/task5/{run_id}-{name}.png")
     assert files == expected
@@ -176,7 +176,7 @@ def test_the_best_checkpoint_is_the_network_that_was_scored(finished: Path, phan
 
 def test_the_frozen_part_of_a_whole_run_is_that_of_the_file(finished: Path, weights: Path) -> None:
     before = checkpoint.load(weights)
-    after = checkpoint.load(finished / "checkpoints/r/last.pt")["state_dict"]
+    after = checkpoint.load(finished / "checkpoints/r/best.pt")["state_dict"]
     frozen = [name for name in before if not name.startswith("classifier")]
     assert len(frozen) > 200
     assert all(torch.equal(after[f"network.{name}"], before[name]) for name in frozen)
@@ -375,7 +375,7 @@ def test_a_run_starts_from_another_runs_weights(finished: Path, phantom_root: Pa
     record = json.loads((finished / "runs/second/config.json").read_text())
     assert record["weights"]["source"] == "run r of this project, best.pt"
     first = checkpoint.load(finished / "checkpoints/r/best.pt")["state_dict"]
-    second = checkpoint.load(finished / "checkpoints/second/last.pt")["state_dict"]
+    second = checkpoint.load(finished / "checkpoints/second/best.pt")["state_dict"]
     assert torch.equal(first["mean"], second["mean"])
     assert torch.equal(first["network.features.3.block.0.0.weight"], second["network.features.3.block.0.0.weight"])
 

@@ -119,6 +119,7 @@ def test_offline_says_so_and_keeps_a_wandb_run(tmp_path: Path) -> None:
     done = track(tmp_path, "finish(open_run())")
     assert done.returncode == 0, done.stderr
     assert "W&B: offline" in done.stdout
+    assert "URL" not in done.stderr
     assert list((tmp_path / "wandb").glob("offline-run-*-r/run-r.wandb"))
 
 
