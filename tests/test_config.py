@@ -1,6 +1,7 @@
 import dataclasses
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -111,12 +112,24 @@ def test_out_of_memory_is_one_line_that_names_the_key_to_lower(
     assert lines[0].endswith(": lower --batch_size or --resize_to")
 
 
-def test_another_runtime_error_keeps_its_traceback() -> None:
+@pytest.mark.parametrize("folder", ["runs/r", "", "gone"])
+def test_an_unexpected_error_is_one_line_and_its_traceback_is_in_a_file_beside_the_run(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def main(config: TrainingConfig) -> None:
-        raise RuntimeError("a shape does not fit")
+        raise RuntimeError("a shape\ndoes not fit")
 
-    with pytest.raises(RuntimeError, match="a shape does not fit"):
-        run_script(main, TrainingConfig, [])
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    if folder != "gone":
+        (tmp_path / "out" / folder).mkdir(parents=True)
+    with pytest.raises(SystemExit) as ended:
+        run_script(main, TrainingConfig, [f"--output_dir={tmp_path}/out", "--run_id=r"])
+    assert ended.value.code == 70
+    [line] = capsys.readouterr().err.splitlines()
+    path = (tmp_path if folder == "gone" else tmp_path / "out" / folder) / "unexpected-error.txt"
+    assert line.endswith(f": unexpected: RuntimeError: a shape; please report it with {path}")
+    assert "does not fit" in path.read_text()
+    assert "Traceback" in path.read_text()
 
 
 def test_bookkeeping_keys_do_not_belong_to_what_a_run_computes() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from example_records import CONFIG, write_run
 from matplotlib.image import imread
 
 import task1
@@ -163,11 +164,11 @@ def test_the_newest_finished_task_1_run_is_explained(tmp_path: Path) -> None:
         ("unfinished", "task1", "2026-01-03T00:00:00+00:00", False),
         ("other", "task3", "2026-01-04T00:00:00+00:00", True),
     ):
-        folder = tmp_path / "runs" / run_id
-        folder.mkdir(parents=True)
-        (folder / "config.json").write_text(json.dumps({"task": task, "run_id": run_id, "started": started}))
-        if finished:
-            (folder / "summary.json").write_text("{}")
+        folder = write_run(tmp_path, {**CONFIG, "run_id": run_id}, task)
+        content = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**content, "started": started}))
+        if not finished:
+            (folder / "summary.json").unlink()
     assert task2.find_run(tmp_path, None)["run_id"] == "new"
     assert task2.find_run(tmp_path, "old")["run_id"] == "old"
 
