@@ -60,7 +60,9 @@ class Task5Config(FineTuningConfig):
     """
 
     scratch: bool = key(True, "also train the same network from scratch, and compare", bookkeeping=True)
-    n_seeds: int = key(1, "how many seeds to run, counting up from seed", at_least=1, bookkeeping=True)
+    n_seeds: int = key(
+        1, "how many seeds to run, counting up from seed", at_least=1, at_most=1000, bookkeeping=True
+    )
 
     def runs(self) -> list["Task5Config"]:
         """The configuration of each run: for each seed the fine-tuned one, then the one from scratch."""

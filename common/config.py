@@ -281,7 +281,7 @@ def _check_value(field: "dataclasses.Field[Any]", value: Any) -> None:
         return
     choices, bounds = field.metadata["choices"], field.metadata["bounds"]
     if type(value) is int:
-        bounds = {"at_most": MOST, **bounds}
+        bounds = {**bounds, "at_most": bounds.get("at_most", MOST)}
     if choices and value not in choices:
         names = [str(choice) for choice in choices]
         problem = f"choose from {', '.join(names)}{closest(str(value), names)}"

@@ -299,6 +299,10 @@ def _download(entry: Any) -> tuple[str, dict[str, torch.Tensor]]:
     """`_read` the file of a torchvision entry in torch.hub's folder; download it there if it is missing."""
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     path = folder / entry.url.rpartition("/")[2]
+    if folder.parts[0] == "~":
+        raise UsageError(
+            f"--weights {entry}: this user has no home folder; set TORCH_HOME to a folder for the file"
+        )
     if not path.exists():
         try:
             entry.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)

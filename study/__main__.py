@@ -23,7 +23,7 @@ import yaml
 from common.config import ScriptConfig, key, run_script
 from common.errors import Fault, UsageError
 from common.files import locked, write_text
-from common.records import run_folder
+from common.records import read_json, run_folder
 from study import report
 from study.sweep import grid
 from study.sweep_file import read_sweep
@@ -160,7 +160,13 @@ def steps(config: StudyConfig) -> list[Step]:
 
     def run(title: str, script: str, run_id: str, *keys: str, last: str = "summary.json") -> None:
         command = [f"{script}.py", output, *shared, *plan.keys.get(script, ()), f"--run_id={run_id}", *keys]
-        found.append(Step(title, command, (run_folder(config.output_dir, run_id) / last).exists()))
+        folder = run_folder(config.output_dir, run_id)
+        if (folder / "config.json").exists():
+            before = read_json(folder / "config.json")["config"]
+            if (before["dataset"], before["size"]) != (config.dataset, config.size):
+                what = f"{before['dataset']} at {before['size']} pixels, not {config.dataset} at {config.size}"
+                raise UsageError(f"{folder}: a run on {what}: name another --output_dir")
+        found.append(Step(title, command, (folder / last).exists()))
 
     def sweep(name: str, file: Path, *keys: str) -> None:
         fixed = [*shared, *data, *plan.keys.get("train", ()), *plan.keys.get(name, ())]
