@@ -10,6 +10,7 @@ import io
 import math
 import os
 import sys
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -95,7 +96,8 @@ def read_plain(file: BinaryIO) -> Any:
                 ):
                     raise ValueError
         file.seek(0)
-        return torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of what `state_problem` refuses, such as sparse tensors
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes zipfile and the unpickler raise many types
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno != errno.EINVAL):
             raise  # EINVAL: a damaged place before the file's beginning

@@ -142,7 +142,7 @@ def test_the_class_explained_is_the_predicted_one_or_the_label(
             raise Stopped
 
         monkeypatch.setattr(attribution_checks, "check_methods", spy)
-        with pytest.raises(Stopped):
+        with pytest.raises(SystemExit):
             explain(trained, phantom_root, "--target", target, "--checked_tiles", "180")
     scores = np.load(trained / "runs" / "first" / "scores.npz")
     chosen = choose_tiles(180, 180, 0)
