@@ -24,7 +24,7 @@ import yaml
 from common.config import ScriptConfig, key, parse, run_script
 from common.errors import Fault, UsageError
 from common.files import locked, write_text
-from common.records import is_finished, run_folder
+from common.records import is_finished, read_json, run_folder
 from study import report
 from study.baselines import BaselinesConfig
 from study.sweep import grid
@@ -167,7 +167,13 @@ def steps(config: StudyConfig) -> list[Step]:
 
     def run(title: str, script: str, run_id: str, *keys: str, last: str = "summary.json") -> None:
         command = [f"{script}.py", output, *shared, *plan.keys.get(script, ()), f"--run_id={run_id}", *keys]
-        found.append(Step(title, command, (run_folder(config.output_dir, run_id) / last).exists()))
+        folder = run_folder(config.output_dir, run_id)
+        if (folder / "config.json").exists():
+            before = read_json(folder / "config.json")["config"]
+            if (before["dataset"], before["size"]) != (config.dataset, config.size):
+                what = f"{before['dataset']} at {before['size']} pixels, not {config.dataset} at {config.size}"
+                raise UsageError(f"{folder}: a run on {what}: name another --output_dir")
+        found.append(Step(title, command, (folder / last).exists()))
 
     def sweep(title: str, file: Path, plan_keys: Sequence[str], *keys: str) -> None:
         fixed = [*shared, *data, *plan_keys]

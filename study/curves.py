@@ -76,8 +76,8 @@ def draw_summary(
             if views:
                 axes.plot([views.low, views.high], [place + 0.25] * 2, color=colour, linewidth=1)
                 axes.plot(views.value, place + 0.25, "o", color=colour, markersize=6, markerfacecolor="white")
-        for place, (_, acc) in enumerate(others, start=len(ours)):
-            axes.plot(acc, place, "s", color="black", markersize=5)
+        for place, (_, value) in enumerate(others, start=len(ours)):
+            axes.plot(value, place, "s", color="black", markersize=5)
         names = [name for name, *_ in ours] + [name for name, _ in others]
         axes.set_yticks(range(len(names)), [wrap(name, 54) for name in names], fontsize=9)
         axes.axhline(len(ours) - 0.5, color="#BBBBBB", linewidth=0.8)

@@ -75,7 +75,11 @@ def summary_rows(
         groups.append((f"Task 4, best row by validation: {best.title}", "Task 4", best))
     groups += [(f"Task 5: {group.title}", kind, group) for kind, group in content["compared"].items()]
     groups += [(f"Baseline: {group.title}", "", group) for group in content["baselines"]]
-    ours = [(name, key, group.score("best", "acc"), group.score("tta", "acc")) for name, key, group in groups]
+    ours = [
+        (name, key, acc, group.score("tta", "acc"))
+        for name, key, group in groups
+        if (acc := group.score("best", "acc"))
+    ]
     others = [
         (f"{other.source}: {other.network}, {other.size} px", other.acc)
         for task, group in content["tasks"].items()

@@ -166,6 +166,7 @@ def test_the_page_shows_a_recipe_and_a_baseline_on_fewer_tiles(study: Path) -> N
         path = folder / "config.json"
         content = json.loads(path.read_text())
         content["config"] |= {"train_tiles": 45, "run_id": other}
+        content["run_id"] = other
         path.write_text(json.dumps(content))
         summary("run_id", value=other)(folder)
         summary("tiles", "train", value=45)(folder)

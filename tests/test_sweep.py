@@ -549,8 +549,8 @@ def report(
         }
         if views and trial.values["row"] != "b":
             interval = {"low": 0.0, "high": 1.0}
-            scores = {"acc": {"value": score + 0.01, **interval}, "auc": {"value": 0.95, **interval}}
-            summary |= {"tta": {**summary["best"], **scores}}
+            better = {"acc": {"value": score + 0.01, **interval}, "auc": {"value": 0.95, **interval}}
+            summary |= {"tta": {**summary["best"], **better}}
         summary |= others.get(trial.run_id, {})
         folder = output / "runs" / trial.run_id
         folder.mkdir(parents=True)
