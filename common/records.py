@@ -34,7 +34,10 @@ class Record:
         folder = run_folder(output_dir, run_id)
         facts, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
         history = read_history(folder / "history.csv")
-        if problem := history_problem(history) or ("no epochs" if not history else None):
+        problem = history_problem(history)
+        if not history and "epoch" in summary["best"]:  # only a baseline, which is no network, has none
+            problem = "no epochs"
+        if problem:
             raise unreadable(folder / "history.csv", problem)
         if summary["task"] != facts["task"]:
             raise unreadable(
