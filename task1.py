@@ -13,6 +13,8 @@ Leaves runs/<run_id>/ (config.json, history.csv, summary.json, scores.npz), chec
 figures in fig/task1/. Killed? The same command with the same --run_id continues.
 """
 
+import common  # noqa: F401, I001 (before PyTorch: Ctrl-C during its import is one line)
+
 from dataclasses import dataclass
 
 import torch

@@ -12,6 +12,8 @@ Leaves NNNNN-input.png and NNNNN-saliency.png for each tile in fig/task2/<run_id
 fig/task2/<run_id>-*.png, runs/<run_id>/saliency.md and runs/<run_id>/attribution.json.
 """
 
+import common  # noqa: F401, I001 (before PyTorch: Ctrl-C during its import is one line)
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

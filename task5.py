@@ -18,6 +18,8 @@ Each run, <run_id> and <run_id>-scratch (and -seed1 and so on), leaves the same 
 fig/task5/. The comparison is in runs/<run_id>/comparison.json and fig/task5/<run_id>-comparison.png.
 """
 
+import common  # noqa: F401, I001 (before PyTorch: Ctrl-C during its import is one line)
+
 import dataclasses
 import time
 from pathlib import Path
@@ -59,7 +61,9 @@ class Task5Config(FineTuningConfig):
     """
 
     scratch: bool = key(True, "also train the same network from scratch, and compare", bookkeeping=True)
-    n_seeds: int = key(1, "how many seeds to run, counting up from seed", at_least=1, bookkeeping=True)
+    n_seeds: int = key(
+        1, "how many seeds to run, counting up from seed", at_least=1, at_most=1000, bookkeeping=True
+    )
 
     def runs(self) -> list["Task5Config"]:
         """The configuration of each run: for each seed the fine-tuned one, then the one from scratch."""

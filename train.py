@@ -14,6 +14,8 @@ cutmix, stain augmentation, test-time augmentation, weight decay without norms, 
 Leaves the same records as task1.py; the figures are in fig/task3/.
 """
 
+import common  # noqa: F401, I001 (before PyTorch: Ctrl-C during its import is one line)
+
 from typing import Any
 
 import torch

@@ -1,1 +1,22 @@
-"""What the task scripts share: data, augmentation, models, metrics, training loop, records and figures."""
+"""What the task scripts share: data, augmentation, models, metrics, training loop, records and figures.
+
+A script imports this package first: until `run_script`, which is while PyTorch is imported, Ctrl-C then ends the
+script with one line. Python itself would print a traceback, or abort within PyTorch.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    print("interrupted", file=sys.stderr, flush=True)
+    os._exit(128 + number)
+
+
+# Other programs, such as pytest or a notebook, keep their own way of handling Ctrl-C. `python -m` sets "-m".
+_is_script = sys.argv[0] == "-m" or Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent.parent
+if _is_script and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, _end)

@@ -127,7 +127,7 @@ def infidelity(
         mask = mask.to(batch.device)
         return mask.expand_as(batch), torch.where(mask > 0, blurred(batch), batch)
 
-    attributions = maps[:, None].expand_as(inputs) / inputs.shape[1]
+    attributions = maps[:, None].expand_as(inputs)  # their scale does not matter
     with torch.no_grad():
         errors = captum_infidelity(
             model,

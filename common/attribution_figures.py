@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from common.attribution import METHODS
 from common.attribution_checks import CONTROLS, FRACTIONS, STAGES
 from common.explained import TARGETS, Explained
-from common.figures import BLUE, STYLE, VERMILLION, save, wrap
+from common.figures import PALETTE, STYLE, VERMILLION, save, wrap
 
 # Okabe and Ito's colours, as in common/figures.py, one per method; the controls are grey and black.
-COLOURS = dict(zip(METHODS, (BLUE, VERMILLION, "#009E73", "#CC79A7", "#E69F00"), strict=True))
+COLOURS = dict(zip(METHODS, PALETTE, strict=False))
 CONTROL_LINES = {"random": ("#777777", "--"), "sobel": ("black", ":")}
 MARKERS = dict(zip(METHODS, "osD^v", strict=True))
 POSITIVE_MAP, SIGNED_MAP = "inferno", "PuOr_r"

@@ -1,8 +1,8 @@
 """Checkpoints: written whole or not at all, checked, and read without running code from them.
 
-A checkpoint is the zip archive that torch.save writes, with a checksum (CRC-32) of every tensor and of the rest.
-PyTorch itself does not look at these checksums; `read_plain` does. So it also accepts the files of earlier versions
-of the project: they have the same checksums.
+A checkpoint is the zip archive that torch.save writes: it has a checksum (CRC-32) of every tensor and of all the
+rest. PyTorch does not look at these checksums, `read_plain` does. The files of earlier versions of the project
+have them too, so that they can still be read.
 """
 
 import errno
@@ -10,6 +10,7 @@ import io
 import math
 import os
 import sys
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -81,20 +82,22 @@ def load_newest(*paths: Path) -> dict[str, Any] | None:
 def read_plain(file: BinaryIO) -> Any:
     """The content of a file that torch.save wrote, tensors on the CPU, without running code from it.
 
-    Raises ValueError where it is damaged or holds more than plain data. Files in PyTorch's format from before 2020,
-    which are no zip archives, have no checksums.
+    Raises ValueError where it is damaged or holds more than plain data. Files in PyTorch's format of before 2020
+    are no zip archives and have no checksums.
     """
     try:
         file.seek(0)
         if _is_zip(file):
             with zipfile.ZipFile(file) as archive:
                 # torch.save compresses nothing and sets no attributes: PyTorch reads nothing of a "folder".
-                if any(
-                    info.file_size != info.compress_size or info.external_attr for info in archive.infolist()
-                ) or archive.testzip():
+                if (
+                    any(info.file_size != info.compress_size or info.external_attr for info in archive.infolist())
+                    or archive.testzip()
+                ):
                     raise ValueError
         file.seek(0)
-        return torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of what `state_problem` refuses, such as sparse tensors
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes zipfile and the unpickler raise many types
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno != errno.EINVAL):
             raise  # EINVAL: a damaged place before the file's beginning
@@ -140,7 +143,11 @@ def optimizer_problem(given: Any, optimizer: torch.optim.Optimizer) -> str | Non
     if not isinstance(groups, list) or len(groups) != len(own) or not isinstance(given.get("state"), Mapping):
         return "no state of this optimiser"
     for group, expected in zip(groups, own, strict=True):
-        if not isinstance(group, Mapping) or not isinstance(group.get("lr"), float) or not math.isfinite(group["lr"]):
+        if (
+            not isinstance(group, Mapping)
+            or not isinstance(group.get("lr"), float)
+            or not math.isfinite(group["lr"])
+        ):
             return "no state of this optimiser"
         for name in expected.keys() - {"lr"}:  # set anew before each step
             if group.get(name) != expected[name]:

@@ -7,6 +7,7 @@ a flag, and tyro prints an error as a box of several lines instead of one.
 import argparse
 import dataclasses
 import difflib
+import io
 import math
 import operator
 import os
@@ -14,19 +15,23 @@ import re
 import secrets
 import signal
 import sys
+import tempfile
+import threading
 import typing
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 from common import pathmnist
-from common.errors import Fault, Stopped, Untrainable, UsageError, first_line
+from common.errors import Fault, Stopped, Untrainable, UsageError, first_line, keep_traceback
 
 C = TypeVar("C", bound="Keys")
 
 PHANTOM_TRAIN_TILES = 9000  # training tiles of the phantom without --train_tiles
+MOST = 1_000_000  # of every key that counts something and has no lower limit
 BOUNDS = {"above": operator.gt, "at_least": operator.ge, "below": operator.lt, "at_most": operator.le}
 
 
@@ -102,11 +107,33 @@ def _check_wandb(mode: str) -> str | None:
     return f"WANDB_MODE={given} is no mode; choose from {', '.join(modes)}{closest(given, modes)}"
 
 
+def _data_root(config: "ScriptConfig") -> Path:
+    try:
+        return Path(os.environ.get("PATHMNIST_ROOT") or "~/.medmnist").expanduser()
+    except RuntimeError:
+        raise UsageError(
+            "--data_root: this user has no home folder; name a folder, or set PATHMNIST_ROOT"
+        ) from None
+
+
+def torchrun_number(name: str, default: int) -> int:
+    """A number that torchrun sets in the environment, or `default`; UsageError where it is set to another text."""
+    text = os.environ.get(name) or str(default)
+    if not re.fullmatch("[0-9]{1,6}", text):
+        raise UsageError(f"{name}={text}: torchrun sets this variable to a number; unset it")
+    return int(text)
+
+
+def n_processes() -> int:
+    """How many processes torchrun has started; 1 without torchrun."""
+    return torchrun_number("WORLD_SIZE", 1)
+
+
 def _new_run_id(config: "Config") -> str:
     """A random id, or W&B's id under a W&B agent. Raises UsageError where only the user can name the run."""
     if config.resume:
         raise UsageError("--resume needs --run_id: which run shall be continued?")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if n_processes() > 1:
         raise UsageError("torchrun: give --run_id, so that all its processes have the same")
     if "WANDB_SWEEP_ID" in os.environ and "WANDB_RUN_ID" in os.environ:
         return os.environ["WANDB_RUN_ID"]
@@ -162,7 +189,7 @@ class ScriptConfig(Keys):
     """The keys that every script shares: where it reads, writes and computes."""
 
     data_root: Path = key(
-        lambda _: Path(os.environ.get("PATHMNIST_ROOT") or "~/.medmnist").expanduser(),
+        _data_root,
         "folder of the data files (default: $PATHMNIST_ROOT, else ~/.medmnist)",
         bookkeeping=True,
     )
@@ -293,14 +320,17 @@ def _check_value(field: "dataclasses.Field[Any]", value: Any) -> None:
     if value is None:  # an optional key without a value
         return
     choices, bounds = field.metadata["choices"], field.metadata["bounds"]
+    if type(value) is int:
+        bounds = {**bounds, "at_most": bounds.get("at_most", MOST)}
     if choices and value not in choices:
         names = [str(choice) for choice in choices]
         problem = f"choose from {', '.join(names)}{closest(str(value), names)}"
     elif isinstance(value, float) and not math.isfinite(value):
         problem = "must be a finite number"
     elif not all(BOUNDS[name](value, bound) for name, bound in bounds.items()):
-        limits = (f"{name.replace('_', ' ')} {bound:g}" for name, bound in bounds.items())
+        limits = (f"{name.replace('_', ' ')} {bound:,}" for name, bound in bounds.items())
         problem = f"must be {' and '.join(limits)}"
+        value = f"{value:g}" if abs(value) > 1e15 else value
     else:
         problem = field.metadata["check"](value)
     if problem:
@@ -401,13 +431,33 @@ def end_by(number: signal.Signals) -> None:
     os.kill(os.getpid(), number)
 
 
+def prepare_streams() -> None:
+    """Make output possible: streams that the caller has closed lead nowhere, unknown characters are escaped.
+
+    Without this, the first opened file would get the number of a closed stream, and output meant for the stream.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115 (until the process ends)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def run_script(main: Callable[[C], None], config_class: type[C], arguments: Sequence[str] | None = None) -> None:
-    """Parse the command line and call `main`; an expected error becomes one line and an exit status."""
+    """Parse the command line and call `main`; an error becomes one line and an exit status.
+
+    The traceback of an unexpected error goes into a file beside the run; the exit status is then 70.
+    """
+    prepare_streams()
+    if callable(signal.getsignal(signal.SIGINT)) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     description = sys.modules[main.__module__].__doc__ or ""
-    again, number = "", None
+    again, number, folders = "", None, [Path(tempfile.gettempdir())]
     try:
         config = parse(config_class, sys.argv[1:] if arguments is None else arguments, description)
-        run_id = getattr(config, "run_id", None)
+        run_id, output_dir = getattr(config, "run_id", None), getattr(config, "output_dir", Path())
+        folders = [*([output_dir / "runs" / run_id] if run_id else []), output_dir, *folders]
         again = f"; the same command{f' with --run_id={run_id}' if run_id else ''} continues"
         return main(config)
     except Stopped as stopped:
@@ -416,17 +466,20 @@ def run_script(main: Callable[[C], None], config_class: type[C], arguments: Sequ
         message, status = str(error), error.exit_status
     except OSError as error:
         message, status = (f"{error.filename}: {error.strerror}" if error.filename else str(error)) + again, 1
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
-            raise
-        keys = [
-            f"--{name}" for name in ("batch_size", "resize_to", "checked_tiles") if hasattr(config_class, name)
-        ]
-        remedy = f"lower {' or '.join(keys)}" if keys else "close other programs"
-        message, status = f"out of memory ({first_line(error)}): {remedy}", Untrainable.exit_status
+    except Exception as error:
+        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):
+            names = ("batch_size", "resize_to", "checked_tiles")
+            keys = [f"--{name}" for name in names if hasattr(config_class, name)]
+            remedy = f"lower {' or '.join(keys)}" if keys else "close other programs"
+            message, status = f"out of memory ({first_line(error)}): {remedy}", Untrainable.exit_status
+        else:
+            path = keep_traceback(error, folders)
+            what = f"{type(error).__name__}: {first_line(error)}"
+            message, status = f"unexpected: {what}; please report it with {path}", 70
     except KeyboardInterrupt:
         message, status = f"interrupted{again}", 130
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    with suppress(OSError):  # nobody may read stderr any more
+        print(f"{Path(sys.argv[0]).name}: {' '.join(message.splitlines())}", file=sys.stderr)
     if number and "WANDB_SWEEP_ID" in os.environ:  # its agent takes an exit status for a failure, but not a signal
         end_by(number)
     sys.exit(status)

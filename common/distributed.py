@@ -16,12 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from common.errors import UsageError
+from common.config import n_processes, torchrun_number
+from common.errors import UsageError, first_line
 
 
 def join(cuda: bool) -> None:
     """Join the other processes, if torchrun has started any; only the first one prints."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
+    if n_processes() < 2 or dist.is_initialized():
         return
     if cuda:
         if torch.cuda.device_count() <= local_rank():
@@ -30,7 +31,13 @@ def join(cuda: bool) -> None:
                 f"{torch.cuda.device_count()} uses each once"
             )
         torch.cuda.set_device(local_rank())
-    dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(
+            f"WORLD_SIZE={n_processes()}: the processes cannot find each other ({first_line(error)}); start them "
+            "with torchrun, or unset WORLD_SIZE"
+        ) from error
     atexit.register(dist.destroy_process_group)
     if not is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
@@ -44,7 +51,7 @@ def _cpus() -> Any:
 
 def local_rank() -> int:
     """The number of this process on its machine, which is its GPU's."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return torchrun_number("LOCAL_RANK", 0)
 
 
 def world_size() -> int:

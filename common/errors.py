@@ -1,6 +1,14 @@
 """The errors that end a script with one line on stderr instead of a traceback."""
 
+import shlex
 import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from common.files import public, write_text
 
 
 class UsageError(Exception):
@@ -36,3 +44,18 @@ class Stopped(Exception):
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or the name of its type where the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def keep_traceback(error: Exception, folders: Sequence[Path]) -> Path | None:
+    """Write the traceback and the command to a file in the first of these folders that can be written.
+
+    Returns the file's path, or None where there is no such folder.
+    """
+    text = f"{shlex.join(sys.argv)}\n\n{''.join(traceback.format_exception(error))}"
+    for folder in folders:
+        path = folder / "unexpected-error.txt"
+        with suppress(OSError, ValueError):
+            if folder.is_dir():
+                write_text(path, public(text))
+                return path
+    return None

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from common.files import atomic_path
 
-# Two of Okabe and Ito's colours, which colour-blind readers can distinguish (https://jfly.uni-koeln.de/color/).
-BLUE, VERMILLION = "#0072B2", "#D55E00"
+# Okabe and Ito's colours, which colour-blind readers can distinguish (https://jfly.uni-koeln.de/color/).
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+BLUE, VERMILLION, GREEN, PURPLE = PALETTE[:4]
 # A report shows a figure 700 pixels wide: 6.4 inches at 150 dots leave room for sharper screens.
 STYLE: dict[str, Any] = {
     "figure.dpi": 150,

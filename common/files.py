@@ -3,6 +3,7 @@
 import csv
 import errno
 import fcntl
+import io
 import json
 import os
 import re
@@ -16,18 +17,22 @@ from typing import Any, BinaryIO
 TEMPORARY = re.compile(r"\..+\.unfinished-[0-9a-f]{8}(\.\w+)?")  # the names of `atomic_path`
 
 
-def open_regular(path: Path, flags: int = os.O_RDONLY) -> BinaryIO:
-    """Open a regular file, to read it unless `flags` say otherwise.
+def open_regular(path: Path) -> io.BufferedReader:
+    """Open a regular file for reading.
 
     Raises OSError for anything else, such as a folder, a FIFO, which may never send a byte, or a device, which may
     never end.
     """
+    return os.fdopen(_open_descriptor(path, os.O_RDONLY), "rb")
+
+
+def _open_descriptor(path: Path, flags: int) -> int:
     # Without O_NONBLOCK a FIFO without a writer would block this call.
     descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return os.fdopen(descriptor, "rb" if flags == os.O_RDONLY else "ab")
+    return descriptor
 
 
 def read_text(path: Path) -> str:
@@ -62,7 +67,7 @@ def public(content: Any) -> Any:
     In every text `~` takes the place of the home folder, and `user:password@` is left out of addresses.
     """
     if isinstance(content, str):
-        home = os.path.expanduser("~")
+        home = os.environ.get("HOME", "")
         if len(home) > 1:
             content = re.sub(rf"(?<![^\s=:,'\"]){re.escape(home)}(?![^/\s'\"])", "~", content)
         return re.sub(r"://[^/\s@]+@", "://", content)
@@ -131,7 +136,8 @@ def _lock(path: Path, lock: Callable[[int, int], None], wait: bool) -> BinaryIO 
     make_folder(path.parent)
     if path.is_symlink():
         raise OSError(errno.ELOOP, "a lock is no symbolic link; delete it", str(path))
-    file = open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW)
+    descriptor = _open_descriptor(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW)
+    file = os.fdopen(descriptor, "ab")
     try:
         lock(file.fileno(), fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
@@ -152,7 +158,7 @@ def locked(path: Path, wait: bool = False) -> Iterator[int | None]:
     """
     file = _lock(path, fcntl.flock, wait)
     try:
-        yield file and file.fileno()
+        yield file.fileno() if file else None
     finally:
         if file:
             file.close()

@@ -307,6 +307,10 @@ def _download(entry: Any) -> tuple[str, dict[str, torch.Tensor]]:
     """`_read` the file of a torchvision entry in torch.hub's folder; download it there if it is missing."""
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     path = folder / entry.url.rpartition("/")[2]
+    if folder.parts[0] == "~":
+        raise UsageError(
+            f"--weights {entry}: this user has no home folder; set TORCH_HOME to a folder for the file"
+        )
     if not path.exists():
         try:
             entry.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
@@ -330,9 +334,9 @@ def _read(path: Path) -> tuple[str, dict[str, torch.Tensor]]:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             named = re.search(r"-([0-9a-f]{8,64})$", path.stem)
             if named and not sha256.startswith(named[1]):
+                begins = f"begins with {sha256[: len(named[1])]}, not with {named[1]} as its name says"
                 raise UsageError(
-                    f"--weights {path}: its sha256 begins with {sha256[: len(named[1])]}, not with {named[1]} as "
-                    "its name says: damaged or not that file; delete it and fetch it again"
+                    f"--weights {path}: its sha256 {begins}: damaged or another file; delete it and fetch it"
                 )
             file.seek(0)
             safe = path.suffix == ".safetensors"

@@ -34,7 +34,10 @@ class Record:
         folder = run_folder(output_dir, run_id)
         facts, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
         history = read_history(folder / "history.csv")
-        if problem := history_problem(history):
+        problem = history_problem(history)
+        if not history and "epoch" in summary["best"]:  # only a baseline, which is no network, has none
+            problem = "no epochs"
+        if problem:
             raise unreadable(folder / "history.csv", problem)
         if summary["task"] != facts["task"]:
             raise unreadable(
@@ -60,12 +63,13 @@ class Record:
         try:
             with open_npz(path) as archive:
                 arrays = {}
-                for name in archive.names:
+                for name in {*archive.names, "best_logits", "targets"}:
                     n_tiles = tiles["val" if name.startswith(("validate_", "shifted_")) else "test"]
                     shape, kinds = ((n_tiles, n_classes), "f") if name.endswith("_logits") else ((n_tiles,), "ui")
                     arrays[name] = archive.read(name, kinds, shape)
             for name, values in arrays.items():
-                if not (np.isfinite(values).all() if values.dtype.kind == "f" else (values < n_classes).all()):
+                right = np.isfinite(values) if name.endswith("_logits") else (values >= 0) & (values < n_classes)
+                if not right.all():
                     raise ValueError(f"{name} has values that are not finite, or no class")
         except (OSError, ValueError) as error:
             raise unreadable(path, error) from error

@@ -4,6 +4,7 @@ A record may have more than its type names, so that later versions of the projec
 imports this module when it reads the first record: a new run needs none, and pydantic takes 0.1 seconds.
 """
 
+from collections.abc import Callable
 from typing import Annotated, Any, NotRequired
 
 from pydantic import AfterValidator, Field, FiniteFloat, NonNegativeInt, PositiveInt, TypeAdapter
@@ -13,35 +14,38 @@ from common.config import check_run_id
 
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-ShareOrNan = Annotated[float, AfterValidator(lambda value: _require(not value < 0 and not value > 1, value))]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
-def _require(holds: bool, value: Any, message: str = "must be a share from 0 to 1") -> Any:
-    """`value`; ValueError, which pydantic reports with the key, where it does not hold."""
-    if not holds:
-        raise ValueError(message)
-    return value
+def _checked(problem_of: Callable[[Any], str | None]) -> AfterValidator:
+    """A check by a function that returns the problem with a value, or None; pydantic adds the key."""
+
+    def check(value: Any) -> Any:
+        if problem := problem_of(value):
+            raise ValueError(problem)
+        return value
+
+    return AfterValidator(check)
 
 
-def _check_name(name: str) -> str:
-    problem = check_run_id(name)
-    return _require(problem is None, name, str(problem))
+def _problem_with_share(value: float) -> str | None:
+    return "must be from 0 to 1" if value < 0 or value > 1 else None
 
 
-def _check_epochs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _problem_with_epochs(rows: list[Any]) -> str | None:
     counted = [row["epoch"] for row in rows] == list(range(1, len(rows) + 1))
-    return _require(counted, rows, "the epochs do not count from 1")
+    return None if counted else "the epochs do not count from 1"
 
 
-def _check_scores(scores: dict[str, Any]) -> dict[str, Any]:
+def _problem_with_scores(scores: Any) -> str | None:
     matrix, n_classes = scores["confusion_matrix"], len(scores["auc_per_class"])
-    square = len(matrix) == n_classes and all(len(row) == n_classes for row in matrix)
-    _require(square, scores, f"the confusion matrix has not {n_classes} rows and columns")
-    return _require(sum(map(sum, matrix)) == scores["n"], scores, "the confusion matrix does not sum up to n")
+    if len(matrix) != n_classes or any(len(row) != n_classes for row in matrix):
+        return f"confusion_matrix has not {n_classes} rows and columns"
+    return None if sum(map(sum, matrix)) == scores["n"] else "confusion_matrix does not sum up to n"
 
 
-RunId = Annotated[str, AfterValidator(_check_name)]
+RunId = Annotated[str, _checked(check_run_id)]
+ShareOrNan = Annotated[float, _checked(_problem_with_share)]
 
 
 class Estimate(TypedDict):
@@ -115,7 +119,7 @@ class Scores(TypedDict):
     confusion_matrix: list[list[NonNegativeInt]]
 
 
-CheckedScores = Annotated[Scores, AfterValidator(_check_scores)]
+CheckedScores = Annotated[Scores, _checked(_problem_with_scores)]
 Summary = TypedDict(
     "Summary",
     {
@@ -209,10 +213,36 @@ class Attribution(TypedDict):
     figures: dict[str, str]
 
 
-HISTORY: TypeAdapter[Any] = TypeAdapter(Annotated[list[Row], AfterValidator(_check_epochs)])
+class OnlyRight(TypedDict):
+    ours: NonNegativeInt
+    theirs: NonNegativeInt
+
+
+class Published(TypedDict):
+    file: str
+    sha256: str
+    scores: CheckedScores
+    only_right: dict[RunId, OnlyRight]
+
+
+class Accuracies(TypedDict):
+    acc: Share
+    balanced_acc: Share
+
+
+class Analysis(TypedDict):
+    dataset: str
+    synthetic: bool
+    runs: list[RunId]
+    published: Published | None
+    matched: dict[str, dict[RunId, Accuracies]]
+
+
+HISTORY: TypeAdapter[Any] = TypeAdapter(Annotated[list[Row], _checked(_problem_with_epochs)])
 BY_FILE: dict[str, TypeAdapter[Any]] = {
     "config.json": TypeAdapter(Facts),
     "summary.json": TypeAdapter(Summary),
     "comparison.json": TypeAdapter(Comparison),
     "attribution.json": TypeAdapter(Attribution),
+    "analysis.json": TypeAdapter(Analysis),
 }

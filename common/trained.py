@@ -60,7 +60,7 @@ def load_trained(path: Path | str, device: torch.device | str = "cpu") -> Traine
     else:
         network = build_model(name, len(class_names), side)
     if problem := checkpoint.state_problem(weights, network.state_dict()):
-        raise Fault(f"{path}: its weights are no trained {name}'s ({problem}); train again")
+        raise Fault(f"{path}: its weights do not fit a {name} ({problem}); train again")
     network.load_state_dict(weights)
     network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Trained(network, name, class_names, config["size"], side).eval().requires_grad_(False)

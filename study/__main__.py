@@ -9,6 +9,7 @@ resumes the others from their checkpoints. report.toml names the runs that the r
 file where there is none, and never changes it.
 """
 
+import itertools
 import json
 import shlex
 import subprocess
@@ -23,7 +24,7 @@ import yaml
 from common.config import ScriptConfig, key, parse, run_script
 from common.errors import Fault, UsageError
 from common.files import locked, write_text
-from common.records import is_finished, run_folder
+from common.records import is_finished, read_json, run_folder
 from study import report
 from study.baselines import BaselinesConfig
 from study.sweep import grid
@@ -48,6 +49,8 @@ class Plan:
     rows: tuple[str, ...] = ()  # of the ablation; empty: all of ablation.yaml
     task3_rows: tuple[str, ...] = ()  # empty: Task 3 shows the ablation's reference row
     search_trials: int = 20
+    curves: tuple[str, ...] = ()  # the files of learning_curve/ that run, without .yaml
+    curve_tiles: tuple[int, ...] = ()  # training tiles of the baselines, beside the whole number
     keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
@@ -55,6 +58,8 @@ class Plan:
 AT_28_PIXELS = Plan(
     search_trials=40,
     task3_rows=FEW_ROWS,
+    curves=("task1", "with_all", "lite0"),
+    curve_tiles=(900, 3000, 9000, 30000),
     keys={
         "ablation": ("--train_tiles=18000", "--batch_size=128"),
         "search": ("--train_tiles=9000",),
@@ -119,7 +124,7 @@ class Step:
 
 
 def main(config: StudyConfig) -> None:
-    """Missing runs → report.toml, where there is none → report.md."""
+    """report.toml, where there is none → missing runs → report.md."""
     for program in ("task1.py", "ablation.yaml"):
         if not Path(program).exists():
             raise UsageError(f"{program}: no such file here; start the study in the repository's folder")
@@ -130,10 +135,10 @@ def main(config: StudyConfig) -> None:
             print(f"{config.output_dir}: a study is running here, or a step of a killed one; waiting", flush=True)
     with locked(path, wait=True) as lock:
         assert lock is not None
+        selection = config.output_dir / "report.toml"
+        if not selection.exists():
+            write_text(selection, toml(config))
         run_steps(steps(config), lock)
-    selection = config.output_dir / "report.toml"
-    if not selection.exists():
-        write_text(selection, toml(config))
     print()
     report.main(report.ReportConfig(output_dir=config.output_dir))
     print(f"the study is finished: open {(config.output_dir / 'report.md').resolve()}")
@@ -162,12 +167,18 @@ def steps(config: StudyConfig) -> list[Step]:
 
     def run(title: str, script: str, run_id: str, *keys: str, last: str = "summary.json") -> None:
         command = [f"{script}.py", output, *shared, *plan.keys.get(script, ()), f"--run_id={run_id}", *keys]
-        found.append(Step(title, command, (run_folder(config.output_dir, run_id) / last).exists()))
+        folder = run_folder(config.output_dir, run_id)
+        if (folder / "config.json").exists():
+            before = read_json(folder / "config.json")["config"]
+            if (before["dataset"], before["size"]) != (config.dataset, config.size):
+                what = f"{before['dataset']} at {before['size']} pixels, not {config.dataset} at {config.size}"
+                raise UsageError(f"{folder}: a run on {what}: name another --output_dir")
+        found.append(Step(title, command, (folder / last).exists()))
 
-    def sweep(name: str, file: Path, *keys: str) -> None:
-        fixed = [*shared, *data, *plan.keys.get("train", ()), *plan.keys.get(name, ())]
+    def sweep(title: str, file: Path, plan_keys: Sequence[str], *keys: str) -> None:
+        fixed = [*shared, *data, *plan_keys]
         command = ["-m", "study.sweep", str(file), output, *keys, "--", *fixed]
-        found.append(Step(f"Task 4, {name}", command, sweep_finished(file, fixed, config.output_dir)))
+        found.append(Step(title, command, sweep_finished(file, fixed, config.output_dir)))
 
     for seed in config.seeds:
         run(f"Task 1, seed {seed}", "task1", f"task1-{seed}", *data, f"--seed={seed}")
@@ -176,21 +187,29 @@ def steps(config: StudyConfig) -> list[Step]:
         for seed in config.seeds:
             keys = [*data, f"--ablation={row}", f"--seed={seed}"]
             run(f"Task 3, {row}, seed {seed}", "train", f"{row}-{seed}", *keys)
-    sweep("ablation", ablation_file(config))
+    train = plan.keys.get("train", ())
+    sweep("Task 4, ablation", ablation_file(config), (*train, *plan.keys.get("ablation", ())))
     if plan.search_trials:
-        sweep("search", Path("sweep.yaml"), f"--count={plan.search_trials}")
+        of_trial = (*train, *plan.keys.get("search", ()))
+        sweep("Task 4, search", Path("sweep.yaml"), of_trial, f"--count={plan.search_trials}")
     seeds = [f"--seed={config.seed}", f"--n_seeds={plan.n_seeds}"]
     run("Task 5", "task5", "task5", *data, *seeds, last="comparison.json")
-    keys = baseline_keys(config)
-    complete = all(is_finished(config.output_dir, run_id) for run_id in parse(BaselinesConfig, keys, "").runs)
-    found.append(Step("baselines", ["-m", "study.baselines", *keys], complete))
+    for arguments in baseline_arguments(config):
+        runs = parse(BaselinesConfig, arguments, "").runs
+        complete = all(is_finished(config.output_dir, run_id) for run_id in runs)
+        found.append(Step(f"baselines, {next(iter(runs))}", ["-m", "study.baselines", *arguments], complete))
+    for name in plan.curves:
+        sweep(f"learning curve, {name}", Path(f"learning_curve/{name}.yaml"), ())
+    analysed = (config.output_dir / "analysis.json").exists()
+    found.append(Step("analysis", ["-m", "study.analysis", output, *shared], analysed))
     return found
 
 
-def baseline_keys(config: StudyConfig) -> list[str]:
-    """The keys of study/baselines.py."""
+def baseline_arguments(config: StudyConfig) -> list[list[str]]:
+    """The arguments of each call of study/baselines.py, with the largest number of training tiles first."""
     names = ("data_root", "output_dir", "dataset", "size", "seed")
-    return [*(f"--{name}={getattr(config, name)}" for name in names), *config.plan.keys.get("baselines", ())]
+    whole = [*(f"--{name}={getattr(config, name)}" for name in names), *config.plan.keys.get("baselines", ())]
+    return [whole, *([*whole, f"--train_tiles={tiles}"] for tiles in config.plan.curve_tiles)]
 
 
 def ablation_file(config: StudyConfig) -> Path:
@@ -220,7 +239,12 @@ def toml(config: StudyConfig) -> str:
     task1 = [f"task1-{seed}" for seed in config.seeds]
     reference = REFERENCE_ROW if config.plan.task3_rows else f"ablation-{REFERENCE_ROW}"
     task3 = [f"{reference}-{seed}" for seed in config.seeds]
-    baselines = list(parse(BaselinesConfig, baseline_keys(config), "").runs)
+    whole, *parts = [list(parse(BaselinesConfig, keys, "").runs) for keys in baseline_arguments(config)]
+    more = [f"{row}-{seed}" for row in config.plan.task3_rows[1:] for seed in config.seeds]
+    curve = {
+        "sweeps": [f"learning-curve-{name}" for name in config.plan.curves],
+        "runs": [*more, *itertools.chain(*parts)],
+    }
     lines = [
         "# Which runs report.md shows. `python -m study.report` makes the page from them.",
         "[task1]",
@@ -235,7 +259,8 @@ def toml(config: StudyConfig) -> str:
         "[task5]",
         'comparison = "task5"',
         "[baselines]",
-        f"runs = {json.dumps(baselines)}",
+        f"runs = {json.dumps(whole)}",
+        *(["[learning_curve]", *(f"{name} = {json.dumps(ids)}" for name, ids in curve.items())] if parts else []),
     ]
     return "\n".join(lines) + "\n"
 

@@ -6,7 +6,8 @@
 
 Three classifiers of scikit-learn: logistic regression on the mean colour; gradient-boosted trees and nearest
 neighbours on statistics of the colours and of their gradients. A network that is not better than these has learnt
-little about shape. Some minutes on one core for all tiles; after a kill, the same command skips what is finished.
+little about shape. All tiles take about 20 minutes on one core; after a kill, the same command skips what is
+finished.
 
 Each leaves the records of a run in runs/<baseline>-<training tiles>-<seed>/: config.json, summary.json, scores.npz
 and a history.csv without epochs. [baselines] in report.toml names those that report.md shows.

@@ -1,23 +1,19 @@
 """Fine-tuned runs and runs from scratch: when they converge, their scores, and the differences."""
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from common.files import write_json
 from common.records import Record, run_folder
 from common.statistics import Spread, compare, spread
-from common.tracking import AXIS_LABELS
+from study.curves import draw_curves
 
 CONVERGED_WITHIN = 0.005
 CONVERGENCE = "convergence epoch"
 FACTS = ("dataset", "synthetic", "data_fingerprint", "tiles", "device", "weights")
-COLUMNS = ("train/loss", "validate/auc", "validate/acc")
 
 
 def convergence_epoch(history: Sequence[Mapping[str, float]]) -> int:
@@ -43,7 +39,7 @@ def compare_runs(name: str, tuned: Sequence[str], scratch: Sequence[str], output
     content = comparison(groups)
     model_name, dataset = groups["fine-tuned"][0].config["model_name"], content["dataset"]
     figure = output_dir / "fig" / "task5" / f"{name}-comparison.png"
-    _draw(figure, groups, f"{model_name} · {dataset}")
+    draw_curves(figure, groups, f"Task 5 · {model_name} · {dataset}")
     path = run_folder(output_dir, name) / "comparison.json"
     write_json(path, content)
     for kind, runs in content["runs"].items():
@@ -120,35 +116,3 @@ def _record(run: Record) -> dict[str, Any]:
         **{f"tta test/{score}": summary["tta"][score] for score in ("auc", "acc") if "tta" in summary},
         "wall_seconds": summary["wall_seconds"],
     }
-
-
-def _draw(path: Path, groups: Mapping[str, Sequence[Record]], title: str) -> None:
-    """Training loss, validation AUC and ACC by epoch: a thin line per run, a thick one for each kind's mean."""
-    from matplotlib import style
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    from common.figures import BLUE, STYLE, VERMILLION, save, wrap
-
-    with style.context(["default", STYLE]):
-        figure = Figure(figsize=(6.4, 8.5))
-        panels = figure.subplots(3, 1, sharex=True)
-        for axes, column in zip(panels, COLUMNS, strict=True):
-            for (kind, runs), colour in zip(groups.items(), (VERMILLION, BLUE), strict=True):
-                curves = [np.array([row[column] for row in run.history]) for run in runs]
-                for curve in curves:
-                    axes.plot(np.arange(1, len(curve) + 1), curve, color=colour, alpha=0.3, linewidth=0.8)
-                shortest = min(len(curve) for curve in curves)  # early stopping may end runs at different epochs
-                mean = np.mean([curve[:shortest] for curve in curves], axis=0)
-                converged = statistics.fmean(convergence_epoch(run.history) for run in runs)
-                seeds = f"mean of {len(runs)} seeds, " if len(runs) > 1 else ""
-                label = f"{kind} ({seeds}converged at epoch {converged:.3g})"
-                axes.plot(np.arange(1, shortest + 1), mean, color=colour, linewidth=2, label=label)
-                if column == "validate/acc":
-                    axes.axvline(converged, color=colour, linestyle="--", linewidth=1)
-            axes.set_ylabel(wrap(AXIS_LABELS[column], 30))
-        panels[0].legend()
-        panels[-1].set_xlabel("Epoch (dashed: convergence, ACC within 0.5 points of the best)")
-        panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-        figure.suptitle(wrap(f"Task 5 · {title}", 75), fontsize=10)
-        save(figure, path)

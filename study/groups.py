@@ -12,9 +12,29 @@ from common.config import TrainingConfig
 from common.errors import UsageError
 from common.metrics import Estimate, recalls
 from common.pathmnist import COUNTS
+from common.pretrained import SCRATCH
 from common.records import Record
 from common.statistics import Comparison, Spread, compare, spread
 
+NETWORKS = {
+    "resnet18": "ResNet-18",
+    "mobilenet_v3_large": "MobileNetV3-Large",
+    "tf_efficientnet_lite0": "EfficientNet-Lite0",
+}
+TECHNIQUES = {  # rows of the ablation
+    "combined": "reference: the coursework's configuration",
+    "combined, 8 views": "reference, predictions averaged over 8 views",
+    "without_augmentation": "without data augmentation",
+    "without_lr_strategy": "with a constant learning rate",
+    "without_lr_warmup": "without warm-up of the learning rate",
+    "with_weight_decay": "with strong weight decay",
+    "with_scaled_shifts": "with TrivialAugmentWide whose shifts fit the tile",
+    "with_stain": "with stain augmentation added",
+    "with_stain_only": "with stain augmentation instead of TrivialAugmentWide",
+    "with_ema": "with averaged weights (EMA)",
+    "with_all": "with stain augmentation and averaged weights",
+}
+TUNED = {"head": "last layer fine-tuned", "classifier": "classifier fine-tuned", "all": "fine-tuned"}
 # Keys in which runs of one row may differ: the seed, and where and how a run is kept.
 APART = {"seed", "run_id", "scratch", "n_seeds"} | TrainingConfig.bookkeeping()
 
@@ -40,6 +60,18 @@ class Group:
     def first(self) -> Record:
         """The run that stands for all of them in figures and in words."""
         return self.records[0]
+
+    @property
+    def title(self) -> str:
+        """The recipe in words."""
+        config = self.first.config
+        if "baseline" in config:
+            return str(self.first.summary["title"])
+        network = NETWORKS.get(config["model_name"], config["model_name"])
+        if config.get("weights", SCRATCH) != SCRATCH:
+            return f"{network}, {TUNED[config['train_part']]}"
+        row = config.get("ablation", "combined")
+        return f"{network} from scratch" + ("" if row == "combined" else f" {TECHNIQUES.get(row, row)}")
 
     @property
     def single(self) -> list["Group"]:
@@ -90,13 +122,18 @@ class Group:
         return dict(zip(scores[0], means.tolist(), strict=True))
 
 
-def grouped(records: Iterable[Record], apart: Collection[str] = APART) -> list[Group]:
-    """The runs that differ in the keys `apart` alone, as groups in the order of their first runs."""
+def grouped(records: Iterable[Record]) -> list[Group]:
+    """The runs that differ in their seed alone, as groups in the order of their first runs."""
+    return [Group(same) for same in alike(records, APART)]
+
+
+def alike(records: Iterable[Record], apart: Collection[str]) -> list[list[Record]]:
+    """The runs that differ in the keys `apart` alone, together, in the order of their first runs."""
     groups: dict[str, list[Record]] = {}
     for record in records:
         same = {name: value for name, value in record.config.items() if name not in apart}
         groups.setdefault(json.dumps(same, sort_keys=True), []).append(record)
-    return [Group(records) for records in groups.values()]
+    return list(groups.values())
 
 
 def _look_up(summary: Mapping[str, Any], keys: Sequence[str]) -> Estimate | None:

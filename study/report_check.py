@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -28,6 +29,8 @@ def check_study(
     """
     for record in study.read.values():
         check_run(study, record)
+    if analysis := study.analysis():
+        check_analysis(study, analysis)
     for line in study.sweep_table("ablation", "table.csv", "ablation.yaml") if ablation else []:
         for metric in ("validate/acc", "test/acc", "test/auc") if line["row"] in ablation else ():
             mean = fmean(record.scores[metric] for record in ablation[line["row"]])
@@ -42,6 +45,37 @@ def check_study(
             raise Fault(f"table.csv: trial {line['run_id']} is not its run's; python -m study.sweep makes it anew")
     if compared and (where := difference(study.comparison(), comparison(compared))):
         raise Fault(f"comparison.json: {where}, its runs give another value; python task5.py makes it anew")
+
+
+def check_analysis(study: Study, analysis: Mapping[str, Any]) -> None:
+    """Raise Fault where the record of study/analysis.py contradicts the runs that it names, or its figure."""
+    path, remedy = study.folder / "analysis.json", "python -m study.analysis makes it anew"
+    records = [study.read[run_id] for run_id in analysis["runs"] if run_id in study.read]
+    published, hard = analysis["published"], analysis["hard"]
+    for record in records if published else ():
+        right, n = published["only_right"][record.run_id], published["scores"]["n"]
+        gain = (record.scores["test/acc"] - published["scores"]["acc"]["value"]) * n
+        if difference(float(right["ours"] - right["theirs"]), round(gain, 6)):
+            raise Fault(
+                f"{path}: the tiles that only one network gets right are not those of {record.run_id}; {remedy}"
+            )
+    if records and len(records) == len(analysis["runs"]):
+        arrays = [record.arrays() for record in records]
+        targets = arrays[0]["targets"]
+        wrong = np.all([one["best_logits"].argmax(1) != targets for one in arrays], axis=0)
+        counts = np.bincount(targets[wrong], minlength=len(hard["per_class"]))
+        ours = hard["networks"] == len(records)  # else the published network is one of them
+        found = np.array(list(hard["per_class"].values()))
+        if (found > counts).any() or (ours and (found != counts).any()):
+            raise Fault(f"{path}: the tiles that all networks get wrong are not those of the runs; {remedy}")
+    if "figure" in hard:
+        check_figure(study.folder / hard["figure"], hard["sha256"], "the analysis")
+
+
+def check_figure(path: Path, sha256: str, drawn_by: str) -> None:
+    """Raise Fault where a figure is there, but is not the one that was drawn."""
+    if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        raise Fault(f"{path}: not the figure that {drawn_by} has drawn; restore it")
 
 
 def check_run(study: Study, record: Record) -> None:
@@ -80,8 +114,7 @@ def check_run(study: Study, record: Record) -> None:
             raise fail(f"{name} is {value:.4f}, scores.npz gives {np.mean(classes == targets):.4f}")
     for name, digest in summary.get("figure_sha256", {}).items():
         figure = study.folder / "fig" / record.facts["task"] / summary["figures"][name]
-        if figure.exists() and hashlib.sha256(figure.read_bytes()).hexdigest() != digest:
-            raise Fault(f"{figure}: not the figure that run {record.run_id} has drawn; restore it")
+        check_figure(figure, digest, f"run {record.run_id}")
 
 
 def difference(recorded: Any, computed: Any) -> str:

@@ -1,15 +1,19 @@
 """What the template of report.md may use: the records of a study as typed facts, and the published scores."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from common.errors import UsageError
+from common.metrics import Estimate, recalls
 from common.pathmnist import COUNTS
-from common.statistics import Comparison, compare, interval
+from common.statistics import SIGNIFICANT, Comparison, Spread, compare, interval, spread
 from study.ablation import identical_rows
 from study.forecast import LEAST_GROUPS, LEAST_RUNS, LOWER_IS_BETTER, forecast
-from study.groups import Group, grouped
+from study.groups import NETWORKS, TECHNIQUES, Group, grouped
+from study.learning_curve import best_at, learning_curves
 from study.report_selection import Study
 
 
@@ -40,6 +44,55 @@ REFERENCES = {  # by task, the coursework's first
 }
 
 
+@dataclass(frozen=True)
+class Analysed:
+    """The runs of a task in the record of study/analysis.py.
+
+    `only_right` are the mean numbers of tiles that only ours or only the published network classifies rightly,
+    `p` is the largest p of McNemar's exact tests, one per run. `matched` has, for each matching of colours, the
+    test ACC and the share of the gap between test and validation ACC that closes; it is empty without checkpoints.
+    """
+
+    group: Group
+    only_right: Mapping[str, float]
+    p: float
+    verdict: str
+    matched: Mapping[str, tuple[Estimate, Spread]]
+
+    @classmethod
+    def of(cls, group: Group, analysis: Mapping[str, Any]) -> "Analysed":
+        """What the record contains about these runs."""
+        runs = [record.run_id for record in group.records]
+        pairs = [analysis["published"]["only_right"][run] for run in runs] if analysis["published"] else []
+        p = max((mcnemar(**pair) for pair in pairs), default=math.nan)
+        directions = {"better" if pair["ours"] > pair["theirs"] else "worse" for pair in pairs}
+        matched = {}
+        for name, scores in analysis["matched"].items():
+            after, shares = [], []
+            for record in group.records:
+                if record.run_id in scores:
+                    after.append(scores[record.run_id]["acc"])
+                    before, goal = (record.scores[score] for score in ("test/acc", "validate/acc"))
+                    shares.append((after[-1] - before) / (goal - before) if goal != before else math.nan)
+            if after:
+                over = spread(after)
+                matched[name] = Estimate(over.mean, max(over.low, 0), min(over.high, 1)), spread(shares)
+        return cls(
+            group,
+            {whose: fmean(pair[whose] for pair in pairs) for whose in ("ours", "theirs") if pairs},
+            p,
+            directions.pop() if len(directions) == 1 and p < SIGNIFICANT else "cannot be decided",
+            matched,
+        )
+
+
+def mcnemar(ours: int, theirs: int) -> float:
+    """The p value of McNemar's exact test of two networks, from the tiles that only one of them gets right."""
+    from scipy.stats import binomtest  # half a second of import
+
+    return float(binomtest(ours, ours + theirs).pvalue) if ours + theirs else 1.0
+
+
 def facts(study: Study) -> dict[str, Any]:
     """The template's variables. Raises UsageError or Fault naming the first record that is missing."""
     chosen = study.selection
@@ -47,9 +100,10 @@ def facts(study: Study) -> dict[str, Any]:
     attribution = study.attribution() if "task2" in chosen else None
     ablation = {row: Group(records) for row, records in study.ablation().items()} if "task4" in chosen else {}
     compared = {kind: Group(records) for kind, records in study.compared().items()} if "task5" in chosen else {}
-    baselines = grouped(
-        study.runs("baselines", study.named("baselines", "runs")) if "baselines" in chosen else []
-    )
+    baselines = grouped(study.runs("baselines", study.named("baselines", "runs")) if "baselines" in chosen else [])
+    judged = [record for record in study.read.values() if record.history]  # a baseline has no epochs
+    extra = study.learning_curve()
+    curves = learning_curves(study.read.values()) if extra else []
     if len({record.summary["synthetic"] for record in study.read.values()}) > 1:
         raise UsageError("report.toml: generated tiles and tiles of PathMNIST cannot stand on one page")
     if len({record.config["size"] for record in study.read.values()}) > 1:
@@ -60,8 +114,16 @@ def facts(study: Study) -> dict[str, Any]:
         task: [record.facts for group in parts.values() for record in group.records]
         for task, parts in groups.items()
     }
+    sources["Learning curve"] = [record.facts for record in extra]
     sources["Baselines"] = [record.facts for group in baselines for record in group.records]
     sources["Task 2"] = [attribution] if attribution else []
+    analysis = study.analysis()
+    sources["Analysis"] = [analysis] if analysis else []
+    analysed = {}
+    for task, group in tasks.items():
+        runs = [record for record in group.records if analysis and record.run_id in analysis["runs"]]
+        if analysis and runs:
+            analysed[task] = Analysed.of(Group(runs), analysis)
     search = study.search()
     sources["Task 4, search"] = [study.provenance(trial["run_id"]) for trial in search]
     return {
@@ -77,10 +139,17 @@ def facts(study: Study) -> dict[str, Any]:
         "compared": compared,
         "comparison": study.comparison() if compared else None,
         "baselines": baselines,
-        "best_baseline": max(
-            baselines, key=lambda group: group.spread("validate", "validate/acc").mean, default=None
-        ),
-        "forecast": forecast(grouped(record for record in study.read.values() if record.history)),
+        # By test ACC: a network that passes here is better than every baseline.
+        "strongest": max(baselines, key=lambda group: group.spread("best", "acc").mean, default=None),
+        "curves": curves,
+        "curve_tiles": sorted({tiles for curve in curves for tiles in curve.tiles}),
+        "best_at": best_at,
+        "networks": NETWORKS,
+        "techniques": TECHNIQUES,
+        "analysis": analysis,
+        "analysed": analysed,
+        "recalls": recalls,
+        "forecast": forecast(grouped(judged)),
         "lower_is_better": LOWER_IS_BETTER,
         "least_runs": LEAST_RUNS,
         "least_groups": LEAST_GROUPS,

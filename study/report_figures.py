@@ -1,6 +1,6 @@
 """The report's own figures: a run's learning rate, augmentations, validation against test, calibration."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,14 @@ from matplotlib.ticker import PercentFormatter
 
 from common import phantom
 from common.augment import build_augmentation
-from common.figures import BLUE, STYLE, VERMILLION, curve, save
-from common.metrics import softmax
+from common.figures import PALETTE, STYLE, curve, save
+from common.metrics import Estimate, softmax
 from common.statistics import interval
 from common.tracking import TITLES
+from study.curves import COLOURS, draw_curves, draw_summary
 from study.forecast import LOWER_IS_BETTER, Forecast
 from study.groups import Group
+from study.learning_curve import Curve
 
 SHOWN = {
     "none": "original",
@@ -27,7 +29,6 @@ SHOWN = {
     "stain": "stain",
 }
 TILES, SIZE = 9, 64
-TASK_COLOURS = {"Task 1": BLUE, "Task 3": VERMILLION, "Task 5": "#009E73"}  # Okabe and Ito's
 TASK_MARKERS = {"Task 1": "o", "Task 3": "s", "Task 5": "D"}
 CALIBRATION_BINS = 10
 
@@ -41,6 +42,13 @@ def draw(folder: Path, content: Mapping[str, Any]) -> None:
     title = str(next(iter(tasks.values())).first.summary["dataset"])
     if content["forecast"].correlations:
         scatter(to / "forecast.png", content["forecast"], title)
+    if content["curves"]:
+        learning_curve(to / "learning_curve.png", content["curves"])
+    for task, group in tasks.items():
+        if task != "Task 5":  # task5.py draws its own comparison
+            name = task.replace(" ", "").lower()
+            draw_curves(to / f"{name}-curves.png", {task: group.records}, f"{group.title} · {title}")
+    draw_summary(to / "summary.png", *summary_rows(content), title)
     scores = {task: _scores(group) for task, group in tasks.items()}
     calibration(to / "calibration.png", scores, title)
     if ablation:
@@ -52,6 +60,33 @@ def draw(folder: Path, content: Mapping[str, Any]) -> None:
             ylabel="Learning rate at the epoch's end",
             title=f"{run.run_id} · {run.summary['dataset']}",
         )
+
+
+def summary_rows(
+    content: Mapping[str, Any],
+) -> tuple[list[tuple[str, str, Estimate, Estimate | None]], list[tuple[str, float]]]:
+    """The rows of the figure at the top of the page: our groups of runs, then published scores."""
+    groups: list[tuple[str, str, Group]] = []
+    for task, group in content["tasks"].items():
+        if task != "Task 5":
+            groups.append((f"{task}: {group.title}", task, group))
+    if content["ablation"]:
+        best = content["ablation"][content["best_row"]]
+        groups.append((f"Task 4, best row by validation: {best.title}", "Task 4", best))
+    groups += [(f"Task 5: {group.title}", kind, group) for kind, group in content["compared"].items()]
+    groups += [(f"Baseline: {group.title}", "", group) for group in content["baselines"]]
+    ours = [
+        (name, key, acc, group.score("tta", "acc"))
+        for name, key, group in groups
+        if (acc := group.score("best", "acc"))
+    ]
+    others = [
+        (f"{other.source}: {other.network}, {other.size} px", other.acc)
+        for task, group in content["tasks"].items()
+        if group.full
+        for other in content["references"][task]
+    ]
+    return ours, others
 
 
 def augmentations(path: Path) -> None:
@@ -90,7 +125,7 @@ def scatter(path: Path, found: Forecast, title: str) -> None:
                     accuracies, scores = np.concatenate(runs)[:, [0, column]].T
                     label = "Tasks 3 and 4" if task == "Task 3" else task  # both train the same network
                     axes.plot(
-                        scores, accuracies, marker, color=TASK_COLOURS[task], markersize=4, alpha=0.6, label=label
+                        scores, accuracies, marker, color=COLOURS[task], markersize=4, alpha=0.6, label=label
                     )
             sign = " (correlation: sign turned)" if name == LOWER_IS_BETTER else ""
             axes.set_xlabel(name[0].upper() + name[1:] + sign)
@@ -100,6 +135,39 @@ def scatter(path: Path, found: Forecast, title: str) -> None:
             axes.set_ylabel("Test ACC")
         figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
         figure.suptitle(f"One dot per run · {title}", fontsize=10)
+        save(figure, path)
+
+
+def learning_curve(path: Path, curves: Sequence[Curve]) -> None:
+    """Draw test ACC and balanced ACC against the number of training tiles, one line per recipe, with intervals."""
+    with style.context(["default", STYLE]):
+        figure = Figure(figsize=(8, 4.2 + 0.22 * len(curves)))
+        panels = figure.subplots(1, 2)
+        for axes, (score, name) in zip(panels, (("acc", "ACC"), ("balanced_acc", "balanced ACC")), strict=True):
+            for place, curve in enumerate(curves):
+                estimates = [group.score("best", score) for group in curve.groups]
+                values, low, high = np.array([(one.value, one.low, one.high) for one in estimates if one]).T
+                colour = PALETTE[place % len(PALETTE)]
+                axes.errorbar(
+                    curve.tiles,
+                    values,
+                    yerr=[values - low, high - values],
+                    color=colour,
+                    marker="o",
+                    markersize=4,
+                    capsize=3,
+                    linewidth=1.5,
+                    linestyle="--" if "baseline" in curve.groups[0].first.config else "-",
+                    label=curve.title,
+                )
+            tiles = sorted({number for curve in curves for number in curve.tiles})
+            axes.set_xscale("log")
+            axes.set_xticks(tiles, [f"{number:,}" for number in tiles], rotation=30)
+            axes.minorticks_off()
+            axes.set(xlabel="Training tiles (logarithmic)", ylabel=f"Test {name}")
+        first = curves[0].groups[0].first
+        figure.suptitle(f"{first.summary['dataset'].split(' (')[0]}, {first.config['size']} px", fontsize=10)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center")
         save(figure, path)
 
 
@@ -121,8 +189,8 @@ def calibration(path: Path, scores: Mapping[str, tuple[np.ndarray, np.ndarray]],
             sure, right = (
                 [values[bins == number].mean() for number in filled] for values in (confidence, correct)
             )
-            axes.plot(sure, right, color=TASK_COLOURS[task], marker=TASK_MARKERS[task], label=task)
-            axes.scatter(sure, right, s=800 * counts / counts.sum(), color=TASK_COLOURS[task], alpha=0.25)
+            axes.plot(sure, right, color=COLOURS[task], marker=TASK_MARKERS[task], label=task)
+            axes.scatter(sure, right, s=800 * counts / counts.sum(), color=COLOURS[task], alpha=0.25)
         axes.xaxis.set_major_formatter(PercentFormatter(1))
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.set(xlabel="Probability of the predicted class", ylabel="Share of these that are right")

@@ -17,6 +17,7 @@ SECTIONS: dict[str, dict[str, type]] = {  # the keys of each section
     "task4": {"ablation": str, "search": str},
     "task5": {"comparison": str},
     "baselines": {"runs": list},
+    "learning_curve": {"sweeps": list, "runs": list},
 }
 TASKS = {  # of the runs in a section
     "task1": "task1",
@@ -75,7 +76,7 @@ class Study:
         if len({record.summary["data_fingerprint"] for record in records}) > 1:
             raise UsageError(f"report.toml: the runs of [{section}] come from different data sets")
         for record in records:
-            if record.facts["task"] != TASKS[section]:
+            if record.facts["task"] != TASKS.get(section, record.facts["task"]):
                 raise UsageError(
                     f"report.toml: run {record.run_id} in [{section}] is a run of {record.facts['task']}"
                 )
@@ -148,20 +149,40 @@ class Study:
         kinds = self.comparison()["runs"]
         return {kind: self.runs("task5", [run["run_id"] for run in runs]) for kind, runs in kinds.items()}
 
+    def learning_curve(self) -> list[Record]:
+        """The runs of the learning curve, of any task and number of training tiles; none without a curve."""
+        chosen = self.selection.get("learning_curve", {})
+        lines = [
+            line for name in chosen.get("sweeps", []) for line in self._lines(name, "runs.csv", "learning_curve/…")
+        ]
+        run_ids = [*(line["run_id"] for line in lines), *chosen.get("runs", [])]
+        return [self.runs("learning_curve", [run_id])[0] for run_id in run_ids]
+
+    def analysis(self) -> Mapping[str, Any] | None:
+        """The record of study/analysis.py; None where the study has none."""
+        return read_json(self.folder / "analysis.json") if self.has("analysis.json") else None
+
     def has(self, path: str) -> bool:
         """Whether the study has this file."""
         return (self.folder / path).is_file()
 
-    def image(self, path: str, alt: str) -> str:
-        """Markdown of a figure; Fault where its file is missing."""
+    def link(self, path: str, text: str) -> str:
+        """Markdown of a link to a figure; Fault where its file is missing."""
         if not self.has(path):
             raise Fault(f"{self.folder / path}: the report shows this figure, and it is missing: make report")
         self.linked.append(path)
-        return f"![{alt}]({path})"
+        return f"[{text}]({path})"
+
+    def image(self, path: str, alt: str) -> str:
+        """Markdown of a figure; Fault where its file is missing."""
+        return f"!{self.link(path, alt)}"
 
     def sweep_table(self, key: str, file: str, sweep: str) -> list[dict[str, str]]:
         """The lines of a table of the ablation or the search; UsageError where it is missing."""
-        path = self.folder / "sweeps" / self.named("task4", key) / file
+        return self._lines(self.named("task4", key), file, sweep)
+
+    def _lines(self, name: str, file: str, sweep: str) -> list[dict[str, str]]:
+        path = self.folder / "sweeps" / name / file
         if not path.exists():
             raise UsageError(f"{path}: missing; python -m study.sweep {sweep} makes it")
         with open(path, newline="", encoding="utf-8") as table:

@@ -85,7 +85,7 @@ def summary(
 
 def write_run(output_dir: Path, config: Mapping[str, Any] = CONFIG, task: str = "task1") -> Path:
     """Write the records of a finished run; returns their folder."""
-    folder, history = output_dir / "runs" / config["run_id"], [row(1), row(2)]
+    folder, history = output_dir / "runs" / config["run_id"], [row(1, 0.4), row(2)]
     write_json(folder / "config.json", facts(config, task))
     write_csv(folder / "history.csv", history)
     np.savez_compressed(folder / "scores.npz", **outputs())  # type: ignore[arg-type]

@@ -65,9 +65,7 @@ def main(config: FakeConfig) -> None:
         write_csv(folder / "history.csv", history)
     # The outputs are the same for rows that end in the same letter.
     np.savez(folder / "scores.npz", **example_records.outputs(ord(config.row[-1]) + config.quality))
-    write_json(
-        folder / "summary.json", example_records.summary(facts, history, config.quality, config.quality)
-    )
+    write_json(folder / "summary.json", example_records.summary(facts, history, config.quality, config.quality))
     while (config.output_dir / f"hold-{config.run_id}").exists() and time.monotonic() < begun + 60:
         time.sleep(0.02)
     note("spans.txt", begun, time.monotonic(), os.environ.get("OMP_NUM_THREADS"))

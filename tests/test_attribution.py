@@ -7,12 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from common.attribution import METHODS, convergence_error, edge_map
+from common import attribution_checks
+from common.attribution import METHODS, Method, convergence_error, edge_map
 from common.attribution_checks import (
     FRACTIONS,
+    SENSITIVITY_RADIUS,
     STAGES,
     area,
     blurred,
+    check_methods,
     control_maps,
     infidelity,
     judge,
@@ -224,6 +227,52 @@ def test_max_sensitivity_is_zero_where_the_gradient_is_constant(corner: nn.Modul
     values = max_sensitivity(resnet, inputs, targets, "saliency", 0)
     assert values.min() > 0
     np.testing.assert_array_equal(values, max_sensitivity(resnet, inputs, targets, "saliency", 0))
+    assert (values != max_sensitivity(resnet, inputs, targets, "saliency", 1)).any()
+
+
+def test_the_blurred_squares_and_the_changes_of_a_tile_have_the_documented_size(
+    corner: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, targets = tiles(2), torch.ones(2, dtype=torch.int64)
+    seen: list[torch.Tensor] = []
+    corner.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    infidelity(corner, inputs, targets, edge_map(inputs), 0)
+    changed = torch.cat([(batch != inputs.repeat_interleave(len(batch) // 2, 0)).any(1) for batch in seen])
+    widths = {int(mask.any(axis).sum()) for mask in changed for axis in (0, 1) if mask.any()}
+    assert min(widths) < SIZE // 4 + 3
+    assert max(widths) > SIZE // 2 - 3
+    assert SIZE // 4 <= min(widths) <= max(widths) <= SIZE // 2
+
+    def probe(_: nn.Module, batch: torch.Tensor, __: torch.Tensor, ___: int) -> torch.Tensor:
+        largest.append(float((batch - inputs[:1]).abs().max()))
+        return batch.abs().sum(1)
+
+    largest: list[float] = []
+    monkeypatch.setitem(METHODS, "probe", Method("Probe", "", False, probe))
+    max_sensitivity(corner, inputs[:1], targets[:1], "probe", 0)
+    assert 0.9 * SENSITIVITY_RADIUS < max(largest) <= SENSITIVITY_RADIUS
+
+
+def test_every_check_gets_its_tiles_maps_and_networks(resnet: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    methods = {"saliency": METHODS["saliency"]}
+    monkeypatch.setattr(attribution_checks, "METHODS", methods)
+    monkeypatch.setattr(attribution_checks, "COSTLY", {"randomisation": 3, "infidelity": 2, "max_sensitivity": 1})
+    torch.manual_seed(1)
+    fresh = build_model("resnet18", 9, SIZE).eval().requires_grad_(False)
+    inputs, targets = tiles(4), torch.tensor([0, 3, 5, 8])
+    checked = check_methods(resnet, fresh, inputs, targets, 0)
+    assert checked["n"] == {"removal": 4, "randomisation": 3, "infidelity": 2, "max_sensitivity": 1}
+    maps = methods["saliency"].maps(resnet, inputs, targets, 0)
+    got = checked["methods"]["saliency"]
+    for stage, network in randomised(resnet, fresh).items():
+        of_random = methods["saliency"].maps(network, inputs[:3], targets[:3], 0)
+        assert got["randomisation"][stage] == mean_estimate(rank_correlation(maps[:3], of_random))
+    assert got["edge_correlation"] == mean_estimate(rank_correlation(maps, edge_map(inputs)))
+    assert got["infidelity"] == mean_estimate(infidelity(resnet, inputs[:2], targets[:2], maps[:2], 0))
+    one = max_sensitivity(resnet, inputs[:1], targets[:1], "saliency", 0)
+    assert got["max_sensitivity"]["value"] == pytest.approx(one[0])
+    edges = removal(resnet, inputs, targets, edge_map(inputs), 0)
+    assert checked["controls"]["sobel"]["deletion"] == mean_estimate(area(edges["deletion"]))
 
 
 def test_the_interval_of_a_mean_is_student_s() -> None:

@@ -2,6 +2,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -113,12 +114,24 @@ def test_out_of_memory_is_one_line_that_names_the_key_to_lower(
     assert lines[0].endswith(": lower --batch_size or --resize_to")
 
 
-def test_another_runtime_error_keeps_its_traceback() -> None:
+@pytest.mark.parametrize("folder", ["runs/r", "", "gone"])
+def test_an_unexpected_error_is_one_line_and_its_traceback_is_in_a_file_beside_the_run(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def main(config: TrainingConfig) -> None:
-        raise RuntimeError("a shape does not fit")
+        raise RuntimeError("a shape\ndoes not fit")
 
-    with pytest.raises(RuntimeError, match="a shape does not fit"):
-        run_script(main, TrainingConfig, [])
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    if folder != "gone":
+        (tmp_path / "out" / folder).mkdir(parents=True)
+    with pytest.raises(SystemExit) as ended:
+        run_script(main, TrainingConfig, [f"--output_dir={tmp_path}/out", "--run_id=r"])
+    assert ended.value.code == 70
+    [line] = capsys.readouterr().err.splitlines()
+    path = (tmp_path if folder == "gone" else tmp_path / "out" / folder) / "unexpected-error.txt"
+    assert line.endswith(f": unexpected: RuntimeError: a shape; please report it with {path}")
+    assert "does not fit" in path.read_text()
+    assert "Traceback" in path.read_text()
 
 
 def test_a_warm_up_that_would_fill_the_run_is_shortened_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,7 +209,9 @@ def test_impossible_values_are_refused_in_one_line(arguments: list[str], message
 def test_a_key_of_the_runs_is_no_mistyped_key_of_another_program() -> None:
     with pytest.raises(UsageError, match=r"^unknown key --dataset; --help lists the keys$"):
         parse(Task2Config, ["--dataset=x"], "")
-    with pytest.raises(UsageError, match=r"^unknown key --dataset, which is a key of the runs: write it after"):
+    with pytest.raises(
+        UsageError, match=r"^unknown key --dataset, which is a key of the runs: write it after --$"
+    ):
         parse(SweepConfig, ["--dataset=x"], "")
 
 

@@ -19,6 +19,8 @@ def test_the_correlations_are_spearman_s_and_their_intervals_tell_a_relation_fro
     assert related.value == pytest.approx(spearmanr(runs[:, 0], runs[:, 1]).statistic)
     assert 0.5 < related.low < related.value < related.high <= 1
     assert unrelated.low < 0 < unrelated.high
+    # Fisher's z of n = 12 pairs has the standard error 1 / sqrt(n - 3).
+    assert unrelated.high - unrelated.low == pytest.approx(2 * 1.96 / 3, rel=0.25)
 
 
 def test_more_seeds_of_the_same_configurations_do_not_narrow_the_interval() -> None:

@@ -20,7 +20,7 @@ import task5
 import train
 from common.config import Keys, parse, run_script
 from study import __main__ as study
-from study import baselines, sweep
+from study import analysis, baselines, sweep
 from study.sweep_file import read_sweep
 
 SCRIPTS: dict[str, type[Keys]] = {
@@ -46,6 +46,8 @@ def test_every_step_is_a_command_that_its_script_accepts(dataset: str, size: int
         if program in SCRIPTS:
             made: Any = parse(SCRIPTS[program], arguments, "")
             scripts += 1
+        elif arguments[0] == "study.analysis":
+            made = parse(analysis.AnalysisConfig, arguments[1:], "")
         elif arguments[0] == "study.baselines":
             made = parse(baselines.BaselinesConfig, arguments[1:], "")
             assert (made.dataset, made.size) == (dataset, size)
@@ -75,7 +77,24 @@ def test_at_28_pixels_task_3_trains_on_all_tiles_and_the_sweeps_on_a_part(tmp_pa
     for title in ("Task 1, seed 5", "Task 5"):
         assert not [key for key in made[title] if key.startswith("--train_tiles")]
     assert study.LITE0[0] in made["Task 5"]
-    assert tomllib.loads(study.toml(config))["task3"]["runs"] == [f"combined-{seed}" for seed in range(5, 10)]
+    shown = tomllib.loads(study.toml(config))
+    assert shown["task3"]["runs"] == [f"combined-{seed}" for seed in range(5, 10)]
+    assert {"with_all-5", "boosting-900-7"} <= set(shown["learning_curve"]["runs"])
+
+
+def test_the_learning_curve_has_the_recipes_of_the_runs_on_all_tiles(tmp_path: Path) -> None:
+    made = commands(config_of(f"--output_dir={tmp_path}"))
+    task1_run = parse(task1.Task1Config, made["Task 1, seed 1"][1:], "")
+    with_all = parse(train.TrainConfig, made["Task 3, with_all, seed 1"][1:], "")
+    for name, whole in (("task1", task1_run), ("with_all", with_all)):
+        sweep_keys = parse(sweep.SweepConfig, sweep.as_keys(made[f"learning curve, {name}"][2:]), "")
+        content = read_sweep(sweep_keys.file, sweep_keys.fixed.split())
+        trials = sweep.grid(content)
+        assert len(trials) == 12
+        for trial in trials:
+            part = content.config({**trial.values, "run_id": trial.run_id}).identity()
+            differing = {key for key, value in whole.identity().items() if part[key] != value}
+            assert differing <= {"seed", "run_id", "train_tiles"}
 
 
 def test_above_28_pixels_all_runs_use_all_tiles_and_task_3_shows_runs_of_the_ablation(tmp_path: Path) -> None:

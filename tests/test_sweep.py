@@ -57,8 +57,9 @@ def test_the_ablation_file_has_every_row_with_five_seeds_and_the_seeds_vary_slow
 ) -> None:
     monkeypatch.chdir(ROOT)
     trials = sweep.grid(read_sweep(Path("ablation.yaml")))
-    assert [trial.values["ablation"] for trial in trials[: len(ABLATIONS)]] == list(ABLATIONS)
-    assert [trial.values["seed"] for trial in trials] == [seed for seed in range(5) for _ in ABLATIONS]
+    rows = [row for row in ABLATIONS if row != "without_weight_decay"]  # the same as combined: test_train.py
+    assert [trial.values["ablation"] for trial in trials[: len(rows)]] == rows
+    assert [trial.values["seed"] for trial in trials] == [seed for seed in range(5) for _ in rows]
     assert trials[0].run_id == "ablation-combined-0"
 
 
@@ -548,8 +549,8 @@ def report(
         }
         if views and trial.values["row"] != "b":
             interval = {"low": 0.0, "high": 1.0}
-            scores = {"acc": {"value": score + 0.01, **interval}, "auc": {"value": 0.95, **interval}}
-            summary |= {"tta": {**summary["best"], **scores}}
+            better = {"acc": {"value": score + 0.01, **interval}, "auc": {"value": 0.95, **interval}}
+            summary |= {"tta": {**summary["best"], **better}}
         summary |= others.get(trial.run_id, {})
         folder = output / "runs" / trial.run_id
         folder.mkdir(parents=True)

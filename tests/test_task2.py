@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import MODEL
+from example_records import CONFIG, write_run
 from matplotlib.image import imread
 
 import task1
@@ -141,7 +142,7 @@ def test_the_class_explained_is_the_predicted_one_or_the_label(
             raise Stopped
 
         monkeypatch.setattr(attribution_checks, "check_methods", spy)
-        with pytest.raises(Stopped):
+        with pytest.raises(SystemExit):
             explain(trained, phantom_root, "--target", target, "--checked_tiles", "180")
     scores = np.load(trained / "runs" / "first" / "scores.npz")
     chosen = choose_tiles(180, 180, 0)
@@ -158,11 +159,11 @@ def test_the_newest_finished_task_1_run_is_explained(tmp_path: Path) -> None:
         ("without-weights", "task1", "2026-01-04T00:00:00+00:00", True, False),
         ("other", "task3", "2026-01-05T00:00:00+00:00", True, True),
     ):
-        folder = tmp_path / "runs" / run_id
-        folder.mkdir(parents=True)
-        (folder / "config.json").write_text(json.dumps({"task": task, "run_id": run_id, "started": started}))
-        if finished:
-            (folder / "summary.json").write_text("{}")
+        folder = write_run(tmp_path, {**CONFIG, "run_id": run_id}, task)
+        content = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**content, "started": started}))
+        if not finished:
+            (folder / "summary.json").unlink()
         if weights:
             (tmp_path / "checkpoints" / run_id).mkdir(parents=True)
             (tmp_path / "checkpoints" / run_id / "best.pt").touch()

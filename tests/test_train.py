@@ -4,11 +4,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import train
 from common.config import parse
 from common.errors import UsageError
 from common.metrics import softmax
+from common.training import build_optimizer
 
 COURSEWORK = {
     "amsgrad": False,
@@ -112,3 +114,23 @@ def test_a_run_with_every_technique_records_scores_with_and_without_tta(
         assert summary["best"]["acc"]["value"] == np.mean(plain.argmax(1) == scores["targets"])
         assert not np.allclose(plain, averaged)
     assert len(list((tmp_path / "fig/task3").glob("r-*.png"))) == 4
+
+
+def test_without_the_courseworks_weight_decay_the_weights_are_the_same_to_the_last_bit() -> None:
+    def trained(row: str) -> torch.Tensor:
+        config = read("--ablation", row)
+        layer = torch.nn.Linear(50, 40)
+        with torch.no_grad():
+            layer.weight.copy_(torch.linspace(-3, 3, 2000).view(40, 50))
+        optimizer = build_optimizer(layer, config)
+        random = torch.Generator().manual_seed(0)
+        for _ in range(20):
+            layer.weight.grad = torch.randn(40, 50, generator=random)
+            layer.bias.grad = torch.zeros(40)
+            optimizer.step()
+        return layer.weight.detach()
+
+    torch.manual_seed(0)
+    combined = trained("combined")
+    assert torch.equal(trained("without_weight_decay"), combined)
+    assert not torch.equal(trained("with_weight_decay"), combined)

@@ -1,0 +1,54 @@
+"""The learning curve: the test scores of a recipe that is trained on ever more tiles."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from common.records import Record
+from study.groups import APART, Group, alike
+
+# Keys that may differ within a curve. Whether features are cached depends on the memory, and changes no recipe.
+WITHIN = APART | {"train_tiles", "cache_features"}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The runs of one recipe; each group has another number of training tiles, the smallest first."""
+
+    groups: Sequence[Group]
+
+    @property
+    def title(self) -> str:
+        """The recipe in words."""
+        return self.groups[0].title
+
+    def at(self, tiles: int) -> Group | None:
+        """The runs with this number of training tiles, if there are any."""
+        return next((group for group in self.groups if n_tiles(group.first) == tiles), None)
+
+    @property
+    def tiles(self) -> list[int]:
+        """The numbers of training tiles."""
+        return [n_tiles(group.first) for group in self.groups]
+
+
+def n_tiles(record: Record) -> int:
+    """The number of training tiles of a run."""
+    return int(record.summary["tiles"]["train"])
+
+
+def learning_curves(records: Iterable[Record]) -> list[Curve]:
+    """A curve for each recipe that was trained on at least two numbers of tiles."""
+    curves = []
+    for same in alike(records, WITHIN):
+        parts: dict[int, list[Record]] = {}
+        for record in same:
+            parts.setdefault(n_tiles(record), []).append(record)
+        if len(parts) > 1:
+            curves.append(Curve([Group(parts[tiles]) for tiles in sorted(parts)]))
+    return curves
+
+
+def best_at(curves: Iterable[Curve], tiles: int) -> Group:
+    """The runs with the highest mean test ACC of those with this number of training tiles."""
+    groups = [group for curve in curves if (group := curve.at(tiles))]
+    return max(groups, key=lambda group: group.spread("best", "acc").mean)
