@@ -8,11 +8,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from common import distributed, metrics
 from common.compute import Compute
 from common.errors import Untrainable
+from common.progress import progress_bar
 from common.tiles import Tiles, batches
 
 EVALUATION_BATCH = 512
@@ -97,10 +97,3 @@ def evaluate(model: nn.Module, tiles: Tiles, compute: Compute, tta: bool = False
         raise Untrainable("the network's outputs are no longer finite; lower --lr")
     labels = distributed.gathered(torch.cat(targets), len(tiles))
     return Evaluation(scores.cpu().numpy(), labels.cpu().numpy())
-
-
-def progress_bar(description: str, n_tiles: int, done: int = 0) -> Any:
-    """A bar that starts at `done` tiles and goes away when it is closed; it is shown in a terminal only."""
-    return tqdm(
-        total=n_tiles, desc=description, initial=done, unit=" tiles", leave=False, disable=None, dynamic_ncols=True
-    )

@@ -14,9 +14,9 @@ from common.augment import build_augmentation, dihedral_view
 from common.compute import Compute
 from common.data import Dataset, Split
 from common.errors import UsageError
-from common.evaluation import progress_bar
 from common.fine_tuning import FineTuningConfig
 from common.pretrained import FineTunedNetwork
+from common.progress import progress_bar
 from common.records import read_json, run_folder
 from common.shift import SHIFTS, shifted
 from common.tiles import RESIDENT_SHARE, Batch, DeviceTiles, Splits

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from common import distributed
 from common.config import Config, ScriptConfig, TrainingConfig
@@ -109,7 +110,7 @@ class Run:
             )
         self._wandb = start_wandb(task, config.run_id, config, self.facts)
         self.url = address(self._wandb) if self._wandb else None
-        print(f"run {config.run_id}: {dataset.title} on {device_name}; records in {self.folder}")
+        print(f"run {config.run_id}: {dataset.title} on {device_name}; records in {self.folder}", flush=True)
 
     @property
     def resumable(self) -> tuple[Path, Path]:
@@ -132,12 +133,12 @@ class Run:
         self.write_history(history)
         row = history[-1]
         self._send_row(row)
-        print(
+        tqdm.write(  # print would tear the bar
             f"epoch {row['epoch']:3.0f}  train/loss {row['train/loss']:.4f}  "
             + "  ".join(f"{name} {row[name]:.4f}" for name in row if name.startswith("validate/"))
-            + f"  {row['tiles_per_second']:,.0f} tiles/s  {row['seconds']:.1f} s",
-            flush=True,
+            + f"  {row['tiles_per_second']:,.0f} tiles/s  {row['seconds']:.1f} s"
         )
+        sys.stdout.flush()
 
     def stop(self, number: signal.Signals) -> None:
         """End the W&B run of a training that a signal has stopped; mark it where a machine was taken away.

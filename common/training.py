@@ -15,9 +15,10 @@ from common.averaging import ExponentialMovingAverage, reestimate_batchnorm
 from common.compute import Compute
 from common.config import TrainingConfig
 from common.errors import Fault, Stopped, Untrainable, UsageError
-from common.evaluation import EVALUATION_BATCH, Evaluation, evaluate, progress_bar
+from common.evaluation import EVALUATION_BATCH, Evaluation, evaluate
 from common.interruption import Interruption
 from common.mixing import cross_entropy, mix
+from common.progress import end_time, no_bar, progress_bar
 from common.records import history_problem
 from common.selection import best_epoch, reason_to_stop
 from common.tiles import Splits, Tiles, batches
@@ -116,6 +117,7 @@ class Trainer:
         self.history: list[dict[str, float]] = []
         self.begun: Mapping[str, Any] | None = None  # the `epoch_state` of an epoch that was stopped
         self.epoch_started = time.perf_counter()
+        self.run_bar = no_bar()
         self.restore()
         self.parallel = distributed.parallel(self.model, changing=before_epoch is not None)
 
@@ -137,7 +139,9 @@ class Trainer:
         damaged. Ctrl-C and SIGTERM lose nothing: the step in progress ends, last.pt is written, and Stopped is
         raised. Raises Untrainable where the loss or the network's outputs are not finite.
         """
-        with self.interruption:
+        n_tiles = len(self.splits.train)
+        total, done = self.config.n_epochs * n_tiles, len(self.history) * n_tiles
+        with self.interruption, progress_bar(f"run {self.run.run_id}", total, done) as self.run_bar:
             while not self.stopped:
                 epoch = len(self.history) + 1
                 self.history.append(self.train_and_validate(epoch))
@@ -190,6 +194,7 @@ class Trainer:
         order = self.batches(generator(config.seed, epoch, "shuffle"))
         done, total = self.continue_epoch(draws)
         seen = sum(map(len, order[:done]))
+        self.run_bar.update(seen)
         read = time.monotonic()
         with progress_bar(f"epoch {epoch}/{config.n_epochs}", len(tiles), seen) as bar:
             for number, batch in enumerate(order[done:], start=done + 1):
@@ -208,8 +213,11 @@ class Trainer:
                 total += loss.detach() * len(share)
                 seen += len(share)
                 bar.update(len(batch))
+                self.run_bar.update(len(batch))
                 if time.monotonic() - read > 1:
                     bar.set_postfix(loss=f"{read_loss(total, epoch) / seen:.3f}")
+                    if not self.run_bar.disable:
+                        self.run_bar.set_postfix(ends=end_time(self.run_bar))
                     read = time.monotonic()
                 if distributed.any_of_all(self.interruption.came is not None):
                     read_loss(distributed.total(total.clone()), epoch)
