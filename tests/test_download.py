@@ -86,7 +86,7 @@ def test_the_content_of_a_download_is_flushed_to_disk_before_it_gets_its_name(
     fsync, flushed = os.fsync, []
 
     def recorded(descriptor: int) -> None:
-        flushed.append((Path(os.readlink(f"/proc/self/fd/{descriptor}")), (tmp_path / "file.npz").exists()))
+        flushed.append((Path(f"/proc/self/fd/{descriptor}").readlink(), (tmp_path / "file.npz").exists()))
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", recorded)
