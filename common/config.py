@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 
 from common import pathmnist
 from common.errors import Fault, Stopped, Untrainable, UsageError, first_line, keep_traceback
+from common.files import public
 
 C = TypeVar("C", bound="Keys")
 
@@ -170,9 +171,9 @@ class Keys:
         return {}
 
     def as_dict(self) -> dict[str, Any]:
-        """Every key and its value, ready for JSON."""
+        """Every key and its value, ready for JSON, as records may show them (`public`)."""
         values = dataclasses.asdict(self)
-        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+        return {name: public(str(value) if isinstance(value, Path) else value) for name, value in values.items()}
 
     @classmethod
     def bookkeeping(cls) -> set[str]:

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 from example_records import CONFIG, outputs, row, write_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_bad_input import assert_refused
+from test_bad_input import assert_refused, npy, special_file
 
 from common.errors import Fault
 from common.files import write_csv
@@ -78,30 +77,8 @@ def member(content: bytes, compression: int = zipfile.ZIP_DEFLATED, declared: in
     return change
 
 
-def npy(header: str, content: bytes = b"") -> bytes:
-    """A .npy file with this header."""
-    text = header.encode().ljust(117) + b"\n"
-    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + content
-
-
 def special(name: str, kind: str) -> Change:
-    """In the place of a record: a `fifo`, a `folder`, a `loop` of symbolic links, or a link to /dev/`zero`."""
-
-    def change(folder: Path) -> None:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        match kind:
-            case "fifo":
-                os.mkfifo(path)
-            case "folder":
-                path.mkdir()
-            case "loop":
-                path.symlink_to(path)
-            case "zero":
-                path.symlink_to("/dev/zero")
-
-    return change
+    return lambda folder: special_file(folder / name, kind)
 
 
 CASES: list[tuple[Change, str]] = [
