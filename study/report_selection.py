@@ -16,6 +16,7 @@ SECTIONS: dict[str, dict[str, type]] = {  # the keys of each section
     "task3": {"runs": list},
     "task4": {"ablation": str, "search": str},
     "task5": {"comparison": str},
+    "networks": {"runs": list},  # trained in another way than the tasks
     "baselines": {"runs": list},
     "learning_curve": {"sweeps": list, "runs": list},
 }
