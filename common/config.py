@@ -6,7 +6,6 @@ a flag, and tyro prints an error as a box of several lines instead of one.
 
 import argparse
 import dataclasses
-import difflib
 import io
 import math
 import operator
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from common import pathmnist
-from common.errors import Fault, Stopped, Untrainable, UsageError, first_line, keep_traceback
+from common.errors import Fault, Stopped, Untrainable, UsageError, closest, first_line, keep_traceback
 from common.files import public
 
 C = TypeVar("C", bound="Keys")
@@ -70,12 +69,6 @@ def with_defaults(**defaults: Any) -> Callable[[type[C]], type[C]]:
         return dataclass(frozen=True, kw_only=True)(config_class)
 
     return decorate
-
-
-def closest(name: str, known: Sequence[str]) -> str:
-    """`; did you mean X?` with the known name that is most similar to `name`; empty where none is similar."""
-    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"; did you mean {matches[0]}?" if matches else ""
 
 
 def check_run_id(run_id: str) -> str | None:

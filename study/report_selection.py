@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.config import closest
-from common.errors import Fault, UsageError
+from common.errors import Fault, UsageError, closest
 from common.records import Record, is_finished, read_json, run_folder
 
 SECTIONS: dict[str, dict[str, type]] = {  # the keys of each section
