@@ -81,7 +81,11 @@ def candidates(
 ) -> Iterable[tuple[str, dict[str, Any], list[str]]]:
     """The section, its content, and the runs that it shows; `left` gets the runs that stand in no section."""
     tables = {path: read_table(path) for path in sorted((folder / "sweeps").glob("*/*.csv"))}
-    ablations = [path for path, lines in tables.items() if path.name == "runs.csv" and "ablation" in lines[0]]
+    ablations = [  # but not the runs of a learning curve
+        path
+        for path, lines in tables.items()
+        if path.name == "runs.csv" and "ablation" in lines[0] and "train_tiles" not in lines[0]
+    ]
     searches = [path for path, lines in tables.items() if path.name == "table.csv" and "run_id" in lines[0]]
     trials = {line["run_id"] for path in searches for line in tables[path]}
     compared = {
