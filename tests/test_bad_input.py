@@ -319,6 +319,12 @@ FILES: list[tuple[Make, str, int, str]] = [
     (special("runs/r/.lock", "folder"), RUN, 1, r"\.lock: Is a directory"),
     (special("runs/r/.lock", "loop"), RUN, 1, r"\.lock: a lock is no symbolic link; delete it"),
     (linked_lock, RUN, 1, r"\.lock: a lock is no symbolic link; delete it"),
+    (
+        lambda folder, _: write_run(folder, {**CONFIG, "size": 64, "run_id": "task1-0"}),
+        "study.__main__ --dataset=phantom --output_dir={} --data_root={}",
+        2,
+        "task1-0: a run on phantom at 64 pixels, not phantom at 28: name another --output_dir",
+    ),
     (begun_by_another_task, RUN, 2, "run r is a run of task3: use another --run_id"),
     (
         baseline_of_another_task,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import COUNTS, official_arrays, write_official
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common import data, download, pathmnist, phantom
@@ -179,6 +179,23 @@ def test_damaged_arrays_are_built_anew(
     damage(tmp_path / "pathmnist.arrays")
     assert torch.equal(load_dataset("pathmnist", 28, tmp_path).train.images, whole)
     assert "is damaged or outdated; building it anew" in capsys.readouterr().err
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(draw=st.data())
+def test_any_damage_of_the_arrays_is_noticed(draw: st.DataObject, phantom_root: Path) -> None:
+    whole = load_dataset("phantom", 28, phantom_root, train_tiles=45)
+    folder = phantom_root / f"phantom-v{phantom.VERSION}_28_45.arrays"
+    path = folder / draw.draw(st.sampled_from(["meta.json", "val_labels.npy", "val_images.npy"]))
+    content = path.read_bytes()
+    place, length = draw.draw(st.integers(0, len(content) - 1)), draw.draw(st.integers(0, 40))
+    path.write_bytes(content[:place] + draw.draw(st.binary(max_size=40)) + content[place + length :])
+    try:
+        found = data._map_splits(folder, data.Layout(whole.fingerprint, 28, phantom.split_sizes(45)))
+        assert found is None or torch.equal(found["val"].images, whole.val.images)
+        assert found is None or torch.equal(found["val"].labels, whole.val.labels)
+    finally:
+        path.write_bytes(content)
 
 
 def test_nothing_is_written_into_a_read_only_data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
