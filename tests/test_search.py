@@ -254,18 +254,23 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def test_two_machines_share_a_search(write_sweep: Write, tmp_path: Path, database: str) -> None:
-    path = write_sweep({**SEARCH, "name": "shared"}, {"pause": {"value": 0.2}})
+    path = write_sweep({**SEARCH, "name": "shared"})
     folders = [tmp_path / "here", tmp_path / "there"]
     roots = [f"--data_root={folder}" for folder in folders]  # as on machines with other folders
-    commands = [
-        begin(path, folder, count=6, storage=database, fixed=root)
-        for folder, root in zip(folders, roots, strict=True)
-    ]
+    commands = []
+    for folder, root in zip(folders, roots, strict=True):
+        folder.mkdir()
+        for number in range(8):
+            (folder / f"hold-shared-{number}").touch()  # so that neither machine ends before the other one starts
+        commands.append(begin(path, folder, count=6, storage=database, fixed=root))
+    for folder in folders:
+        wait_for_starts(folder, 1)
+    for held in tmp_path.glob("*/hold-*"):
+        held.unlink()
     assert [end(command) for command in commands] == [0, 0]
     begun = [name for folder in folders for name in starts(folder)]
     assert len(begun) in (6, 7)  # both may ask for the last trial at the same moment
     assert len(set(begun)) == len(begun)
-    assert all(starts(folder) for folder in folders)
     run(path, folders[0], count=6, storage=database, fixed=roots[0])
     lines = table(folders[0], "shared")
     assert {line["run_id"] for line in lines} == set(begun)
