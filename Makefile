@@ -19,7 +19,7 @@ demo: .venv/installed  ## the whole study in miniature on generated tiles, into 
 report: .venv/installed  ## the study of a data set: run what is missing, then write report.md
 	$(VENV) -m study --dataset $(DATASET) --size $(SIZE)
 
-bench: .venv/installed  ## measure speed, into bench/results/ and README: an hour on a quiet machine
+bench: .venv/installed  ## measure speed, into bench/results/ and docs/speed.md: an hour on a quiet machine
 	for name in $(BENCH); do $(VENV) -m bench.$$name || exit 1; done
 
 test: .venv/installed

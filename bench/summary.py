@@ -1,4 +1,4 @@
-"""Writes README's tables of speed from bench/results/, between README's two `bench/summary` comments.
+"""Writes the tables of docs/speed.md from bench/results/, between its two `bench/summary` comments.
 
 python -m bench.summary
 """
@@ -10,10 +10,9 @@ from typing import Any
 
 from bench.scaling import predicted
 from bench.shared import saved
-from common.markdown import markdown_table
+from common.markdown import filled, markdown_table
 
-README = Path(__file__).parents[1] / "README.md"
-START, END = "<!-- bench/summary: begin -->\n", "<!-- bench/summary: end -->\n"
+PAGE, NAME = Path(__file__).parents[1] / "docs" / "speed.md", "bench/summary"
 
 
 def table(titles: list[str], rows: Iterable[list[str]]) -> list[str]:
@@ -72,12 +71,10 @@ def scaling() -> list[str]:
     return table(titles, rows)
 
 
-def filled(readme: str) -> str:
-    """README with the tables that bench/results/ gives now."""
-    before, rest = readme.split(START)
-    after = rest.split(END)[1]
-    return before + START + "\n".join([*throughput(), *pace(), *startup(), *scaling()]) + END + after
+def lines() -> list[str]:
+    """The tables that bench/results/ gives now."""
+    return [*throughput(), *pace(), *startup(), *scaling()]
 
 
 if __name__ == "__main__":
-    README.write_text(filled(README.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), NAME, lines()), encoding="utf-8")

@@ -6,7 +6,6 @@ a flag, and tyro prints an error as a box of several lines instead of one.
 
 import argparse
 import dataclasses
-import difflib
 import io
 import math
 import operator
@@ -26,7 +25,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from common import pathmnist
-from common.errors import Fault, Stopped, Untrainable, UsageError, first_line, keep_traceback
+from common.errors import Fault, Stopped, Untrainable, UsageError, closest, first_line, keep_traceback
+from common.files import public
 
 C = TypeVar("C", bound="Keys")
 
@@ -69,12 +69,6 @@ def with_defaults(**defaults: Any) -> Callable[[type[C]], type[C]]:
         return dataclass(frozen=True, kw_only=True)(config_class)
 
     return decorate
-
-
-def closest(name: str, known: Sequence[str]) -> str:
-    """`; did you mean X?` with the known name that is most similar to `name`; empty where none is similar."""
-    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"; did you mean {matches[0]}?" if matches else ""
 
 
 def check_run_id(run_id: str) -> str | None:
@@ -170,9 +164,9 @@ class Keys:
         return {}
 
     def as_dict(self) -> dict[str, Any]:
-        """Every key and its value, ready for JSON."""
+        """Every key and its value, ready for JSON, as records may show them (`public`)."""
         values = dataclasses.asdict(self)
-        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+        return {name: public(str(value) if isinstance(value, Path) else value) for name, value in values.items()}
 
     @classmethod
     def bookkeeping(cls) -> set[str]:
@@ -472,6 +466,8 @@ def run_script(main: Callable[[C], None], config_class: type[C], arguments: Sequ
             keys = [f"--{name}" for name in names if hasattr(config_class, name)]
             remedy = f"lower {' or '.join(keys)}" if keys else "close other programs"
             message, status = f"out of memory ({first_line(error)}): {remedy}", Untrainable.exit_status
+        elif re.search("Connection (closed|reset) by peer|NCCL", str(error)):  # under torchrun
+            message, status = f"another process of this run has ended ({first_line(error)}){again}", 1
         else:
             path = keep_traceback(error, folders)
             what = f"{type(error).__name__}: {first_line(error)}"

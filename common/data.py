@@ -199,12 +199,13 @@ def _check_source(source: OfficialFile, path: Path) -> None:
             download(source.url, path, source.md5)
     except Fault as fault:
         raise Fault(f"{fault}: try again, {by_hand}, which needs no download") from fault
-    if (found := md5_of(path)) != source.md5:
-        size = path.stat().st_size
-        raise Fault(
-            f"{path}: its MD5 is {found}, not {source.md5}; it is damaged or another file ({size:,} bytes): "
-            f"delete it, and the same command fetches it again, {by_hand}"
-        )
+    try:
+        found, size = md5_of(path), path.stat().st_size
+        problem = f"its MD5 is {found}, not {source.md5}; it is damaged or another file ({size:,} bytes)"
+    except OSError as error:
+        found, problem = "", str(error.strerror)
+    if found != source.md5:
+        raise Fault(f"{path}: {problem}: delete it, and the same command fetches it again, {by_hand}")
 
 
 def _map_splits(folder: Path, layout: Layout) -> dict[str, Split] | None:

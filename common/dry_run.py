@@ -86,7 +86,7 @@ def disk_bytes(config: TrainingConfig, model: nn.Module) -> tuple[int, int]:
 
 
 def memory_bytes(config: TrainingConfig, model: nn.Module, dataset: Dataset, compute: Compute) -> float:
-    """The peak memory of training, as README's section on speed explains it."""
+    """The peak memory of training, as docs/speed.md explains it."""
     inputs = torch.zeros(2, 3, config.input_size, config.input_size, device=compute.device)
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     base = peak(compute) if compute.device.type == "cpu" else weights  # of a CPU: with the network

@@ -1,5 +1,6 @@
 """The errors that end a script with one line on stderr instead of a traceback."""
 
+import difflib
 import shlex
 import signal
 import sys
@@ -59,3 +60,9 @@ def keep_traceback(error: Exception, folders: Sequence[Path]) -> Path | None:
                 write_text(path, public(text))
                 return path
     return None
+
+
+def closest(name: str, known: Sequence[str]) -> str:
+    """`; did you mean X?` with the known name that is most similar to `name`; empty where none is similar."""
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean {matches[0]}?" if matches else ""

@@ -1,6 +1,13 @@
-"""Tables in Markdown."""
+"""Tables in Markdown, and parts of a page that a program writes."""
 
 from collections.abc import Iterable, Sequence
+
+
+def filled(page: str, name: str, lines: Iterable[str]) -> str:
+    """`page` with `lines` between its comments `<!-- name: begin -->` and `<!-- name: end -->`."""
+    begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
+    before, rest = page.split(begin)
+    return before + begin + "".join(f"{line}\n" for line in lines) + end + rest.split(end)[1]
 
 
 def markdown_table(columns: Sequence[str], alignment: str, rows: Iterable[Sequence[str]]) -> list[str]:

@@ -6,9 +6,8 @@ from functools import cache
 import torch
 from torch import nn
 
-from common.config import closest
 from common.convolutions import use_small_map_convolutions
-from common.errors import UsageError, first_line
+from common.errors import UsageError, closest, first_line
 
 TIMM = "timm:"  # the names of timm's networks begin with it
 

@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from torch import nn
 
 from common import checkpoint
-from common.config import check_run_id, closest
+from common.config import check_run_id
 from common.convolutions import use_small_map_convolutions
-from common.errors import Fault, UsageError, first_line
+from common.errors import Fault, UsageError, closest, first_line
 from common.files import open_regular
 from common.models import build_model, model_names
 from common.records import read_json, run_folder

@@ -243,7 +243,7 @@ def check_same(
     config: Config, before: Mapping[str, Any], remedy: str = "use that one or another --run_id"
 ) -> None:
     """Raise UsageError, naming the differing keys, where the run was started with another configuration."""
-    now, before = public(config.identity()), public(before)
+    now, before = config.identity(), public(before)
     differing = [f"{name} was {before.get(name)}" for name in now if before.get(name) != now[name]]
     if differing:
         raise UsageError(
@@ -296,6 +296,7 @@ def start_wandb(task: str, run_id: str, config: ScriptConfig, facts: Mapping[str
         silent=True,
         console="off",
         save_code=False,
+        x_disable_meta=True,  # it holds the paths of this machine; config.json has the command and the commit
         x_disable_stats=os.environ.get("WANDB_X_DISABLE_STATS", "true").lower() != "false",
         init_timeout=WANDB_PATIENCE,
         finish_timeout=WANDB_PATIENCE,
@@ -310,7 +311,7 @@ def start_wandb(task: str, run_id: str, config: ScriptConfig, facts: Mapping[str
                 id=run_id,
                 group=os.environ.get("WANDB_RUN_GROUP") or group(task, config),
                 job_type=task,
-                config=public({**config.as_dict(), "facts": facts}),
+                config={**config.as_dict(), "facts": public(facts)},
                 dir=str(config.output_dir),
                 mode=attempt,  # type: ignore[arg-type]
                 resume="allow",

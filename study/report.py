@@ -23,6 +23,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from common.config import Keys, key, run_script
 from common.errors import Fault, UsageError, first_line
 from common.files import write_text
+from common.markdown import filled
 from study.report_check import check_study
 from study.report_collect import collect
 from study.report_facts import facts
@@ -67,6 +68,12 @@ def first_difference(page: str, made: str) -> str | None:
     return None
 
 
+def results(page: str) -> list[str]:
+    """The results in one line each, from the page's summary: README shows them, too."""
+    summary = page.split("\n## Summary\n")[1].split("\n## ")[0]
+    return [line for line in summary.splitlines() if line.startswith("- ")]
+
+
 def main(config: ReportConfig) -> None:
     """report.toml and the records → report.md, or a check of it."""
     if config.collect:
@@ -85,15 +92,21 @@ def main(config: ReportConfig) -> None:
 
         report_figures.draw(study.folder, content)
     page = build(study, content)
+    made = {path: page}
+    readme = config.output_dir / "README.md"
+    if readme.exists() and "<!-- results: begin -->" in (text := readme.read_text(encoding="utf-8")):
+        made[readme] = filled(text, "results", results(page))
     if config.check:
-        if not path.exists():
-            raise Fault(f"{path}: missing; python -m study.report makes it")
-        difference = first_difference(path.read_text(encoding="utf-8"), page)
-        if difference:
-            raise Fault(f"{path} is out of date: {difference}; python -m study.report makes it anew")
+        for file, content_made in made.items():
+            if not file.exists():
+                raise Fault(f"{file}: missing; python -m study.report makes it")
+            difference = first_difference(file.read_text(encoding="utf-8"), content_made)
+            if difference:
+                raise Fault(f"{file} is out of date: {difference}; python -m study.report makes it anew")
         print(f"{path} is what the records give")
         return
-    write_text(path, page)
+    for file, content_made in made.items():
+        write_text(file, content_made)
     in_one_file = path.with_suffix(".html")
     write_text(in_one_file, html_page(page, study.folder))
     print(f"{path}: {len(study.linked)} figures; {in_one_file}: the same page as one file")

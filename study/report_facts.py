@@ -100,7 +100,10 @@ def facts(study: Study) -> dict[str, Any]:
     attribution = study.attribution() if "task2" in chosen else None
     ablation = {row: Group(records) for row, records in study.ablation().items()} if "task4" in chosen else {}
     compared = {kind: Group(records) for kind, records in study.compared().items()} if "task5" in chosen else {}
-    baselines = grouped(study.runs("baselines", study.named("baselines", "runs")) if "baselines" in chosen else [])
+    further, baselines = (
+        grouped(study.runs(section, study.named(section, "runs"))) if section in chosen else []
+        for section in ("networks", "baselines")
+    )
     judged = [record for record in study.read.values() if record.history]  # a baseline has no epochs
     extra = study.learning_curve()
     curves = learning_curves(study.read.values()) if extra else []
@@ -115,6 +118,7 @@ def facts(study: Study) -> dict[str, Any]:
         for task, parts in groups.items()
     }
     sources["Learning curve"] = [record.facts for record in extra]
+    sources["Further networks"] = [record.facts for group in further for record in group.records]
     sources["Baselines"] = [record.facts for group in baselines for record in group.records]
     sources["Task 2"] = [attribution] if attribution else []
     analysis = study.analysis()
@@ -138,6 +142,7 @@ def facts(study: Study) -> dict[str, Any]:
         "search": search,
         "compared": compared,
         "comparison": study.comparison() if compared else None,
+        "further": further,
         "baselines": baselines,
         # By test ACC: a network that passes here is better than every baseline.
         "strongest": max(baselines, key=lambda group: group.spread("best", "acc").mean, default=None),

@@ -74,6 +74,9 @@ def summary_rows(
         best = content["ablation"][content["best_row"]]
         groups.append((f"Task 4, best row by validation: {best.title}", "Task 4", best))
     groups += [(f"Task 5: {group.title}", kind, group) for kind, group in content["compared"].items()]
+    groups += [
+        (f"Further: {group.title}", TITLES[group.first.facts["task"]], group) for group in content["further"]
+    ]
     groups += [(f"Baseline: {group.title}", "", group) for group in content["baselines"]]
     ours = [
         (name, key, acc, group.score("tta", "acc"))

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.config import closest
-from common.errors import Fault, UsageError
+from common.errors import Fault, UsageError, closest
 from common.records import Record, is_finished, read_json, run_folder
 
 SECTIONS: dict[str, dict[str, type]] = {  # the keys of each section
@@ -16,6 +15,7 @@ SECTIONS: dict[str, dict[str, type]] = {  # the keys of each section
     "task3": {"runs": list},
     "task4": {"ablation": str, "search": str},
     "task5": {"comparison": str},
+    "networks": {"runs": list},  # trained in another way than the tasks
     "baselines": {"runs": list},
     "learning_curve": {"sweeps": list, "runs": list},
 }

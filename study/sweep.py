@@ -52,7 +52,7 @@ class SweepConfig(Keys):
         None, "runs at the same time (default: one per core on a CPU, 1 on a GPU)", at_least=1
     )
     output_dir: Path = key(Path(), "folder that gets sweeps/ and the runs' folders")
-    storage: str | None = key(None, "URL of a database, to share a search between machines (see README)")
+    storage: str | None = key(None, "URL of a database, to share a search between machines (see docs/running.md)")
     fixed: str = key("", "keys for every run, as '--key=value --key=value'; or write them after --")
     table_only: bool = key(False, "start no run: only make the table of the finished ones")
 

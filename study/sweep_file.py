@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from common.compute import Compute
-from common.config import Config, TrainingConfig, check_run_id, closest, parse
-from common.errors import UsageError, first_line
+from common.config import Config, TrainingConfig, check_run_id, parse
+from common.errors import UsageError, closest, first_line
 from common.records import METRICS
 
 METHODS = ("grid", "random", "bayes")

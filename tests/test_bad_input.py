@@ -8,18 +8,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import COUNTS, official_arrays, write_official
+from example_records import CONFIG, write_run
 
 import task1
 import task2
 import task5
 import train
-from common import checkpoint
-from common.config import run_script
-from common.files import write_json
+from common import checkpoint, pathmnist
+from common.config import parse, run_script
+from common.download import md5_of
+from common.models import build_model
 from common.pathmnist import OfficialFile
 from study import __main__ as study
 from study import report, sweep
@@ -94,6 +97,27 @@ OPTIONS: list[tuple[str, int, str]] = [
     ("task5.py --weights=none --train_part=head", 2, "--train_part head: random weights cannot stay frozen"),
     ("task5.py --resize_to=4", 2, "--resize_to 4: must be at least 8"),
     ("task5.py --n_seeds=0", 2, "--n_seeds 0: must be at least 1"),
+    ("task1.py --n_epochs=1e308", 2, r"--n_epochs 1e\+308: must be at least 1 and at most 1,000,000"),
+    ("task1.py --n_epochs=100000000", 2, "--n_epochs 100000000: must be at least 1 and at most 1,000,000"),
+    ("task1.py --n_epochs=nan", 2, "--n_epochs: 'nan' is not a whole number"),
+    ("task1.py --n_epochs=inf", 2, "--n_epochs: 'inf' is not a whole number"),
+    ("task1.py --batch_size=1e12", 2, "--batch_size 1000000000000: must be at least 2 and at most 1,000,000"),
+    ("task1.py --lr_warmup_epochs=1e308", 2, r"--lr_warmup_epochs 1e\+308: must be at least 0 and at most"),
+    ("task1.py --early_stopping_patience=1e30", 2, r"--early_stopping_patience 1e\+30: must be"),
+    (
+        "task1.py --dataset=phantom --train_tiles=1e300",
+        2,
+        r"--train_tiles 1e\+300: must be at least 1",
+    ),
+    ("task1.py --resize_to=1e12", 2, "--resize_to 1000000000000: must be at least 8 and at most"),
+    ("task1.py --seed=1e300", 2, r"--seed 1e\+300: must be at least 0 and at most 4,294,967,295"),
+    ("task1.py --lr=1e999", 2, "--lr inf: must be a finite number"),
+    ("task1.py --data_root=~nobody-has-this-name/x", 2, "begins with an unknown home folder"),
+    ("task2.py --checked_tiles=1e308", 2, r"--checked_tiles 1e\+308: must be at least 2 and at most"),
+    ("task5.py --n_seeds=100000000", 2, "--n_seeds 100000000: must be at least 1 and at most 1,000"),
+    ("task5.py --unfreeze_epoch=1e308", 2, r"--unfreeze_epoch 1e\+308: must be"),
+    ("task5.py --feature_views=1e9", 2, "--feature_views 1000000000: must be at least 1 and at most"),
+    ("study.sweep ablation.yaml --count=1e300", 2, r"--count 1e\+300: must be"),
     ("study.sweep", 2, "which sweep"),
     ("study.sweep {}/none.yaml", 2, r"none\.yaml: No such file"),
     ("study.sweep ablation.yaml --count=0", 2, "--count 0: must be at least 1"),
@@ -152,11 +176,7 @@ def finished_task1(content: Any) -> Make:
     """A finished Task 1 run with `content` in its best.pt; see `weights`."""
 
     def make(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        config = task1.Task1Config(dataset="phantom", size=28, train_tiles=90, run_id="r", data_root=folder)
-        run = folder / "runs" / "r"
-        facts = {"task": "task1", "run_id": "r", "synthetic": True, "data_fingerprint": "f", "dataset": "phantom"}
-        write_json(run / "config.json", {**facts, "config": config.as_dict(), "started": "2026-01-01T00:00:00"})
-        write_json(run / "summary.json", facts)
+        write_run(folder)
         weights(content, "checkpoints/r/best.pt")(folder, monkeypatch)
 
     return make
@@ -170,6 +190,65 @@ def last_checkpoint(content: dict[str, Any], **keys: Any) -> Make:
         checkpoint.save(folder / "checkpoints" / "r" / "last.pt", {"config": config.as_dict(), **content})
 
     return make
+
+
+def special_file(path: Path, kind: str) -> None:
+    """In the place of a file: a `fifo`, a `folder`, a `loop` of symbolic links, or a link to /dev/`zero`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    match kind:
+        case "fifo":
+            os.mkfifo(path)
+        case "folder":
+            path.mkdir()
+        case "loop":
+            path.symlink_to(path)
+        case "zero":
+            path.symlink_to("/dev/zero")
+
+
+def special(name: str, kind: str) -> Make:
+    return lambda folder, _: special_file(folder / name, kind)
+
+
+def member(name: str, content: bytes, compression: int = zipfile.ZIP_DEFLATED) -> Make:
+    """An official file, with the expected MD5, whose array `name` is `content`."""
+
+    def make(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        without = {key: value for key, value in official_arrays(COUNTS).items() if key != name}
+        path = write_official(folder, monkeypatch, without)
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr(f"{name}.npy", content, compression)
+        official = OfficialFile(path.name, "http://127.0.0.1:9/pathmnist.npz", md5_of(path))
+        monkeypatch.setattr(pathmnist, "official_file", lambda size: official)
+
+    return make
+
+
+def npy(header: str, content: bytes = b"") -> bytes:
+    """A .npy file with this header."""
+    text = header.encode().ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + content
+
+
+def linked_lock(folder: Path, _: pytest.MonkeyPatch) -> None:
+    """A run whose lock is a symbolic link to a file of the user."""
+    (folder / "mine.txt").write_text("mine")
+    (folder / "runs" / "r").mkdir(parents=True)
+    (folder / "runs" / "r" / ".lock").symlink_to(folder / "mine.txt")
+
+
+def begun_by_another_task(folder: Path, _: pytest.MonkeyPatch) -> None:
+    """An unfinished run of train.py, with the keys of a run of task1.py."""
+    arguments = shlex.split(RUN.replace("{}", str(folder)))[1:]
+    config = parse(task1.Task1Config, arguments, "").as_dict()
+    (write_run(folder, config, "task3") / "summary.json").unlink()
+
+
+def baseline_of_another_task(folder: Path, _: pytest.MonkeyPatch) -> None:
+    """Weights to start from, and a finished Task 1 run that has the name of the run from scratch."""
+    write_run(folder, {**CONFIG, "run_id": "q-scratch"})
+    torch.save(build_model("shufflenet_v2_x0_5", 1000, 64).state_dict(), folder / "w.pth")
 
 
 def nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,6 +272,66 @@ FILES: list[tuple[Make, str, int, str]] = [
     (damaged(lambda path: path.open("ab").write(b"x")), OFFICIAL, 1, r"pathmnist\.npz: its MD5 is"),
     (arrays(), f"{OFFICIAL} --train_tiles=8", 2, "--train_tiles 8: must be at least 9"),
     (text("pathmnist.npz", "not the official file"), OFFICIAL, 1, r"pathmnist\.npz: its MD5 is"),
+    *[
+        (arrays(**{name: values}), OFFICIAL, 1, rf"pathmnist\.npz: not an official file \(.*{message}.*delete it")
+        for name, values, message in (
+            ("train_labels", np.full((COUNTS["train"], 1), 99, np.uint8), "labels from 99 to 99"),
+            ("val_labels", np.zeros((COUNTS["val"], 1)), "dtype float64"),
+            ("val_labels", np.zeros((COUNTS["val"], 2), np.uint8), r"\(30, 2\)"),
+            ("test_labels", np.array([[None]] * COUNTS["test"]), "dtype object"),
+            ("test_labels", np.array([["a"]] * COUNTS["test"]), "dtype <U1"),
+            ("test_images", np.zeros((COUNTS["test"], 28, 28), np.uint8), "another layout"),
+            ("test_images", np.zeros((COUNTS["test"], 28, 28, 3), np.float32), "longer|another layout"),
+            ("train_images", np.zeros((3, 28, 28, 3), np.uint8), "another layout"),
+        )
+    ],
+    *[
+        (member(name, content, compression), OFFICIAL, 1, rf"pathmnist\.npz: not an official file \({message}")
+        for name, content, compression, message in (
+            ("val_labels", b"", zipfile.ZIP_STORED, ""),
+            ("val_labels", b"not an array", zipfile.ZIP_DEFLATED, ""),
+            ("val_labels", npy("{'descr': '|u1', 'fortran_order': False, 'shape': (30,"), zipfile.ZIP_STORED, ""),
+            ("val_labels", npy("((((((((((" * 11), zipfile.ZIP_STORED, ""),
+            ("val_labels", npy("{'descr': '|u1', 'fortran_order': 0, 'shape': (30, 1)}"), zipfile.ZIP_STORED, ""),
+            ("val_labels", b"\x00" * 9_000_000, zipfile.ZIP_DEFLATED, "val_labels is longer than an array"),
+            ("val_labels", b"\x00" * 100, zipfile.ZIP_LZMA, "val_labels is compressed in an unknown way"),
+            ("val_labels", b"\x00" * 100, zipfile.ZIP_BZIP2, "val_labels is compressed in an unknown way"),
+            ("val_images", b"\x00" * 100, zipfile.ZIP_DEFLATED, ""),
+        )
+    ],
+    *[
+        (special("pathmnist.npz", kind), OFFICIAL, 1, r"pathmnist\.npz.*(not a regular file|download failed)")
+        for kind in ("fifo", "folder", "zero", "loop")
+    ],
+    *[
+        (special("w.pth", kind), TUNE, 2, r"w\.pth: (not a regular file|Too many levels of symbolic links)")
+        for kind in ("fifo", "folder", "zero", "loop")
+    ],
+    *[
+        (special("checkpoints/r/last.pt", kind), RUN, 1, r"last\.pt: not a regular file")
+        for kind in ("fifo", "folder", "zero")
+    ],
+    *[
+        (special("runs/r/config.json", kind), RUN, 1, r"config\.json: not a readable record \(.*not a regular")
+        for kind in ("fifo", "folder", "zero")
+    ],
+    (special("runs/r/.lock", "fifo"), RUN, 1, r"\.lock: (not a regular file|No such device)"),
+    (special("runs/r/.lock", "folder"), RUN, 1, r"\.lock: Is a directory"),
+    (special("runs/r/.lock", "loop"), RUN, 1, r"\.lock: a lock is no symbolic link; delete it"),
+    (linked_lock, RUN, 1, r"\.lock: a lock is no symbolic link; delete it"),
+    (
+        lambda folder, _: write_run(folder, {**CONFIG, "size": 64, "run_id": "task1-0"}),
+        "study.__main__ --dataset=phantom --output_dir={} --data_root={}",
+        2,
+        "task1-0: a run on phantom at 64 pixels, not phantom at 28: name another --output_dir",
+    ),
+    (begun_by_another_task, RUN, 2, "run r is a run of task3: use another --run_id"),
+    (
+        baseline_of_another_task,
+        f"{TUNE.replace('resnet18', 'shufflenet_v2_x0_5')} --run_id=q",
+        2,
+        "run q-scratch was started with another configuration",
+    ),
     (text("data", ""), "task1.py --data_root={}/data --output_dir={}", 2, "--data_root .*data: not a folder"),
     (text("out", ""), f"task1.py {PHANTOM} --data_root={{}} --output_dir={{}}/out", 1, "out.*: Not a directory"),
     (text("runs", ""), RUN, 1, "runs.*: Not a directory"),
@@ -209,6 +348,8 @@ FILES: list[tuple[Make, str, int, str]] = [
     (weights(b"\x80\x02torn"), TUNE, 2, r"w\.pth: not a file of weights"),
     (weights(Bomb()), TUNE, 2, r"w\.pth: not a file of weights"),
     (weights([1]), TUNE, 2, r"w\.pth: not a state dict"),
+    (weights({"a": 1}), TUNE, 2, r"w\.pth: not a state dict"),
+    (weights({"fc.bias": torch.zeros(9).to_sparse()}), TUNE, 2, r"w\.pth"),
     (weights({"a": torch.zeros(1)}), TUNE, 2, r"w\.pth"),
     (
         weights({"fc.weight": torch.zeros(1)}, "w-01234567.pth"),

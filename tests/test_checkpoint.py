@@ -15,8 +15,7 @@ from example_records import write_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import plain
-from test_bad_input import assert_refused
-from test_records import special
+from test_bad_input import assert_refused, special_file
 from torch import nn
 
 from common import checkpoint
@@ -213,10 +212,10 @@ BEST: list[tuple[Change | None, Callable[[Path], Any] | None, str]] = [
     (None, unsafe, r"best\.pt: not a readable checkpoint"),
     (None, old_format, r"best\.pt: not a readable checkpoint"),
     (None, lambda path: os.truncate(path, 1000), r"best\.pt: not a readable checkpoint"),
-    (None, lambda path: special(path.name, "fifo")(path.parent), r"best\.pt: not a regular file"),
-    (None, lambda path: special(path.name, "folder")(path.parent), r"best\.pt: not a regular file"),
-    (None, lambda path: special(path.name, "zero")(path.parent), r"best\.pt: not a regular file"),
-    (None, lambda path: special(path.name, "loop")(path.parent), r"best\.pt: Too many levels"),
+    (None, lambda path: special_file(path, "fifo"), r"best\.pt: not a regular file"),
+    (None, lambda path: special_file(path, "folder"), r"best\.pt: not a regular file"),
+    (None, lambda path: special_file(path, "zero"), r"best\.pt: not a regular file"),
+    (None, lambda path: special_file(path, "loop"), r"best\.pt: Too many levels"),
 ]
 
 

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import COUNTS, official_arrays, write_official
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common import data, download, pathmnist, phantom
 from common.data import load_dataset, stratified_part
 from common.download import md5_of
 from common.errors import Fault, UsageError
+from common.files import locked
 from common.tiles import DeviceTiles
 
 
@@ -118,7 +119,43 @@ def swapped_halves(folder: Path) -> None:
     np.save(folder / "train_images.npy", np.roll(images, len(images) // 2, axis=0))
 
 
+def other_array(name: str, values: np.ndarray) -> Callable[[Path], None]:
+    """An array of another type or range, with right checksums."""
+
+    def change(folder: Path) -> None:
+        np.save(folder / f"{name}.npy", values, allow_pickle=True)
+        change_meta(folder, checksums=data._checksums(folder))
+
+    return change
+
+
+def junk_header(folder: Path) -> None:
+    content = bytearray((folder / "val_labels.npy").read_bytes())
+    content[10:60] = b"(" * 50
+    (folder / "val_labels.npy").write_bytes(content)
+    change_meta(folder, checksums=data._checksums(folder))
+
+
+def nested_meta(folder: Path) -> None:
+    (folder / "meta.json").write_text("[" * 100_000)
+
+
+def fifo_for_labels(folder: Path) -> None:
+    remove_labels(folder)
+    os.mkfifo(folder / "val_labels.npy")
+
+
 DAMAGE = [
+    other_array("val_labels", np.full(30, 99)),
+    other_array("val_labels", np.full(30, -1)),
+    other_array("val_labels", np.zeros(30)),
+    other_array("val_labels", np.array([None] * 30)),
+    other_array("val_labels", np.zeros((30, 1), int)),
+    other_array("val_images", np.zeros((30, 28, 28, 3), np.int8)),
+    other_array("val_images", np.zeros((30, 14, 56, 3), np.uint8)),
+    junk_header,
+    nested_meta,
+    fifo_for_labels,
     flip_a_byte,
     truncate,
     tear_meta,
@@ -142,6 +179,23 @@ def test_damaged_arrays_are_built_anew(
     damage(tmp_path / "pathmnist.arrays")
     assert torch.equal(load_dataset("pathmnist", 28, tmp_path).train.images, whole)
     assert "is damaged or outdated; building it anew" in capsys.readouterr().err
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(draw=st.data())
+def test_any_damage_of_the_arrays_is_noticed(draw: st.DataObject, phantom_root: Path) -> None:
+    whole = load_dataset("phantom", 28, phantom_root, train_tiles=45)
+    folder = phantom_root / f"phantom-v{phantom.VERSION}_28_45.arrays"
+    path = folder / draw.draw(st.sampled_from(["meta.json", "val_labels.npy", "val_images.npy"]))
+    content = path.read_bytes()
+    place, length = draw.draw(st.integers(0, len(content) - 1)), draw.draw(st.integers(0, 40))
+    path.write_bytes(content[:place] + draw.draw(st.binary(max_size=40)) + content[place + length :])
+    try:
+        found = data._map_splits(folder, data.Layout(whole.fingerprint, 28, phantom.split_sizes(45)))
+        assert found is None or torch.equal(found["val"].images, whole.val.images)
+        assert found is None or torch.equal(found["val"].labels, whole.val.labels)
+    finally:
+        path.write_bytes(content)
 
 
 def test_nothing_is_written_into_a_read_only_data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,9 +226,16 @@ def test_what_a_killed_process_has_left_is_removed(tmp_path: Path) -> None:
     left.mkdir()
     (left / "train_images.npy").write_bytes(b"half")
     (left / "more.npy").write_bytes(b"half")
-    load_dataset("phantom", 28, tmp_path, train_tiles=45)
+    other = tmp_path / ".pathmnist_64.arrays.part"  # of a build that nobody may ever start again
+    running = tmp_path / ".pathmnist_224.arrays.part"
+    other.mkdir()
+    running.mkdir()
+    with locked(tmp_path / ".pathmnist_224.arrays.lock"):
+        load_dataset("phantom", 28, tmp_path, train_tiles=45)
     folder = tmp_path / f"phantom-v{phantom.VERSION}_28_45.arrays"
     assert not left.exists()
+    assert not other.exists()
+    assert running.exists()
     assert len(list(folder.iterdir())) == 7
 
 
@@ -219,7 +280,7 @@ def test_a_full_disk_is_named_and_no_folder_remains(tmp_path: Path) -> None:
 
 def test_a_source_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "pathmnist.npz").mkdir()
-    with pytest.raises(Fault, match=r"not a regular file: .*pathmnist\.npz"):
+    with pytest.raises(Fault, match=r"pathmnist\.npz: not a regular file: delete it, and the same"):
         load_dataset("pathmnist", 28, tmp_path)
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import multiprocessing
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -77,6 +78,20 @@ def test_a_file_is_downloaded_into_a_new_folder(tmp_path: Path, serve: Serve) ->
     assert server.ranges == [None]
     assert path.read_bytes() == CONTENT
     assert md5_of(path) == MD5
+
+
+def test_the_content_of_a_download_is_flushed_to_disk_before_it_gets_its_name(
+    tmp_path: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync, flushed = os.fsync, []
+
+    def recorded(descriptor: int) -> None:
+        flushed.append((Path(f"/proc/self/fd/{descriptor}").readlink(), (tmp_path / "file.npz").exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    download(serve().url, tmp_path / "file.npz", MD5)
+    assert flushed == [(tmp_path / "file.npz.part", False), (tmp_path, True)]
 
 
 def test_a_broken_connection_is_resumed(tmp_path: Path, serve: Serve) -> None:

@@ -1,3 +1,6 @@
+import errno
+import fcntl
+import json
 import multiprocessing
 import os
 import subprocess
@@ -7,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_bad_input import special_file
 
 from common import checkpoint
 from common.errors import Fault
-from common.files import atomic_path, locked, process_lock, write_csv, write_json
+from common.files import atomic_path, locked, open_regular, process_lock, sweep_up, write_csv, write_json
 
 
 def test_a_failed_write_leaves_the_file_before_it(tmp_path: Path) -> None:
@@ -105,6 +109,88 @@ def test_a_process_lock_excludes_other_processes_but_not_its_own(tmp_path: Path)
     locks = [process_lock(path), process_lock(path)]
     assert None not in locks
     assert other_process_is_refused()
+
+
+def test_a_lock_follows_no_link_and_names_its_file_in_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "mine")
+    for lock in (lambda path: locked(path).__enter__(), process_lock):
+        with pytest.raises(OSError, match=r"a lock is no symbolic link; delete it: .*/link"):
+            lock(tmp_path / "link")
+    assert (tmp_path / "mine").read_text() == "mine"
+    with locked(tmp_path / "mine"):
+        assert (tmp_path / "mine").read_text() == "mine"
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    with pytest.raises(OSError, match=r"No locks available: .*/lock"):
+        process_lock(tmp_path / "lock")
+
+
+def test_only_files_that_our_own_writer_can_have_left_are_swept_up(tmp_path: Path) -> None:
+    kept = {".lock", ".my-notes.txt", ".draft-20261124.txt", ".my.unfinished-notes.txt", "a.unfinished-0123abcd.t"}
+    for name in kept:
+        (tmp_path / name).write_text("mine")
+    killed = [atomic_path(tmp_path / name) for name in ("summary.json", "best.pt", "scores.npz", "name")]
+    for context in killed:
+        context.__enter__().write_text("half")
+    assert len(list(tmp_path.iterdir())) == len(kept) + 4
+    sweep_up(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+def test_content_and_names_are_flushed_to_disk_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def recorded_fsync(descriptor: int) -> None:
+        calls.append(("fsync", Path(f"/proc/self/fd/{descriptor}").readlink().name))
+        fsync(descriptor)
+
+    def recorded_replace(source: Path, target: Path) -> None:
+        calls.append(("rename", Path(target).name))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "replace", recorded_replace)
+    write_json(tmp_path / "new" / "record.json", {"one": 1})
+    made, content, *rest = calls
+    assert made == ("fsync", tmp_path.name)  # the name of the new folder
+    assert content[0] == "fsync"
+    assert content[1].startswith(".record.unfinished-")
+    assert rest == [("rename", "record.json"), ("fsync", "new")]
+
+
+def test_a_record_shows_no_home_folder_and_no_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    write_json(
+        tmp_path / "record.json",
+        {
+            "data_root": "/home/someone/data",
+            "home": ["/home/someone", "/home/someone-else", "/mnt/home/someone/x"],
+            "command": "task1.py --output_dir=/home/someone/out '/home/someone/a b'",
+            "wandb": "https://me:secret@wandb.example/hw1",
+        },
+    )
+    assert json.loads((tmp_path / "record.json").read_text()) == {
+        "data_root": "~/data",
+        "home": ["~", "/home/someone-else", "/mnt/home/someone/x"],
+        "command": "task1.py --output_dir=~/out '~/a b'",
+        "wandb": "https://wandb.example/hw1",
+    }
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "zero", "loop"])
+def test_only_a_regular_file_is_opened(kind: str, tmp_path: Path) -> None:
+    special_file(tmp_path / "file", kind)
+    with pytest.raises(OSError, match=r"(not a regular file|Too many levels of symbolic links): .*/file"):
+        open_regular(tmp_path / "file")
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:

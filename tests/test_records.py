@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,14 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from example_records import CONFIG, outputs, row, write_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_bad_input import assert_refused
+from test_bad_input import assert_refused, npy, special_file
 
 from common.errors import Fault
-from common.files import write_csv
+from common.files import write_csv, write_json
 from common.records import Record, read_json
+from study.comparison import comparison
 
 Change = Callable[[Path], Any]  # damages a record in the run's folder
 REPORT = "study.report --output_dir={}"
@@ -78,30 +79,8 @@ def member(content: bytes, compression: int = zipfile.ZIP_DEFLATED, declared: in
     return change
 
 
-def npy(header: str, content: bytes = b"") -> bytes:
-    """A .npy file with this header."""
-    text = header.encode().ljust(117) + b"\n"
-    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + content
-
-
 def special(name: str, kind: str) -> Change:
-    """In the place of a record: a `fifo`, a `folder`, a `loop` of symbolic links, or a link to /dev/`zero`."""
-
-    def change(folder: Path) -> None:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        match kind:
-            case "fifo":
-                os.mkfifo(path)
-            case "folder":
-                path.mkdir()
-            case "loop":
-                path.symlink_to(path)
-            case "zero":
-                path.symlink_to("/dev/zero")
-
-    return change
+    return lambda folder: special_file(folder / name, kind)
 
 
 CASES: list[tuple[Change, str]] = [
@@ -195,6 +174,49 @@ def test_a_bad_record_is_named_with_its_key(
     (tmp_path / "report.toml").write_text('[task1]\nruns = ["r"]\n')
     change(write_run(tmp_path))
     assert_refused(REPORT, 1, message, tmp_path, capsys)
+
+
+@pytest.fixture
+def compared(tmp_path: Path) -> Path:
+    """The folder r of a run with the records of Tasks 2 and 5."""
+    for run_id in ("q", "r"):
+        folder = write_run(tmp_path, {**CONFIG, "run_id": run_id})
+        changed("summary.json", "weights", to={"name": "none", "source": "random"})(folder)
+    one, other = (Record.read(tmp_path, run_id) for run_id in ("q", "r"))
+    write_json(folder / "comparison.json", comparison({"from scratch": [one], "fine-tuned": [other]}))
+    attribution = json.loads((ROOT / "runs/task1-0/attribution.json").read_text())
+    write_json(folder / "attribution.json", {**attribution, "run_id": "r"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without("comparison.json", "runs"), r"comparison\.json: .*runs: Field required"),
+        (changed("comparison.json", "runs", "from scratch", 0, "seed", to=-1), r"runs\.from scratch\.0\.seed: "),
+        (changed("comparison.json", "runs", "from scratch", 0, "run_id", to="../q"), "0.run_id: .*names files"),
+        (changed("comparison.json", "runs", to=lambda runs: {"fine-tuned": []}), "runs: "),
+        (changed("comparison.json", "over_seeds", "test/acc", to=3), "over_seeds.test/acc: "),
+        (changed("comparison.json", "differences", "test/acc", "p", to=2), "differences.test/acc.p: "),
+        (changed("comparison.json", "weights", to="w"), "weights: "),
+        (written("comparison.json", b"{}"), r"comparison\.json: not a readable record"),
+        (without("attribution.json", "methods"), "methods: Field required"),
+        (changed("attribution.json", "methods", "saliency", "passes", to="yes"), "methods.saliency.passes: "),
+        (changed("attribution.json", "methods", "saliency", "infidelity", "low", to=None), "infidelity.low: "),
+        (changed("attribution.json", "tiles", 0, "probability", to=7), "tiles.0.probability: "),
+        (changed("attribution.json", "n", "removal", to=0), "n.removal: "),
+        (changed("attribution.json", "figures", to=["a.png"]), "figures: "),
+        (changed("attribution.json", "run_id", to="other"), "run_id: it is of run other"),
+        (special("attribution.json", "fifo"), "not a regular file"),
+    ],
+)
+def test_a_bad_record_of_tasks_2_and_5_is_named_with_its_key(change: Change, message: str, compared: Path) -> None:
+    read_json(compared / "comparison.json")
+    read_json(compared / "attribution.json")
+    change(compared)
+    with pytest.raises(Fault, match=message):
+        for name in ("comparison.json", "attribution.json"):
+            read_json(compared / name)
 
 
 def test_a_whole_record_is_read_and_keeps_what_later_versions_add(tmp_path: Path) -> None:

@@ -192,6 +192,35 @@ def test_the_page_shows_a_recipe_and_a_baseline_on_fewer_tiles(study: Path) -> N
     assert "this page has 6 and 3." in page  # the runs on fewer tiles are no runs of the tasks
 
 
+def test_the_page_shows_further_networks_and_readme_the_results(
+    study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open(study / "report.toml", "a") as file:
+        file.write('[networks]\nruns = ["small-with_ema-0", "small-with_ema-1"]\n')
+    readme = study / "README.md"
+    readme.write_text("before\n<!-- results: begin -->\nold\n<!-- results: end -->\nafter\n")
+    make(study)
+    page = (study / "report.md").read_text()
+    title = "MobileNetV3-Large from scratch with averaged weights (EMA)"
+    assert f"| Further | {title} | 90 | 2 |" in page
+    assert f"### {title}\n\n- Optimiser: " in page
+    runs = page[page.index("## Further networks") : page.index("## Beyond the scores")]
+    assert re.findall(r"^\| \[(.*?)\]", runs, re.MULTILINE) == ["small-with_ema-0", "small-with_ema-1"]
+    assert f"| {title} | 2 | " in page[page.index("### Validation against test") :]
+    assert "| Further networks | 2 |" in page
+    before, *lines, after = readme.read_text().splitlines()
+    assert (before, lines[0], lines[-1], after) == (
+        "before",
+        "<!-- results: begin -->",
+        "<!-- results: end -->",
+        "after",
+    )
+    assert lines[1:-1] == [line for line in page.split("\n## ")[1].splitlines() if line.startswith("- ")]
+    assert any(line.startswith("- Task 1: test ACC is ") for line in lines)
+    readme.write_text(readme.read_text().replace("Task 1: test ACC is", "Task 1: test ACC was"))
+    fails(study, 1, r"README\.md is out of date: line 3 says", capsys, "--check")
+
+
 def test_the_page_compares_the_validation_scores_where_there_are_enough_runs(
     study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,7 +37,7 @@ def test_no_call_can_run_code_from_a_file_or_through_a_shell() -> None:
                 assert isinstance(found, ast.Constant)
                 assert found.value is value
                 guarded += 1
-    assert guarded >= 4
+    assert guarded >= 2
 
 
 @pytest.mark.slow
