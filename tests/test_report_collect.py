@@ -180,3 +180,13 @@ def test_a_folder_without_runs_is_named(tmp_path: Path, capsys: pytest.CaptureFi
         run_script(runs.main, runs.RunsConfig, [f"--output_dir={tmp_path}"])
     assert ended.value.code == 2
     assert "no runs here; python task1.py makes one" in capsys.readouterr().err
+
+
+def test_more_training_tiles_come_before_more_seeds(tmp_path: Path) -> None:
+    add(tmp_path, "all")
+    few = json.loads((tmp_path / "runs/all/summary.json").read_text())["tiles"] | {"train": 900}
+    for seed in (0, 1):
+        keys = {"seed": seed, "train_tiles": 900}
+        add(tmp_path, f"few-{seed}", config=keys, tiles=few, data_fingerprint="few")
+    collect(tmp_path)
+    assert Study(tmp_path).selection == {"task1": {"runs": ["all"]}}
