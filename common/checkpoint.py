@@ -109,6 +109,11 @@ def _is_zip(file: BinaryIO) -> bool:
     return file.read(4) == b"PK\3\4"  # PyTorch decides in the same way how it reads the file
 
 
+def is_dense(value: torch.Tensor) -> bool:
+    """Whether a tensor that was read from a file is an ordinary one on the CPU."""
+    return value.layout == torch.strided and not value.is_quantized and value.device.type == "cpu"
+
+
 def state_problem(given: Any, expected: Mapping[str, torch.Tensor]) -> str | None:
     """The first difference of tensors by name from `expected`, in words; None where there is none.
 
@@ -122,7 +127,7 @@ def state_problem(given: Any, expected: Mapping[str, torch.Tensor]) -> str | Non
             return f"an unknown tensor {name}"
         if not isinstance(value, torch.Tensor):
             return f"no tensor {name}"
-        if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
+        if not is_dense(value):
             return f"{name} is no dense tensor"
         if value.shape != own.shape:
             return f"{name} has the shape {tuple(value.shape)}, not {tuple(own.shape)}"

@@ -353,6 +353,8 @@ def _read(path: Path) -> tuple[str, dict[str, torch.Tensor]]:
     prefix = "module." if all(str(name).startswith("module.") for name in content) else ""  # of DataParallel
     state = {}
     for name, value in content.items():
+        if not checkpoint.is_dense(value):
+            raise UsageError(f"--weights {path}: {name} is no dense tensor")
         if not value.isfinite().all():
             raise UsageError(f"--weights {path}: {name} holds values that are not finite (NaN or infinite)")
         state[str(name).removeprefix(prefix)] = value.float() if value.is_floating_point() else value

@@ -7,7 +7,9 @@ probabilities = trained(images)    # uint8 (N, 3, H, W), H = W = trained.size; f
 names = [trained.class_names[label] for label in probabilities.argmax(1)]
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -50,10 +52,15 @@ def load_trained(path: Path | str, device: torch.device | str = "cpu") -> Traine
     saved = checkpoint.load(Path(path))
     try:
         name, class_names, config = saved["model_name"], tuple(saved["class_names"]), saved["config"]
-        weights, side = saved["state_dict"], config.get("resize_to") or config["size"]
+        side = config.get("resize_to") or config["size"]
     except KeyError as error:
         raise Fault(f"{path}: has no {error}: not a best.pt of this project") from None
-    if "mean" in weights:  # of a FineTunedNetwork, which changes the inputs to those of its first training
+    except (AttributeError, TypeError):
+        raise Fault(f"{path}: not a best.pt of this project") from None
+    weights: Any = saved.get("state_dict")
+    if isinstance(weights, Mapping) and isinstance(
+        weights.get("mean"), torch.Tensor
+    ):  # of a FineTunedNetwork, which changes the inputs to those of its first training
         preset = Preset(side, *(tuple(weights[part].flatten().tolist()) for part in ("mean", "std")))
         unknown = Weights("none", "random initialisation", None, None, preset)
         network: nn.Module = build_fine_tuned(name, len(class_names), unknown, side, config["train_part"])

@@ -177,7 +177,8 @@ def best() -> Content:
     """The content of a Task 1 run's best.pt."""
     torch.manual_seed(0)
     weights = build_model("resnet18", len(CLASS_NAMES), 28).state_dict()
-    return {"state_dict": weights, "model_name": "resnet18", "class_names": list(CLASS_NAMES)}
+    names = {"model_name": "resnet18", "class_names": list(CLASS_NAMES)}
+    return {"state_dict": weights, **names, "config": {"size": 28, "resize_to": None}}
 
 
 def flipped(path: Path) -> None:
@@ -207,6 +208,10 @@ BEST: list[tuple[Change | None, Callable[[Path], Any] | None, str]] = [
     (put("state_dict", "fc.bias", to=torch.zeros(8)), None, r"best\.pt: .*fc\.bias has the shape \(8,\)"),
     (put("state_dict", "fc.bias", to=torch.zeros(9).to_sparse()), None, r"best\.pt: .*fc\.bias is no dense"),
     (without("state_dict"), None, r"best\.pt: .*no tensors by name"),
+    (without("config"), None, r"best\.pt: has no 'config': not a best\.pt of this project"),
+    (put("config", to=3), None, r"best\.pt: not a best\.pt of this project"),
+    (put("class_names", to=3), None, r"best\.pt: not a best\.pt of this project"),
+    (put("state_dict", to=[1]), None, r"best\.pt: .*no tensors by name"),
     (None, flipped, r"best\.pt: not a readable checkpoint"),
     (None, compressed, r"best\.pt: not a readable checkpoint"),
     (None, unsafe, r"best\.pt: not a readable checkpoint"),
