@@ -8,7 +8,7 @@ import socket
 import time
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import optuna
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.pruners import BasePruner, NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
-from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
+from optuna.storages import RDBStorage, fail_stale_trials
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.trial import FrozenTrial, TrialState
 
@@ -56,7 +56,7 @@ class Search:
             if url is None:
                 self.study = self._create(JournalStorage(_Journal(records.folder / "search.journal")))
             else:
-                self._database = _open_database(url)
+                self._database = _open_database(url, self._repeat)
                 self._owner = f"{socket.gethostname()}:{records.folder.resolve()}"
                 self.study = self._create(self._database)
             self._check_space()
@@ -88,7 +88,7 @@ class Search:
     def trials(self) -> list[FrozenTrial]:
         """The trials of all commands and of earlier starts, without those that another machine repeats."""
         trials = self.study.get_trials(deepcopy=False)
-        repeated = {number for trial in trials for number in RetryHeartbeatStaleTrialCallback.retry_history(trial)}
+        repeated = {trial.user_attrs.get("repeats") for trial in trials}
         return [trial for trial in trials if trial.number not in repeated]
 
     def ended(self) -> list[FrozenTrial]:
@@ -146,34 +146,46 @@ class Search:
 
         In a folder, only one command at a time does this. So no command sees a new trial before its lock is taken.
         """
-        with locked(self.records.folder / "search.lock", wait=True):
-            for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-                mine = trial.user_attrs.get("owner") == self._owner and self.run_id(trial) not in self.failed
-                if mine:
-                    with locked(self.records.lock_path(self.run_id(trial))) as lock:
-                        if lock is not None:
-                            yield optuna.Trial(self.study, trial._trial_id), lock
-                            return
-            fail_stale_trials(self.study)
-            trials = self.trials()
-            if all(trial.state != TrialState.WAITING for trial in trials):
-                if len(trials) >= count:
-                    yield None
-                    return
-                # One write holds all values. With two, a kill between them would change the rest of the samples.
-                self.study.enqueue_trial(self._sample(), {"owner": self._owner})
-            new = self.study.ask()
-            if new.user_attrs.get("owner") != self._owner:  # of another machine's queue
-                new.set_user_attr("owner", self._owner)
-            with locked(self.records.lock_path(self.run_id(new)), wait=True) as lock:
-                assert lock is not None
-                yield new, lock
+        with locked(self.records.folder / "search.lock", wait=True), self._left_trial() as left:
+            if left is not None:
+                yield left
+                return
+            fail_stale_trials(self.study)  # calls self._repeat for each
+            if len(self.trials()) < count:
+                self._add(self._sample(), {})
+            with self._left_trial() as new:
+                yield new
 
-    def _sample(self) -> dict[str, Any]:
-        """The values of the next trial, by the sweep's method.
+    @contextmanager
+    def _left_trial(self) -> Iterator[tuple[optuna.Trial, int] | None]:
+        """Yield a trial of this folder that no process runs, with its lock."""
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if trial.user_attrs["owner"] == self._owner and self.run_id(trial) not in self.failed:
+                with locked(self.records.lock_path(self.run_id(trial))) as lock:
+                    if lock is not None:
+                        yield optuna.Trial(self.study, trial._trial_id), lock
+                        return
+        yield None
+
+    def _add(self, values: FrozenTrial, attributes: Mapping[str, Any]) -> None:
+        """Add a trial of this folder with the values of another one, in one write: after a kill it is whole."""
+        new = optuna.create_trial(
+            state=TrialState.RUNNING,
+            params=values.params,
+            distributions=values.distributions,
+            user_attrs={"owner": self._owner, **attributes},
+        )
+        self.study.add_trial(new)
+
+    def _repeat(self, _: optuna.Study, lost: FrozenTrial) -> None:
+        """Add a trial in the place of one whose machine is lost."""
+        self._add(lost, {"repeats": lost.number})
+
+    def _sample(self) -> FrozenTrial:
+        """A trial with the values to try next, by the sweep's method.
 
         The seed is the trial's number: so kills do not change the samples, and each trial has other ones. Machines
-        that ask at the same time have different seeds.
+        that sample at the same time have different seeds.
         """
         trials = self.study.get_trials(deepcopy=False)
         seed = zlib.crc32(f"{len(trials)} {self._owner}".encode())
@@ -182,7 +194,8 @@ class Search:
             sampler = TPESampler(seed=seed, constant_liar=True)
         in_memory = optuna.create_study(direction=self.study.direction, sampler=sampler)
         in_memory.add_trials(trials)
-        return _suggest(in_memory.ask(), self.records.sweep)
+        _suggest(in_memory.ask(), self.records.sweep)
+        return in_memory.trials[-1]
 
     def _end(self, optuna_trial: optuna.Trial, trial: Trial, status: int = 0, pruned: bool = False) -> str:
         """Tell Optuna how a trial ended, unless it is to be tried again; returns the outcome in words."""
@@ -221,7 +234,7 @@ class Search:
                 self._beats[trial.number] = time.monotonic()
 
 
-def _open_database(url: str) -> RDBStorage:
+def _open_database(url: str, repeat: Callable[[optuna.Study, FrozenTrial], None]) -> RDBStorage:
     """Optuna's tables in the database at `url`; UsageError where it cannot be opened."""
     until = time.monotonic() + 10
     while True:
@@ -230,7 +243,7 @@ def _open_database(url: str) -> RDBStorage:
                 url,
                 heartbeat_interval=HEARTBEAT,
                 grace_period=GRACE,
-                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
+                heartbeat_stale_trial_callback=repeat,
             )
         except Exception as error:  # of Optuna, SQLAlchemy, or the database's driver
             # Another machine may be creating the tables at this moment.
@@ -276,7 +289,7 @@ class _Journal(JournalFileBackend):
 
 
 def _suggest(trial: optuna.Trial, sweep: Sweep) -> dict[str, Any]:
-    """The trial's values: those in the queue, or new samples."""
+    """The trial's values: those that it has, or new samples."""
     chosen: dict[str, Any] = {}
     for name, values in sweep.swept.items():
         if not isinstance(values, Range):
