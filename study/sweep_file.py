@@ -12,6 +12,7 @@ import yaml
 from common.compute import Compute
 from common.config import Config, TrainingConfig, check_run_id, parse
 from common.errors import UsageError, closest, first_line
+from common.files import read_text
 from common.records import METRICS
 
 METHODS = ("grid", "random", "bayes")
@@ -105,7 +106,7 @@ class _Loader(yaml.SafeLoader):
 
 def _load(path: Path) -> Any:
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        return _Loader(read_text(path)).get_single_data()
     except OSError as error:
         raise UsageError(error.strerror or str(error)) from None
     except UnicodeDecodeError:

@@ -258,10 +258,15 @@ def test_two_damaged_checkpoints_end_the_run_with_one_line(
 
 
 def test_a_checkpoint_of_another_configuration_is_refused_without_its_record_too(
-    tmp_path: Path, phantom_root: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, phantom_root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
     keys = [*DATA, f"--data_root={phantom_root}", f"--output_dir={tmp_path}"]
-    run_script(task1.main, task1.Task1Config, [*keys, "--n_epochs=1", "--lr=0.01"])
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(training.Run, "finish", killed)  # a finished run has no last.pt
+        run_script(task1.main, task1.Task1Config, [*keys, "--n_epochs=1", "--lr=0.01"])
     for path in (tmp_path / "runs" / "r").iterdir():
         path.unlink()
     with pytest.raises(SystemExit) as ended:
