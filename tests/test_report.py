@@ -116,6 +116,7 @@ def test_the_page_shows_only_the_selected_sections(study: Path) -> None:
         "Summary",
         "Task 3",
         "Beyond the scores",
+        "What this study cannot say",
         "Provenance and reproduction",
     ]
     assert "Task 1 |" not in page
