@@ -247,7 +247,8 @@ def _open_database(url: str, repeat: Callable[[optuna.Study, FrozenTrial], None]
             )
         except Exception as error:  # of Optuna, SQLAlchemy, or the database's driver
             # Another machine may be creating the tables at this moment.
-            if not re.search("already exists|duplicate key|UNIQUE constraint", str(error)) or time.monotonic() > until:
+            at_once = re.search("already exists|duplicate key|UNIQUE constraint", str(error))
+            if not at_once or time.monotonic() > until:
                 reason = first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
                 raise UsageError(f"--storage: no database can be opened: {reason}") from None
         time.sleep(0.2)
