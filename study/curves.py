@@ -84,6 +84,7 @@ def draw_summary(
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("Test ACC")
-        explained = "dot: one view of each tile, with its 95 % interval; hollow: 8 views; square: published"
+        explained = "dot: one view of each tile, with its 95 % interval; hollow: 8 views"
+        explained += "; square: published" if others else ""
         figure.suptitle(f"{title}\n{explained}", fontsize=10)
         save(figure, path)
