@@ -122,6 +122,7 @@ def test_only_the_study_of_pathmnist_at_28_pixels_is_written_into_the_current_fo
     assert config_of("--dataset=phantom").output_dir == Path("phantom-28")
 
 
+@pytest.mark.timeout(900)
 def test_a_study_ends_with_its_report_and_a_second_start_runs_only_what_is_missing(
     phantom_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
