@@ -70,22 +70,16 @@ def rank(search: Search) -> None:
         print(f"  {path}")
 
 
-def _best(trial: FrozenTrial, sweep: Sweep) -> float | None:
-    """The best finite value of the metric over the trial's epochs; None where there is none."""
-    values = [value for value in trial.intermediate_values.values() if math.isfinite(value)]
-    return max(values, default=None) if sweep.maximize else min(values, default=None)
-
-
 def _order(trial: FrozenTrial, sweep: Sweep) -> tuple[int, float]:
     """The key to sort by: finished, then pruned, then failed trials, and the best ones first."""
-    best = _best(trial, sweep)
+    best = sweep.best(trial.intermediate_values.values())
     value = math.inf if best is None else -best if sweep.maximize else best
     return list(STATES).index(trial.state), value
 
 
 def _line(trial: FrozenTrial, sweep: Sweep) -> dict[str, Any]:
     """A trial's values for the table. It has no test scores: nobody may choose a trial by them."""
-    epochs, best = trial.intermediate_values, _best(trial, sweep)
+    epochs, best = trial.intermediate_values, sweep.best(trial.intermediate_values.values())
     return {
         "state": STATES[trial.state],
         sweep.metric or "": best,

@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, TrialState
 from common.errors import Fault, Untrainable, UsageError, first_line
 from common.files import locked
 from study.sweep_file import Range, Sweep
-from study.trials import Running, Trial, TrialRecords, Workers
+from study.trials import Running, Trial, TrialRecords, Workers, failed_runs
 
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 MAX_FAILURES = 3  # then the machine is broken, for example its disk is full: a command starts no other trial
@@ -132,7 +132,7 @@ class Search:
                     if self._report(asked[run_id], self.records.history(run_id)):
                         running.stop()
         if self.failed:
-            raise Fault(f"{', '.join(self.failed)} failed: see their logs; the same command tries them again")
+            raise failed_runs(self.failed)
         if all(trial.state == TrialState.FAIL for trial in ended):
             raise Fault(f"all {len(ended)} trials failed")
 

@@ -30,10 +30,10 @@ from typing import Any
 
 from common.compute import physical_cores
 from common.config import Keys, key, run_script
-from common.errors import Fault, UsageError
+from common.errors import UsageError
 from common.files import locked
 from study.sweep_file import Range, Sweep, read_sweep
-from study.trials import Running, Trial, TrialRecords, Workers
+from study.trials import Running, Trial, TrialRecords, Workers, failed_runs
 
 MAX_RUNS = 10_000
 
@@ -136,7 +136,7 @@ def main(config: SweepConfig) -> None:
         if len(failed) < len(trials):
             report(trials, records)
         if failed:
-            raise Fault(f"{', '.join(failed)} failed: see their logs; the same command tries them again")
+            raise failed_runs(failed)
     else:
         from study.ranking import rank  # Optuna takes a second to import: a grid does not need it
         from study.search import Search

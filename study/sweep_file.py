@@ -1,8 +1,9 @@
 """Read a W&B sweep's YAML file; a file that cannot be run is refused with one line that names the reason."""
 
+import math
 import runpy
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,11 @@ class Sweep:
     def config(self, values: Mapping[str, Any]) -> Config:
         """The program's configuration for the fixed keys and `values`."""
         return parse(self.config_class, _as_arguments({**self.fixed, **values}), "")
+
+    def best(self, values: Iterable[float]) -> float | None:
+        """The best finite value of the metric; None where there is none."""
+        finite = [value for value in values if math.isfinite(value)]
+        return max(finite, default=None) if self.maximize else min(finite, default=None)
 
     def per_machine(self) -> set[str]:
         """The keys in which the machines that share a search may differ."""

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,10 +69,7 @@ class TrialRecords:
 
     def best(self, run_id: str) -> float | None:
         """The best finite value of the metric over the epochs; None where there is none."""
-        values = [value for value in self.history(run_id).values() if math.isfinite(value)]
-        if self.sweep.maximize:
-            return max(values, default=None)
-        return min(values, default=None)
+        return self.sweep.best(self.history(run_id).values())
 
     def outcome(self, run_id: str, state: str) -> str:
         """`state`, with the best value of the metric where there is one."""
@@ -85,6 +82,11 @@ class TrialRecords:
         lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
         last = next((line.strip() for line in reversed(lines) if line.strip()), "it wrote nothing")
         return f"FAILED with exit status {status}: {last} (log: {log})"
+
+
+def failed_runs(run_ids: Sequence[str]) -> Fault:
+    """The error that names the runs which failed; they are not finished, so the next command runs them."""
+    return Fault(f"{', '.join(run_ids)} failed: see their logs; the same command tries them again")
 
 
 class Running:
