@@ -35,11 +35,12 @@ from common.dry_run import describe, planned_dataset
 from common.features import cached_splits, decide_caching
 from common.fine_tuning import FROM_SCRATCH, FineTuningConfig
 from common.pathmnist import CLASS_NAMES
-from common.pretrained import SCRATCH, FineTunedNetwork, Weights
+from common.pretrained import FineTunedNetwork
 from common.records import is_finished, read_json, run_folder
 from common.tiles import device_splits
 from common.tracking import Run, check_same
 from common.training import Trainer
+from common.weights import SCRATCH, Weights, load_weights
 from study.comparison import compare_runs
 
 
@@ -83,7 +84,7 @@ def main(config: Task5Config) -> None:
     compute = Compute.of(config.device, config.precision)
     compute.prepare_process()
     names = {config.weights, *([SCRATCH] if config.scratch else [])}
-    weights = {name: pretrained.load_weights(name, config.model_name, config.output_dir) for name in names}
+    weights = {name: load_weights(name, config.model_name, config.output_dir) for name in names}
     if config.resize_to is None:
         config = dataclasses.replace(config, resize_to=weights[config.weights].preset.size)
     if config.dry_run:

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
-from common import pretrained
+from common import weights
 from common.config import TrainingConfig, key
 from common.errors import UsageError
-from common.pretrained import SCRATCH, TRAIN_PARTS
+from common.pretrained import TRAIN_PARTS
+from common.weights import SCRATCH
 
 RANDOM_VIEWS = 16  # cached views of a tile, for augmentations that have endlessly many
 
@@ -28,7 +29,7 @@ FROM_SCRATCH: dict[str, Any] = {
 # loss and ACC of 4 epochs at 64 pixels: .286 and .926, with lr 1e-3 .353 and .902; of 8 epochs: .231 and .947.
 # 80 pixels give .262 and .938 after three of 4 epochs, but twice as many epochs gain more for the same time.
 RECIPES: dict[str, dict[str, Any]] = {
-    pretrained.LITE0: {
+    weights.LITE0: {
         "augmentation": "stain",
         "batch_size": 64,
         "ema_decay": 0.99,
@@ -53,13 +54,15 @@ class FineTuningConfig(TrainingConfig):
 
     model_name: str = key(
         "mobilenet_v3_large",
-        f"torchvision classification model, or {pretrained.LITE0} (default: the one that `weights` belong to)",
-        check=pretrained.check_network,
+        f"torchvision classification model, {weights.LITE0}, or timm:NAME for one of the package timm "
+        "(default: the one that `weights` belong to)",
+        check=weights.check_network,
     )
     weights: str = key(
         None,
-        "where the network starts: a torchvision entry such as ResNet18_Weights.IMAGENET1K_V1, "
-        f"{pretrained.LITE0_WEIGHTS}, a .pth, .pt or .safetensors file, the id of a run, or {SCRATCH} "
+        "where the network starts: a torchvision entry such as ResNet18_Weights.IMAGENET1K_V1, a timm one such as "
+        f"timm:resnet18.a1_in1k, {weights.LITE0_WEIGHTS}, a .pth, .pt or .safetensors file, the id of a run, or "
+        f"{SCRATCH} "
         "(default: the network's ImageNet weights)",
     )
     train_part: str = key(
@@ -99,7 +102,7 @@ class FineTuningConfig(TrainingConfig):
         """Fill in defaults that follow from other keys. Raises UsageError where keys contradict each other."""
         super().__post_init__()
         if self.weights is None:
-            self._set("weights", pretrained.default_weights(self.model_name))
+            self._set("weights", weights.default_weights(self.model_name))
         if self.weights == SCRATCH and self.train_part != "all":
             raise UsageError(f"--train_part {self.train_part}: random weights cannot stay frozen; use all")
         if self.adapt_batchnorm and self.train_part == "all":
@@ -132,7 +135,7 @@ class FineTuningConfig(TrainingConfig):
     @classmethod
     def implied(cls, given: dict[str, Any]) -> dict[str, Any]:
         """The network of the weights, the recipe of the network, and the changes for a start from scratch."""
-        owner = pretrained.network_of(given.get("weights", ""))
+        owner = weights.network_of(given.get("weights", ""))
         implied: dict[str, Any] = {"model_name": owner} if owner else {}
         implied |= RECIPES.get(given.get("model_name", owner or cls.model_name), {})
         if given.get("weights") == SCRATCH:

@@ -17,8 +17,9 @@ from torch import nn
 from common import checkpoint
 from common.errors import Fault
 from common.models import build_model
-from common.pretrained import Preset, Weights, build_fine_tuned
+from common.pretrained import build_fine_tuned
 from common.tiles import network_inputs
+from common.weights import Preset, Weights
 
 
 class Trained(nn.Module):

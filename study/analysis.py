@@ -31,10 +31,10 @@ from common.errors import UsageError, first_line
 from common.evaluation import Evaluation, evaluate
 from common.files import write_json
 from common.metrics import accuracy, balanced_accuracy
-from common.pretrained import FineTunedNetwork, build_network, load_weights
 from common.records import Record
 from common.tiles import DeviceTiles
 from common.tracking import provenance
+from common.trained import load_trained
 from study.report_selection import Study
 
 FIGURE = "fig/analysis/hard-tiles.png"
@@ -157,24 +157,21 @@ def matched_scores(
     look like other colours. The labels of the test tiles are used for this, so this is no way to classify tiles.
     """
     chosen = like(dataset.train.labels.numpy(), dataset.test.labels.numpy(), config.seed)
-    tiles, reference = pixels(dataset.test), pixels(dataset.train, chosen)
+    given, reference = pixels(dataset.test), pixels(dataset.train, chosen)
     matched = {
-        name: Split(torch.from_numpy(match(tiles, reference)).permute(0, 3, 1, 2), dataset.test.labels)
+        name: Split(torch.from_numpy(match(given, reference)).permute(0, 3, 1, 2), dataset.test.labels)
         for name, match in MATCHINGS.items()
     }
     scores: dict[str, dict[str, dict[str, float]]] = {name: {} for name in matched}
     for record in records:
-        if not (config.output_dir / "checkpoints" / record.run_id / "best.pt").exists():
+        path = config.output_dir / "checkpoints" / record.run_id / "best.pt"
+        if not path.exists():
             print(f"{record.run_id}: no checkpoint, so it is not scored on matched colours")
             continue
-        keys = record.config
-        size = keys["resize_to"] or keys["size"]
-        weights = load_weights(record.run_id, keys["model_name"], config.output_dir)
-        network = build_network(keys["model_name"], len(dataset.class_names), size)
-        network.load_state_dict(weights.state_dict or {})
-        model = FineTunedNetwork(network, weights.preset, size).to(compute.device)
+        trained = load_trained(path, compute.device)
         for name, split in matched.items():
-            found = evaluate(model, DeviceTiles(split, compute.device, resize_to=size), compute)
+            tiles = DeviceTiles(split, compute.device, resize_to=trained.input_size)
+            found = evaluate(trained.network, tiles, compute)
             both = found.probabilities, found.targets
             scores[name][record.run_id] = {"acc": accuracy(*both), "balanced_acc": balanced_accuracy(*both)}
     return scores

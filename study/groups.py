@@ -12,9 +12,9 @@ from common.config import TrainingConfig
 from common.errors import UsageError
 from common.metrics import Estimate, recalls
 from common.pathmnist import COUNTS
-from common.pretrained import SCRATCH
 from common.records import Record
 from common.statistics import Comparison, Spread, compare, spread
+from common.weights import SCRATCH
 
 NETWORKS = {
     "resnet18": "ResNet-18",
