@@ -447,19 +447,20 @@ def run_script(main: Callable[[C], None], config_class: type[C], arguments: Sequ
     if callable(signal.getsignal(signal.SIGINT)) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
     description = sys.modules[main.__module__].__doc__ or ""
-    again, number, folders = "", None, [Path(tempfile.gettempdir())]
+    command, number, folders = "", None, [Path(tempfile.gettempdir())]
     try:
         config = parse(config_class, sys.argv[1:] if arguments is None else arguments, description)
         run_id, output_dir = getattr(config, "run_id", None), getattr(config, "output_dir", Path())
         folders = [*([output_dir / "runs" / run_id] if run_id else []), output_dir, *folders]
-        again = f"; the same command{f' with --run_id={run_id}' if run_id else ''} continues"
+        command = f"the same command{f' with --run_id={run_id}' if run_id else ''}"
         return main(config)
     except Stopped as stopped:
-        message, status, number = f"{stopped}{again}", stopped.exit_status, stopped.number
+        message, status, number = f"{stopped}; {command} continues", stopped.exit_status, stopped.number
     except (UsageError, Fault) as error:
         message, status = str(error), error.exit_status
     except OSError as error:
-        message, status = (f"{error.filename}: {error.strerror}" if error.filename else str(error)) + again, 1
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        message, status = f"{what}; mend this, then start {command} again", 1
     except Exception as error:
         if isinstance(error, MemoryError) or re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):
             names = ("batch_size", "resize_to", "checked_tiles")
@@ -467,13 +468,16 @@ def run_script(main: Callable[[C], None], config_class: type[C], arguments: Sequ
             remedy = f"lower {' or '.join(keys)}" if keys else "close other programs"
             message, status = f"out of memory ({first_line(error)}): {remedy}", Untrainable.exit_status
         elif re.search("Connection (closed|reset) by peer|NCCL", str(error)):  # under torchrun
-            message, status = f"another process of this run has ended ({first_line(error)}){again}", 1
+            message, status = (
+                f"another process of this run has ended ({first_line(error)}); {command} continues",
+                1,
+            )
         else:
             path = keep_traceback(error, folders)
             what = f"{type(error).__name__}: {first_line(error)}"
             message, status = f"unexpected: {what}; please report it with {path}", 70
     except KeyboardInterrupt:
-        message, status = f"interrupted{again}", 130
+        message, status = f"interrupted; {command} continues" if command else "interrupted", 130
     with suppress(OSError):  # nobody may read stderr any more
         print(f"{Path(sys.argv[0]).name}: {' '.join(message.splitlines())}", file=sys.stderr)
     if number and "WANDB_SWEEP_ID" in os.environ:  # its agent takes an exit status for a failure, but not a signal

@@ -4,6 +4,7 @@ The folder `<name>.arrays` holds six .npy files and a meta.json. It is in the da
 read-only, in the user's cache folder. The first start builds it; later starts only check and map it.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -29,6 +30,7 @@ from common.pathmnist import OfficialFile
 
 SPLITS = tuple(pathmnist.COUNTS)
 CACHE_VERSION = 2  # of the folder's layout
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ORDER_VERSION = 1  # of stratified_part: a change of any chosen tile needs a new number
 
 Build = Callable[[Path], None]  # writes the arrays into a folder
@@ -163,7 +165,8 @@ def _arrays(
                 _build_folder(folder, layout, build)
                 splits = _map_splits(folder, layout)
     except OSError as error:  # its text names the file: one of the folder, or the source
-        raise Fault(f"{folder}: cannot be built ({error}); make room there or name another --data_root") from error
+        remedy = "make room there" if error.errno in NO_ROOM else "mend this"
+        raise Fault(f"{folder}: cannot be built ({error}); {remedy}, or name another --data_root") from error
     if splits is None:
         raise Fault(f"{folder}: its files change or cannot be read back; name another --data_root")
     return splits
@@ -202,6 +205,8 @@ def _check_source(source: OfficialFile, path: Path) -> None:
     try:
         found, size = md5_of(path), path.stat().st_size
         problem = f"its MD5 is {found}, not {source.md5}; it is damaged or another file ({size:,} bytes)"
+    except PermissionError as error:
+        raise Fault(f"{path}: {error.strerror}; make it readable, or name another --data_root") from error
     except OSError as error:
         found, problem = "", str(error.strerror)
     if found != source.md5:

@@ -1,3 +1,4 @@
+import errno
 import json
 import multiprocessing
 import os
@@ -271,7 +272,8 @@ def test_a_full_disk_is_named_and_no_folder_remains(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
-        with pytest.raises(Fault, match=r"phantom-.*\.arrays: cannot be built .*too large.*--data_root"):
+        remedy = "make room there, or name another --data_root"
+        with pytest.raises(Fault, match=rf"phantom-.*\.arrays: cannot be built .*too large.*; {remedy}"):
             load_dataset("phantom", 28, tmp_path, train_tiles=45)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -282,6 +284,22 @@ def test_a_source_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "pathmnist.npz").mkdir()
     with pytest.raises(Fault, match=r"pathmnist\.npz: not a regular file: delete it, and the same"):
         load_dataset("pathmnist", 28, tmp_path)
+
+
+def test_a_source_without_the_right_to_read_it_is_no_damaged_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(path: Path) -> str:  # root may read everything
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    (tmp_path / "pathmnist.npz").touch()
+    monkeypatch.setattr(data, "md5_of", forbidden)
+    with pytest.raises(
+        Fault, match=r"pathmnist\.npz: Permission denied; make it readable, or name another"
+    ) as fault:
+        load_dataset("pathmnist", 28, tmp_path)
+    assert "delete" not in str(fault.value)
+    assert "make room" not in str(fault.value)
 
 
 def load_in_a_process(root: str, barrier: Any, results: Any) -> None:
