@@ -9,11 +9,12 @@ from typing import Any
 from common.errors import Fault, UsageError
 from common.files import write_text
 from common.records import Record, is_finished, read_json
-from study.groups import APART
+from study.groups import APART, alike
 from study.report_facts import facts
 from study.report_selection import Study
 
 HEADER = "# Which runs report.md shows. `python -m study.report --collect` wrote this file; edit it as you like.\n"
+OTHER_TILES = "on other training tiles than the networks of Tasks 1 and 3"
 Selection = dict[str, dict[str, Any]]
 
 
@@ -79,74 +80,75 @@ def comparable(records: Sequence[Record], left: dict[str, str]) -> list[Record]:
 def candidates(
     folder: Path, records: Sequence[Record], left: dict[str, str]
 ) -> Iterable[tuple[str, dict[str, Any], list[str]]]:
-    """The section, its content, and the runs that it shows; `left` gets the runs that stand in no section."""
+    """The section, its content, and the runs that it shows; `left` gets the runs that stand in no section.
+
+    Task 1 and Task 3 show their best group of runs (`preference_of`), Task 5 its best comparison; the other groups
+    on the same training tiles are further networks.
+    """
     tables = {path: read_table(path) for path in sorted((folder / "sweeps").glob("*/*.csv"))}
-    ablations = [  # but not the runs of a learning curve
-        path
-        for path, lines in tables.items()
-        if path.name == "runs.csv" and "ablation" in lines[0] and "train_tiles" not in lines[0]
-    ]
+    grids = {path: lines for path, lines in tables.items() if path.name == "runs.csv"}
+    curves = [path for path, lines in grids.items() if "train_tiles" in lines[0]]
+    ablations = [path for path, lines in grids.items() if "ablation" in lines[0] and path not in curves]
     searches = [path for path, lines in tables.items() if path.name == "table.csv" and "run_id" in lines[0]]
-    trials = {line["run_id"] for path in searches for line in tables[path]}
+    swept = {line["run_id"] for path in (*grids, *searches) for line in tables[path] if "run_id" in line}
     compared = {
         path.parent.name: [run["run_id"] for runs in read_json(path)["runs"].values() for run in runs]
         for path in (folder / "runs").glob("*/comparison.json")
     }
-    first: list[Record] = []
+    shown: list[Record] = []  # of Tasks 1 and 3
+    others: list[Record] = []
     for section in ("task1", "task3"):
-        of_task = [record for record in records if record.facts["task"] == section and record.run_id not in trials]
-        if group := largest_group(of_task):
-            first = first or group
-            run_ids = [record.run_id for record in group]
-            rows = {line["run_id"] for path in ablations for line in tables[path]}
-            others = [one.run_id for one in of_task if one.run_id not in (*run_ids, *rows)]
-            left |= dict.fromkeys(
-                others, f"not another seed of {group[0].run_id}, or an older run of the same seed"
-            )
+        groups = newest_of_each_seed(
+            [one for one in records if one.facts["task"] == section and one.run_id not in swept]
+        )
+        best = max(groups, key=preference_of, default=[])
+        others += [record for group in groups if group is not best for record in group]
+        shown += best
+        if best:
+            run_ids = [record.run_id for record in best]
             yield section, {"runs": run_ids}, run_ids
-    tuned = [record for record in records if record.facts["task"] == "task5"]
-    pairs = {name: [one for one in tuned if one.run_id in run_ids] for name, run_ids in compared.items()}
-    if pairs:
+    tuned = [record for record in records if record.facts["task"] == "task5" and record.run_id not in swept]
+    if compared:
+        pairs = {name: [one for one in tuned if one.run_id in run_ids] for name, run_ids in compared.items()}
         chosen = max(pairs, key=lambda name: preference_of(pairs[name]))
         yield "task5", {"comparison": chosen}, compared[chosen]
-        others = [record.run_id for record in tuned if record.run_id not in compared[chosen]]
-        left |= dict.fromkeys(others, f"not of the comparison {chosen}")
-    else:
-        left |= dict.fromkeys([record.run_id for record in tuned], "no comparison with a run from scratch")
+        tuned = [record for record in tuned if record not in pairs[chosen]]
+    others += [record for group in newest_of_each_seed(tuned) for record in group]
+    tiles = {record.summary["data_fingerprint"] for record in shown}
     baselines = [record for record in records if record.facts["task"] == "baselines"]
-    tiles = {record.summary["data_fingerprint"] for record in first}
-    run_ids = [record.run_id for record in baselines if record.summary["data_fingerprint"] in tiles]
-    if run_ids:
-        yield "baselines", {"runs": run_ids}, run_ids
-    others = [record.run_id for record in baselines if record.run_id not in run_ids]
-    left |= dict.fromkeys(others, "a baseline on other tiles than the networks'")
+    for section, candidates in (("networks", others), ("baselines", baselines)):
+        run_ids = [record.run_id for record in candidates if record.summary["data_fingerprint"] in tiles]
+        if run_ids:
+            yield section, {"runs": run_ids}, run_ids
+        left |= {record.run_id: OTHER_TILES for record in candidates if record.run_id not in run_ids}
     for path in ablations[-1:]:
         names = {"ablation": path.parent.name}
         if searches:
             names["search"] = searches[-1].parent.name
         yield "task4", names, [line["run_id"] for line in tables[path]]
+    if curves:
+        largest = [record.run_id for record in shown]  # the curves' last points, if these have their recipes
+        yield "learning_curve", {"sweeps": [path.parent.name for path in curves], "runs": largest}, []
     explained = [one for one in records if (one.folder / "attribution.json").exists()]
-    for record in sorted(explained, key=lambda one: one in first)[-1:]:  # rather one of the page's Task 1
+    for record in sorted(explained, key=lambda one: one in shown)[-1:]:  # rather one of the page's Task 1
         yield "task2", {"run": record.run_id}, []
-
-
-def largest_group(records: Sequence[Record]) -> list[Record]:
-    """The runs that differ in their seed alone, the newest of each seed, sorted by seed.
-
-    Of several such groups: Task 3's reference row, then most training tiles, most seeds, the newest.
-    """
-    groups: dict[str, dict[int, Record]] = {}
+    of_page = {line["run_id"] for path in (*ablations[-1:], *searches[-1:], *curves) for line in tables[path]}
+    named = {record.run_id for record in (*shown, *others, *baselines)}.union(of_page, *compared.values())
     for record in records:
-        same = {name: value for name, value in sorted(record.config.items()) if name not in APART}
-        groups.setdefault(json.dumps([same, record.summary["data_fingerprint"]]), {})[record.config["seed"]] = (
-            record
-        )
-    best = max((list(group.values()) for group in groups.values()), key=preference_of, default=[])
-    return sorted(best, key=lambda record: record.config["seed"])
+        if record.run_id in swept - of_page:
+            left[record.run_id] = "of a sweep that the page does not show"
+        elif record.run_id not in named:
+            left[record.run_id] = "an older run of the same seed"
+
+
+def newest_of_each_seed(records: Iterable[Record]) -> list[list[Record]]:
+    """Groups of runs that differ in their seed alone, sorted by seed; `records` are sorted by time."""
+    groups = [{record.config["seed"]: record for record in same} for same in alike(records, APART)]
+    return [[group[seed] for seed in sorted(group)] for group in groups]
 
 
 def preference_of(group: Sequence[Record]) -> tuple[Any, ...]:
-    """The larger, the rather a group of runs is shown."""
+    """The larger, the rather a group is shown: Task 3's reference row, then training tiles, seeds, the newest."""
     if not group:
         return (False,)
     reference = group[0].config.get("ablation", "combined") == "combined"

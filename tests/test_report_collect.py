@@ -54,19 +54,31 @@ def test_the_largest_group_of_each_task_is_selected_and_the_rest_is_named_with_t
     add(tmp_path, "three", started="2026-01-07", task="task3", config={"ablation": "combined"})
     add(tmp_path, "row", started="2026-01-08", task="task3", config={"ablation": "with_ema"})
     add(tmp_path, "trial", started="2026-01-09", task="task3", config={"ablation": "combined", "lr": 0.2})
-    add(tmp_path, "tuned", started="2026-01-10", task="task5")
+    tuned = {"weights": "w.pth", "train_part": "all"}
+    add(tmp_path, "tuned", started="2026-01-10", task="task5", config=tuned)
     add(tmp_path, "colours", started="2026-01-11", task="baselines", config={"baseline": "mean_rgb"})
     add(tmp_path, "few-colours", started="2026-01-12", task="baselines", data_fingerprint="few")
     (add(tmp_path, "torn") / "history.csv").unlink()
     (add(tmp_path, "stopped") / "summary.json").unlink()
     (tmp_path / "sweeps" / "search").mkdir(parents=True)
     write_csv(tmp_path / "sweeps" / "search" / "table.csv", [{"run_id": "trial", "lr": 0.2}])
+    for name, run_id in (("curve", "point"), ("lr-grid", "point-of-old-curve")):
+        add(tmp_path, run_id, started="2026-01-13", config={"train_tiles": 900}, data_fingerprint="few")
+        (tmp_path / "sweeps" / name).mkdir()
+        values = {"train_tiles": 900} if name == "curve" else {"lr": 0.1}
+        write_csv(tmp_path / "sweeps" / name / "runs.csv", [{"run_id": run_id, **values}])
+    add(tmp_path, "few", started="2026-01-14", config={"train_tiles": 900}, data_fingerprint="few")
     collect(tmp_path)
     text = (tmp_path / "report.toml").read_text()
     assert text.splitlines()[1:] == [
         *(
             "[baselines]",
             'runs = ["colours"]',
+            "[learning_curve]",
+            'sweeps = ["curve"]',
+            'runs = ["new", "other-seed", "three"]',
+            "[networks]",
+            'runs = ["other-lr", "row", "tuned"]',
             "[task1]",
             'runs = ["new", "other-seed"]',
             "[task2]",
@@ -81,10 +93,9 @@ def test_the_largest_group_of_each_task_is_selected_and_the_rest_is_named_with_t
         ("stopped", "not finished"),
         ("torn", r".*history\.csv: not a readable record"),
         ("phantom, large", "other tiles than the page's"),
-        ("old, other-lr", "not another seed of new, or an older run"),
-        ("row", "not another seed of three"),
-        ("tuned", "no comparison"),
-        ("few-colours", "a baseline on other tiles"),
+        ("old", "an older run of the same seed"),
+        ("point-of-old-curve", "of a sweep that the page does not show"),
+        ("few, few-colours", "on other training tiles than the networks of Tasks 1 and 3"),
     ):
         assert re.search(f"^left out: {run_ids}: {reason}", printed, re.MULTILINE), run_ids
 
