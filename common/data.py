@@ -23,9 +23,9 @@ from tqdm import tqdm
 from common import pathmnist, phantom
 from common.archives import open_npz, read_array
 from common.config import PHANTOM_TRAIN_TILES
-from common.download import download, md5_of
+from common.download import download
 from common.errors import Fault, UsageError
-from common.files import flush, locked, open_regular, read_text, write_json
+from common.files import digest, flush, locked, open_regular, read_text, write_json
 from common.pathmnist import OfficialFile
 
 SPLITS = tuple(pathmnist.COUNTS)
@@ -148,8 +148,8 @@ def _arrays(
     folders = [beside]
     try:
         user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pathmnist-study"
-        digest = hashlib.sha256(str(data_root.resolve()).encode()).hexdigest()[:12]
-        folders.append(user_cache / f"{name}-{digest}.arrays")
+        root = hashlib.sha256(str(data_root.resolve()).encode()).hexdigest()[:12]
+        folders.append(user_cache / f"{name}-{root}.arrays")
     except RuntimeError:  # a user without a home folder has no cache
         pass
     for folder in folders:
@@ -203,7 +203,7 @@ def _check_source(source: OfficialFile, path: Path) -> None:
     except Fault as fault:
         raise Fault(f"{fault}: try again, {by_hand}, which needs no download") from fault
     try:
-        found, size = md5_of(path), path.stat().st_size
+        found, size = digest(path, "md5"), path.stat().st_size
         problem = f"its MD5 is {found}, not {source.md5}; it is damaged or another file ({size:,} bytes)"
     except PermissionError as error:
         raise Fault(f"{path}: {error.strerror}; make it readable, or name another --data_root") from error

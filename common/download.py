@@ -1,6 +1,5 @@
 """Download a file, resume an interrupted download, and check the file's MD5."""
 
-import hashlib
 import os
 import shutil
 import time
@@ -12,17 +11,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.errors import Fault
-from common.files import flush, locked, open_regular
+from common.files import digest, flush, locked
 
 PATIENCE = 20  # seconds to wait for an answer of the server
 TRIES = 4
 PAUSE = 0.5  # seconds before the second try, and twice as many before each later one
-
-
-def md5_of(path: Path) -> str:
-    """The MD5 of a file, in hexadecimal digits."""
-    with open_regular(path) as file:
-        return hashlib.file_digest(file, "md5").hexdigest()
 
 
 def download(url: str, path: Path, md5: str) -> None:
@@ -57,7 +50,7 @@ def _download_once(url: str, path: Path, md5: str) -> None:
             return
         if answer.status != 416:
             _write(answer, part, start if answer.status == 206 else 0)  # 200: the server sends the whole file
-        found = md5_of(part)
+        found = digest(part, "md5")
         if found != md5:
             part.unlink()
             raise Fault(f"{path}: no such file, and the download has the MD5 {found}, not {md5}")

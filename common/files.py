@@ -3,6 +3,7 @@
 import csv
 import errno
 import fcntl
+import hashlib
 import io
 import json
 import os
@@ -39,6 +40,12 @@ def read_text(path: Path) -> str:
     """The text of a regular file in UTF-8. Raises OSError, and UnicodeDecodeError, which is a ValueError."""
     with open_regular(path) as file:
         return file.read().decode("utf-8")
+
+
+def digest(path: Path, algorithm: str = "sha256") -> str:
+    """The digest of a regular file's content in hexadecimal digits. Raises OSError."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()
 
 
 def make_folder(folder: Path) -> None:

@@ -101,11 +101,21 @@ def read_history(path: Path) -> list[dict[str, float]]:
     The columns may be those of another program's runs; `history_problem` checks those of ours.
     """
     try:
-        table = csv.DictReader(io.StringIO(read_text(path), newline=""))
-        rows = [{name: float(value) for name, value in row.items()} for row in table]
+        rows = [{name: float(value) for name, value in row.items()} for row in read_table(path)]
         if [row.get("epoch") for row in rows] != list(range(1, len(rows) + 1)):
             raise ValueError("epoch: the epochs do not count from 1")
-    except (OSError, ValueError, TypeError, csv.Error) as error:
+    except ValueError as error:
+        raise unreadable(path, error) from error
+    return rows
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The lines of a CSV file, each with the values by column; Fault where it is missing or damaged."""
+    try:
+        rows = list(csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True))
+        if any(None in row or None in row.values() for row in rows):
+            raise ValueError("the lines have different numbers of values")
+    except (OSError, ValueError, csv.Error) as error:
         raise unreadable(path, error) from error
     return rows
 

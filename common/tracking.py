@@ -23,7 +23,7 @@ from common import distributed
 from common.config import Config, ScriptConfig, TrainingConfig
 from common.data import Dataset
 from common.errors import UsageError, first_line
-from common.files import atomic_path, process_lock, public, sweep_up, write_csv, write_json
+from common.files import atomic_path, digest, process_lock, public, sweep_up, write_csv, write_json
 from common.records import is_finished, read_json, run_folder
 
 WANDB_PROJECT = "hw1"  # the coursework's; $WANDB_PROJECT takes its place
@@ -162,7 +162,7 @@ class Run:
             return
         figures = self._draw(history, summary)
         names = {name: path.name for name, path in figures.items()}
-        hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in figures.items()}
+        hashes = {name: digest(path) for name, path in figures.items()}
         drawn = {"figures": names, "figure_sha256": hashes}
         write_json(self.folder / "summary.json", {**self.facts, "wandb": self.url, **summary, **drawn})
         for path in (*self.resumable, self.folder / ".lock"):  # a finished run is not continued

@@ -23,7 +23,7 @@ import yaml
 
 from common.config import ScriptConfig, key, parse, run_script
 from common.errors import Fault, UsageError
-from common.files import locked, write_text
+from common.files import locked, read_text, write_text
 from common.records import is_finished, read_json, run_folder
 from study import report
 from study.baselines import BaselinesConfig
@@ -215,7 +215,7 @@ def baseline_arguments(config: StudyConfig) -> list[list[str]]:
 def ablation_file(config: StudyConfig) -> Path:
     """ablation.yaml; where the study has other rows or seeds, a changed copy in the study's folder."""
     original = Path("ablation.yaml")
-    content: dict[str, Any] = yaml.safe_load(original.read_text(encoding="utf-8"))
+    content: dict[str, Any] = yaml.safe_load(read_text(original))
     parameters = {**content["parameters"], "seed": {"values": list(config.seeds)}}
     if config.plan.rows:
         parameters["ablation"] = {"values": list(config.plan.rows)}

@@ -12,7 +12,6 @@
 Leaves analysis.json and fig/analysis/hard-tiles.png, which report.md shows.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from common.config import ScriptConfig, key, run_script
 from common.data import Dataset, Split, load_dataset
 from common.errors import UsageError, first_line
 from common.evaluation import Evaluation, evaluate
-from common.files import write_json
+from common.files import digest, open_regular, write_json
 from common.metrics import accuracy, balanced_accuracy
 from common.records import Record
 from common.tiles import DeviceTiles
@@ -81,7 +80,7 @@ def main(config: AnalysisConfig) -> None:
         theirs = published.logits.argmax(axis=1)
         content["published"] = {
             "file": config.published.name,
-            "sha256": hashlib.sha256(config.published.read_bytes()).hexdigest(),
+            "sha256": digest(config.published),
             "scores": published.described(dataset.class_names),
             "only_right": {run_id: only_right(ours, theirs, labels) for run_id, ours in predicted.items()},
         }
@@ -95,7 +94,7 @@ def main(config: AnalysisConfig) -> None:
     if hard.any():
         figure = config.output_dir / FIGURE
         draw(figure, dataset, hard, most_frequent(np.stack(networks)), len(networks), config.seed)
-        content["hard"] |= {"figure": FIGURE, "sha256": hashlib.sha256(figure.read_bytes()).hexdigest()}
+        content["hard"] |= {"figure": FIGURE, "sha256": digest(figure)}
     path = config.output_dir / "analysis.json"
     write_json(path, content)
     print(f"{len(records)} runs, {hard.sum()} of {len(hard):,} test tiles are wrong in all; record: {path}")
@@ -104,7 +103,8 @@ def main(config: AnalysisConfig) -> None:
 def read_published(path: Path, labels: NDArray[np.int64]) -> Evaluation:
     """The predictions of a CSV file, for `labels` (N,); UsageError for a file that is not of these tiles."""
     try:
-        rows = np.loadtxt(path, delimiter=",", ndmin=2)
+        with open_regular(path) as file:
+            rows = np.loadtxt(file, delimiter=",", ndmin=2)
     except (OSError, ValueError) as error:
         raise UsageError(f"--published {path}: not a readable table ({first_line(error)})") from None
     tiles, classes = len(labels), int(labels.max()) + 1

@@ -22,7 +22,7 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from common.config import Keys, key, run_script
 from common.errors import Fault, UsageError, first_line
-from common.files import write_text
+from common.files import read_text, write_text
 from common.markdown import filled
 from study.report_check import check_study
 from study.report_collect import collect
@@ -94,13 +94,13 @@ def main(config: ReportConfig) -> None:
     page = build(study, content)
     made = {path: page}
     readme = config.output_dir / "README.md"
-    if readme.exists() and "<!-- results: begin -->" in (text := readme.read_text(encoding="utf-8")):
+    if readme.exists() and "<!-- results: begin -->" in (text := read_text(readme)):
         made[readme] = filled(text, "results", results(page))
     if config.check:
         for file, content_made in made.items():
             if not file.exists():
                 raise Fault(f"{file}: missing; python -m study.report makes it")
-            difference = first_difference(file.read_text(encoding="utf-8"), content_made)
+            difference = first_difference(read_text(file), content_made)
             if difference:
                 raise Fault(f"{file} is out of date: {difference}; python -m study.report makes it anew")
         print(f"{path} is what the records give")

@@ -1,6 +1,5 @@
 """Whether a study's records agree with one another: every score is computed again from the runs' outputs."""
 
-import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 
 from common.errors import Fault
 from common.evaluation import Evaluation
+from common.files import digest
 from common.records import METRICS, Record, read_history, run_folder
 from common.selection import best_epoch
 from study.comparison import comparison
@@ -74,7 +74,7 @@ def check_analysis(study: Study, analysis: Mapping[str, Any]) -> None:
 
 def check_figure(path: Path, sha256: str, drawn_by: str) -> None:
     """Raise Fault where a figure is there, but is not the one that was drawn."""
-    if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+    if path.exists() and digest(path) != sha256:
         raise Fault(f"{path}: not the figure that {drawn_by} has drawn; restore it")
 
 
@@ -112,9 +112,9 @@ def check_run(study: Study, record: Record) -> None:
     for name, (value, classes) in accuracies.items():
         if abs(value - np.mean(classes == targets)) > ROUNDED + 1 / len(targets):
             raise fail(f"{name} is {value:.4f}, scores.npz gives {np.mean(classes == targets):.4f}")
-    for name, digest in summary.get("figure_sha256", {}).items():
+    for name, sha256 in summary.get("figure_sha256", {}).items():
         figure = study.folder / "fig" / record.facts["task"] / summary["figures"][name]
-        check_figure(figure, digest, f"run {record.run_id}")
+        check_figure(figure, sha256, f"run {record.run_id}")
 
 
 def difference(recorded: Any, computed: Any) -> str:

@@ -1,14 +1,13 @@
 """A report.toml of what is finished in runs/ and sweeps/: of each task the largest set of comparable runs."""
 
-import csv
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from common.errors import Fault, UsageError
 from common.files import write_text
-from common.records import Record, is_finished, read_json
+from common.records import Record, is_finished, read_json, read_table
 from study.groups import APART, alike
 from study.report_facts import facts
 from study.report_selection import Study
@@ -85,7 +84,7 @@ def candidates(
     Task 1 and Task 3 show their best group of runs (`preference_of`), Task 5 its best comparison; the other groups
     on the same training tiles are further networks.
     """
-    tables = {path: read_table(path) for path in sorted((folder / "sweeps").glob("*/*.csv"))}
+    tables = {path: read_table(path) or [{}] for path in sorted((folder / "sweeps").glob("*/*.csv"))}
     grids = {path: lines for path, lines in tables.items() if path.name == "runs.csv"}
     curves = [path for path, lines in grids.items() if "train_tiles" in lines[0]]
     ablations = [path for path, lines in grids.items() if "ablation" in lines[0] and path not in curves]
@@ -158,9 +157,3 @@ def preference_of(group: Sequence[Record]) -> tuple[Any, ...]:
 def started(record: Record) -> str:
     """When a run was started, in a form that sorts by time."""
     return str(record.facts["started"])
-
-
-def read_table(path: Path) -> list[Mapping[str, str]]:
-    """The lines of a sweep's table."""
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file)) or [{}]

@@ -1,13 +1,13 @@
 """The runs of a finished study that report.toml selects for its report."""
 
-import csv
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.errors import Fault, UsageError, closest
-from common.records import Record, is_finished, read_json, run_folder
+from common.errors import Fault, UsageError, closest, first_line
+from common.files import read_text
+from common.records import Record, is_finished, read_json, read_table, run_folder
 
 SECTIONS: dict[str, dict[str, type]] = {  # the keys of each section
     "task1": {"runs": list},
@@ -39,14 +39,14 @@ class Study:
         self.read: dict[str, Record] = {}  # every run that the page shows, by its id
         path = folder / "report.toml"
         try:
-            self.selection = selection or tomllib.loads(path.read_text(encoding="utf-8"))
+            self.selection = selection or tomllib.loads(read_text(path))
         except FileNotFoundError:
             raise UsageError(
                 f"{path}: no such file; it names the runs to show; "
                 "python -m study.report --collect writes it from the finished runs"
             ) from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise UsageError(f"{path}: {error}") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise UsageError(f"{path}: {first_line(error)}") from None
         for section, keys in self.selection.items():
             if section not in SECTIONS:
                 raise UsageError(f"{path}: unknown section {section}; known are {', '.join(SECTIONS)}")
@@ -185,5 +185,4 @@ class Study:
         path = self.folder / "sweeps" / name / file
         if not path.exists():
             raise UsageError(f"{path}: missing; python -m study.sweep {sweep} makes it")
-        with open(path, newline="", encoding="utf-8") as table:
-            return list(csv.DictReader(table))
+        return read_table(path)

@@ -15,7 +15,7 @@ from common import pathmnist
 from common.compute import Compute
 from common.config import TrainingConfig
 from common.data import Dataset, Split
-from common.download import md5_of
+from common.files import digest
 from common.models import build_model
 from common.pathmnist import OfficialFile
 from common.tiles import Tiles, device_splits
@@ -114,7 +114,7 @@ def write_official(root: Path, monkeypatch: pytest.MonkeyPatch, arrays: dict[str
     root.mkdir(parents=True, exist_ok=True)
     path = root / "pathmnist.npz"
     np.savez_compressed(path, **(arrays or official_arrays(COUNTS)))
-    official = OfficialFile(path.name, "http://127.0.0.1:9/pathmnist.npz", md5_of(path))
+    official = OfficialFile(path.name, "http://127.0.0.1:9/pathmnist.npz", digest(path, "md5"))
     monkeypatch.setattr(pathmnist, "COUNTS", COUNTS)
     monkeypatch.setattr(pathmnist, "official_file", lambda size: official)
     return path

@@ -18,9 +18,8 @@ from hypothesis import strategies as st
 
 from common import data, download, pathmnist, phantom
 from common.data import load_dataset, stratified_part
-from common.download import md5_of
 from common.errors import Fault, UsageError
-from common.files import locked
+from common.files import digest, locked
 from common.tiles import DeviceTiles
 
 
@@ -63,7 +62,7 @@ def test_a_later_start_maps_the_arrays_without_the_file(tmp_path: Path, monkeypa
     monkeypatch.setattr(data, "_unpack", no_build)
     again = load_dataset("pathmnist", 28, tmp_path)
     assert torch.equal(first.test.images, again.test.images)
-    assert first.fingerprint == again.fingerprint == md5_of(path)
+    assert first.fingerprint == again.fingerprint == digest(path, "md5")
     path.unlink()
     assert torch.equal(load_dataset("pathmnist", 28, tmp_path).val.images, first.val.images)
 
@@ -289,11 +288,11 @@ def test_a_source_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 def test_a_source_without_the_right_to_read_it_is_no_damaged_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def forbidden(path: Path) -> str:  # root may read everything
+    def forbidden(path: Path, algorithm: str) -> str:  # root may read everything
         raise PermissionError(errno.EACCES, "Permission denied", path)
 
     (tmp_path / "pathmnist.npz").touch()
-    monkeypatch.setattr(data, "md5_of", forbidden)
+    monkeypatch.setattr(data, "digest", forbidden)
     with pytest.raises(
         Fault, match=r"pathmnist\.npz: Permission denied; make it readable, or name another"
     ) as fault:
@@ -347,12 +346,12 @@ def test_a_damaged_file_is_refused_with_the_remedy(
     damage: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_official(tmp_path, monkeypatch)
-    expected = md5_of(path)
+    expected = digest(path, "md5")
     damage(path)
     with pytest.raises(Fault) as fault:
         load_dataset("pathmnist", 28, tmp_path)
     size = path.stat().st_size
-    found = f"its MD5 is {md5_of(path)}, not {expected}; it is damaged or another file ({size:,} bytes)"
+    found = f"its MD5 is {digest(path, 'md5')}, not {expected}; it is damaged or another file ({size:,} bytes)"
     assert str(fault.value) == (
         f"{path}: {found}: delete it, and the same command fetches it again, or fetch "
         f"http://127.0.0.1:9/pathmnist.npz (MD5 {expected}) by hand into {tmp_path}, or use --dataset phantom"
@@ -369,7 +368,7 @@ def test_a_part_is_a_copy_of_the_chosen_training_tiles_and_the_other_splits_stay
     path = write_official(tmp_path, monkeypatch)
     part, whole = load_dataset("pathmnist", 28, tmp_path, 300), load_dataset("pathmnist", 28, tmp_path)
     assert part.title == "PathMNIST (300 of 1,200 training tiles, 28 px)"
-    assert part.fingerprint == f"{md5_of(path)}-300-of-1200-order{data.ORDER_VERSION}"
+    assert part.fingerprint == f"{digest(path, 'md5')}-300-of-1200-order{data.ORDER_VERSION}"
     chosen = stratified_part(whole.train.labels.numpy(), 300)
     images = part.train.images
     assert (images[:, 0, 0, 0].int() + 251 * images[:, 1, 0, 0].int()).tolist() == chosen.tolist()
@@ -388,8 +387,10 @@ def test_a_part_as_large_as_the_whole_is_the_whole(tmp_path: Path, monkeypatch: 
     for train_tiles in (None, 1200):
         dataset = load_dataset("pathmnist", 28, tmp_path, train_tiles)
         assert dataset.title == "PathMNIST (1,200 training tiles, 28 px)"
-        assert dataset.fingerprint == md5_of(path)
-    assert load_dataset("pathmnist", 28, tmp_path, 1199).fingerprint.startswith(f"{md5_of(path)}-1199-of-1200-")
+        assert dataset.fingerprint == digest(path, "md5")
+    assert load_dataset("pathmnist", 28, tmp_path, 1199).fingerprint.startswith(
+        f"{digest(path, 'md5')}-1199-of-1200-"
+    )
 
 
 def test_more_tiles_than_there_are_are_refused_before_any_download(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from common import download as module
-from common.download import download, md5_of
+from common.download import download
 from common.errors import Fault
-from common.files import locked
+from common.files import digest, locked
 
 CONTENT = bytes(range(256)) * 100
 MD5 = hashlib.md5(CONTENT).hexdigest()
@@ -77,7 +77,7 @@ def test_a_file_is_downloaded_into_a_new_folder(tmp_path: Path, serve: Serve) ->
     download(server.url, path, MD5)
     assert server.ranges == [None]
     assert path.read_bytes() == CONTENT
-    assert md5_of(path) == MD5
+    assert digest(path, "md5") == MD5
 
 
 def test_the_content_of_a_download_is_flushed_to_disk_before_it_gets_its_name(
