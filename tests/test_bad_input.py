@@ -225,6 +225,18 @@ def member(name: str, content: bytes, compression: int = zipfile.ZIP_DEFLATED) -
     return make
 
 
+def grid_table(content: str) -> Make:
+    """A report of an ablation, whose table of runs is `content`."""
+
+    def make(folder: Path, _: pytest.MonkeyPatch) -> None:
+        write_run(folder, {**CONFIG, "run_id": "a"})
+        (folder / "sweeps" / "g").mkdir(parents=True)
+        (folder / "sweeps" / "g" / "runs.csv").write_text(content)
+        (folder / "report.toml").write_text('[task1]\nruns = ["a"]\n[task4]\nablation = "g"\n')
+
+    return make
+
+
 def npy(header: str, content: bytes = b"") -> bytes:
     """A .npy file with this header."""
     text = header.encode().ljust(117) + b"\n"
@@ -372,6 +384,17 @@ FILES: list[tuple[Make, str, int, str]] = [
     (sweep_of(command=["python"]), SWEEP, 2, r"command has no \$\{args\}"),
     (text("s.yaml", "!!python/object/apply:os.mkdir [exploded]"), SWEEP, 2, r"s\.yaml: not YAML"),
     (text("report.toml", "[task1"), REPORT, 2, r"report\.toml: "),
+    (text("report.toml", "a = " + "[" * 20_000), REPORT, 2, r"report\.toml: "),
+    *[(special("report.toml", kind), REPORT, 2, r"report\.toml: ") for kind in ("fifo", "folder", "zero", "loop")],
+    *[
+        (grid_table(content), REPORT, 1, rf"runs\.csv: not a readable record \({reason}")
+        for content, reason in (
+            ("run_id,ablation\nr\n", "the lines have different numbers of values"),
+            ("run_id,ablation\nr,combined,3\n", "the lines have different numbers of values"),
+            ('run_id,ablation\n"r,combined\n', "unexpected end of data"),
+            ("run_id\n" + "a" * 200_000 + "\n", "field larger than field limit"),
+        )
+    ],
     (text("report.toml", "[task7]\n"), REPORT, 2, "unknown section task7"),
     (text("report.toml", "[task1]\nruns = 3\n"), REPORT, 2, r"\[task1\] needs runs"),
     (text("report.toml", '[task1]\nruns = ["r"]\n'), REPORT, 2, "names run r, which is not finished"),
