@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -114,3 +115,9 @@ def assert_same(killed: Path, whole: Path) -> None:
     assert found.keys() == expected.keys()
     for name in expected:
         assert found[name] == expected[name], f"{name}: {found[name]!r:.2000} is not {expected[name]!r:.2000}"
+
+
+def mount(folder: Path, options: str) -> int:
+    """Mount a small disk, with the right to do so; returns mount's exit status."""
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    return subprocess.run(command, capture_output=True).returncode

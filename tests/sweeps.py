@@ -35,7 +35,7 @@ def begin(path: Path, output: Path, **keys: Any) -> int:
     return start(lambda: run_script(sweep.main, sweep.SweepConfig, arguments), output / "log.txt")
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
+def wait_for(condition: Callable[[], Any]) -> None:
     deadline = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < deadline

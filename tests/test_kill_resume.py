@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import yaml
 from conftest import MODEL
-from processes import assert_same, end, records, start
+from processes import assert_same, end, mount, records, start
+from sweeps import wait_for
 
 import task1
 import task5
@@ -356,3 +357,34 @@ def test_a_sweep_killed_twenty_times_leaves_the_same_table(
         assert records(killed / "sweeps")[f"s/{table}"] == records(whole / "sweeps")[f"s/{table}"]
     with capsys.disabled():
         print(f"\n{method} sweep: {kills} kills, and the table of the sweep without kills")
+
+
+@pytest.mark.slow
+def test_a_search_ends_the_same_after_a_full_disk_and_killed_trainings(
+    small_disk: Path, tmp_path: Path, phantom_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    file, log = sweep_file(tmp_path, "bayes", phantom_root), tmp_path / "log"
+
+    def search(folder: Path) -> int:
+        arguments = [f"--file={file}", f"--output_dir={folder}", "--count=2", "--workers=1"]
+        log.unlink(missing_ok=True)
+        return start(lambda: run_script(sweep.main, sweep.SweepConfig, arguments), log)
+
+    assert end(search(tmp_path / "whole")) == 0, log.read_text()
+    assert mount(small_disk, "remount,size=400k") == 0  # room for the records, but for no checkpoint
+    assert end(search(small_disk)) == 1
+    assert "No space left on device" in log.read_text()
+    assert mount(small_disk, "remount,size=64m") == 0
+    for begun in ("runs/s-0/config.json", "checkpoints/s-0/last.pt"):
+        command = search(small_disk)
+        children = Path(f"/proc/{command}/task/{command}/children")
+        wait_for(lambda begun=begun, children=children: (small_disk / begun).exists() and children.read_text())
+        os.kill(
+            int(children.read_text().split()[0]), signal.SIGKILL
+        )  # as the kernel kills a training that needs too much memory
+        assert end(command) == 1
+        assert "failed: see their logs; the same command tries them again" in log.read_text()
+    assert end(search(small_disk)) == 0, log.read_text()
+    assert_same(small_disk / "runs", tmp_path / "whole" / "runs")
+    assert records(small_disk / "sweeps")["s/table.csv"] == records(tmp_path / "whole/sweeps")["s/table.csv"]
