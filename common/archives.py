@@ -1,5 +1,6 @@
 """Arrays in .npz archives, read within bounds: a damaged, foreign or malicious file is a ValueError."""
 
+import errno
 import shutil
 import zipfile
 from collections.abc import Iterator
@@ -62,9 +63,9 @@ def open_npz(path: Path) -> Iterator[Archive]:
         try:
             with zipfile.ZipFile(file) as archive:
                 yield Archive(archive)
-        except OSError:
-            raise
         except Exception as error:  # zipfile, zlib and numpy's reader of headers raise many types
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:
+                raise  # EINVAL: a damaged place before the file's beginning
             raise ValueError(first_line(error)) from error
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import re
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -275,8 +276,9 @@ def _read(path: Path) -> tuple[str, dict[str, torch.Tensor]]:
 
 def _not_tensors(path: Path, error: Exception) -> str:
     """What a file holds instead of tensors, in words that are shorter and safer than torch.load's."""
-    if zipfile.is_zipfile(path) and any("/code/" in name for name in zipfile.ZipFile(path).namelist()):
-        return "it is a TorchScript program; save model.state_dict() instead"
+    with suppress(Exception), zipfile.ZipFile(path) as archive:  # zipfile raises many types for a damaged file
+        if any("/code/" in name for name in archive.namelist()):
+            return "it is a TorchScript program; save model.state_dict() instead"
     if found := re.search(r"GLOBAL ([\w.]+)", str(error.__cause__)):
         return f"it holds a Python object, {found[1]}; save model.state_dict() instead"
     return "it is damaged, or it was not written by torch.save or safetensors"

@@ -1,7 +1,6 @@
 """Every mistake of a user ends with one line that names it and the right exit status; no file changes."""
 
 import os
-import re
 import shlex
 import zipfile
 from collections.abc import Callable
@@ -12,33 +11,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from bad_input import PHANTOM, RUN, assert_refused, contents, npy, special_file
 from conftest import COUNTS, official_arrays, write_official
 from example_records import CONFIG, write_run
 
 import task1
-import task2
-import task5
-import train
 from common import checkpoint, pathmnist
-from common.config import parse, run_script
+from common.config import parse
 from common.files import digest
 from common.models import build_model
 from common.pathmnist import OfficialFile
-from study import __main__ as study
-from study import report, sweep
 
 Make = Callable[[Path, pytest.MonkeyPatch], Any]  # puts a file into the folder of a case
 
-COMMANDS: dict[str, tuple[Any, Any]] = {
-    "task1.py": (task1.main, task1.Task1Config),
-    "task2.py": (task2.main, task2.Task2Config),
-    "train.py": (train.main, train.TrainConfig),
-    "task5.py": (task5.main, task5.Task5Config),
-    "study.sweep": (sweep.main, sweep.SweepConfig),
-    "study.report": (report.main, report.ReportConfig),
-    "study.__main__": (study.main, study.StudyConfig),
-}
-PHANTOM = "--dataset=phantom --size=28 --train_tiles=90 --n_epochs=1"
 LITE0 = "--model_name=tf_efficientnet_lite0"
 
 # The command, its exit status, and a pattern of its one line. {} is the folder of the case.
@@ -192,21 +177,6 @@ def last_checkpoint(content: dict[str, Any], **keys: Any) -> Make:
     return make
 
 
-def special_file(path: Path, kind: str) -> None:
-    """In the place of a file: a `fifo`, a `folder`, a `loop` of symbolic links, or a link to /dev/`zero`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    match kind:
-        case "fifo":
-            os.mkfifo(path)
-        case "folder":
-            path.mkdir()
-        case "loop":
-            path.symlink_to(path)
-        case "zero":
-            path.symlink_to("/dev/zero")
-
-
 def special(name: str, kind: str) -> Make:
     return lambda folder, _: special_file(folder / name, kind)
 
@@ -237,12 +207,6 @@ def grid_table(content: str) -> Make:
     return make
 
 
-def npy(header: str, content: bytes = b"") -> bytes:
-    """A .npy file with this header."""
-    text = header.encode().ljust(117) + b"\n"
-    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + content
-
-
 def linked_lock(folder: Path, _: pytest.MonkeyPatch) -> None:
     """A run whose lock is a symbolic link to a file of the user."""
     (folder / "mine.txt").write_text("mine")
@@ -267,7 +231,6 @@ def nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No file."""
 
 
-RUN = f"task1.py {PHANTOM} --data_root={{}} --output_dir={{}} --run_id=r"
 EXPLAIN = "task2.py --run_id=r --output_dir={} --data_root={}"
 TUNE = f"task5.py {PHANTOM} --model_name=resnet18 --data_root={{}} --output_dir={{}} --weights={{}}/w.pth"
 OFFICIAL = "task1.py --dataset=pathmnist --size=28 --data_root={} --output_dir={}"
@@ -408,28 +371,6 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("common.pathmnist.official_file", lambda size: missing)
     monkeypatch.setattr("common.download.TRIES", 1)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def assert_refused(line: str, status: int, message: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    program, *arguments = shlex.split(line.replace("{}", str(folder)))
-    if program == "study.sweep":
-        arguments = sweep.as_keys(arguments)
-    main, config_class = COMMANDS[program]
-    before = contents(folder)
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        run_script(main, config_class, arguments)
-    said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 1, said
-    assert re.search(message, said[0]), said[0]
-    assert ended.value.code == status
-    after = contents(folder)
-    assert {name: after.get(name) for name in before} == before
-    assert not Path("exploded").exists()
 
 
 @pytest.mark.parametrize(("line", "status", "message"), OPTIONS, ids=[case[0][:60] for case in OPTIONS])

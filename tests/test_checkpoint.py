@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from bad_input import assert_refused, special_file
 from conftest import trainer_of
 from example_records import write_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import plain
-from test_bad_input import assert_refused, special_file
 from torch import nn
 
 from common import checkpoint

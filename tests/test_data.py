@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import pickle
 import resource
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bad_input import damaged
 from conftest import COUNTS, official_arrays, write_official
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -196,6 +198,24 @@ def test_any_damage_of_the_arrays_is_noticed(draw: st.DataObject, phantom_root: 
         assert found is None or torch.equal(found["val"].labels, whole.val.labels)
     finally:
         path.write_bytes(content)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(draw=st.data())
+def test_any_damage_of_an_official_file_is_a_fault_or_changes_nothing(
+    draw: st.DataObject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_official(tmp_path, monkeypatch)
+    path.write_bytes(damaged(path.read_bytes(), draw))
+    arrays = tmp_path / "arrays"
+    shutil.rmtree(arrays, ignore_errors=True)
+    arrays.mkdir()
+    try:
+        data._unpack(path, data.Layout("", 28, COUNTS), arrays)
+    except Fault:
+        return
+    for name, expected in official_arrays(COUNTS).items():
+        assert np.array_equal(np.load(arrays / f"{name}.npy").reshape(expected.shape), expected)
 
 
 def test_nothing_is_written_into_a_read_only_data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

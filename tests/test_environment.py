@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch.distributed
+from bad_input import RUN, assert_refused
 from conftest import ROOT
-from test_bad_input import RUN, assert_refused
 
 from common.compute import Compute
 from common.config import TrainingConfig, run_script

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_bad_input import special_file
+from bad_input import special_file
 
 from common import checkpoint
 from common.errors import Fault

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bad_input import assert_refused, damaged, npy, special_file
 from conftest import ROOT
 from example_records import CONFIG, outputs, row, write_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_bad_input import assert_refused, npy, special_file
 
 from common.errors import Fault
 from common.files import write_csv, write_json
@@ -244,19 +244,7 @@ def read(folder: Path, name: str) -> Any:
 @given(data=st.data())
 def test_any_damage_of_a_record_is_a_fault(name: str, data: st.DataObject, tmp_path: Path) -> None:
     folder = write_run(tmp_path)
-    content = bytearray((folder / name).read_bytes())
-    for _ in range(data.draw(st.integers(1, 3))):
-        place = data.draw(st.integers(0, len(content) - 1))
-        match data.draw(st.sampled_from(["change", "insert", "cut"])):
-            case "change":
-                content[place] = data.draw(st.integers(0, 255))
-            case "insert":
-                content[place:place] = data.draw(st.binary(max_size=8))
-            case "cut":
-                del content[place : place + data.draw(st.integers(1, 2000))]
-        if not content:
-            break
-    (folder / name).write_bytes(content)
+    (folder / name).write_bytes(damaged((folder / name).read_bytes(), data))
     try:
         found = read(folder, name)
     except Fault:

@@ -5,11 +5,15 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from bad_input import damaged
 from conftest import ROOT
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from common.config import run_script
 from common.errors import UsageError
@@ -201,3 +205,14 @@ def test_more_training_tiles_come_before_more_seeds(tmp_path: Path) -> None:
         add(tmp_path, f"few-{seed}", config=keys, tiles=few, data_fingerprint="few")
     collect(tmp_path)
     assert Study(tmp_path).selection == {"task1": {"runs": ["all"]}}
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_damage_of_report_toml_is_refused_or_leaves_a_selection(data: st.DataObject, tmp_path: Path) -> None:
+    text = b'[task1]\nruns = ["a", "b"]\n[task2]\nrun = "a"\n[task4]\nablation = "g"\n'
+    (tmp_path / "report.toml").write_bytes(damaged(text, data))
+    with suppress(UsageError):
+        study = Study(tmp_path)
+        study.named("task1", "runs")
+        study.attribution()

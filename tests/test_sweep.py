@@ -19,7 +19,10 @@ import example_records
 import pytest
 import torch
 import yaml
+from bad_input import damaged
 from conftest import ROOT
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from processes import end
 from scipy import stats
 from sweeps import (
@@ -75,6 +78,17 @@ def test_the_search_file_has_the_courseworks_space(monkeypatch: pytest.MonkeyPat
 
 
 # Reading a sweep file
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_damage_of_a_sweep_file_is_refused_or_leaves_a_sweep(
+    data: st.DataObject, write_sweep: Write, tmp_path: Path
+) -> None:
+    path = write_sweep(SEARCH)
+    path.write_bytes(damaged(path.read_bytes(), data))
+    with suppress(UsageError):
+        assert read_sweep(path).swept.keys() <= {"quality", "row"}
 
 
 @pytest.mark.parametrize(  # test_bad_input.py has more of them

@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from bad_input import damaged
 from conftest import ROOT
 from example_records import CONFIG, write_run
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from common import weights as weights_module
 from common.convolutions import SmallMapConv2d
@@ -229,6 +232,28 @@ def test_what_is_no_state_dict_is_refused_in_plain_words(tmp_path: Path) -> None
         with pytest.raises(UsageError, match=message) as caught:
             load_weights(str(name), SMALL, tmp_path)
         assert not re.search(r"[\n\x1b]", str(caught.value))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_damage_of_a_file_of_weights_is_refused_or_leaves_finite_tensors(
+    suffix: str, data: st.DataObject, tmp_path: Path
+) -> None:
+    path = tmp_path / f"w{suffix}"
+    tensors = {"a.weight": torch.ones(4, 3), "a.bias": torch.zeros(4)}
+    if suffix == ".pth":
+        torch.save(tensors, path)
+    else:
+        safetensors.torch.save_file(tensors, path)
+    path.write_bytes(damaged(path.read_bytes(), data))
+    try:
+        found = load_weights(str(path), "resnet18", tmp_path).state_dict
+    except UsageError as error:
+        assert str(path) in str(error)  # noqa: PT017 (some damage is harmless)
+        return
+    assert found is not None
+    assert all(value.isfinite().all() for value in found.values())
 
 
 def test_a_file_that_would_run_code_is_not_run(tmp_path: Path) -> None:
