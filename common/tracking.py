@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
+import logging
 import netrc
 import os
 import platform
@@ -292,6 +293,7 @@ def start_wandb(task: str, run_id: str, config: ScriptConfig, facts: Mapping[str
         return None
     import wandb  # a second of import that a disabled run does not pay for
 
+    logging.raiseExceptions = False  # else W&B's log on a full disk prints a traceback for each of its lines
     settings = wandb.Settings(
         silent=True,
         console="off",

@@ -54,7 +54,10 @@ class SweepConfig(Keys):
     output_dir: Path = key(Path(), "folder that gets sweeps/ and the runs' folders")
     storage: str | None = key(None, "URL of a database, to share a search between machines (see docs/running.md)")
     fixed: str = key("", "keys for every run, as '--key=value --key=value'; or write them after --")
-    table_only: bool = key(False, "start no run: only make the table of the finished ones")
+    table_only: bool = key(
+        False,
+        "start no run: only make the table of the finished ones; the program is loaded, because it checks their keys",
+    )
 
 
 def grid(sweep: Sweep) -> list[Trial]:

@@ -3,10 +3,13 @@
 import json
 import resource
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from processes import assert_same, end, mount, start
 
 import train
@@ -114,3 +117,17 @@ def test_a_file_that_is_too_large_is_named_and_without_the_limit_the_run_continu
     assert_same(folder, whole)
     with capsys.disabled():
         print(f"\n{len(limits)} limits of a file's size, then none: the run ended like one without errors")
+
+
+@pytest.mark.slow
+def test_wandb_offline_on_a_full_disk_adds_no_traceback(
+    small_disk: Path, phantom_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+    keys = [*KEYS, "--wandb=offline", f"--data_root={phantom_root}", f"--output_dir={small_disk}"]
+    assert mount(small_disk, "remount,size=20k") == 0  # less than W&B's own log needs
+    done = subprocess.run([sys.executable, ROOT / "train.py", *keys], capture_output=True, text=True)
+    assert done.returncode == 1
+    [line] = done.stderr.splitlines()
+    assert str(small_disk) in line
+    assert "No space left on device" in line
