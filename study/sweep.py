@@ -56,7 +56,7 @@ class SweepConfig(Keys):
     fixed: str = key("", "keys for every run, as '--key=value --key=value'; or write them after --")
     table_only: bool = key(
         False,
-        "start no run: only make the table of the finished ones; the program is loaded, because it checks their keys",
+        "start no run: only make the table of the finished ones, whose keys the loaded program checks",
     )
 
 
