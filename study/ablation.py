@@ -19,9 +19,9 @@ from study.trials import Trial, TrialRecords
 
 METRICS = {"validate/acc": "validation ACC", "test/acc": "test ACC", "test/auc": "test AUC"}
 IDENTICAL = (
-    "Identical: the networks of both rows give the same outputs to the last bit. There is nothing to test, and "
-    "Holm's correction does not count the row. Removing a very small weight decay has this effect: each step "
-    "multiplies the weights by 1 - lr * weight_decay, which float32 rounds to 1 below about 3e-8."
+    "Identical: the networks of both rows give the same outputs to the last bit: the technique changed nothing. "
+    "There is nothing to test, and Holm's correction does not count the row. For example, early stopping changes "
+    "nothing where no run stops early."
 )
 COMPARED = ("pairs", "difference", "difference low", "difference high", "p", "p holm", "verdict")
 Rows = Mapping[str, Mapping[int, Mapping[str, float]]]  # row → seed → metric → value
@@ -54,9 +54,17 @@ def report(trials: Sequence[Trial], records: TrialRecords) -> None:
         }
         write_csv(folder / "table.csv", _table(rows, comparisons))
         text = [_caption(name, list(runs.values())), "", *_markdown(rows, comparisons)]
-        missing = [trial.run_id for trial in trials if trial.run_id not in runs]
+        missing: dict[str, list[str]] = {}
+        for trial in trials:
+            if trial.run_id not in runs:
+                missing.setdefault(_row(trial), []).append(str(trial.values["seed"]))
         if missing:
-            text += ["", f"**Incomplete**: {len(missing)} runs are missing: {', '.join(missing)}."]
+            seeds = ", ".join(f"{row} ({', '.join(numbers)})" for row, numbers in missing.items())
+            n_missing = len(trials) - len(runs)
+            text += [
+                "",
+                f"**Incomplete**: {n_missing} of {len(trials)} runs are missing, with the seeds: {seeds}.",
+            ]
         write_text(folder / "table.md", "\n".join(text) + "\n")
         figure = records.output_dir / "fig" / "task4" / f"{name}.png"
         _draw(figure, rows, " / ".join(_titles(runs.values())))
@@ -176,8 +184,8 @@ def _caption(name: str, runs: Sequence[Record]) -> str:
     seeds = sorted({run.config["seed"] for run in runs})
     text = (
         f"**{name}**: {' / '.join(_titles(runs))}; {tiles['train']:,} training, {tiles['val']:,} validation and "
-        f"{tiles['test']:,} test tiles of {runs[0].config['size']} pixels; {len(seeds)} seeds "
-        f"({', '.join(map(str, seeds))}); intervals are over seeds."
+        f"{tiles['test']:,} test tiles of {runs[0].config['size']} pixels; seeds: "
+        f"{', '.join(map(str, seeds))}; intervals are over seeds."
     )
     if any(run.summary["synthetic"] for run in runs):
         text += " The tiles are generated: these are no results on PathMNIST."

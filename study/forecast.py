@@ -39,14 +39,19 @@ class Forecast:
 
 
 def forecast(groups: Sequence[Group]) -> Forecast:
-    """The correlations over the runs of these configurations; runs without one of the scores are left out."""
-    found, values = [], []
+    """The correlations over the runs of these configurations; runs without one of the scores are left out.
+
+    A run with the very scores of an earlier one is left out, too: the change of its configuration had no effect.
+    """
+    found, values, seen = [], [], set[tuple[float, ...]]()
     for group in groups:
         columns = [group.by_seed("best", "acc"), *(group.by_seed(*keys) for keys in SCORES.values())]
         seeds = set.intersection(*map(set, columns))
-        if seeds:
+        rows = dict.fromkeys(tuple(column[seed] for column in columns) for seed in sorted(seeds))
+        if new := [row for row in rows if row not in seen]:
             found.append(group)
-            values.append(np.array([[column[seed] for column in columns] for seed in sorted(seeds)]))
+            values.append(np.array(new))
+            seen.update(new)
     if len(values) < LEAST_GROUPS or sum(map(len, values)) < LEAST_RUNS:
         return Forecast(found, values, {})
     signs = np.array([1, *(-1 if name == LOWER_IS_BETTER else 1 for name in SCORES)])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from study.forecast import rank_correlations
+from study.forecast import SCORES, forecast, rank_correlations
 
 DRAWS = np.random.default_rng(3)
 COMMON = DRAWS.normal(size=(12, 1))
@@ -27,3 +27,24 @@ def test_more_seeds_of_the_same_configurations_do_not_narrow_the_interval() -> N
     repeated = rank_correlations([np.repeat(runs, 5, axis=0) for runs in GROUPS])
     for once, often in zip(rank_correlations(GROUPS), repeated, strict=True):
         assert (often.low, often.high) == pytest.approx((once.low, once.high))
+
+
+class Configuration:
+    """Runs with given scores (runs, 1 + scores): the test ACC and SCORES; their seeds are 0, 1 and so on."""
+
+    def __init__(self, runs: np.ndarray) -> None:
+        self.runs = runs
+
+    def by_seed(self, *keys: str) -> dict[int, float]:
+        column = [("best", "acc"), *SCORES.values()].index(keys)
+        return dict(enumerate(self.runs[:, column]))
+
+
+def test_a_run_that_repeats_an_earlier_one_to_the_last_digit_counts_once() -> None:
+    groups = [Configuration(DRAWS.random((2, 1 + len(SCORES)))) for _ in range(5)]
+    without = forecast(groups)  # type: ignore[arg-type]
+    half = np.concatenate([groups[0].runs[:1], DRAWS.random((1, 1 + len(SCORES)))])
+    found = forecast([*groups, Configuration(groups[1].runs.copy()), Configuration(half)])  # type: ignore[arg-type]
+    assert (without.n_runs, len(without.groups)) == (10, 5)
+    assert (found.n_runs, len(found.groups)) == (11, 6)
+    assert forecast([*groups[:4], Configuration(groups[3].runs.copy())]).correlations == {}  # type: ignore[arg-type]

@@ -245,7 +245,7 @@ def test_rows_with_the_same_outputs_are_called_identical_and_are_not_tested(
     assert [rows[row]["test/acc verdict"] for row in ("b", "twin-of-a")] == ["the same", "identical"]
     assert rows["twin-of-a"]["test/acc p"] == "nan"
     text = (tmp_path / "out/sweeps/try/table.md").read_text()
-    assert "Identical: the networks of both rows give the same outputs to the last bit." in text
+    assert "Identical: the networks of both rows give the same outputs to the last bit: the" in text
     run(write_sweep({**GRID, "name": "other"}), tmp_path / "out")
     assert "Identical" not in (tmp_path / "out/sweeps/other/table.md").read_text()
 
@@ -270,7 +270,10 @@ def test_a_failed_run_is_named_and_the_others_still_run(
     printed = capsys.readouterr().out
     assert "try-_1-0: FAILED with exit status 2: fake_program.py: --quality -1.0: broken" in printed
     assert len(starts(tmp_path / "out")) == 3
-    assert "**Incomplete**: 1 runs are missing: try-_1-0." in (tmp_path / "out/sweeps/try/table.md").read_text()
+    assert (
+        "**Incomplete**: 1 of 3 runs are missing, with the seeds: -1 (0)."
+        in (tmp_path / "out/sweeps/try/table.md").read_text()
+    )
 
 
 def test_a_sweep_fails_if_all_its_runs_fail(write_sweep: Write, tmp_path: Path) -> None:
@@ -620,7 +623,7 @@ def test_scores_over_8_views_have_a_column_and_those_of_the_first_row_a_comparis
 def test_the_table_names_its_data_seeds_and_commit(write_sweep: Write, tmp_path: Path) -> None:
     text = report(write_sweep(THREE_SEEDS), tmp_path, views=True)
     assert text.startswith(
-        "**try**: no data; 1,000 training, 10 validation and 20 test tiles of 64 pixels; 3 seeds (0, 1, 2); "
+        "**try**: no data; 1,000 training, 10 validation and 20 test tiles of 64 pixels; seeds: 0, 1, 2; "
         "intervals are over seeds. Commit abc.\n"
     )
     assert "Incomplete" not in text
@@ -639,7 +642,7 @@ def test_the_table_of_an_incomplete_grid_names_the_missing_runs_and_compares_the
 ) -> None:
     missing = {**SCORES, "b": {0: 0.52, 1: None, 2: 0.75}, "c": {0: 0.4, 1: None, 2: None}}
     text = report(write_sweep(THREE_SEEDS), tmp_path, missing)
-    assert "**Incomplete**: 3 runs are missing: try-b-1, try-c-1, try-c-2." in text
+    assert "**Incomplete**: 3 of 9 runs are missing, with the seeds: b (1), c (1, 2)." in text
     assert "| c | 1 | -0.1000 |  |  | too few seeds |" in text
     _, b, c = table(tmp_path)
     assert b["test/acc pairs"] == "2"
