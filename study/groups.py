@@ -122,6 +122,17 @@ class Group:
         return dict(zip(scores[0], means.tolist(), strict=True))
 
 
+def nearest(group: Group, others: Mapping[str, Group]) -> tuple[str, dict[str, Any]]:
+    """The name of the other group with the most similar recipe, and the keys with other values in this one."""
+    recipe = {name: value for name, value in group.first.config.items() if name not in (*APART, "ablation")}
+    changes = {
+        name: {key: value for key, value in recipe.items() if value != other.first.config.get(key)}
+        for name, other in others.items()
+    }
+    name = min(changes, key=lambda name: len(changes[name]))
+    return name, changes[name]
+
+
 def grouped(records: Iterable[Record]) -> list[Group]:
     """The runs that differ in their seed alone, as groups in the order of their first runs."""
     return [Group(same) for same in alike(records, APART)]

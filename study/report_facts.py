@@ -1,7 +1,8 @@
 """What the template of report.md may use: the records of a study as typed facts, and the published scores."""
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -12,7 +13,7 @@ from common.pathmnist import COUNTS
 from common.statistics import SIGNIFICANT, Comparison, Spread, compare, interval, spread
 from study.ablation import identical_rows
 from study.forecast import LEAST_GROUPS, LEAST_RUNS, LOWER_IS_BETTER, forecast
-from study.groups import NETWORKS, TECHNIQUES, Group, grouped
+from study.groups import NETWORKS, TECHNIQUES, Group, grouped, nearest
 from study.learning_curve import best_at, learning_curves
 from study.report_selection import Study
 
@@ -143,6 +144,7 @@ def facts(study: Study) -> dict[str, Any]:
         "compared": compared,
         "comparison": study.comparison() if compared else None,
         "further": further,
+        "nearest": nearest,
         "baselines": baselines,
         # By test ACC: a network that passes here is better than every baseline.
         "strongest": max(baselines, key=lambda group: group.spread("best", "acc").mean, default=None),
@@ -159,11 +161,25 @@ def facts(study: Study) -> dict[str, Any]:
         "least_runs": LEAST_RUNS,
         "least_groups": LEAST_GROUPS,
         "tuning": compare(by_kind)["fine-tuned"] if compared else None,
-        "sources": sources,
+        "sources": together(sources),
         "references": REFERENCES,
         "official": COUNTS,
         "interval": interval,
     }
+
+
+def together(sources: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[Mapping[str, Any]]]:
+    """The provenance of runs by task; tasks with the same commits, Python and packages share an entry."""
+    found: dict[str, list[str]] = {}
+    for task, records in sorted(sources.items()):
+        if records:
+            same = [
+                sorted({str(record["commit"]) for record in records}),
+                records[0]["python"],
+                records[0]["versions"],
+            ]
+            found.setdefault(json.dumps(same, sort_keys=True), []).append(task)
+    return {", ".join(tasks): [record for task in tasks for record in sources[task]] for tasks in found.values()}
 
 
 def verdicts(ablation: Mapping[str, Group]) -> dict[str, Comparison]:
