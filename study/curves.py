@@ -67,7 +67,7 @@ def draw_summary(
     `others` is a name and the ACC.
     """
     with style.context(["default", STYLE]):
-        figure = Figure(figsize=(8, 1.3 + 0.34 * (len(ours) + len(others))))
+        figure = Figure(figsize=(8, 1.3 + 0.38 * (len(ours) + len(others))))
         axes = figure.add_subplot()
         for place, (_, key, acc, views) in enumerate(ours):
             colour = COLOURS.get(key, GREY)

@@ -18,7 +18,7 @@ from common.statistics import interval
 from common.tracking import TITLES
 from study.curves import COLOURS, draw_curves, draw_summary
 from study.forecast import LOWER_IS_BETTER, Forecast
-from study.groups import Group
+from study.groups import TECHNIQUES, Group
 from study.learning_curve import Curve
 
 SHOWN = {
@@ -71,8 +71,10 @@ def summary_rows(
         if task != "Task 5":
             groups.append((f"{task}: {group.title}", task, group))
     if content["ablation"]:
-        best = content["ablation"][content["best_row"]]
-        groups.append((f"Task 4, best row by validation: {best.title}", "Task 4", best))
+        row = content["best_row"]
+        best = content["ablation"][row]
+        tiles = best.first.summary["tiles"]["train"]
+        groups.append((f"Task 4, best row ({tiles:,} tiles): {TECHNIQUES.get(row, row)}", "Task 4", best))
     groups += [(f"Task 5: {group.title}", kind, group) for kind, group in content["compared"].items()]
     groups += [
         (f"Further: {group.title}", TITLES[group.first.facts["task"]], group) for group in content["further"]

@@ -160,7 +160,7 @@ def test_the_page_compares_a_network_with_the_strongest_baseline(
     title = json.loads((study / "runs/neighbours-90-0/summary.json").read_text())["title"]
     assert f"- The strongest baseline is {title}, with test ACC 0.7000 [" in page
     assert f". Task 1 is {verdict} it.\n" in page
-    assert f"| Baseline | {title} | 90 | 1 | 0.7000 [0.6500, 0.8000] |" in page
+    assert f"| Baseline | {title} | 90 | 1 | 0.700 [0.650, 0.800] |" in page
 
 
 def test_the_page_shows_a_recipe_and_a_baseline_on_fewer_tiles(study: Path) -> None:
