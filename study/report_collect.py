@@ -129,8 +129,10 @@ def candidates(
         largest = [record.run_id for record in shown]  # the curves' last points, if these have their recipes
         yield "learning_curve", {"sweeps": [path.parent.name for path in curves], "runs": largest}, []
     explained = [one for one in records if (one.folder / "attribution.json").exists()]
-    for record in sorted(explained, key=lambda one: one in shown)[-1:]:  # rather one of the page's Task 1
-        yield "task2", {"run": record.run_id}, []
+    explained.sort(key=lambda one: one in shown)  # rather one of the page's Task 1 is shown
+    if explained:
+        also = [record.run_id for record in explained[:-1]]
+        yield "task2", {"run": explained[-1].run_id, **({"also": also} if also else {})}, []
     of_page = {line["run_id"] for path in (*ablations[-1:], *searches[-1:], *curves) for line in tables[path]}
     named = {record.run_id for record in (*shown, *others, *baselines)}.union(of_page, *compared.values())
     for record in records:

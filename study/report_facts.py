@@ -98,7 +98,9 @@ def facts(study: Study) -> dict[str, Any]:
     """The template's variables. Raises UsageError or Fault naming the first record that is missing."""
     chosen = study.selection
     tasks = {title: Group(records) for title, records in study.trained().items()}
-    attribution = study.attribution() if "task2" in chosen else None
+    attribution = study.attribution(study.named("task2", "run")) if "task2" in chosen else None
+    also = study.named("task2", "also") if "also" in chosen.get("task2", {}) else []
+    attributions = [*([attribution] if attribution else []), *map(study.attribution, also)]
     ablation = {row: Group(records) for row, records in study.ablation().items()} if "task4" in chosen else {}
     compared = {kind: Group(records) for kind, records in study.compared().items()} if "task5" in chosen else {}
     further, baselines = (
@@ -121,7 +123,7 @@ def facts(study: Study) -> dict[str, Any]:
     sources["Learning curve"] = [record.facts for record in extra]
     sources["Further networks"] = [record.facts for group in further for record in group.records]
     sources["Baselines"] = [record.facts for group in baselines for record in group.records]
-    sources["Task 2"] = [attribution] if attribution else []
+    sources["Task 2"] = attributions
     analysis = study.analysis()
     sources["Analysis"] = [analysis] if analysis else []
     analysed = {}
@@ -135,6 +137,7 @@ def facts(study: Study) -> dict[str, Any]:
         "study": study,
         "tasks": tasks,
         "attribution": attribution,
+        "attributions": [(Group([study.read[record["run_id"]]]), record) for record in attributions],
         "ablation": ablation,
         "best_row": max(
             ablation, key=lambda row: ablation[row].spread("validate", "validate/acc").mean, default=None

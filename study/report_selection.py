@@ -11,7 +11,7 @@ from common.records import Record, is_finished, read_json, read_table, run_folde
 
 SECTIONS: dict[str, dict[str, type]] = {  # the keys of each section
     "task1": {"runs": list},
-    "task2": {"run": str},
+    "task2": {"run": str, "also": list},  # the run whose maps are shown, and others that were checked
     "task3": {"runs": list},
     "task4": {"ablation": str, "search": str},
     "task5": {"comparison": str},
@@ -96,9 +96,8 @@ class Study:
             raise UsageError("report.toml: needs at least one of [task1], [task3] and [task5]")
         return everything
 
-    def attribution(self) -> Mapping[str, Any]:
-        """The record of Task 2; UsageError where it is missing."""
-        run_id = self.named("task2", "run")
+    def attribution(self, run_id: str) -> Mapping[str, Any]:
+        """The record of Task 2 for a run; UsageError where it is missing."""
         path = self.folder / "runs" / run_id / "attribution.json"
         if not path.exists():
             raise UsageError(

@@ -227,6 +227,38 @@ def test_the_page_shows_further_networks_and_readme_the_results(
     fails(study, 1, r"README\.md is out of date: line 3 says", capsys, "--check")
 
 
+def test_the_page_compares_the_checks_of_saliency_on_several_networks(tmp_path: Path) -> None:
+    for run_id in ("task1-0", "stained"):
+        shutil.copytree(ROOT / "runs" / "task1-0", tmp_path / "runs" / run_id)
+    for name in ("config.json", "summary.json", "attribution.json"):
+        path = tmp_path / "runs" / "stained" / name
+        content = json.loads(path.read_text()) | {"run_id": "stained"}
+        if name == "config.json":
+            content["config"]["augmentation"] = "stain"
+        if name == "attribution.json":
+            content["methods"]["grad_cam"]["passes"] = True
+        path.write_text(json.dumps(content))
+    shutil.copytree(ROOT / "fig", tmp_path / "fig")
+    (tmp_path / "report.toml").write_text(
+        '[task1]\nruns = ["task1-0"]\n[task2]\nrun = "task1-0"\nalso = ["stained"]\n'
+    )
+    make(tmp_path)
+    page = (tmp_path / "report.md").read_text()
+    assert (
+        "| network | run | test ACC | Saliency | SmoothGrad | Integrated Gradients | Grad-CAM | Occlusion |"
+        in page
+    )
+    rows = [
+        re.split(r" *\| *", line)[1:-1]
+        for line in page.splitlines()
+        if line.startswith("| ResNet-18 from scratch")
+    ]
+    assert [(row[0], row[1], row[6]) for row in rows] == [
+        ("ResNet-18 from scratch", "task1-0", "does not pass"),
+        ("ResNet-18 from scratch (augmentation stain)", "stained", "passes"),
+    ]
+
+
 def test_the_page_compares_the_validation_scores_where_there_are_enough_runs(
     study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

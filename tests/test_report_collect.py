@@ -87,6 +87,7 @@ def test_the_largest_group_of_each_task_is_selected_and_the_rest_is_named_with_t
             'runs = ["new", "other-seed"]',
             "[task2]",
             'run = "new"',
+            'also = ["other-lr"]',
             "[task3]",
             'runs = ["three"]',
         ),
@@ -215,4 +216,4 @@ def test_any_damage_of_report_toml_is_refused_or_leaves_a_selection(data: st.Dat
     with suppress(UsageError):
         study = Study(tmp_path)
         study.named("task1", "runs")
-        study.attribution()
+        study.attribution(study.named("task2", "run"))
