@@ -89,8 +89,8 @@ def test_the_page_shows_every_run_with_its_scores_and_every_link_leads_somewhere
     for run_id in ("first-0", "first-1", "small-combined-0", "small-combined-1"):
         summary = json.loads((study / "runs" / run_id / "summary.json").read_text())
         scores = summary["best"]["acc"]
-        line = next(line for line in page.splitlines() if f" | [{run_id}](runs/{run_id}/) " in line)
-        assert f" {scores['value']:.4f} [{scores['low']:.4f}, {scores['high']:.4f}] " in line
+        line = next(line for line in page.splitlines() if f"[{run_id}](runs/{run_id}/)" in line)
+        assert f"{scores['value']:.4f}" in line
     links = re.findall(r"\]\(([^)]+)\)", page)
     assert len(links) > 12
     anchors = {f"#{heading.lower().replace(' ', '-')}" for heading in re.findall(r"^#+ (.+)", page, re.MULTILINE)}
@@ -134,12 +134,11 @@ def test_balanced_acc_is_the_record_s_or_the_mean_of_the_recalls(study: Path) ->
         path.write_text(json.dumps(summary))
         rows = summary["best"]["confusion_matrix"]
         recalls = [row[label] / sum(row) for label, row in enumerate(rows) if sum(row)]
-        expected.append(f" {sum(recalls) / len(recalls):.4f} ")
-    expected[1] = " 0.4321 [0.3000, 0.5000] "
+        expected.append(f"{sum(recalls) / len(recalls):.4f}")
+    expected[1] = "0.4321"
     page = built(study)
-    for run_id, balanced in zip(("first-0", "first-1"), expected, strict=True):
-        line = next(line for line in page.splitlines() if f" | [{run_id}](" in line)
-        assert line.split("|")[8] == balanced
+    line = next(line for line in page.splitlines() if "[first-0](" in line)
+    assert line.split("|")[7] == f" {', '.join(expected)} "
 
 
 @pytest.mark.parametrize(
@@ -207,10 +206,8 @@ def test_the_page_shows_further_networks_and_readme_the_results(
     title = "MobileNetV3-Large from scratch with averaged weights (EMA)"
     assert f"| Further | {title} | 90 | 2 |" in page
     assert f"- {title}: the recipe of Task 3, but ema decay 0.99. Test ACC " in page
-    assert re.findall(rf"^\| {re.escape(title)} \| \[(.*?)\]", page, re.MULTILINE) == [
-        "small-with_ema-0",
-        "small-with_ema-1",
-    ]
+    runs = "0: [small-with_ema-0](runs/small-with_ema-0/), 1: [small-with_ema-1](runs/small-with_ema-1/)"
+    assert f"\n| {title} | {runs} | " in page
     assert f"- **{title}**: dataset: phantom · size: 28 · " in page
     assert f"| {title} | 2 | " in page[page.index("### Validation against test") :]
     assert re.search(r"^\| .*Further networks.* \| \d+ \| ", page, re.MULTILINE)
@@ -244,19 +241,12 @@ def test_the_page_compares_the_checks_of_saliency_on_several_networks(tmp_path: 
     )
     make(tmp_path)
     page = (tmp_path / "report.md").read_text()
-    assert (
-        "| network | run | test ACC | Saliency | SmoothGrad | Integrated Gradients | Grad-CAM | Occlusion |"
-        in page
-    )
-    rows = [
-        re.split(r" *\| *", line)[1:-1]
-        for line in page.splitlines()
-        if line.startswith("| ResNet-18 from scratch")
+    assert "- Passed: Saliency, SmoothGrad, Integrated Gradients, Occlusion. Passing means" in page
+    [line] = [
+        line for line in page.splitlines() if line.startswith("- The same checks of [stained](runs/stained/)")
     ]
-    assert [(row[0], row[1], row[6]) for row in rows] == [
-        ("ResNet-18 from scratch", "task1-0", "does not pass"),
-        ("ResNet-18 from scratch (augmentation stain)", "stained", "passes"),
-    ]
+    assert ", another ResNet-18 from scratch (augmentation stain; test ACC 0.8" in line
+    assert line.endswith("passed: Saliency, SmoothGrad, Integrated Gradients, Grad-CAM, Occlusion.")
 
 
 def test_the_page_compares_the_validation_scores_where_there_are_enough_runs(
