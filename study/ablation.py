@@ -15,6 +15,7 @@ from common.files import write_csv, write_text
 from common.markdown import markdown_table
 from common.records import Record
 from common.statistics import SIGNIFICANT, Comparison, Spread, compare, interval, mean_sd, spread
+from study.groups import TECHNIQUES
 from study.trials import Trial, TrialRecords
 
 METRICS = {"validate/acc": "validation ACC", "test/acc": "test ACC", "test/auc": "test AUC"}
@@ -223,7 +224,7 @@ def _p(p: float) -> str:
 def _draw(path: Path, rows: Rows, title: str) -> None:
     """A dot per seed, and the mean with its interval, of every row: validation ACC beside test ACC."""
     with style.context(["default", STYLE]):
-        figure = Figure(figsize=(6.4, 1.6 + 0.3 * len(rows)))
+        figure = Figure(figsize=(7.4, 1.6 + 0.38 * len(rows)))
         panels = figure.subplots(1, 2, sharey=True)
         for axes, metric in zip(panels, ("validate/acc", "test/acc"), strict=True):
             for place, seeds in enumerate(rows.values()):
@@ -238,8 +239,9 @@ def _draw(path: Path, rows: Rows, title: str) -> None:
                     axes.axvline(over_seeds.mean, color="#888888", linestyle="--", linewidth=1, zorder=0)
             axes.set_xlabel(METRICS[metric])
             axes.grid(axis="y", visible=False)
-        panels[0].set_yticks(range(len(rows)), [row.replace("_", " ") for row in rows])
+        names = [TECHNIQUES.get(row, row.replace("_", " ")) for row in rows]
+        panels[0].set_yticks(range(len(rows)), [wrap(name, 32) for name in names], fontsize=9)
         panels[0].invert_yaxis()
-        explained = f"blue: one seed; red: mean and 95 % interval over seeds; dashed: {next(iter(rows))}"
+        explained = "blue: one seed; red: mean and 95 % interval over seeds; dashed: the first row's mean"
         figure.suptitle(f"{wrap(title, 85)}\n{wrap(explained, 85)}", fontsize=9)
         save(figure, path)

@@ -205,7 +205,7 @@ def test_the_page_shows_further_networks_and_readme_the_results(
     page = (study / "report.md").read_text()
     title = "MobileNetV3-Large from scratch with averaged weights (EMA)"
     assert f"| Further | {title} | 90 | 2 |" in page
-    assert f"- {title}: the recipe of Task 3, but ema decay 0.99. Test ACC " in page
+    assert f"- {title}: the recipe of Task 3, but with ema decay 0.99. Test ACC " in page
     runs = "0: [small-with_ema-0](runs/small-with_ema-0/), 1: [small-with_ema-1](runs/small-with_ema-1/)"
     assert f"\n| {title} | {runs} | " in page
     assert f"- **{title}**: dataset: phantom · size: 28 · " in page
