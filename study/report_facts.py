@@ -176,11 +176,8 @@ def together(sources: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, li
     found: dict[str, list[str]] = {}
     for task, records in sorted(sources.items()):
         if records:
-            same = [
-                sorted({str(record["commit"]) for record in records}),
-                records[0]["python"],
-                records[0]["versions"],
-            ]
+            commits = sorted({str(record.get("commit")) for record in records})
+            same = [commits, records[0].get("python"), records[0].get("versions")]
             found.setdefault(json.dumps(same, sort_keys=True), []).append(task)
     return {", ".join(tasks): [record for task in tasks for record in sources[task]] for tasks in found.values()}
 

@@ -80,7 +80,10 @@ def test_weights_imply_their_network_and_a_network_implies_its_weights() -> None
     assert read("--weights=efficientnet_lite0_imagenet").model_name == "tf_efficientnet_lite0"
     assert read("--model_name=tf_efficientnet_lite0").weights == "efficientnet_lite0_imagenet"
     assert read("--model_name=resnet50").weights == "ResNet50_Weights.IMAGENET1K_V2"
-    with pytest.raises(UsageError, match="--model_name resnet19: no network of this name; did you mean resnet1"):
+    with pytest.raises(
+        UsageError,
+        match="--model_name resnet19: torchvision has no classification model of this name; did you mean resnet1",
+    ):
         read("--model_name=resnet19")
 
 
