@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 SIGNIFICANT = 0.05
+LEAST_PAIRS = 3  # of a test: two differences are often alike by chance alone, and their t interval then is narrow
 ROUNDING = 1e-9  # far below one tile's share of an ACC, far above what floating point adds
 
 
@@ -40,7 +41,7 @@ class Comparison:
         """The comparison in words."""
         if self.identical:
             return "identical"
-        if self.differences.n < 2:
+        if self.differences.n < LEAST_PAIRS:
             return "too few seeds"
         if self.differences.mean == 0 == self.differences.sd:
             return "the same"
@@ -89,8 +90,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def compare(rows: Mapping[str, Mapping[int, float]], identical: Collection[str] = ()) -> dict[str, Comparison]:
     """Compare each row with the first one, over the seeds that both have; rows without such a seed are left out.
 
-    `rows[row][seed]` is a value. Rows that are `identical` to the first one have no p value, and Holm's correction
-    does not count them.
+    `rows[row][seed]` is a value. Rows that are `identical` to the first one, or have fewer than LEAST_PAIRS seeds,
+    have no p value, and Holm's correction does not count them.
     """
     reference, *others = rows
     differences = {
@@ -98,7 +99,10 @@ def compare(rows: Mapping[str, Mapping[int, float]], identical: Collection[str] 
         for row in others
     }
     differences = {row: values for row, values in differences.items() if values}
-    p_values = [math.nan if row in identical else paired_p(values) for row, values in differences.items()]
+    tested = {
+        row: values for row, values in differences.items() if len(values) >= LEAST_PAIRS and row not in identical
+    }
+    p_values = [paired_p(tested[row]) if row in tested else math.nan for row in differences]
     return {
         row: Comparison(spread(values), p, p_holm, row in identical)
         for (row, values), p, p_holm in zip(differences.items(), p_values, holm(p_values), strict=True)

@@ -69,9 +69,18 @@ def test_identical_rows_are_no_tests_and_do_not_count_in_holms_correction() -> N
 
 
 def test_equal_differences_have_no_division_by_zero() -> None:
-    same = compare({"a": {0: 0.5, 1: 0.25}, "b": {0: 0.5, 1: 0.25}, "c": {0: 0.75, 1: 0.5}})
+    rows = {"a": [0.5, 0.25, 0.25], "b": [0.5, 0.25, 0.25], "c": [0.75, 0.5, 0.5]}
+    same = compare({row: dict(enumerate(values)) for row, values in rows.items()})
     assert (same["b"].verdict, same["b"].p) == ("the same", 1.0)
     assert (same["c"].verdict, same["c"].p) == ("better", 0.0)
+
+
+def test_two_seeds_give_no_verdict_and_do_not_count_for_the_correction() -> None:
+    values = {"a": [0.5, 0.5, 0.5], "b": [0.61, 0.62, 0.63], "two": [0.7, 0.7]}
+    compared = compare({row: dict(enumerate(scores)) for row, scores in values.items()})
+    assert (compared["two"].verdict, math.isnan(compared["two"].p)) == ("too few seeds", True)
+    assert compared["b"].verdict == "better"
+    assert compared["b"].p_holm == compared["b"].p
 
 
 def test_an_interval_is_written_with_its_value() -> None:

@@ -25,6 +25,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from processes import end
 from scipy import stats
+from tqdm import tqdm
+from wandb_server import WandbServer
+
+from common.compute import physical_cores
+from common.config import parse
+from common.errors import Fault, UsageError
+from common.files import locked, write_csv
+from study import ablation, sweep, trials
+from study.sweep_file import Range, read_sweep
+from study.trials import Running, Trial, TrialRecords, Workers
 from sweeps import (
     EVERY_RUN_ONCE,
     GRID,
@@ -40,16 +50,6 @@ from sweeps import (
     wait_for,
     wait_for_starts,
 )
-from tqdm import tqdm
-from wandb_server import WandbServer
-
-from common.compute import physical_cores
-from common.config import parse
-from common.errors import Fault, UsageError
-from common.files import locked, write_csv
-from study import ablation, sweep, trials
-from study.sweep_file import Range, read_sweep
-from study.trials import Running, Trial, TrialRecords, Workers
 from train import ABLATIONS
 
 # The sweep files of the project
@@ -239,7 +239,7 @@ def test_a_grid_runs_every_combination_and_the_seeds_vary_slowest(
 def test_rows_with_the_same_outputs_are_called_identical_and_are_not_tested(
     write_sweep: Write, tmp_path: Path
 ) -> None:
-    parameters = {"row": {"values": ["a", "b", "twin-of-a"]}, "seed": {"values": [0, 1]}}
+    parameters = {"row": {"values": ["a", "b", "twin-of-a"]}, "seed": {"values": [0, 1, 2]}}
     run(write_sweep({"method": "grid", "parameters": parameters}), tmp_path / "out")
     rows = {line["row"]: line for line in read_csv(tmp_path / "out/sweeps/try/table.csv")}
     assert [rows[row]["test/acc verdict"] for row in ("b", "twin-of-a")] == ["the same", "identical"]
