@@ -31,6 +31,7 @@ SHOWN = {
 TILES, SIZE = 9, 64
 TASK_MARKERS = {"Task 1": "o", "Task 3": "s", "Task 5": "D"}
 CALIBRATION_BINS = 10
+LEAST_TILES = 10  # of a bin: the share of right ones among fewer tiles is mostly chance
 
 
 def draw(folder: Path, content: Mapping[str, Any]) -> None:
@@ -180,7 +181,7 @@ def calibration(path: Path, scores: Mapping[str, tuple[np.ndarray, np.ndarray]],
     """Draw accuracy against confidence on test tiles, one line per task, over the tiles of all seeds together.
 
     `scores` hold (N, C) probabilities and (N,) targets. A dot stands at the mean confidence of its bin; its area
-    grows with the bin's share of the tiles.
+    grows with the bin's share of the tiles. A bin of fewer than LEAST_TILES tiles is left out.
     """
     with style.context(["default", STYLE]):
         figure = Figure(figsize=(6.4, 5))
@@ -191,6 +192,7 @@ def calibration(path: Path, scores: Mapping[str, tuple[np.ndarray, np.ndarray]],
             correct = probabilities.argmax(axis=1) == targets
             bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
             filled, counts = np.unique(bins, return_counts=True)
+            filled, counts = filled[counts >= LEAST_TILES], counts[counts >= LEAST_TILES]
             sure, right = (
                 [values[bins == number].mean() for number in filled] for values in (confidence, correct)
             )
