@@ -22,7 +22,7 @@ from common import statistics
 from common.config import run_script
 from common.files import write_csv
 from study import baselines, forecast, report, report_figures, sweep
-from study.report_facts import REFERENCES, facts
+from study.report_facts import REFERENCES, facts, together
 from study.report_selection import Study
 
 PHANTOM = ["--dataset=phantom", "--size=28", "--train_tiles=90", "--wandb=disabled"]
@@ -223,6 +223,15 @@ def test_the_page_shows_further_networks_and_readme_the_results(
     assert any(line.startswith("- The strongest baseline is ") for line in lines)
     readme.write_text(readme.read_text().replace("The strongest baseline is", "The strongest baseline was"))
     fails(study, 1, r"README\.md is out of date: line 3 says", capsys, "--check")
+
+
+def test_tasks_share_a_row_of_provenance_only_if_commit_python_and_packages_are_the_same() -> None:
+    run = {"commit": "a", "python": "3.11", "versions": {"torch": "2"}}
+    sources: dict[str, list[Any]] = {"Task 1": [run, run], "Task 3": [run], "Task 2": []}
+    for task, change in (("A", {"commit": "b"}), ("B", {"python": "3.12"}), ("C", {"versions": {"torch": "3"}})):
+        sources[task] = [run | change]
+    found = together(sources)
+    assert {name: len(records) for name, records in found.items()} == {"A": 1, "B": 1, "C": 1, "Task 1, Task 3": 3}
 
 
 def test_the_page_compares_the_checks_of_saliency_on_several_networks(tmp_path: Path) -> None:
