@@ -14,7 +14,7 @@ from common.figures import BLUE, STYLE, VERMILLION, save, wrap
 from common.files import write_csv, write_text
 from common.markdown import markdown_table
 from common.records import Record
-from common.statistics import SIGNIFICANT, Comparison, Spread, compare, interval, mean_sd, spread
+from common.statistics import LEAST_PAIRS, SIGNIFICANT, Comparison, Spread, compare, interval, mean_sd, spread
 from study.groups import TECHNIQUES
 from study.trials import Trial, TrialRecords
 
@@ -231,7 +231,7 @@ def _draw(path: Path, rows: Rows, title: str) -> None:
                 values = [scores[metric] for scores in seeds.values()]
                 over_seeds = spread(values)
                 axes.plot(values, [place] * len(values), "o", color=BLUE, alpha=0.5, markersize=4)
-                if len(values) > 1:
+                if len(values) >= LEAST_PAIRS:
                     bounds = [over_seeds.low, over_seeds.high]
                     axes.plot(bounds, [place + 0.25] * 2, color=VERMILLION, linewidth=1.5)
                 axes.plot(over_seeds.mean, place + 0.25, "D", color=VERMILLION, markersize=4)
@@ -242,6 +242,6 @@ def _draw(path: Path, rows: Rows, title: str) -> None:
         names = [TECHNIQUES.get(row, row.replace("_", " ")) for row in rows]
         panels[0].set_yticks(range(len(rows)), [wrap(name, 32) for name in names], fontsize=9)
         panels[0].invert_yaxis()
-        explained = "blue: one seed; red: mean and 95 % interval over seeds; dashed: the first row's mean"
+        explained = "blue: one seed; red: mean and, from 3 seeds on, 95 % interval; dashed: the first row's mean"
         figure.suptitle(f"{wrap(title, 85)}\n{wrap(explained, 85)}", fontsize=9)
         save(figure, path)

@@ -86,5 +86,10 @@ def draw_summary(
         axes.set_xlabel("Test ACC")
         explained = "dot: one view of each tile, with its 95 % interval; hollow: 8 views"
         explained += "; square: published" if others else ""
+        points = [acc.value for *_, acc, views in ours for acc in (acc, views or acc)] + [acc for _, acc in others]
+        left, right = min(points) - 0.05, max(points) + 0.03
+        axes.set_xlim(left, right)  # the interval of two seeds may be wider than all that is of interest
+        if any(acc.low < left or acc.high > right for _, _, acc, _ in ours):
+            explained += "\nAn interval that ends at the frame is longer: see the table."
         figure.suptitle(f"{title}\n{explained}", fontsize=10)
         save(figure, path)
