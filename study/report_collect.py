@@ -115,11 +115,11 @@ def candidates(
     others += [record for group in newest_of_each_seed(tuned) for record in group]
     tiles = {record.summary["data_fingerprint"] for record in shown}
     baselines = [record for record in records if record.facts["task"] == "baselines"]
-    for section, candidates in (("networks", others), ("baselines", baselines)):
-        run_ids = [record.run_id for record in candidates if record.summary["data_fingerprint"] in tiles]
+    for section, members in (("networks", others), ("baselines", baselines)):
+        run_ids = [record.run_id for record in members if record.summary["data_fingerprint"] in tiles]
         if run_ids:
             yield section, {"runs": run_ids}, run_ids
-        left |= {record.run_id: OTHER_TILES for record in candidates if record.run_id not in run_ids}
+        left |= {record.run_id: OTHER_TILES for record in members if record.run_id not in run_ids}
     for path in ablations[-1:]:
         names = {"ablation": path.parent.name}
         if searches:
