@@ -1,6 +1,5 @@
 """Arrays in .npz archives, read within bounds: a damaged, foreign or malicious file is a ValueError."""
 
-import errno
 import shutil
 import zipfile
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from typing import BinaryIO
 import numpy as np
 
 from common.errors import first_line
-from common.files import open_regular
+from common.files import is_of_disk, open_regular
 
 HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -64,8 +63,8 @@ def open_npz(path: Path) -> Iterator[Archive]:
             with zipfile.ZipFile(file) as archive:
                 yield Archive(archive)
         except Exception as error:  # zipfile, zlib and numpy's reader of headers raise many types
-            if isinstance(error, OSError) and error.errno != errno.EINVAL:
-                raise  # EINVAL: a damaged place before the file's beginning
+            if is_of_disk(error):
+                raise
             raise ValueError(first_line(error)) from error
 
 

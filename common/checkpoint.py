@@ -5,7 +5,6 @@ rest. PyTorch does not look at these checksums, `read_plain` does. The files of 
 have them too, so that they can still be read.
 """
 
-import errno
 import io
 import math
 import os
@@ -19,7 +18,7 @@ from typing import Any, BinaryIO
 import torch
 
 from common.errors import Fault
-from common.files import atomic_path, open_regular
+from common.files import atomic_path, is_of_disk, open_regular
 
 NOT_PLAIN = "it is damaged, or holds more than tensors, numbers and text"
 
@@ -99,8 +98,8 @@ def read_plain(file: BinaryIO) -> Any:
         with warnings.catch_warnings(action="ignore"):  # of what `state_problem` refuses, such as sparse tensors
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes zipfile and the unpickler raise many types
-        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno != errno.EINVAL):
-            raise  # EINVAL: a damaged place before the file's beginning
+        if isinstance(error, MemoryError) or is_of_disk(error):
+            raise
         # PyTorch's own message would advise to switch weights_only off.
         raise ValueError(NOT_PLAIN) from error
 

@@ -468,10 +468,8 @@ def run_script(main: Callable[[C], None], config_class: type[C], arguments: Sequ
             remedy = f"lower {' or '.join(keys)}" if keys else "close other programs"
             message, status = f"out of memory ({first_line(error)}): {remedy}", Untrainable.exit_status
         elif re.search("Connection (closed|reset) by peer|NCCL", str(error)):  # under torchrun
-            message, status = (
-                f"another process of this run has ended ({first_line(error)}); {command} continues",
-                1,
-            )
+            ended = f"another process of this run has ended ({first_line(error)})"
+            message, status = f"{ended}; {command} continues", 1
         else:
             path = keep_traceback(error, folders)
             what = f"{type(error).__name__}: {first_line(error)}"

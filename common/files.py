@@ -36,6 +36,14 @@ def _open_descriptor(path: Path, flags: int) -> int:
     return descriptor
 
 
+def is_of_disk(error: Exception) -> bool:
+    """Whether the disk made the reading of a file fail, and not what the file holds.
+
+    A damaged file may name a place before its own beginning: that error (EINVAL) is not the disk's.
+    """
+    return isinstance(error, OSError) and error.errno != errno.EINVAL
+
+
 def read_text(path: Path) -> str:
     """The text of a regular file in UTF-8. Raises OSError, and UnicodeDecodeError, which is a ValueError."""
     with open_regular(path) as file:

@@ -242,6 +242,7 @@ def _draw(path: Path, rows: Rows, title: str) -> None:
         names = [TECHNIQUES.get(row, row.replace("_", " ")) for row in rows]
         panels[0].set_yticks(range(len(rows)), [wrap(name, 32) for name in names], fontsize=9)
         panels[0].invert_yaxis()
-        explained = "blue: one seed; red: mean and, from 3 seeds on, 95 % interval; dashed: the first row's mean"
+        interval_from = f"from {LEAST_PAIRS} seeds on, 95 % interval"
+        explained = f"blue: one seed; red: mean and, {interval_from}; dashed: the first row's mean"
         figure.suptitle(f"{wrap(title, 85)}\n{wrap(explained, 85)}", fontsize=9)
         save(figure, path)

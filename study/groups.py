@@ -71,16 +71,11 @@ class Group:
         if config.get("weights", SCRATCH) != SCRATCH:
             return f"{network}, {TUNED[config['train_part']]}"
         row = config.get("ablation", "combined")
-        if row == "combined" and "weights" not in config and "ablation" not in config:  # of Task 1
+        if "ablation" not in config and "weights" not in config:  # of Task 1
             parts = ["stain augmentation"] * (config["augmentation"] == "stain")
             parts += ["averaged weights"] * bool(config["ema_decay"])
             return f"{network} from scratch" + (f" with {' and '.join(parts)}" if parts else "")
         return f"{network} from scratch" + ("" if row == "combined" else f" {TECHNIQUES.get(row, row)}")
-
-    @property
-    def single(self) -> list["Group"]:
-        """Every run as a group of one."""
-        return [Group([record]) for record in self.records]
 
     @property
     def full(self) -> bool:

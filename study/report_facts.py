@@ -10,7 +10,7 @@ from typing import Any
 from common.errors import UsageError
 from common.metrics import Estimate, recalls
 from common.pathmnist import COUNTS
-from common.statistics import SIGNIFICANT, Comparison, Spread, compare, interval, spread
+from common.statistics import LEAST_PAIRS, SIGNIFICANT, Comparison, Spread, compare, interval, spread
 from study.ablation import identical_rows
 from study.forecast import LEAST_GROUPS, LEAST_RUNS, LOWER_IS_BETTER, forecast
 from study.groups import NETWORKS, TECHNIQUES, Group, grouped, nearest
@@ -161,6 +161,7 @@ def facts(study: Study) -> dict[str, Any]:
         "recalls": recalls,
         "forecast": forecast(grouped(judged)),
         "lower_is_better": LOWER_IS_BETTER,
+        "least_pairs": LEAST_PAIRS,
         "least_runs": LEAST_RUNS,
         "least_groups": LEAST_GROUPS,
         "tuning": compare(by_kind)["fine-tuned"] if compared else None,
