@@ -14,7 +14,7 @@ import pytest
 import yaml
 from conftest import MODEL
 from processes import assert_same, end, mount, records, start
-from sweeps import wait_for
+from sweep_runs import wait_for
 
 import task1
 import task5

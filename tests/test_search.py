@@ -17,7 +17,7 @@ import optuna
 import pytest
 from optuna.distributions import FloatDistribution
 from processes import end, start
-from sweeps import SEARCH, Write, begin, run, starts, table, wait_for, wait_for_starts
+from sweep_runs import SEARCH, Write, begin, run, starts, table, wait_for, wait_for_starts
 
 from common.config import run_script
 from common.errors import Fault, UsageError

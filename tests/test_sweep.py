@@ -25,17 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from processes import end
 from scipy import stats
-from tqdm import tqdm
-from wandb_server import WandbServer
-
-from common.compute import physical_cores
-from common.config import parse
-from common.errors import Fault, UsageError
-from common.files import locked, write_csv
-from study import ablation, sweep, trials
-from study.sweep_file import Range, read_sweep
-from study.trials import Running, Trial, TrialRecords, Workers
-from sweeps import (
+from sweep_runs import (
     EVERY_RUN_ONCE,
     GRID,
     SEARCH,
@@ -50,6 +40,16 @@ from sweeps import (
     wait_for,
     wait_for_starts,
 )
+from tqdm import tqdm
+from wandb_server import WandbServer
+
+from common.compute import physical_cores
+from common.config import parse
+from common.errors import Fault, UsageError
+from common.files import locked, write_csv
+from study import ablation, sweep, trials
+from study.sweep_file import Range, read_sweep
+from study.trials import Running, Trial, TrialRecords, Workers
 from train import ABLATIONS
 
 # The sweep files of the project
