@@ -131,7 +131,11 @@ def test_the_page_shows_the_analysis_and_the_check_compares_it_with_the_runs(
 
     run_script(report.main, report.ReportConfig, [f"--output_dir={study}"])
     page = (study / "report.md").read_text()
-    assert re.search(rf"\| Task 1 \| 1 \| .* \| {only_ours} \| {only_theirs} \| ", page)
+    assert re.search(
+        r"^- Task 1, one seed: test ACC .* on the same 18 tiles of phantom .*: ours is ", page, re.MULTILINE
+    )
+    assert f"ours alone is right on {only_ours} tiles, the published one alone on {only_theirs} (" in page
+    assert page.count("- Task 1: the colours of all test tiles together were matched") == 1
     assert (
         f"All 2 networks, one of them the published one, are wrong on {hard} of {len(targets)} test tiles." in page
     )
@@ -163,7 +167,7 @@ def test_without_checkpoints_and_published_predictions_the_rest_is_analysed(
     run_script(report.main, report.ReportConfig, [f"--output_dir={study}"])
     page = (study / "report.md").read_text()
     assert "The network is wrong on" in page
-    assert "gap closed" not in page
+    assert "were matched" not in page
 
 
 @pytest.mark.parametrize(

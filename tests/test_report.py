@@ -187,12 +187,37 @@ def test_the_page_shows_a_recipe_and_a_baseline_on_fewer_tiles(study: Path) -> N
     whole = np.mean(
         [json.loads((study / f"runs/first-{seed}/summary.json").read_text())["test/acc"] for seed in (0, 1)]
     )
-    assert "| recipe | score | 45 tiles | 90 tiles |" in page
-    assert f"| ResNet-18 from scratch | ACC | 0.250 [0.250, 0.250] | {whole:.3f} [" in page
-    assert "| nearest neighbours on colour and gradient statistics | ACC | 0.125 [0.125, 0.125] | " in page
-    assert "| MobileNetV3-Large from scratch | ACC |" not in page  # has one number of tiles
+    assert "| test ACC of | 45 tiles | 90 tiles |" in page
+    table = page[page.index("| test ACC of |") :].split("\n\n")[0]
+    assert f"| ResNet-18 from scratch | 0.250 [0.250, 0.250] | {whole:.3f} [" in table
+    assert "| nearest neighbours on colour and gradient statistics | 0.125 [0.125, 0.125] | " in table
+    assert "MobileNetV3-Large" not in table  # has one number of tiles
     assert "- With 45 training tiles, ResNet-18 from scratch has the highest mean test ACC: 0.250 [" in page
     assert "this page has 6 and 3." in page  # the runs on fewer tiles are no runs of the tasks
+
+
+def test_the_page_says_which_trial_of_a_search_is_the_best_and_on_which_tiles(study: Path) -> None:
+    for number in (3, 7):
+        shutil.copytree(study / "runs/small-combined-0", study / f"runs/search-{number}")
+        path = study / f"runs/search-{number}/config.json"
+        text = path.read_text().replace("small-combined-0", f"search-{number}")
+        path.write_text(text.replace("phantom (90 ", "phantom (45 of 90 "))
+    (study / "sweeps" / "search").mkdir()
+    (study / "sweeps" / "search" / "table.md").write_text("")
+    (study / "sweeps" / "search" / "table.csv").write_text(
+        "rank,run_id,state,validate/acc,best epoch,epochs,augmentation,lr\n"
+        "1,search-7,finished,0.5,2,2,stain,0.00123456\n2,search-3,pruned,0.4,1,1,none,0.1\n"
+    )
+    figure = study / "fig/task4/search-parallel-coordinates.png"
+    shutil.copy(study / "fig/report/summary.png", figure)
+    toml = study / "report.toml"
+    toml.write_text(toml.read_text().replace("[task4]\n", '[task4]\nsearch = "search"\n'))
+    page = built(study)
+    data = "phantom (45 of 90 training tiles, 28 px)"
+    assert f"Of 2 trials on {data}, one has the best validation ACC, 0.5000 in epoch 2: [search-7](" in page
+    assert "with augmentation stain, lr 0.00123. Stopped early: 1 of 2." in page
+    assert f"(fig/task4/{figure.name})" in page
+    assert f"; 2 trials on {data}.*" in page
 
 
 def test_the_page_shows_further_networks_and_readme_the_results(
@@ -206,7 +231,8 @@ def test_the_page_shows_further_networks_and_readme_the_results(
     page = (study / "report.md").read_text()
     title = "MobileNetV3-Large from scratch with averaged weights (EMA)"
     assert f"| Further | {title} | 90 | 2 |" in page
-    assert f"- {title}: the recipe of Task 3, but with ema decay 0.99. Test ACC " in page
+    (described,) = (line for line in page.splitlines() if line.startswith(f"- Further: {title} reaches test ACC "))
+    assert described.endswith(". It has the recipe of Task 3, but with ema decay 0.99.")
     runs = "0: [small-with_ema-0](runs/small-with_ema-0/), 1: [small-with_ema-1](runs/small-with_ema-1/)"
     assert f"\n| {title} | {runs} | " in page
     assert f"- **{title}**: dataset: phantom · size: 28 · " in page
@@ -273,8 +299,8 @@ def test_the_page_compares_the_validation_scores_where_there_are_enough_runs(
     monkeypatch.setattr(report, "check_study", lambda *records: None)
     make(study)
     page = (study / "report.md").read_text()
-    assert "| validation ACC | 1.00 [1.00, 1.00] | forecasts test ACC |" in page
-    assert "| validation loss (sign turned) | -1.00 [-1.00, -1.00] | misleads |" in page
+    assert "- Validation ACC: 1.00 [1.00, 1.00], forecasts test ACC." in page
+    assert "- Validation loss (sign turned): -1.00 [-1.00, -1.00], misleads." in page
     assert "6 runs of 3 configurations" in page
     assert "fig/report/forecast.png" in page
 
