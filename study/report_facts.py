@@ -144,6 +144,7 @@ def facts(study: Study) -> dict[str, Any]:
         ),
         "verdicts": verdicts(ablation),
         "search": search,
+        "search_data": next((facts["dataset"] for facts in sources["Task 4, search"]), None),
         "compared": compared,
         "comparison": study.comparison() if compared else None,
         "further": further,
