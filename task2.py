@@ -52,7 +52,7 @@ class Task2Config(ScriptConfig):
         None, "the Task 1 run to explain (default: the newest finished one with weights)", check=check_run_id
     )
     target: str = key("predicted", "the class whose logit is explained", choices=tuple(TARGETS))
-    checked_tiles: int = key(256, "test tiles for the checks of the methods", at_least=2)
+    checked_tiles: int = key(256, "test tiles for the checks of the methods", at_least=3)
     seed: int = key(
         0, "seed of the choice of tiles, of noise and of random networks", at_least=0, at_most=2**32 - 1
     )

@@ -41,7 +41,15 @@ STYLE: dict[str, Any] = {
 }
 
 
-def curve(path: Path, values: Sequence[float], *, ylabel: str, title: str, best_epoch: int | None = None) -> None:
+def curve(
+    path: Path,
+    values: Sequence[float],
+    *,
+    ylabel: str,
+    title: str,
+    best_epoch: int | None = None,
+    colour: str = BLUE,
+) -> None:
     """Draw one value per epoch against the epoch's number, which starts at 1, into the PNG file `path`.
 
     A value that is not finite leaves a gap. `best_epoch`, the number of the epoch whose weights were selected, is
@@ -52,7 +60,7 @@ def curve(path: Path, values: Sequence[float], *, ylabel: str, title: str, best_
     with style.context(["default", STYLE]):
         figure = Figure(figsize=(6.4, 4))
         axes = figure.add_subplot()
-        axes.plot(epochs, heights, color=BLUE, marker="o", markersize=4)
+        axes.plot(epochs, heights, color=colour, marker="o", markersize=4)
         axes.set(title=wrap(title, 75), xlabel="Epoch", ylabel=ylabel, xlim=(0.5, len(heights) + 0.5))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10, min_n_ticks=1))
         if best_epoch is not None:

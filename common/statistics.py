@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 SIGNIFICANT = 0.05
-LEAST_PAIRS = 3  # of a test: two differences are often alike by chance alone, and their t interval then is narrow
+LEAST_SEEDS = 3  # of an interval and a test: from two values alone, a t interval is very wide, or narrow by chance
 ROUNDING = 1e-9  # far below one tile's share of an ACC, far above what floating point adds
 
 
@@ -14,7 +14,7 @@ ROUNDING = 1e-9  # far below one tile's share of an ACC, far above what floating
 class Spread:
     """The mean of n values, their standard deviation (n - 1) and the mean's 95 % t interval.
 
-    For a single value, all but the mean are NaN.
+    The interval is NaN for fewer than LEAST_SEEDS values, the standard deviation for a single one.
     """
 
     n: int
@@ -41,7 +41,7 @@ class Comparison:
         """The comparison in words."""
         if self.identical:
             return "identical"
-        if self.differences.n < LEAST_PAIRS:
+        if self.differences.n < LEAST_SEEDS:
             return "too few seeds"
         if self.differences.mean == 0 == self.differences.sd:
             return "the same"
@@ -55,9 +55,9 @@ def spread(values: Sequence[float]) -> Spread:
     from scipy.stats import t  # half a second of import
 
     n, mean = len(values), statistics.fmean(values)
-    if n < 2:
-        return Spread(n, mean, math.nan, math.nan, math.nan)
-    sd = statistics.stdev(values)
+    sd = statistics.stdev(values) if n > 1 else math.nan
+    if n < LEAST_SEEDS:
+        return Spread(n, mean, sd, math.nan, math.nan)
     half = float(t.ppf(0.975, n - 1)) * sd / math.sqrt(n)
     return Spread(n, mean, sd, mean - half, mean + half)
 
@@ -90,7 +90,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def compare(rows: Mapping[str, Mapping[int, float]], identical: Collection[str] = ()) -> dict[str, Comparison]:
     """Compare each row with the first one, over the seeds that both have; rows without such a seed are left out.
 
-    `rows[row][seed]` is a value. Rows that are `identical` to the first one, or have fewer than LEAST_PAIRS seeds,
+    `rows[row][seed]` is a value. Rows that are `identical` to the first one, or have fewer than LEAST_SEEDS seeds,
     have no p value, and Holm's correction does not count them.
     """
     reference, *others = rows
@@ -100,7 +100,7 @@ def compare(rows: Mapping[str, Mapping[int, float]], identical: Collection[str] 
     }
     differences = {row: values for row, values in differences.items() if values}
     tested = {
-        row: values for row, values in differences.items() if len(values) >= LEAST_PAIRS and row not in identical
+        row: values for row, values in differences.items() if len(values) >= LEAST_SEEDS and row not in identical
     }
     p_values = [paired_p(tested[row]) if row in tested else math.nan for row in differences]
     return {

@@ -10,11 +10,11 @@ from matplotlib import style
 from matplotlib.figure import Figure
 
 from common.errors import UsageError
-from common.figures import BLUE, STYLE, VERMILLION, save, wrap
+from common.figures import STYLE, VERMILLION, save, wrap
 from common.files import write_csv, write_text
 from common.markdown import markdown_table
 from common.records import Record
-from common.statistics import LEAST_PAIRS, SIGNIFICANT, Comparison, Spread, compare, interval, mean_sd, spread
+from common.statistics import LEAST_SEEDS, SIGNIFICANT, Comparison, Spread, compare, interval, mean_sd, spread
 from study.groups import TECHNIQUES
 from study.trials import Trial, TrialRecords
 
@@ -230,11 +230,10 @@ def _draw(path: Path, rows: Rows, title: str) -> None:
             for place, seeds in enumerate(rows.values()):
                 values = [scores[metric] for scores in seeds.values()]
                 over_seeds = spread(values)
-                axes.plot(values, [place] * len(values), "o", color=BLUE, alpha=0.5, markersize=4)
-                if len(values) >= LEAST_PAIRS:
-                    bounds = [over_seeds.low, over_seeds.high]
-                    axes.plot(bounds, [place + 0.25] * 2, color=VERMILLION, linewidth=1.5)
-                axes.plot(over_seeds.mean, place + 0.25, "D", color=VERMILLION, markersize=4)
+                axes.plot(values, [place] * len(values), "o", color=VERMILLION, alpha=0.5, markersize=4)
+                bounds = [over_seeds.low, over_seeds.high]  # NaN draws nothing
+                axes.plot(bounds, [place + 0.25] * 2, color="black", linewidth=1.5)
+                axes.plot(over_seeds.mean, place + 0.25, "D", color="black", markersize=4)
                 if place == 0:
                     axes.axvline(over_seeds.mean, color="#888888", linestyle="--", linewidth=1, zorder=0)
             axes.set_xlabel(METRICS[metric])
@@ -242,7 +241,7 @@ def _draw(path: Path, rows: Rows, title: str) -> None:
         names = [TECHNIQUES.get(row, row.replace("_", " ")) for row in rows]
         panels[0].set_yticks(range(len(rows)), [wrap(name, 32) for name in names], fontsize=9)
         panels[0].invert_yaxis()
-        interval_from = f"from {LEAST_PAIRS} seeds on, 95 % interval"
-        explained = f"blue: one seed; red: mean and, {interval_from}; dashed: the first row's mean"
+        interval_from = f"from {LEAST_SEEDS} seeds on, 95 % interval"
+        explained = f"dots: one seed each; diamond: mean and, {interval_from}; dashed: the first row's mean"
         figure.suptitle(f"{wrap(title, 85)}\n{wrap(explained, 85)}", fontsize=9)
         save(figure, path)

@@ -57,20 +57,22 @@ def draw_curves(path: Path, groups: Mapping[str, Sequence[Record]], title: str) 
 
 def draw_summary(
     path: Path,
-    ours: Sequence[tuple[str, str, Estimate, Estimate | None]],
+    ours: Sequence[tuple[str, str, Estimate, Estimate | None, Sequence[float]]],
     others: Sequence[tuple[str, float]],
     title: str,
 ) -> None:
     """The test ACC of every row with its interval, also over 8 views, and the published figures.
 
-    A row of `ours` is a name, a key of COLOURS (any other is grey), the ACC, and the ACC over 8 views. A row of
-    `others` is a name and the ACC.
+    A row of `ours` is a name, a key of COLOURS (any other is grey), the ACC, the ACC over 8 views, and the ACC of
+    each seed, which is shown where the mean has no interval. A row of `others` is a name and the ACC.
     """
     with style.context(["default", STYLE]):
         figure = Figure(figsize=(8, 1.3 + 0.38 * (len(ours) + len(others))))
         axes = figure.add_subplot()
-        for place, (_, key, acc, views) in enumerate(ours):
+        for place, (_, key, acc, views, seeds) in enumerate(ours):
             colour = COLOURS.get(key, GREY)
+            if np.isnan(acc.low):
+                axes.plot(seeds, [place] * len(seeds), "|", color=colour, markersize=10, markeredgewidth=2)
             axes.plot([acc.low, acc.high], [place, place], color=colour, linewidth=2)
             axes.plot(acc.value, place, "o", color=colour, markersize=7)
             if views:
@@ -84,12 +86,15 @@ def draw_summary(
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("Test ACC")
-        explained = "dot: one view of each tile, with its 95 % interval; hollow: 8 views"
+        explained = "dot: one view of each tile, with its 95 % interval, or bars for two seeds; hollow: 8 views"
         explained += "; square: published" if others else ""
-        points = [acc.value for *_, acc, views in ours for acc in (acc, views or acc)] + [acc for _, acc in others]
+        points = [acc.value for *_, acc, views, _ in ours for acc in (acc, views or acc)] + [
+            acc for _, acc in others
+        ]
+        points += [seed for *_, seeds in ours for seed in seeds]
         left, right = min(points) - 0.05, max(points) + 0.03
-        axes.set_xlim(left, right)  # the interval of two seeds may be wider than all that is of interest
-        if any(acc.low < left or acc.high > right for _, _, acc, _ in ours):
+        axes.set_xlim(left, right)  # the interval of a few seeds may be wider than all that is of interest
+        if any(acc.low < left or acc.high > right for _, _, acc, *_ in ours):
             explained += "\nAn interval that ends at the frame is longer: see the table."
         figure.suptitle(f"{title}\n{explained}", fontsize=10)
         save(figure, path)

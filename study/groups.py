@@ -22,7 +22,7 @@ NETWORKS = {
     "tf_efficientnet_lite0": "EfficientNet-Lite0",
 }
 TECHNIQUES = {  # rows of the ablation
-    "combined": "reference: the coursework's configuration",
+    "combined": "reference",
     "combined, 8 views": "reference, predictions averaged over 8 views",
     "without_augmentation": "without data augmentation",
     "without_lr_strategy": "with a constant learning rate",
@@ -95,14 +95,15 @@ class Group:
     def score(self, *keys: str) -> Estimate | None:
         """The mean over seeds of a score from 0 to 1, with its t interval; None where a record lacks the score.
 
-        One seed: the score as recorded, with its interval over test tiles; NaN where the record has none.
+        One seed: the score as recorded, with its interval over test tiles; NaN where the record has none. The mean
+        of two seeds has no interval: NaN.
         """
         if len(self.by_seed(*keys)) < len(self.records):
             return None
         if len(self.records) == 1:
             return _look_up(self.first.summary, keys)
         over = self.spread(*keys)
-        return Estimate(over.mean, max(over.low, 0), min(over.high, 1))
+        return Estimate(over.mean, *np.clip((over.low, over.high), 0, 1).tolist())
 
     def difference(self, after: Sequence[str], before: Sequence[str]) -> Comparison:
         """One number of summary.json minus another one, seed by seed."""

@@ -2,19 +2,23 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+
+from common.attribution_checks import judge
 from common.errors import UsageError
 from common.metrics import Estimate, recalls
 from common.pathmnist import COUNTS
-from common.statistics import LEAST_PAIRS, SIGNIFICANT, Comparison, Spread, compare, interval, spread
+from common.records import Record
+from common.statistics import LEAST_SEEDS, SIGNIFICANT, Comparison, Spread, compare, interval, spread
 from study.ablation import identical_rows
 from study.forecast import LEAST_GROUPS, LEAST_RUNS, LOWER_IS_BETTER, forecast
 from study.groups import NETWORKS, TECHNIQUES, Group, grouped, nearest
-from study.learning_curve import best_at, learning_curves
+from study.learning_curve import best_at, learning_curves, n_tiles
 from study.report_selection import Study
 
 
@@ -77,7 +81,7 @@ class Analysed:
                     shares.append((after[-1] - before) / (goal - before) if goal != before else math.nan)
             if after:
                 over = spread(after)
-                matched[name] = Estimate(over.mean, max(over.low, 0), min(over.high, 1)), spread(shares)
+                matched[name] = Estimate(over.mean, *np.clip((over.low, over.high), 0, 1).tolist()), spread(shares)
         return cls(
             group,
             {whose: fmean(pair[whose] for pair in pairs) for whose in ("ours", "theirs") if pairs},
@@ -107,7 +111,9 @@ def facts(study: Study) -> dict[str, Any]:
         grouped(study.runs(section, study.named(section, "runs"))) if section in chosen else []
         for section in ("networks", "baselines")
     )
-    judged = [record for record in study.read.values() if record.history]  # a baseline has no epochs
+    networks = [record for record in study.read.values() if record.history]  # a baseline has no epochs
+    by_tiles = {n: [record for record in networks if n_tiles(record) == n] for n in sorted(map(n_tiles, networks))}
+    within = {n: forecast(grouped(records)) for n, records in by_tiles.items()} if len(by_tiles) > 1 else {}
     extra = study.learning_curve()
     curves = learning_curves(study.read.values()) if extra else []
     if len({record.summary["synthetic"] for record in study.read.values()}) > 1:
@@ -143,6 +149,7 @@ def facts(study: Study) -> dict[str, Any]:
             ablation, key=lambda row: ablation[row].spread("validate", "validate/acc").mean, default=None
         ),
         "verdicts": verdicts(ablation),
+        "judge": judge,
         "search": search,
         "search_data": next((facts["dataset"] for facts in sources["Task 4, search"]), None),
         "compared": compared,
@@ -159,10 +166,14 @@ def facts(study: Study) -> dict[str, Any]:
         "techniques": TECHNIQUES,
         "analysis": analysis,
         "analysed": analysed,
+        "rescued": rescued,
         "recalls": recalls,
-        "forecast": forecast(grouped(judged)),
+        "forecast": forecast(grouped(networks)),
+        "forecasts": {
+            n: found for n, found in within.items() if found.correlations
+        },  # with as many training tiles
         "lower_is_better": LOWER_IS_BETTER,
-        "least_pairs": LEAST_PAIRS,
+        "least_seeds": LEAST_SEEDS,
         "least_runs": LEAST_RUNS,
         "least_groups": LEAST_GROUPS,
         "tuning": compare(by_kind)["fine-tuned"] if compared else None,
@@ -170,6 +181,24 @@ def facts(study: Study) -> dict[str, Any]:
         "references": REFERENCES,
         "official": COUNTS,
         "interval": interval,
+    }
+
+
+def rescued(group: Group, others: Iterable[Group]) -> tuple[int, dict[str, float]]:
+    """How many test tiles every run of the group gets wrong; by recipe, the share of them that others get right.
+
+    A share is the mean over the seeds of the other recipe.
+    """
+
+    def right(record: Record) -> np.ndarray:
+        arrays = record.arrays()
+        return np.asarray(arrays["best_logits"].argmax(axis=1) == arrays["targets"])
+
+    hard = ~np.any([right(record) for record in group.records], axis=0)
+    if not hard.any():
+        return 0, {}
+    return int(hard.sum()), {
+        other.title: fmean(right(record)[hard].mean() for record in other.records) for other in others
     }
 
 

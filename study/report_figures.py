@@ -12,23 +12,25 @@ from matplotlib.ticker import PercentFormatter
 
 from common import phantom
 from common.augment import build_augmentation
-from common.figures import PALETTE, STYLE, curve, save
+from common.figures import PALETTE, STYLE, confusion, curve, save
 from common.metrics import Estimate, softmax
+from common.pathmnist import CLASS_NAMES
 from common.statistics import interval
 from common.tracking import TITLES
+from common.weights import SCRATCH
 from study.curves import COLOURS, draw_curves, draw_summary
 from study.forecast import LOWER_IS_BETTER, Forecast
-from study.groups import TECHNIQUES, Group
-from study.learning_curve import Curve
+from study.groups import NETWORKS, TECHNIQUES, Group
+from study.learning_curve import Curve, n_tiles
 
 SHOWN = {
     "none": "original",
     "ta_wide": "TrivialAugment",
+    "ta_wide_scaled": "TrivialAugment,\nshifts that fit",
     "auto": "AutoAugment",
-    "dihedral": "flips and turns",
     "stain": "stain",
 }
-TILES, SIZE = 9, 64
+SHOWN_TILE, DRAWS = 6, 12  # of the generated tiles, one with a structure that shows a shift
 TASK_MARKERS = {"Task 1": "o", "Task 3": "s", "Task 5": "D"}
 CALIBRATION_BINS = 10
 LEAST_TILES = 10  # of a bin: the share of right ones among fewer tiles is mostly chance
@@ -46,26 +48,37 @@ def draw(folder: Path, content: Mapping[str, Any]) -> None:
     if content["curves"]:
         learning_curve(to / "learning_curve.png", content["curves"])
     for task, group in tasks.items():
-        if task != "Task 5":  # task5.py draws its own comparison
-            name = task.replace(" ", "").lower()
-            draw_curves(to / f"{name}-curves.png", {task: group.records}, f"{group.title} · {title}")
+        name = task.replace(" ", "").lower()
+        curves = {kind: part.records for kind, part in content["compared"].items()}
+        drawn = curves if task == "Task 5" else {task: group.records}
+        network = NETWORKS.get(group.first.config["model_name"], group.first.config["model_name"])
+        draw_curves(to / f"{name}-curves.png", drawn, f"{network} · {title}")
+        matrices = [record.summary["best"]["confusion_matrix"] for record in group.records]
+        seeds = f"{len(matrices)} seeds together" if len(matrices) > 1 else "one seed"
+        confusion(
+            to / f"{name}-confusion.png",
+            np.sum(matrices, axis=0),
+            list(group.recalls()),
+            title=f"{group.title} · test tiles, {seeds} · {title}",
+        )
     draw_summary(to / "summary.png", *summary_rows(content), title)
     scores = {task: _scores(group) for task, group in tasks.items()}
     calibration(to / "calibration.png", scores, title)
     if ablation:
-        augmentations(to / "augmentations.png")
         run = next(iter(ablation.values())).first
+        augmentations(to / "augmentations.png", run.config["size"])
         curve(
             to / "learning_rate.png",
             [row["lr"] for row in run.history],
             ylabel="Learning rate at the epoch's end",
-            title=f"{run.run_id} · {run.summary['dataset']}",
+            title=f"Task 4, the reference · {run.summary['dataset']}",
+            colour=COLOURS["Task 4"],
         )
 
 
 def summary_rows(
     content: Mapping[str, Any],
-) -> tuple[list[tuple[str, str, Estimate, Estimate | None]], list[tuple[str, float]]]:
+) -> tuple[list[tuple[str, str, Estimate, Estimate | None, list[float]]], list[tuple[str, float]]]:
     """The rows of the figure at the top of the page: our groups of runs, then published scores."""
     groups: list[tuple[str, str, Group]] = []
     for task, group in content["tasks"].items():
@@ -82,7 +95,7 @@ def summary_rows(
     ]
     groups += [(f"Baseline: {group.title}", "", group) for group in content["baselines"]]
     ours = [
-        (name, key, acc, group.score("tta", "acc"))
+        (name, key, acc, group.score("tta", "acc"), list(group.by_seed("best", "acc").values()))
         for name, key, group in groups
         if (acc := group.score("best", "acc"))
     ]
@@ -95,13 +108,13 @@ def summary_rows(
     return ours, others
 
 
-def augmentations(path: Path) -> None:
-    """Draw one row per augmentation of the same generated tiles, one of each class; no data file is needed."""
-    tiles, _ = next(iter(phantom.generate("train", TILES, SIZE)))
-    images = torch.from_numpy(tiles).permute(0, 3, 1, 2)
+def augmentations(path: Path, size: int) -> None:
+    """Draw one row per augmentation of a generated tile of `size` pixels: DRAWS draws; no data file is needed."""
+    tiles, _ = next(iter(phantom.generate("train", len(CLASS_NAMES), size)))
+    images = torch.from_numpy(tiles[SHOWN_TILE]).permute(2, 0, 1).repeat(DRAWS, 1, 1, 1)
     with style.context(["default", STYLE, {"axes.grid": False}]):
-        figure = Figure(figsize=(8, 0.95 * len(SHOWN) + 0.5))
-        grid = figure.subplots(len(SHOWN), TILES, squeeze=False)
+        figure = Figure(figsize=(8, 0.72 * len(SHOWN) + 0.4))
+        grid = figure.subplots(len(SHOWN), DRAWS, squeeze=False)
         for line, (name, title) in zip(grid, SHOWN.items(), strict=True):
             changed = build_augmentation(name)(images, torch.Generator().manual_seed(0))
             for axes, tile in zip(line, changed, strict=True):
@@ -109,39 +122,49 @@ def augmentations(path: Path) -> None:
                 axes.set(xticks=[], yticks=[])
                 axes.spines[:].set_visible(False)
             line[0].set_ylabel(title, rotation=0, ha="right", va="center")
-        figure.suptitle(f"phantom tiles (generated, {SIZE} px), and one draw of each augmentation", fontsize=9)
+        figure.suptitle(
+            f"A phantom tile (generated, {size} px), and {DRAWS} draws of each augmentation", fontsize=9
+        )
         save(figure, path)
 
 
 def scatter(path: Path, found: Forecast, title: str) -> None:
     """Draw the test ACC against each validation score, one dot per run, with the rank correlation above it."""
+    recipes = _recipes(found)
     with style.context(["default", STYLE]):
-        figure = Figure(figsize=(6.4, 6.2))
+        figure = Figure(figsize=(6.4, 6 + 0.22 * len(recipes)))
         panels = figure.subplots(2, 2, sharey=True)
         for column, (axes, (name, correlation)) in enumerate(
             zip(panels.flat, found.correlations.items(), strict=True), start=1
         ):
-            for task, marker in TASK_MARKERS.items():
-                runs = [
-                    values
-                    for group, values in zip(found.groups, found.values, strict=True)
-                    if TITLES[group.first.facts["task"]] == task
-                ]
-                if runs:
-                    accuracies, scores = np.concatenate(runs)[:, [0, column]].T
-                    label = "Tasks 3 and 4" if task == "Task 3" else task  # both train the same network
-                    axes.plot(
-                        scores, accuracies, marker, color=COLOURS[task], markersize=4, alpha=0.6, label=label
-                    )
+            for label, (runs, look) in recipes.items():
+                accuracies, scores = np.concatenate(runs)[:, [0, column]].T
+                axes.plot(scores, accuracies, linestyle="", markersize=5, alpha=0.7, label=label, **look)
             sign = " (correlation: sign turned)" if name == LOWER_IS_BETTER else ""
             axes.set_xlabel(name[0].upper() + name[1:] + sign)
             shown = interval(correlation.value, correlation.low, correlation.high, 2)
             axes.set_title(f"rank correlation {shown}")
         for axes in panels[:, 0]:
             axes.set_ylabel("Test ACC")
-        figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center")
         figure.suptitle(f"One dot per run · {title}", fontsize=10)
         save(figure, path)
+
+
+def _recipes(found: Forecast) -> dict[str, tuple[list[np.ndarray], dict[str, Any]]]:
+    """The scores of each recipe's runs, and how to draw them: hollow if the runs have fewer training tiles."""
+    most = max(map(n_tiles, (group.first for group in found.groups)))
+    recipes: dict[str, tuple[list[np.ndarray], dict[str, Any]]] = {}
+    markers = {colour: iter("os^v*PX") for colour in COLOURS.values()}
+    for group, values in zip(found.groups, found.values, strict=True):
+        run, fewer = group.first, n_tiles(group.first) < most
+        title = f"{group.title.split(' with')[0]}, recipes on fewer tiles" if fewer else group.title
+        if title not in recipes:
+            kind = "from scratch" if run.config.get("weights") == SCRATCH else TITLES[run.facts["task"]]
+            look = {"color": COLOURS[kind], "markerfacecolor": "none" if fewer else COLOURS[kind]}
+            recipes[title] = [], {**look, "marker": next(markers[COLOURS[kind]], "o")}
+        recipes[title][0].append(values)
+    return recipes
 
 
 def learning_curve(path: Path, curves: Sequence[Curve]) -> None:

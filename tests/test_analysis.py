@@ -137,7 +137,8 @@ def test_the_page_shows_the_analysis_and_the_check_compares_it_with_the_runs(
     assert f"ours alone is right on {only_ours} tiles, the published one alone on {only_theirs} (" in page
     assert page.count("- Task 1: the colours of all test tiles together were matched") == 1
     assert (
-        f"All 2 networks, one of them the published one, are wrong on {hard} of {len(targets)} test tiles." in page
+        f"All 2 networks (of Task 1, and the published one) are wrong on {hard} of {len(targets)} test tiles."
+        in page
     )
     assert "fig/analysis/hard-tiles.png" in page
     assert "| published: recall |" in page

@@ -306,14 +306,17 @@ def test_a_method_passes_only_if_no_check_fails(
     )
     assert judged["passes"] == passes
     assert judged["verdict"].startswith(f"A method {'passes' if passes else 'does not pass'}: ")
-    words = {0.4: "its maps lose", 0.48: "its maps do not surely lose", 0.6: "its maps keep much of"}
-    assert words[correlation] in judged["verdict"]
-    assert judged["verdict"].count("do not surely beat") == (over_random < 0.05) + (over_sobel < 0.05)
+    words = {0.4: "its maps lose", 0.48: "its maps do not clearly lose", 0.6: "its maps keep much of"}
+    failed, _, held = judged["verdict"].partition(" What holds: ") if not passes else ("", "", judged["verdict"])
+    assert words[correlation] in (held if correlation == 0.4 else failed)
+    for margin, control in ((over_random, "a random order"), (over_sobel, "plain edges")):
+        assert (f"its pixels are better than {control} (" in held) == (margin > 0.05)
+        assert (f"its pixels are not clearly better than {control} (" in failed) == (margin < 0.05)
 
 
 def test_margins_are_paired_tile_by_tile() -> None:
     rising = np.linspace(0, 1, len(FRACTIONS))
-    level = np.array([[0.2], [0.6]])  # the two tiles differ much more than the orders
+    level = np.array([[0.2], [0.6], [0.4]])  # the tiles differ much more than the orders
 
     def order(gain: float) -> dict[str, np.ndarray]:
         return {"deletion": level - gain * rising, "insertion": level + 0 * rising}

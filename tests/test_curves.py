@@ -1,5 +1,6 @@
 """The figures that compare runs show every run, their mean, and every score with its interval."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,9 @@ def test_curves_show_every_run_its_best_epoch_its_early_stop_and_the_mean(drawn:
 
 def test_the_summary_shows_every_score_with_its_interval_beside_published_ones(drawn: list[Figure]) -> None:
     ours = [
-        ("Task 1: a network", "Task 1", Estimate(0.8, 0.7, 0.9), Estimate(0.85, 0.75, 0.95)),
-        ("Baseline: colours", "", Estimate(0.5, 0.4, 0.6), None),
+        ("Task 1: a network", "Task 1", Estimate(0.8, 0.7, 0.9), Estimate(0.85, 0.75, 0.95), [0.8, 0.8]),
+        ("Baseline: colours", "", Estimate(0.5, 0.4, 0.6), None, [0.5]),
+        ("two seeds", "", Estimate(0.65, math.nan, math.nan), None, [0.6, 0.7]),
     ]
     curves.draw_summary(Path("x.png"), ours, [("a paper", 0.93)], "a title")
     axes = drawn[0].axes[0]
@@ -61,11 +63,14 @@ def test_the_summary_shows_every_score_with_its_interval_beside_published_ones(d
         ([0.85], [0.25], blue),
         ([0.4, 0.6], [1, 1], grey),
         ([0.5], [1], grey),
-        ([0.93], [2], "black"),
+        ([0.6, 0.7], [2, 2], grey),
+        ([0.93], [3], "black"),
     ):
         assert expected in shown
+    assert ([0.8, 0.8], [0, 0], blue) not in shown  # the interval is there
     assert [label.get_text() for label in axes.get_yticklabels()] == [
         "Task 1: a network",
         "Baseline: colours",
+        "two seeds",
         "a paper",
     ]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,8 @@ import train
 from common import statistics
 from common.config import run_script
 from common.files import write_csv
-from study import baselines, forecast, report, report_figures, sweep
-from study.report_facts import REFERENCES, facts, together
+from study import baselines, forecast, report, report_facts, report_figures, sweep
+from study.report_facts import REFERENCES, facts, rescued, together
 from study.report_selection import Study
 
 PHANTOM = ["--dataset=phantom", "--size=28", "--train_tiles=90", "--wandb=disabled"]
@@ -147,7 +148,7 @@ def test_balanced_acc_is_the_record_s_or_the_mean_of_the_recalls(study: Path) ->
     [(0.85, 0.95, "higher than"), (0.5, 0.85, "not clearly different from"), (0.3, 0.6, "lower than")],
 )
 def test_the_page_compares_a_network_with_the_strongest_baseline(
-    low: float, high: float, verdict: str, study: Path
+    low: float, high: float, verdict: str, study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (study / "report.toml").write_text(
         '[task1]\nruns = ["first-0"]\n[baselines]\nruns = ["mean_rgb-90-0", "neighbours-90-0"]\n'
@@ -156,10 +157,12 @@ def test_the_page_compares_a_network_with_the_strongest_baseline(
     for run_id, ends in scores.items():
         estimate = dict(zip(("value", "low", "high"), ends, strict=True))
         summary("best", "acc", value=estimate)(study / "runs" / run_id)
-    page = built(study)
     title = json.loads((study / "runs/neighbours-90-0/summary.json").read_text())["title"]
-    assert f"- The strongest baseline is {title}, with test ACC 0.7000 [" in page
-    assert f". Task 1 is {verdict} it.\n" in page
+    best = f"- The baseline with the highest test ACC is {title}: 0.7000 [0.6500, 0.8000]."
+    assert f"{best} Task 1 has 0.5000 (one seed).\n" in built(study)  # too few seeds for a verdict
+    monkeypatch.setattr(report_facts, "LEAST_SEEDS", 1)
+    page = built(study)
+    assert f"{best} Task 1 is {verdict} it.\n" in page
     assert f"| Baseline | {title} | 90 | 1 | 0.700 [0.650, 0.800] |" in page
 
 
@@ -189,10 +192,10 @@ def test_the_page_shows_a_recipe_and_a_baseline_on_fewer_tiles(study: Path) -> N
     )
     assert "| test ACC of | 45 tiles | 90 tiles |" in page
     table = page[page.index("| test ACC of |") :].split("\n\n")[0]
-    assert f"| ResNet-18 from scratch | 0.250 [0.250, 0.250] | {whole:.3f} [" in table
+    assert f"| ResNet-18 from scratch | 0.250 | {whole:.3f} |" in table  # two seeds: no interval
     assert "| nearest neighbours on colour and gradient statistics | 0.125 [0.125, 0.125] | " in table
     assert "MobileNetV3-Large" not in table  # has one number of tiles
-    assert "- With 45 training tiles, ResNet-18 from scratch has the highest mean test ACC: 0.250 [" in page
+    assert "- With 45 training tiles, ResNet-18 from scratch has the highest mean test ACC: 0.250.\n" in page
     assert "this page has 6 and 3." in page  # the runs on fewer tiles are no runs of the tasks
 
 
@@ -232,7 +235,7 @@ def test_the_page_shows_further_networks_and_readme_the_results(
     title = "MobileNetV3-Large from scratch with averaged weights (EMA)"
     assert f"| Further | {title} | 90 | 2 |" in page
     (described,) = (line for line in page.splitlines() if line.startswith(f"- Further: {title} reaches test ACC "))
-    assert described.endswith(". It has the recipe of Task 3, but with ema decay 0.99.")
+    assert described.endswith(". It has the recipe of Task 3, but with averaged weights (EMA decay): 0.99.")
     runs = "0: [small-with_ema-0](runs/small-with_ema-0/), 1: [small-with_ema-1](runs/small-with_ema-1/)"
     assert f"\n| {title} | {runs} | " in page
     assert f"- **{title}**: dataset: phantom · size: 28 · " in page
@@ -246,8 +249,8 @@ def test_the_page_shows_further_networks_and_readme_the_results(
         "after",
     )
     assert lines[1:-1] == [line for line in page.split("\n## ")[1].splitlines() if line.startswith("- ")]
-    assert any(line.startswith("- The strongest baseline is ") for line in lines)
-    readme.write_text(readme.read_text().replace("The strongest baseline is", "The strongest baseline was"))
+    assert any(line.startswith("- The baseline with the highest test ACC is ") for line in lines)
+    readme.write_text(readme.read_text().replace("The baseline with the", "The baseline without the"))
     fails(study, 1, r"README\.md is out of date: line 3 says", capsys, "--check")
 
 
@@ -299,9 +302,10 @@ def test_the_page_compares_the_validation_scores_where_there_are_enough_runs(
     monkeypatch.setattr(report, "check_study", lambda *records: None)
     make(study)
     page = (study / "report.md").read_text()
-    assert "- Validation ACC: 1.00 [1.00, 1.00], forecasts test ACC." in page
-    assert "- Validation loss (sign turned): -1.00 [-1.00, -1.00], misleads." in page
-    assert "6 runs of 3 configurations" in page
+    assert "| validation score | all 6 runs |\n" in page  # all have as many training tiles
+    assert "| validation ACC | 1.00 [1.00, 1.00] |\n" in page
+    assert "| validation loss (sign turned) | -1.00 [-1.00, -1.00] |\n" in page
+    assert "*3 configurations; brackets" in page
     assert "fig/report/forecast.png" in page
 
 
@@ -317,7 +321,8 @@ def test_the_page_compares_the_validation_scores_where_there_are_enough_runs(
 def test_the_verdict_on_a_technique_follows_from_its_scores(
     scores: tuple[float, float], verdict: str, study: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(statistics, "LEAST_PAIRS", 2)  # the study has two seeds
+    for module in (statistics, report_facts):
+        monkeypatch.setattr(module, "LEAST_SEEDS", 2)  # the study has two seeds
     for row, accuracies in (("combined", (0.5, 0.5)), ("with_ema", scores)):
         for seed, accuracy in enumerate(accuracies):
             path = study / "runs" / f"small-{row}-{seed}" / "summary.json"
@@ -334,16 +339,25 @@ def test_the_verdict_on_a_technique_follows_from_its_scores(
     assert ("with averaged weights" in named[2]) == (verdict == "worse")
 
 
-def test_the_study_s_findings_stand_after_the_summary_with_the_same_facts(study: Path) -> None:
+def test_the_study_s_findings_stand_in_their_sections_with_the_same_facts(study: Path) -> None:
     (study / "findings.md.j2").write_text(
-        "## Findings\n\nTask 1 has {{ seeds(tasks['Task 1'].records | length) }}: "
+        "- {{ section }} has {{ seeds(tasks['Task 1'].records | length) }}: "
         "{{ shown(tasks['Task 1'].score('best', 'acc')) }}.\n"
+        "{% if section == 'Limits' %}\n- A limit.\n{% endif %}\n"
     )
     page = built(study)
     values = [json.loads(path.read_text())["test/acc"] for path in study.glob("runs/first-*/summary.json")]
-    findings = page[page.index("## Findings") : page.index("## Task 1")]
-    assert page.index("## Summary") < page.index("## Findings")
-    assert f"Task 1 has 2 seeds: {sum(values) / 2:.4f} [" in findings
+    for section, heading in (
+        ("Summary", "Summary"),
+        ("Task 1", "Task 1"),
+        ("Task 3", "Task 3"),
+        ("Task 4", "Task 4"),
+    ):
+        text = re.split("^## ", page[page.index(f"\n## {heading}") + 4 :], flags=re.MULTILINE)[0]
+        assert f"### What we learnt\n\n- {section} has 2 seeds: {sum(values) / 2:.4f}.\n" in text
+    assert "- A limit." in page[page.index("## What this study cannot say") :]
+    (study / "findings.md.j2").unlink()
+    assert "What we learnt" not in built(study)
 
 
 @pytest.mark.parametrize("text", ["fine\n{{ unknown }}\n", "fine\n{% if %}\n", "fine\n{{ 1 + 'a' }}\n"])
@@ -543,3 +557,22 @@ def test_an_installed_package_has_the_templates(tmp_path: Path) -> None:
     templates = {path.name for path in (ROOT / "study").glob("*.j2")}
     assert {path.name for path in (tmp_path / "built" / "study").glob("*.j2")} == templates
     assert "report.md.j2" in templates
+
+
+def test_the_tiles_that_all_runs_of_a_group_get_wrong_and_who_gets_them_right() -> None:
+    targets = np.array([0, 1, 2, 3])
+
+    class Run:
+        def __init__(self, *predicted: int) -> None:
+            self.predicted = np.array(predicted)
+
+        def arrays(self) -> dict[str, np.ndarray]:
+            return {"best_logits": np.eye(9)[self.predicted], "targets": targets}
+
+    def group(title: str, *records: Run) -> Any:
+        return SimpleNamespace(title=title, records=records)
+
+    ours = group("ours", Run(0, 0, 0, 3), Run(1, 0, 0, 0))  # both are wrong on tiles 1 and 2
+    other = group("other", Run(0, 1, 0, 0), Run(5, 1, 2, 5))
+    assert rescued(ours, [other, group("none", Run(0, 0, 0, 0))]) == (2, {"other": 0.75, "none": 0.0})
+    assert rescued(group("right", Run(0, 1, 2, 3)), [other]) == (0, {})

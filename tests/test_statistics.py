@@ -22,6 +22,14 @@ def test_a_single_value_has_no_interval() -> None:
     assert math.isnan(paired_p([0.1]))
 
 
+def test_two_values_have_a_standard_deviation_but_no_interval() -> None:
+    over = spread([0.5, 0.7])
+    assert (over.mean, over.sd) == (pytest.approx(0.6), pytest.approx(0.02**0.5))
+    assert math.isnan(over.low)
+    assert math.isnan(over.high)
+    assert not math.isnan(spread([0.5, 0.6, 0.7]).low)
+
+
 def test_differences_that_are_equal_up_to_rounding_are_equal() -> None:
     assert paired_p([0.3 - 0.2, 0.4 - 0.3]) == 0.0  # 0.09999999999999998 and 0.10000000000000003
     assert paired_p([0.3 - 0.2 - 0.1, 0.0]) == 1.0
