@@ -38,7 +38,7 @@ from common.pathmnist import CLASS_NAMES
 from common.pretrained import FineTunedNetwork
 from common.records import is_finished, read_json, run_folder
 from common.tiles import device_splits
-from common.tracking import Run, check_same
+from common.tracking import Run, check_record
 from common.training import Trainer
 from common.weights import SCRATCH, Weights, load_weights
 from study.comparison import compare_runs
@@ -67,15 +67,20 @@ class Task5Config(FineTuningConfig):
     )
 
     def runs(self) -> list["Task5Config"]:
-        """The configuration of each run: for each seed the fine-tuned one, then the one from scratch."""
+        """The configuration of each run: for each seed the fine-tuned one, then the one from scratch.
+
+        Only the first one must have a checkpoint where `resume` asks for one: the others start after it.
+        """
         found = []
         for number in range(self.n_seeds):
             seed = self.seed + number
             suffix = f"-seed{seed}" if number else ""
-            found.append(dataclasses.replace(self, seed=seed, run_id=f"{self.run_id}{suffix}"))
+            resume = self.resume and number == 0
+            found.append(dataclasses.replace(self, seed=seed, run_id=f"{self.run_id}{suffix}", resume=resume))
             if self.scratch and self.weights != SCRATCH:
-                changes = {**FROM_SCRATCH, "weights": SCRATCH, "run_id": f"{self.run_id}-scratch{suffix}"}
-                found.append(dataclasses.replace(self, seed=seed, **changes))
+                changes = {**FROM_SCRATCH, "weights": SCRATCH, "resume": False}
+                run_id = f"{self.run_id}-scratch{suffix}"
+                found.append(dataclasses.replace(self, seed=seed, run_id=run_id, **changes))
         return found
 
 
@@ -84,7 +89,10 @@ def main(config: Task5Config) -> None:
     compute = Compute.of(config.device, config.precision)
     compute.prepare_process()
     names = {config.weights, *([SCRATCH] if config.scratch else [])}
-    weights = {name: load_weights(name, config.model_name, config.output_dir) for name in names}
+    weights = {
+        name: load_weights(name, config.model_name, config.output_dir, download=not config.dry_run)
+        for name in names
+    }
     if config.resize_to is None:
         config = dataclasses.replace(config, resize_to=weights[config.weights].preset.size)
     if config.dry_run:
@@ -97,23 +105,21 @@ def main(config: Task5Config) -> None:
             shape = build(config, untrained).feature_shape
         config = decide_caching(config, shape, dataset, compute.device)
     runs = config.runs()
-    if config.dry_run:
-        for single in runs:
-            describe(single, build(single, weights[single.weights]), compute)
-        return
-    if len(runs) == 1:
-        train(config, weights[config.weights], dataset, compute)
-        return
-    finished = [single for single in runs if is_finished(config.output_dir, single.run_id)]
+    # A run that is the command's only one, and finished, is refused.
+    finished = [single for single in runs if len(runs) > 1 and is_finished(config.output_dir, single.run_id)]
     for single in finished:  # before any other run starts
-        check_same(single, read_json(run_folder(config.output_dir, single.run_id) / "config.json")["config"])
+        before = read_json(run_folder(config.output_dir, single.run_id) / "config.json")
+        facts = {"data_fingerprint": dataset.fingerprint, "weights": weights[single.weights].record()}
+        check_record(single, before, None if config.dry_run else {"task": "task5", **facts})
     for single in runs:
         if single in finished:
             print(f"run {single.run_id} is finished already")
+        elif config.dry_run:
+            describe(single, build(single, weights[single.weights]), compute)
         else:
             train(single, weights[single.weights], dataset, compute)
     tuned, scratch = ([run.run_id for run in runs if (run.weights == SCRATCH) == s] for s in (False, True))
-    if scratch and distributed.is_first():
+    if tuned and scratch and not config.dry_run and distributed.is_first():
         compare_runs(config.run_id, tuned, scratch, config.output_dir)
 
 

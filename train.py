@@ -50,7 +50,6 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 
 @with_defaults(
-    amsgrad=False,
     augmentation="ta_wide",
     batch_size=512,
     early_stopping_delta=0.01,
@@ -58,7 +57,6 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     label_smoothing=0.1,
     lr=0.0019976195957370426,
     lr_min=0.1,
-    lr_warmup_decay=0.1,
     lr_warmup_epochs=2,
     model_name="mobilenet_v3_large",
     n_epochs=20,

@@ -57,10 +57,10 @@ def load(path: Path) -> dict[str, Any]:
     return content
 
 
-def load_newest(*paths: Path) -> dict[str, Any] | None:
-    """The first of these checkpoints that can be read, saying which cannot; None where there is none at all.
+def load_newest(*paths: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The first of these checkpoints that can be read, and its content; None where there is none at all.
 
-    Raises Fault where there are some, and none can be read.
+    Prints which cannot be read. Raises Fault where there are some, and none can be read.
     """
     faults: dict[Path, Fault] = {}
     for path in paths:
@@ -72,7 +72,7 @@ def load_newest(*paths: Path) -> dict[str, Any] | None:
                 continue
             for damaged in faults:
                 print(f"{damaged} cannot be read; going on from {path.name}, an earlier one", file=sys.stderr)
-            return content
+            return path, content
     if faults:
         raise next(iter(faults.values()))
     return None

@@ -110,6 +110,14 @@ def _data_root(config: "ScriptConfig") -> Path:
         ) from None
 
 
+def expanded(path: str) -> Path:
+    """The path with the home folder in the place of `~`; UsageError where that is unknown."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UsageError(f"{path}: begins with an unknown home folder; write the whole path") from None
+
+
 def torchrun_number(name: str, default: int) -> int:
     """A number that torchrun sets in the environment, or `default`; UsageError where it is set to another text."""
     text = os.environ.get(name) or str(default)
@@ -382,7 +390,7 @@ def _reader(types: Sequence[Any]) -> Callable[[str], Any]:
     read, complaint = READERS[types[0]]
 
     def value_of(text: str) -> Any:
-        if len(types) > 1 and text in ("None", "none", "null"):  # how W&B passes the `null` of a sweep file
+        if type(None) in types and text in ("None", "none", "null"):  # how W&B passes the `null` of a sweep file
             return None
         try:
             return read(text)
@@ -463,8 +471,9 @@ def run_script(main: Callable[[C], None], config_class: type[C], arguments: Sequ
         message, status = f"{what}; mend this, then start {command} again", 1
     except Exception as error:
         if isinstance(error, MemoryError) or re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):
-            names = ("batch_size", "resize_to", "checked_tiles")
-            keys = [f"--{name}" for name in names if hasattr(config_class, name)]
+            # Tiles are scored in batches of a fixed number.
+            names = {"resize_to": "", "batch_size": "(in training) ", "checked_tiles": ""}
+            keys = [f"{when}--{name}" for name, when in names.items() if hasattr(config_class, name)]
             remedy = f"lower {' or '.join(keys)}" if keys else "close other programs"
             message, status = f"out of memory ({first_line(error)}): {remedy}", Untrainable.exit_status
         elif re.search("Connection (closed|reset) by peer|NCCL", str(error)):  # under torchrun
@@ -473,7 +482,7 @@ def run_script(main: Callable[[C], None], config_class: type[C], arguments: Sequ
         else:
             path = keep_traceback(error, folders)
             what = f"{type(error).__name__}: {first_line(error)}"
-            message, status = f"unexpected: {what}; please report it with {path}", 70
+            message, status = f"unexpected: {what}; please report it{f' with {path}' if path else ''}", 70
     except KeyboardInterrupt:
         message, status = f"interrupted; {command} continues" if command else "interrupted", 130
     with suppress(OSError):  # nobody may read stderr any more

@@ -25,7 +25,7 @@ from common.archives import open_npz, read_array
 from common.config import PHANTOM_TRAIN_TILES
 from common.download import download
 from common.errors import Fault, UsageError
-from common.files import digest, flush, locked, open_regular, read_text, write_json
+from common.files import digest, flush, is_of_disk, locked, open_regular, read_text, write_json
 from common.pathmnist import OfficialFile
 
 SPLITS = tuple(pathmnist.COUNTS)
@@ -89,7 +89,7 @@ def load_dataset(name: str, size: int, data_root: Path, train_tiles: int | None 
 
     PathMNIST is downloaded if its file is missing; `stratified_part` takes `train_tiles` of its training tiles
     (None: all). The phantom is generated with `train_tiles` training tiles. Raises Fault where a file is missing,
-    damaged or cannot be written, and UsageError for too many or too few tiles or a data root that is no folder.
+    damaged or cannot be written, and UsageError for too few tiles or a data root that is no folder.
     """
     if data_root.exists() and not data_root.is_dir():
         raise UsageError(f"--data_root {data_root}: not a folder")
@@ -100,8 +100,6 @@ def load_dataset(name: str, size: int, data_root: Path, train_tiles: int | None 
         build = partial(_generate_phantom, size, n_tiles)
         splits = _arrays(data_root, f"phantom-v{phantom.VERSION}_{size}_{n_tiles}", layout, build)
     else:
-        if train_tiles is not None and train_tiles > whole:
-            raise UsageError(f"--train_tiles {train_tiles}: {pathmnist.TITLE} has {whole:,} training tiles")
         file = pathmnist.official_file(size)
         layout = Layout(file.md5, size, pathmnist.COUNTS)
         build = partial(_unpack, data_root / file.name, layout)
@@ -214,7 +212,10 @@ def _check_source(source: OfficialFile, path: Path) -> None:
 
 
 def _map_splits(folder: Path, layout: Layout) -> dict[str, Split] | None:
-    """The splits in a folder of arrays; None where it is missing, damaged or has another layout."""
+    """The splits in a folder of arrays; None where it is missing, damaged or has another layout.
+
+    Raises OSError where it cannot be read now: what may be intact is not built anew.
+    """
     try:
         meta = json.loads(read_text(folder / "meta.json"))
         if (meta["version"], meta["fingerprint"]) != (CACHE_VERSION, layout.fingerprint):
@@ -222,7 +223,9 @@ def _map_splits(folder: Path, layout: Layout) -> dict[str, Split] | None:
         if meta["checksums"] != _checksums(folder):
             return None
         return {split: _map_split(folder, split, layout) for split in SPLITS}
-    except Exception:  # numpy raises many types for a damaged header
+    except Exception as error:  # numpy raises many types for a damaged header
+        if is_of_disk(error) and not isinstance(error, FileNotFoundError):
+            raise
         return None
 
 

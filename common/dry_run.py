@@ -4,6 +4,7 @@ import re
 import shutil
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +13,10 @@ from common import pathmnist, phantom
 from common.compute import Compute
 from common.config import TrainingConfig
 from common.data import Dataset, Split
-from common.features import free_memory
+from common.evaluation import EVALUATION_BATCH
+from common.features import CACHING_BATCH, feature_bytes, free_memory
+from common.fine_tuning import FineTuningConfig
+from common.pretrained import FineTunedNetwork
 from common.records import read_history, run_folder
 from common.tiles import batches
 from common.tracking import check_startable
@@ -30,6 +34,7 @@ def describe(config: TrainingConfig, model: nn.Module, compute: Compute) -> None
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     n_steps = len(batches(len(dataset.train), config.batch_size, torch.device("cpu")))
     needed, kept = disk_bytes(config, model)
+    training, scoring = memory_bytes(config, model, dataset, compute)
     history = run_folder(config.output_dir, config.run_id) / "history.csv"
     existing = next(
         path for path in (config.output_dir.absolute(), *config.output_dir.absolute().parents) if path.exists()
@@ -43,7 +48,7 @@ def describe(config: TrainingConfig, model: nn.Module, compute: Compute) -> None
         "network": f"{config.model_name}, {sum(p.numel() for p in parameters):,} parameters, "
         f"{sum(p.numel() for p in trainable):,} of them trained, inputs of {config.input_size} px",
         "steps": f"{n_steps:,} per epoch, {n_steps * config.n_epochs:,} in {config.n_epochs} epochs",
-        "memory": f"about {memory_bytes(config, model, dataset, compute) / 1e9:.1f} GB "
+        "memory": f"about {training / 1e9:.1f} GB while it trains, {scoring / 1e9:.1f} GB while it scores "
         f"({free_memory(compute.device) / 1e9:.1f} GB are free)",
         "disk": f"about {needed / 1e6:,.0f} MB while it trains, {kept / 1e6:,.0f} MB afterwards "
         f"({shutil.disk_usage(existing).free / 1e9:,.1f} GB are free)",
@@ -56,10 +61,9 @@ def describe(config: TrainingConfig, model: nn.Module, compute: Compute) -> None
 def planned_dataset(config: TrainingConfig) -> Dataset:
     """The run's data set with the right numbers of tiles, on the device `meta`, which keeps no values."""
     counts = dict(pathmnist.COUNTS)
-    if config.dataset == "phantom" and config.train_tiles:
-        counts = phantom.split_sizes(config.train_tiles)
-    elif config.train_tiles:
-        counts["train"] = config.train_tiles
+    if config.train_tiles:
+        part = {**counts, "train": config.train_tiles}
+        counts = phantom.split_sizes(config.train_tiles) if config.dataset == "phantom" else part
     with torch.device("meta"):
         splits = {
             name: Split(torch.empty(n, 3, config.size, config.size, dtype=torch.uint8), torch.empty(n))
@@ -85,15 +89,31 @@ def disk_bytes(config: TrainingConfig, model: nn.Module) -> tuple[int, int]:
     return weights + 3 * last, weights  # last.pt, previous.pt, and the next last.pt while it is written
 
 
-def memory_bytes(config: TrainingConfig, model: nn.Module, dataset: Dataset, compute: Compute) -> float:
-    """The peak memory of training, as docs/speed.md explains it."""
-    inputs = torch.zeros(2, 3, config.input_size, config.input_size, device=compute.device)
+def memory_bytes(
+    config: TrainingConfig, model: nn.Module, dataset: Dataset, compute: Compute
+) -> tuple[float, float]:
+    """The peak memory of training, as docs/speed.md explains it, and of scoring tiles or computing their features.
+
+    The factor 2 of the largest layer is a fit on a CPU, from 1.5 to 2.5 for four networks.
+    """
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     base = peak(compute) if compute.device.type == "cpu" else weights  # of a CPU: with the network
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    activations = saved_bytes(model.to(compute.device), inputs, compute) / len(inputs)
     states = (4 if config.amsgrad else 3) * trained + (weights if config.ema_decay else 0)
-    return base + dataset.train.images.nbytes + states + 2.2 * config.batch_size * activations
+    always = base + dataset.train.images.nbytes + states
+    model.to(compute.device)
+    inputs = torch.zeros(4, 3, config.input_size, config.input_size, device=compute.device)
+    # Autocast's copies of the weights are in both numbers of bytes, and not in their difference.
+    saved, layer = (
+        (count(model, inputs, compute) - count(model, inputs[:2], compute)) / 2
+        for count in (saved_bytes, layer_bytes)
+    )
+    if isinstance(config, FineTuningConfig) and config.cache_features and isinstance(model, FineTunedNetwork):
+        always += feature_bytes(config, model.feature_shape, dataset)
+        batch, training = CACHING_BATCH, 2.2 * saved
+    else:
+        batch, training = EVALUATION_BATCH, max(2.2 * saved, 2 * layer)
+    return always + config.batch_size * training, always + 2 * min(batch, len(dataset.test)) * layer
 
 
 def peak(compute: Compute) -> int:
@@ -118,6 +138,19 @@ def saved_bytes(model: nn.Module, inputs: torch.Tensor, compute: Compute) -> int
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), compute.autocast():
-        logits = model(inputs)
-        logits.sum()
+        model(inputs)
     return sum(found.values())
+
+
+def layer_bytes(model: nn.Module, inputs: torch.Tensor, compute: Compute) -> int:
+    """The most that the inputs and outputs of one layer, or of a block of layers, take in a forward pass."""
+    sizes = []
+
+    def note(module: nn.Module, given: Any, result: Any) -> None:
+        tensors = [*given, *(result if isinstance(result, tuple) else (result,))]
+        sizes.append(sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor)))
+
+    hook = nn.modules.module.register_module_forward_hook(note)
+    with hook, torch.no_grad(), compute.autocast():
+        model(inputs)
+    return max(sizes)

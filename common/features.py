@@ -24,7 +24,7 @@ from common.training import generator
 
 C = TypeVar("C", bound=FineTuningConfig)
 
-BATCH = 256
+CACHING_BATCH = 256
 View = Callable[[torch.Tensor], torch.Tensor]  # uint8 (B, 3, H, W) to the same
 
 
@@ -67,7 +67,7 @@ def cache_features(
     features = torch.empty(len(views), len(tiles), *model.feature_shape, device=device)
     labels = torch.empty(len(tiles), dtype=torch.int64, device=device)
     with progress_bar("features", len(views) * len(tiles)) as bar:
-        for part in torch.split(torch.arange(len(tiles)), BATCH):
+        for part in torch.split(torch.arange(len(tiles)), CACHING_BATCH):
             images, labels[part] = tiles.batch(part.to(tiles.index_device))
             for number, view in enumerate(views):
                 inputs = tiles.prepared(view(images))  # outside autocast, which would round the augmentation
@@ -104,28 +104,33 @@ def cached_splits(model: FineTunedNetwork, dataset: Dataset, config: FineTuningC
     return Splits(train, val, lambda: test, lambda: iter(foreign))
 
 
+def feature_bytes(config: FineTuningConfig, feature_shape: Sequence[int], dataset: Dataset) -> int:
+    """The size of the cached features of all tiles; `feature_shape` is that of one view of one tile."""
+    views = (config.feature_views or 1) * len(dataset.train) + (1 + len(SHIFTS)) * len(dataset.val)
+    views += (8 if config.tta else 1) * len(dataset.test)
+    return 4 * views * math.prod(feature_shape)
+
+
 def decide_caching(config: C, feature_shape: Sequence[int], dataset: Dataset, device: torch.device) -> C:
     """Set `cache_features`, for all runs of a command: True unless the features do not fit into memory.
 
     `feature_shape` is that of one view of one tile. A run that was started before keeps its decision, so that the
     same command can resume it although the free memory has changed. Where the features do not fit, one line is
-    printed; it is a UsageError where `cache_features` is True.
+    printed; it is a UsageError where `cache_features` is True, or was in that run.
     """
-    wanted = config.cache_features
+    wanted, remedy = config.cache_features, "lower --resize_to or --feature_views, or use --cache_features=False"
     record = run_folder(config.output_dir, config.run_id) / "config.json"
     if wanted is None and record.exists():
         wanted = read_json(record)["config"].get("cache_features")
+        remedy = f"run {config.run_id} was started with them: close other programs, or use another --run_id"
     if wanted is not False:
-        views = (config.feature_views or 1) * len(dataset.train) + (1 + len(SHIFTS)) * len(dataset.val)
-        views += (8 if config.tta else 1) * len(dataset.test)
-        size, free = 4 * views * math.prod(feature_shape), free_memory(device)
+        size, free = feature_bytes(config, feature_shape, dataset), free_memory(device)
         if distributed.any_of_all(size > RESIDENT_SHARE * free):
             problem = (
                 f"the features of all tiles take {size / 1e9:.1f} GB, "
                 f"more than {RESIDENT_SHARE:.0%} of the {free / 1e9:.1f} GB of free memory"
             )
             if wanted:
-                remedy = "lower --resize_to or --feature_views, or use --cache_features=False"
                 raise UsageError(f"--cache_features: {problem}; {remedy}")
             print(f"features are not cached: {problem}")
             wanted = False

@@ -60,6 +60,6 @@ def build_model(model_name: str, num_classes: int, size: int) -> nn.Module:
     except (AssertionError, RuntimeError, ValueError) as error:
         raise UsageError(
             f"--model_name {model_name} cannot take tiles of {size} pixels ({first_line(error)}): "
-            "choose a larger --size or another model"
+            "choose a larger --size or --resize_to, or another model"
         ) from error
     return use_small_map_convolutions(model).train()

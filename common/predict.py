@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 from torch import nn
 
 from common.compute import Compute
-from common.config import Keys, key, run_script
+from common.config import Keys, expanded, key, run_script
 from common.convolutions import SmallMapConv2d
 from common.errors import Fault, UsageError, first_line
 from common.evaluation import EVALUATION_BATCH
@@ -96,7 +96,7 @@ def main(config: PredictConfig) -> None:
 
 def best_weights(network: str, output_dir: Path) -> Path:
     """The best.pt that the name of a file or the id of a run means; UsageError where there is none."""
-    for path in (Path(network).expanduser(), output_dir / "checkpoints" / network / "best.pt"):
+    for path in (expanded(network), output_dir / "checkpoints" / network / "best.pt"):
         if path.is_file():
             return path
     raise UsageError(

@@ -13,7 +13,7 @@ from typing_extensions import TypedDict  # Python 3.11 has none that pydantic ca
 from common.config import check_run_id
 
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
@@ -26,10 +26,6 @@ def _checked(problem_of: Callable[[Any], str | None]) -> AfterValidator:
         return value
 
     return AfterValidator(check)
-
-
-def _problem_with_share(value: float) -> str | None:
-    return "must be from 0 to 1" if value < 0 or value > 1 else None
 
 
 def _problem_with_epochs(rows: list[Any]) -> str | None:
@@ -45,7 +41,6 @@ def _problem_with_scores(scores: Any) -> str | None:
 
 
 RunId = Annotated[str, _checked(check_run_id)]
-ShareOrNan = Annotated[float, _checked(_problem_with_share)]
 
 
 class Estimate(TypedDict):
@@ -77,6 +72,12 @@ class Config(TypedDict):
     cache_features: NotRequired[bool | None]
 
 
+class Weights(TypedDict):
+    name: str
+    source: str
+    sha256: NotRequired[str | None]
+
+
 class Facts(TypedDict):
     config: Config
     task: str
@@ -84,6 +85,7 @@ class Facts(TypedDict):
     dataset: str
     synthetic: bool
     data_fingerprint: str
+    weights: NotRequired[Weights]  # of a run of Task 5
     started: str
 
 
@@ -93,19 +95,17 @@ Row = TypedDict(
         "epoch": PositiveInt,
         "train/loss": FiniteFloat,
         "validate/loss": FiniteFloat,
-        "validate/auc": ShareOrNan,  # NaN where the validation tiles are of one class
+        "validate/auc": Share,
         "validate/acc": Share,
         "validate/balanced_acc": NotRequired[Share],  # older records lack it
-        "lr": Seconds,
-        "tiles_per_second": Seconds,
-        "seconds": Seconds,
+        "lr": NotNegative,
+        "tiles_per_second": NotNegative,
+        "seconds": NotNegative,
     },
 )
 
 
-Validated = TypedDict(
-    "Validated", {"validate/loss": FiniteFloat, "validate/auc": ShareOrNan, "validate/acc": Share}
-)
+Validated = TypedDict("Validated", {"validate/loss": FiniteFloat, "validate/auc": Share, "validate/acc": Share})
 
 
 class Scores(TypedDict):
@@ -136,7 +136,7 @@ Summary = TypedDict(
         "tta": NotRequired[CheckedScores],
         "validate": Validated,
         "stopped": NotRequired[str],
-        "wall_seconds": Seconds,
+        "wall_seconds": NotNegative,
     },
 )
 
@@ -158,11 +158,6 @@ class ComparedRun(TypedDict):
     seed: Seed
     convergence_epoch: PositiveInt
     censored: bool
-
-
-class Weights(TypedDict):
-    name: str
-    source: str
 
 
 class Comparison(TypedDict):

@@ -37,11 +37,10 @@ def reason_to_stop(history: History, config: TrainingConfig) -> str:
         return ""
     return (
         f"early stopping after epoch {len(history)}: none since epoch {reference_epoch} cut the error by "
-        f"{metric} by {config.early_stopping_delta:.0%}"
+        f"{metric} by {100 * config.early_stopping_delta:g} %"
     )
 
 
 def _error(row: Mapping[str, float], metric: str) -> float:
-    """The number that is to be small: the loss, or 1 - AUC, or 1 - ACC; infinity for NaN."""
-    error = row[metric] if metric == "validate/loss" else 1 - row[metric]
-    return math.inf if math.isnan(error) else error
+    """The number that is to be small: the loss, or 1 - AUC, or 1 - ACC."""
+    return row[metric] if metric == "validate/loss" else 1 - row[metric]

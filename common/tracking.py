@@ -64,16 +64,13 @@ class Run:
         `network` describes the network in titles (default: its name); the records carry the task's own `facts`.
         Raises what `check_startable` does, and UsageError where another process trains the run.
         """
-        self.task = task
         self.run_id = config.run_id
         self.dataset = dataset
         self.title = f"{TITLES[task]} · {network or config.model_name} · {dataset.title} · seed {config.seed}"
-        self.output_dir = config.output_dir
         self.folder = run_folder(config.output_dir, config.run_id)
         self.checkpoints = checkpoint_folder(config)
         self.upload_model = config.wandb_model
         self.figures = config.output_dir / "fig" / task
-        check_startable(config)
         self.facts = {
             "task": task,
             "run_id": config.run_id,
@@ -84,6 +81,7 @@ class Run:
             "device": device_name,
             **(facts or {}),
         }
+        check_startable(config, self.facts)
         self._wandb: Any = None
         self.url: str | None = None
         if not distributed.is_first():
@@ -93,14 +91,11 @@ class Run:
             raise UsageError(
                 f"run {config.run_id} is running in another process: wait for its end, or use another --run_id"
             )
+        # Another process may have started the run, or ended it, since the first check.
+        check_startable(config, self.facts)
         for folder in (self.folder, self.checkpoints):
             sweep_up(folder)
-        if (self.folder / "config.json").exists():  # another process may have written it since the first check
-            before = read_json(self.folder / "config.json")
-            if before["task"] != task:
-                raise UsageError(f"run {config.run_id} is a run of {before['task']}: use another --run_id")
-            check_same(config, before["config"])
-        else:
+        if not (self.folder / "config.json").exists():
             write_json(
                 self.folder / "config.json",
                 {
@@ -185,12 +180,12 @@ class Run:
         from common import figures  # matplotlib: half a second that training need not wait for
 
         paths = {}
-        for column in ("train/loss", "validate/auc", "validate/acc"):
+        for column, ylabel in AXIS_LABELS.items():
             paths[column] = self.figures / f"{self.run_id}-{column.replace('/', '-')}.png"
             figures.curve(
                 paths[column],
                 [row[column] for row in history],
-                ylabel=AXIS_LABELS[column],
+                ylabel=ylabel,
                 title=self.title,
                 best_epoch=summary["best"]["epoch"],
             )
@@ -224,20 +219,44 @@ class Run:
         self._wandb = send(self._wandb, action)
 
 
-def check_startable(config: TrainingConfig) -> None:
-    """Raise UsageError where the run is finished, has another configuration, or must be resumed and cannot."""
+def check_startable(config: TrainingConfig, facts: Mapping[str, Any] | None = None) -> None:
+    """Raise UsageError where the run is finished, must be resumed and cannot, or as `check_record` does."""
     folder, checkpoints = run_folder(config.output_dir, config.run_id), checkpoint_folder(config)
     if is_finished(config.output_dir, config.run_id):
         raise UsageError(f"run {config.run_id} is finished already ({folder}): use another --run_id")
     if config.resume and not any((checkpoints / name).exists() for name in RESUMABLE):
         raise UsageError(f"--resume: run {config.run_id} has no checkpoint in {checkpoints}")
     if (folder / "config.json").exists():
-        check_same(config, read_json(folder / "config.json")["config"])
+        check_record(config, read_json(folder / "config.json"), facts)
 
 
 def checkpoint_folder(config: Config) -> Path:
     """Where a run's checkpoints are."""
     return config.output_dir / "checkpoints" / config.run_id
+
+
+def check_record(config: Config, before: Mapping[str, Any], facts: Mapping[str, Any] | None) -> None:
+    """Raise UsageError where `before`, the run's config.json, has another configuration.
+
+    With `facts`, those of this start, also where it has another task, other data, or other weights to start from.
+    """
+    if facts and before["task"] != facts["task"]:
+        raise UsageError(f"run {config.run_id} is a run of {before['task']}: use another --run_id")
+    check_same(config, before["config"])
+    if facts is None:
+        return
+    if before["data_fingerprint"] != facts["data_fingerprint"]:
+        raise UsageError(
+            f"run {config.run_id} was started on other data (its fingerprint was {before['data_fingerprint']}): "
+            "use that data or another --run_id"
+        )
+    # The source of weights may hold the version of a package, so only their content is compared.
+    old, new = (content.get("weights", {}).get("sha256") for content in (before, facts))
+    if old != new:
+        raise UsageError(
+            f"run {config.run_id} was started from other weights (their sha256 was {old}): "
+            "use those or another --run_id"
+        )
 
 
 def check_same(

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from common import checkpoint
-from common.errors import Fault
-from common.models import build_model
+from common.errors import Fault, UsageError
+from common.models import build_model, check_model_name
 from common.pretrained import build_fine_tuned
 from common.tiles import network_inputs
-from common.weights import Preset, Weights
+from common.weights import Preset, Weights, library_name
 
 
 class Trained(nn.Module):
@@ -53,22 +53,29 @@ def load_trained(path: Path | str, device: torch.device | str = "cpu") -> Traine
     saved = checkpoint.load(Path(path))
     try:
         name, class_names, config = saved["model_name"], tuple(saved["class_names"]), saved["config"]
-        side = config.get("resize_to") or config["size"]
+        size = config["size"]
+        side = config.get("resize_to") or size
     except KeyError as error:
         raise Fault(f"{path}: has no {error}: not a best.pt of this project") from None
     except (AttributeError, TypeError):
         raise Fault(f"{path}: not a best.pt of this project") from None
+    if not isinstance(name, str) or type(size) is not int or type(side) is not int:
+        raise Fault(f"{path}: not a best.pt of this project")
+    if problem := check_model_name(library_name(name)):
+        raise Fault(f"{path}: its network {name}: {problem}")
     weights: Any = saved.get("state_dict")
-    if isinstance(weights, Mapping) and isinstance(
-        weights.get("mean"), torch.Tensor
-    ):  # of a FineTunedNetwork, which changes the inputs to those of its first training
-        preset = Preset(side, *(tuple(weights[part].flatten().tolist()) for part in ("mean", "std")))
-        unknown = Weights("none", "random initialisation", None, None, preset)
-        network: nn.Module = build_fine_tuned(name, len(class_names), unknown, side, config["train_part"])
-    else:
-        network = build_model(name, len(class_names), side)
+    network: nn.Module
+    try:
+        if isinstance(weights, Mapping) and "mean" in weights:
+            # Of a FineTunedNetwork: the mean and std to which it changes its inputs are loaded with the weights.
+            start = Weights("none", "random initialisation", None, None, Preset(side, (0.5,) * 3, (0.5,) * 3))
+            network = build_fine_tuned(name, len(class_names), start, side)
+        else:
+            network = build_model(name, len(class_names), side)
+    except UsageError as error:
+        raise Fault(f"{path}: its network cannot be built ({error})") from error
     if problem := checkpoint.state_problem(weights, network.state_dict()):
         raise Fault(f"{path}: its weights do not fit a {name} ({problem}); train again")
     network.load_state_dict(weights)
     network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return Trained(network, name, class_names, config["size"], side).eval().requires_grad_(False)
+    return Trained(network, name, class_names, size, side).eval().requires_grad_(False)

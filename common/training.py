@@ -193,10 +193,11 @@ class Trainer:
         torch.manual_seed(derived_seed(config.seed, epoch, f"dropout{process}"))
         order = self.batches(generator(config.seed, epoch, "shuffle"))
         done, total = self.continue_epoch(draws)
-        seen = sum(map(len, order[:done]))
-        self.run_bar.update(seen)
+        tiles_done = sum(map(len, order[:done]))
+        seen = sum(len(distributed.share(batch)) for batch in order[:done])  # by this process, as `total` is
+        self.run_bar.update(tiles_done)
         read = time.monotonic()
-        with progress_bar(f"epoch {epoch}/{config.n_epochs}", len(tiles), seen) as bar:
+        with progress_bar(f"epoch {epoch}/{config.n_epochs}", len(tiles), tiles_done) as bar:
             for number, batch in enumerate(order[done:], start=done + 1):
                 step = (epoch - 1) * self.steps_per_epoch + number - 1
                 self.set_learning_rate(step)
@@ -342,10 +343,11 @@ class Trainer:
 
     def restore(self) -> None:
         """Load the run's last checkpoint, if there is one; raises what the constructor does."""
-        saved = checkpoint.load_newest(*self.run.resumable)
-        if saved is None:
+        newest = checkpoint.load_newest(*self.run.resumable)
+        if newest is None:
             return
-        path, before = self.run.resumable[0], saved.get("config")
+        path, saved = newest
+        before = saved.get("config")
         if isinstance(before, Mapping):
             check_same(self.config, before)
         problem = (

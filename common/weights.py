@@ -17,11 +17,11 @@ import torch
 from safetensors import SafetensorError
 
 from common import checkpoint
-from common.config import check_run_id
+from common.config import check_run_id, expanded
 from common.errors import Fault, UsageError, closest, first_line
 from common.files import open_regular
 from common.models import TIMM, build_model, check_model_name, model_names
-from common.records import read_json, run_folder
+from common.records import is_finished, read_json, run_folder
 
 
 @dataclass(frozen=True)
@@ -146,14 +146,15 @@ def network_of(weights: str) -> str | None:
     return str(_entries()[weights][0])
 
 
-def load_weights(name: str, model_name: str, output_dir: Path) -> Weights:
+def load_weights(name: str, model_name: str, output_dir: Path, download: bool = True) -> Weights:
     """Find, check and read the weights that the key `weights` names.
 
     `name` is one of: `none`; `efficientnet_lite0_imagenet`; a torchvision weights entry, downloaded once into
     torch.hub's folder; `timm:NETWORK.TAG`, downloaded once into the cache of the Hugging Face Hub; a .pth, .pt or
     .safetensors file; the id of a run of this project under `output_dir`. Files are hashed, and read without
-    running code from them. Where the name of a file contains the start of a sha256, as torchvision's names do, it
-    must be that of the file. Raises UsageError with the file and the remedy, and Fault where a download fails.
+    running code from them. The names of torchvision's files contain the start of a sha256, which must be that of
+    the file. Without `download`, a line says what would be downloaded, and there is no state dict. Raises
+    UsageError with the file and the remedy, and Fault where a download fails.
     """
     if model_name == LITE0:
         preset = LITE0_PRESET
@@ -172,12 +173,12 @@ def load_weights(name: str, model_name: str, output_dir: Path) -> Weights:
         return _lite0_weights()
     if owner is not None and name.startswith(TIMM):
         config = _timm_config(name)
-        return Weights(name, f"{HUB}/{config.hf_hub_id}", *_from_hub(name, config), _timm_preset(config))
+        return Weights(name, f"{HUB}/{config.hf_hub_id}", *_from_hub(name, config, download), _timm_preset(config))
     if owner is not None:
         entry = _entries()[name][1]
-        return Weights(name, entry.url, *_download(entry), _preset(entry))
+        return Weights(name, entry.url, *_download(entry, download), _preset(entry))
     if Path(name).suffix in SUFFIXES:
-        return Weights(name, name, *_read(Path(name).expanduser()), preset)
+        return Weights(name, name, *_read(expanded(name)), preset)
     return _run_weights(name, model_name, output_dir)
 
 
@@ -201,7 +202,7 @@ def _lite0_weights() -> Weights:
     return Weights(LITE0_WEIGHTS, source, sha256, renamed, LITE0_PRESET)
 
 
-def _download(entry: Any) -> tuple[str, dict[str, torch.Tensor]]:
+def _download(entry: Any, download: bool) -> tuple[str | None, dict[str, torch.Tensor] | None]:
     """`_read` the file of a torchvision entry in torch.hub's folder; download it there if it is missing."""
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     path = folder / entry.url.rpartition("/")[2]
@@ -209,6 +210,8 @@ def _download(entry: Any) -> tuple[str, dict[str, torch.Tensor]]:
         raise UsageError(
             f"--weights {entry}: this user has no home folder; set TORCH_HOME to a folder for the file"
         )
+    if not path.exists() and not download:
+        return _missing(str(entry), path, entry.url)
     if not path.exists():
         try:
             entry.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
@@ -219,17 +222,25 @@ def _download(entry: Any) -> tuple[str, dict[str, torch.Tensor]]:
                 f"Fetch {entry.url} by hand into that folder; or, offline, name a file with --weights FILE.pth, "
                 f"or use --model_name {LITE0} --weights {LITE0_WEIGHTS}, which package registries have"
             ) from error
-    return _read(path)
+    named = re.search(r"-([0-9a-f]{8,64})$", path.stem)
+    return _read(path, begins=named[1] if named else "")
 
 
-def _from_hub(name: str, config: Any) -> tuple[str, dict[str, torch.Tensor]]:
+def _missing(name: str, file: Path | str, address: str) -> tuple[None, None]:
+    print(f"weights {name}: {file} is missing and will be downloaded from {address}")
+    return None, None
+
+
+def _from_hub(name: str, config: Any, download: bool) -> tuple[str | None, dict[str, torch.Tensor] | None]:
     """`_read` the file of timm's weights in the Hugging Face Hub's cache; download it there if it is missing."""
     from huggingface_hub import hf_hub_download  # comes with timm
 
-    address = f"{HUB}/{config.hf_hub_id}"
+    address, file = f"{HUB}/{config.hf_hub_id}", config.hf_hub_filename or HUB_FILE
     try:
-        path = hf_hub_download(config.hf_hub_id, config.hf_hub_filename or HUB_FILE)
+        path = hf_hub_download(config.hf_hub_id, file, local_files_only=not download)
     except (OSError, ValueError) as error:  # no network, no such file, or no address at all
+        if not download:
+            return _missing(name, file, address)
         raise Fault(
             f"--weights {name}: could not be downloaded from {address} ({first_line(error).rstrip('.')}). Fetch "
             f"{HUB_FILE} there by hand, and name it with --weights FILE.safetensors"
@@ -237,19 +248,18 @@ def _from_hub(name: str, config: Any) -> tuple[str, dict[str, torch.Tensor]]:
     return _read(Path(path))
 
 
-def _read(path: Path) -> tuple[str, dict[str, torch.Tensor]]:
+def _read(path: Path, begins: str = "") -> tuple[str, dict[str, torch.Tensor]]:
     """The sha256 of a file and its tensors, all floating ones in float32.
 
-    Raises UsageError where the file is missing, damaged or no state dict.
+    Raises UsageError where the file is missing, damaged or no state dict, or its sha256 does not begin so.
     """
     try:
         with open_regular(path) as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            named = re.search(r"-([0-9a-f]{8,64})$", path.stem)
-            if named and not sha256.startswith(named[1]):
-                begins = f"begins with {sha256[: len(named[1])]}, not with {named[1]} as its name says"
+            if not sha256.startswith(begins):
                 raise UsageError(
-                    f"--weights {path}: its sha256 {begins}: damaged or another file; delete it and fetch it"
+                    f"--weights {path}: its sha256 begins with {sha256[: len(begins)]}, not with {begins} as its "
+                    "name says: damaged or another file; delete it and fetch it"
                 )
             file.seek(0)
             safe = path.suffix == ".safetensors"
@@ -293,6 +303,10 @@ def _run_weights(run_id: str, model_name: str, output_dir: Path) -> Weights:
             f"file, nor a run with a checkpoint in {output_dir / 'checkpoints'}"
         )
     trained = read_json(run_folder(output_dir, run_id) / "config.json")["config"]
+    if not is_finished(output_dir, run_id):
+        raise UsageError(
+            f"--weights {run_id}: that run is not finished, so its best weights may change; finish it"
+        )
     if (name := trained.get("model_name")) != model_name:
         raise UsageError(f"--weights {run_id}: that run's network is another one; add --model_name {name}")
     sha256, state_dict = _read(path)

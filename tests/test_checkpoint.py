@@ -163,6 +163,19 @@ def test_a_checkpoint_with_wrong_content_is_refused_before_anything_is_loaded(
     assert plain(trainer.model.state_dict()) == state
 
 
+def test_the_checkpoint_that_was_read_is_the_one_that_is_blamed(trainer: Trainer) -> None:
+    last, previous = trainer.run.resumable
+    whole = last.read_bytes()
+    checkpoint.save(previous, {**checkpoint.load(last), "state_dict": {}})
+    last.write_bytes(whole[:100])
+    try:
+        with pytest.raises(Fault, match=r"previous\.pt: no run can be resumed from this checkpoint"):
+            trainer.restore()
+    finally:
+        last.write_bytes(whole)
+        previous.unlink()
+
+
 def test_a_whole_checkpoint_is_loaded(trainer: Trainer, capsys: pytest.CaptureFixture[str]) -> None:
     state = plain(copy.deepcopy(trainer.model.state_dict()))
     with torch.no_grad():
@@ -211,6 +224,22 @@ BEST: list[tuple[Change | None, Callable[[Path], Any] | None, str]] = [
     (without("config"), None, r"best\.pt: has no 'config': not a best\.pt of this project"),
     (put("config", to=3), None, r"best\.pt: not a best\.pt of this project"),
     (put("class_names", to=3), None, r"best\.pt: not a best\.pt of this project"),
+    (put("model_name", to=["resnet18"]), None, r"best\.pt: not a best\.pt of this project"),
+    (put("config", "size", to="28"), None, r"best\.pt: not a best\.pt of this project"),
+    (put("config", "resize_to", to=28.5), None, r"best\.pt: not a best\.pt of this project"),
+    (put("config", to={"resize_to": 28}), None, r"best\.pt: has no 'size': not a best\.pt of this project"),
+    (put("model_name", to="resnet17"), None, r"best\.pt: its network resnet17: torchvision has no .*did you mean"),
+    (
+        put("model_name", to="vit_b_16"),
+        None,
+        r"best\.pt: its network cannot be built \(--model_name vit_b_16 cannot",
+    ),
+    (
+        put("state_dict", "mean", to=torch.zeros(3, 1, 1)),
+        None,
+        r"best\.pt: its weights do not fit .*no tensor std",
+    ),
+    (put("state_dict", "mean", to=torch.zeros(2)), None, r"best\.pt: .*mean has the shape \(2,\)"),
     (put("state_dict", to=[1]), None, r"best\.pt: .*no tensors by name"),
     (None, flipped, r"best\.pt: not a readable checkpoint"),
     (None, compressed, r"best\.pt: not a readable checkpoint"),

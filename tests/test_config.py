@@ -111,7 +111,7 @@ def test_out_of_memory_is_one_line_that_names_the_key_to_lower(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert "out of memory (" in lines[0]
-    assert lines[0].endswith(": lower --batch_size or --resize_to")
+    assert lines[0].endswith(": lower --resize_to or (in training) --batch_size")
 
 
 @pytest.mark.parametrize("folder", ["runs/r", "", "gone"])
@@ -132,6 +132,18 @@ def test_an_unexpected_error_is_one_line_and_its_traceback_is_in_a_file_beside_t
     assert line.endswith(f": unexpected: RuntimeError: a shape; please report it with {path}")
     assert "does not fit" in path.read_text()
     assert "Traceback" in path.read_text()
+
+
+def test_an_unexpected_error_without_a_folder_for_its_traceback_names_no_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def main(config: TrainingConfig) -> None:
+        raise RuntimeError("a shape does not fit")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(SystemExit):
+        run_script(main, TrainingConfig, [f"--output_dir={tmp_path}/out", "--run_id=r"])
+    assert capsys.readouterr().err.endswith(": unexpected: RuntimeError: a shape does not fit; please report it\n")
 
 
 def test_a_warm_up_that_would_fill_the_run_is_shortened_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,6 +51,7 @@ def test_a_network_of_timm_is_built_by_name_and_without_timm_its_package_is_name
 def test_a_model_that_cannot_take_the_tiles_is_refused_with_one_line(name: str, size: int) -> None:
     with pytest.raises(UsageError, match=rf"--model_name {name} cannot take tiles of {size} pixels") as refused:
         build_model(name, 9, size)
+    assert str(refused.value).endswith(": choose a larger --size or --resize_to, or another model")
     assert "\n" not in str(refused.value)
 
 

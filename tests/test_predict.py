@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,19 @@ def test_the_table_has_a_line_for_each_picture_of_a_folder(
     assert not capsys.readouterr().out
 
 
+def test_a_picture_may_be_called_none(
+    output: Path,
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.copy(pictures / "a.png", tmp_path / "none")
+    monkeypatch.chdir(tmp_path)
+    run(output, "plain", "none")
+    assert capsys.readouterr().out.splitlines()[1].startswith("none,")
+
+
 @pytest.mark.slow
 def test_the_contact_sheet_shows_every_picture(output: Path, pictures: Path, tmp_path: Path) -> None:
     run(output, "tuned", pictures, f"--figure={tmp_path / 'sheet.png'}", f"--csv={tmp_path / 't.csv'}")
@@ -143,6 +157,11 @@ def test_any_side_and_kind_of_8_bit_picture_is_read_as_a_square_tile(tmp_path: P
         ([], 2, "needs a network and pictures"),
         (["plain"], 2, "needs a network and pictures"),
         (["gone", "{}/a.png"], 2, "gone: neither a file nor a run with weights, .*; python -m study.runs lists"),
+        (
+            ["~nobody-has-this-name/b.pt", "{}/a.png"],
+            2,
+            r"~nobody-has-this-name/b\.pt: begins with an unknown home",
+        ),
         (["plain", "{}/gone.png"], 2, r"gone\.png: no such file or folder"),
         (["plain", "{}/empty"], 2, "empty: no pictures here"),
         (["plain", "{}/torn.png"], 1, r"torn\.png: not a readable picture"),

@@ -135,6 +135,8 @@ CASES: list[tuple[Change, str]] = [
     (history({**row(1), "train/loss": float("inf")}), r"history\.csv: .*0\.train/loss: "),
     (history({**row(1), "validate/acc": 3}), r"history\.csv: .*0\.validate/acc: "),
     (history({**row(1), "validate/auc": -3}), r"history\.csv: .*0\.validate/auc: "),
+    (history({**row(1), "validate/auc": float("nan")}), r"history\.csv: .*0\.validate/auc: "),
+    (changed("config.json", "weights", to={"name": "w"}), r"config\.json: .*weights\.source: Field required"),
     (lambda folder: (folder / "scores.npz").unlink(), r"scores\.npz: not a readable record"),
     (written("scores.npz", b""), r"scores\.npz: not a readable record"),
     (written("scores.npz", b"PK\x03\x04torn"), r"scores\.npz: not a readable record"),

@@ -248,6 +248,57 @@ def test_finished_runs_of_another_configuration_are_refused(
     assert (finished / "runs/r/comparison.json").read_text() == comparison
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data_fingerprint": "other"}, "run r was started on other data"),
+        ({"weights": {"name": "w", "source": "s", "sha256": "0"}}, "run r was started from other weights"),
+    ],
+)
+def test_finished_runs_on_other_data_or_from_other_weights_are_refused(
+    change: dict[str, Any],
+    message: str,
+    finished: Path,
+    phantom_root: Path,
+    weights: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = finished / "runs/r/config.json"
+    before = path.read_text()
+    path.write_text(json.dumps({**json.loads(before), **change}))
+    monkeypatch.setattr(task5, "train", lambda *_: pytest.fail("nothing may be trained"))
+    with pytest.raises(UsageError, match=message):
+        task5.main(read(*keys(phantom_root, finished, weights, "--n_seeds=3")))
+    path.write_text(before)
+
+
+def test_several_runs_from_random_weights_have_nothing_to_compare(phantom_root: Path, tmp_path: Path) -> None:
+    task5.main(read(*keys(phantom_root, tmp_path, "none", "--n_seeds=2", "--n_epochs=1")))
+    assert all((tmp_path / f"runs/{run_id}/summary.json").exists() for run_id in ("r", "r-seed1"))
+    assert not (tmp_path / "runs/r/comparison.json").exists()
+
+
+def test_resume_is_asked_of_the_first_run_and_the_others_start_after_it(
+    phantom_root: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = read("--run_id=r", "--resume", "--n_seeds=2").runs()
+    assert [run.resume for run in runs] == [True, False, False, False]
+    command = keys(phantom_root, tmp_path, weights, "--n_epochs=1")
+    with pytest.raises(UsageError, match="--resume: run r has no checkpoint"):
+        task5.main(read(*command, "--resume"))
+    task5.main(read(*command, "--scratch=False"))
+    with pytest.raises(UsageError, match="run r is finished already"):
+        task5.main(read(*command, "--scratch=False"))
+    capsys.readouterr()
+    task5.main(read(*command, "--resume", "--dry_run"))
+    printed = capsys.readouterr().out
+    assert "run r is finished already" in printed
+    assert "run r-scratch: new" in printed
+    assert not (tmp_path / "runs/r-scratch").exists()
+    task5.main(read(*command, "--resume"))
+    assert (tmp_path / "runs/r/comparison.json").exists()
+
+
 def test_the_cache_changes_how_long_a_run_takes_and_not_what_it_finds(
     finished: Path, phantom_root: Path, weights: Path, tmp_path: Path
 ) -> None:
@@ -368,6 +419,26 @@ def test_a_run_is_resumed_with_the_cache_that_it_was_started_with(
     assert "continuing run r after epoch 1" in printed
     assert (tmp_path / "runs/r/config.json").read_text() == record
     assert json.loads(record)["config"]["cache_features"] == (first > 0)
+
+
+def test_a_started_run_whose_cache_does_not_fit_any_more_is_refused_with_what_helps(
+    phantom_root: Path,
+    weights: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def killed(self: Any) -> None:
+        raise KeyboardInterrupt
+
+    command = keys(phantom_root, tmp_path, weights, "--scratch=False", "--n_epochs=1")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(task5.Trainer, "fit", killed)
+        run_with_little_memory(10**12, command, monkeypatch, capsys)
+    with pytest.raises(UsageError) as caught:
+        run_with_little_memory(CACHE_BYTES, command, monkeypatch, capsys)
+    remedy = "run r was started with them: close other programs, or use another --run_id"
+    assert str(caught.value).endswith(f"of free memory; {remedy}")
 
 
 def test_the_free_memory_of_this_machine_is_found() -> None:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ from conftest import ROOT
 from common import tracking
 from common.config import TrainingConfig
 from common.data import Dataset
-from common.errors import Fault
+from common.errors import Fault, UsageError
 from common.records import read_json
 from common.tracking import Run, group, wandb_mode
 
@@ -60,6 +61,41 @@ def test_config_json_tells_where_a_run_came_from(tiny: Dataset, tmp_path: Path) 
     assert {"torch", "torchvision", "numpy", "medmnist"} <= content["versions"].keys()
     assert "phantom" in content["dataset"]
     assert content["commit"] is None or len(content["commit"].split("-")[0]) == 40
+
+
+def test_a_run_is_not_continued_on_other_data_or_from_other_weights(tiny: Dataset, tmp_path: Path) -> None:
+    config = TrainingConfig(output_dir=tmp_path, run_id="r")
+
+    def start(dataset: Dataset, sha256: str, source: str = "a package, version 1") -> None:
+        weights = {"name": "w", "source": source, "sha256": sha256}
+        Run("task5", config, dataset, "cpu", facts={"weights": weights})
+
+    start(tiny, "a")
+    start(tiny, "a", "a package, version 2")
+    with pytest.raises(
+        UsageError, match=r"run r was started on other data .*tiny\): use that data or another --run"
+    ):
+        start(dataclasses.replace(tiny, fingerprint="other"), "a")
+    with pytest.raises(
+        UsageError, match=r"r was started from other weights .*sha256 was a\): use those or another"
+    ):
+        start(tiny, "b")
+
+
+def test_a_run_that_ends_while_another_process_waits_for_its_lock_is_not_trained_again(
+    tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = tracking.process_lock
+
+    def ended_just_before(path: Path) -> Any:
+        path.parent.mkdir(parents=True)
+        (path.parent / "summary.json").touch()
+        return original(path)
+
+    monkeypatch.setattr(tracking, "process_lock", ended_just_before)
+    with pytest.raises(UsageError, match="run r is finished already"):
+        Run("task1", TrainingConfig(output_dir=tmp_path, run_id="r"), tiny, "cpu")
+    assert not (tmp_path / "runs/r/config.json").exists()
 
 
 def test_history_is_one_row_an_epoch_with_full_precision(tiny: Dataset, tmp_path: Path) -> None:

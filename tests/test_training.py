@@ -1,6 +1,7 @@
 import contextlib
 import copy
 import dataclasses
+import itertools
 import math
 import platform
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -157,7 +159,7 @@ def test_the_test_tiles_are_asked_for_when_they_are_scored(tiny: Dataset, tmp_pa
     [("validate/acc", 2), ("validate/auc", 1), ("validate/loss", 3), ("last", 4)],
 )
 def test_selection_follows_its_metric_and_keeps_the_first_of_equals(select_on: str, best: int) -> None:
-    rows = [(0.9, 0.5, 2.0), (0.8, 0.7, math.nan), (0.9, 0.7, 1.0), (0.7, 0.1, 1.0)]
+    rows = [(0.9, 0.5, 2.0), (0.8, 0.7, 3.0), (0.9, 0.7, 1.0), (0.7, 0.1, 1.0)]
     history = [dict(zip(("validate/auc", "validate/acc", "validate/loss"), row, strict=True)) for row in rows]
     assert best_epoch(history, select_on) == best
 
@@ -180,6 +182,13 @@ def test_early_stopping_waits_for_patience_and_sees_small_gains_near_one() -> No
     creeping = [0.5, 0.501, 0.502, 0.503, 0.504]
     assert stopping_epoch(creeping, early_stopping_patience=3, early_stopping_delta=0.01) == 4
     assert stopping_epoch(creeping, early_stopping_patience=3) == 5
+
+
+def test_the_reason_to_stop_names_a_share_below_one_percent() -> None:
+    config = TrainingConfig(early_stopping_patience=1, early_stopping_delta=0.005)
+    history = [{"validate/acc": 0.5}, {"validate/acc": 0.501}]
+    reason = "early stopping after epoch 2: none since epoch 1 cut the error by validate/acc by 0.5 %"
+    assert reason_to_stop(history, config) == reason
 
 
 def test_early_stopping_does_not_count_the_warm_up() -> None:
@@ -533,6 +542,43 @@ def test_the_file_of_scores_has_the_validation_tiles_of_the_best_weights(tiny: D
     with np.load(trainer.run.folder / "scores.npz", allow_pickle=False) as arrays:
         np.testing.assert_array_equal(arrays["validate_logits"], expected.logits)
         np.testing.assert_array_equal(arrays["validate_targets"], expected.targets)
+
+
+def test_the_bar_of_a_continued_epoch_shows_the_loss_of_the_tiles_of_its_own_process(
+    tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[str] = []
+
+    class Bar(contextlib.nullcontext[Any]):
+        disable = True
+
+        def __enter__(self) -> Any:
+            return self
+
+        def update(self, n_tiles: int) -> None:
+            pass
+
+        def set_postfix(self, loss: str) -> None:
+            shown.append(loss)
+            if stop_at == len(shown):
+                trainer.interruption.came = signal.SIGTERM
+
+    monkeypatch.setattr(training, "progress_bar", lambda *_: Bar())
+    clock = SimpleNamespace(monotonic=itertools.count(step=2).__next__, perf_counter=time.perf_counter)
+    monkeypatch.setattr(training, "time", clock)
+    monkeypatch.setattr(training.distributed, "share", lambda indices: indices[: len(indices) // 2])
+    stop_at = 0
+    trainer = trainer_of(tiny, tmp_path / "whole", n_epochs=1)
+    trainer.train_epoch(1)
+    whole, stop_at = shown.copy(), 2
+    shown.clear()
+    trainer = trainer_of(tiny, tmp_path / "parts", n_epochs=1)
+    with pytest.raises(Stopped):
+        trainer.train_epoch(1)
+    trainer = trainer_of(tiny, tmp_path / "parts", n_epochs=1)
+    trainer.train_epoch(1)
+    assert shown == whole
+    assert len(whole) == 5
 
 
 def test_a_continued_epoch_has_the_seconds_of_both_parts(

@@ -72,13 +72,10 @@ def test_a_file_of_the_official_layout_and_naming_is_loaded(
     assert any(isinstance(module, SmallMapConv2d) for module in model.modules())
 
 
-def test_a_wrong_hash_is_one_line(large: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    path = tmp_path / OFFICIAL
+def test_a_date_in_the_name_of_a_file_is_no_hash(large: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    path = tmp_path / "net-20240315.pth"
     torch.save(large, path)
-    with pytest.raises(UsageError, match=r"its sha256 begins with [0-9a-f]{8}, not with 5c1a4163") as caught:
-        load_weights(str(path), LARGE, tmp_path)
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert load_weights(str(path), LARGE, tmp_path).state_dict is not None
 
 
 def test_a_damaged_file_in_torch_hubs_folder_is_reported(
@@ -89,8 +86,11 @@ def test_a_damaged_file_in_torch_hubs_folder_is_reported(
     path = tmp_path / "hub" / "checkpoints" / OFFICIAL
     path.parent.mkdir(parents=True)
     torch.save(large, path)
-    with pytest.raises(UsageError, match="not with 5c1a4163 as its name says: damaged"):
+    message = r"its sha256 begins with [0-9a-f]{8}, not with 5c1a4163 as its name says: damaged"
+    with pytest.raises(UsageError, match=message) as caught:
         load_weights(V2, LARGE, tmp_path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_file_in_torch_hubs_folder_is_taken_without_network(
@@ -272,6 +272,10 @@ def test_a_missing_file_and_unknown_names_are_named(tmp_path: Path) -> None:
         load_weights(str(tmp_path / "nowhere.pth"), LARGE, tmp_path)
     with pytest.raises(UsageError, match=r"did you mean MobileNet_V3_Large_Weights\.IMAGENET1K_V2"):
         load_weights("MobileNet_V3_Large_Weights.IMAGENET1K_V3", LARGE, tmp_path)
+    with pytest.raises(
+        UsageError, match=r"^~nobody-has-this-name/w\.pth: begins with an unknown home folder; write"
+    ):
+        load_weights("~nobody-has-this-name/w.pth", LARGE, tmp_path)
     with pytest.raises(UsageError, match="a run with a checkpoint in"):
         load_weights("nosuchrun", LARGE, tmp_path)
     with pytest.raises(UsageError, match="these are mobilenet_v3_large's; add --model_name mobilenet_v3_large"):
@@ -300,6 +304,9 @@ def test_a_run_of_this_project_gives_its_weights_but_for_the_last_layer(tmp_path
     assert set(own) - same == {"classifier.3.weight", "classifier.3.bias"}
     with pytest.raises(UsageError, match=f"another one; add --model_name {SMALL}"):
         load_weights("r", LARGE, tmp_path)
+    (tmp_path / "runs/r/summary.json").unlink()
+    with pytest.raises(UsageError, match="--weights r: that run is not finished, so its best weights may change"):
+        load_weights("r", SMALL, tmp_path)
 
 
 def test_a_fine_tuned_run_gives_its_weights_and_its_preprocessing(tmp_path: Path) -> None:
@@ -401,6 +408,23 @@ def test_weights_of_timm_are_taken_from_the_cache_of_the_hub(hub: Path) -> None:
     assert weights.preset == Preset(176, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     own = build_fine_tuned("timm:resnet10t", 9, weights, 64).network.state_dict()
     assert {n for n in own if not torch.equal(own[n], given[n])} == {"fc.weight", "fc.bias"}
+
+
+def test_weights_that_may_not_be_downloaded_are_described_and_left_out(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(socket, "socket", refused)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    for name, network, address in (
+        (V2, LARGE, f"https://download.pytorch.org/models/{OFFICIAL}"),
+        ("timm:resnet10t.c3_in1k", "timm:resnet10t", "https://huggingface.co/timm/resnet10t.c3_in1k"),
+    ):
+        weights = load_weights(name, network, hub, download=False)
+        assert (weights.state_dict, weights.sha256) == (None, None)
+        printed = capsys.readouterr().out
+        assert printed.startswith(f"weights {name}: ")
+        assert printed.endswith(f" is missing and will be downloaded from {address}\n")
+    assert not list(tmp_path.iterdir())
 
 
 def test_weights_of_timm_that_cannot_be_had_are_one_line(hub: Path) -> None:
