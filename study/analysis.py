@@ -9,10 +9,11 @@
    the runs' checkpoints; a run without one is left out.
 3. Which test tiles does every network get wrong?
 
-Leaves analysis.json and fig/analysis/hard-tiles.png, which report.md shows.
+Leaves analysis.json and fig/analysis/hard-tiles.png, which report.md shows. A record that has more, because it was
+made with checkpoints or with published predictions that are missing now, is kept.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from common.errors import UsageError, first_line
 from common.evaluation import Evaluation, evaluate
 from common.files import digest, open_regular, write_json
 from common.metrics import accuracy, balanced_accuracy
-from common.records import Record
+from common.records import Record, read_json
 from common.tiles import DeviceTiles
 from common.tracking import provenance
 from common.trained import load_trained
@@ -85,6 +86,11 @@ def main(config: AnalysisConfig) -> None:
             "only_right": {run_id: only_right(ours, theirs, labels) for run_id, ours in predicted.items()},
         }
         networks.append(theirs)
+    path = config.output_dir / "analysis.json"
+    if path.exists() and (lost := missing(read_json(path), content)):
+        raise UsageError(
+            f"{path}: has {lost}, which cannot be computed now; delete it, or name another --output_dir"
+        )
     hard = np.all([classes != labels for classes in networks], axis=0)
     counts = np.bincount(labels[hard], minlength=len(dataset.class_names)).tolist()
     content["hard"] = {
@@ -95,9 +101,20 @@ def main(config: AnalysisConfig) -> None:
         figure = config.output_dir / FIGURE
         draw(figure, dataset, hard, most_frequent(np.stack(networks)), len(networks), config.seed)
         content["hard"] |= {"figure": FIGURE, "sha256": digest(figure)}
-    path = config.output_dir / "analysis.json"
     write_json(path, content)
     print(f"{len(records)} runs, {hard.sum()} of {len(hard):,} test tiles are wrong in all; record: {path}")
+
+
+def missing(before: Mapping[str, Any], content: Mapping[str, Any]) -> str:
+    """What an earlier record has and a new one lacks, in words; empty if nothing."""
+    parts = []
+    if before["published"] and not content["published"]:
+        parts.append(f"the comparison with {before['published']['file']} (--published)")
+    for name, scores in before["matched"].items():
+        runs = sorted(set(scores) - set(content["matched"].get(name, {})))
+        if runs:
+            parts.append(f"the {name} of {', '.join(runs)} (their checkpoints are missing)")
+    return " and ".join(parts)
 
 
 def read_published(path: Path, labels: NDArray[np.int64]) -> Evaluation:

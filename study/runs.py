@@ -66,9 +66,10 @@ def row(output_dir: Path, run_id: str) -> tuple[str, dict[str, str]]:
         }
         if is_finished(output_dir, run_id):
             summary = read_json(folder / "summary.json")
+            weights = output_dir / "checkpoints" / run_id / "best.pt"
             accuracy = summary["validate"]["validate/acc"]
             cells |= {
-                "state": "finished",
+                "state": "finished" if weights.exists() or "baseline" in config else "finished (no weights)",
                 "validation ACC": f"{accuracy:.4f}",
                 "test ACC": f"{summary['test/acc']:.4f}",
             }

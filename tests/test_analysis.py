@@ -188,3 +188,23 @@ def test_predictions_of_other_tiles_are_refused(
         analyse(study, phantom_root, f"--published={path}")
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_record_that_has_more_is_not_replaced(
+    study: Path, phantom_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    targets = Record.read(study, "first").arrays()["targets"]
+    before = analyse(study, phantom_root, f"--published={published(study, targets)}")
+    for prepare, message in (
+        (lambda: None, r"has the comparison with .*\.csv \(--published\), which cannot be computed now"),
+        (
+            lambda: shutil.rmtree(study / "checkpoints"),
+            r"the mean and spread in CIELAB of first \(their checkpoints",
+        ),
+    ):
+        prepare()
+        with pytest.raises(SystemExit) as ended:
+            analyse(study, phantom_root)
+        assert ended.value.code == 2
+        assert re.search(message, capsys.readouterr().err)
+        assert json.loads((study / "analysis.json").read_text()) == before

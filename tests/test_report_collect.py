@@ -173,8 +173,13 @@ def test_the_table_of_runs_has_each_state(tmp_path: Path, capsys: pytest.Capture
     assert [line[0] for line in lines] == ["run", "torn", "stopped", "done", "running"]
     assert lines[1][1:] == ["damaged"]
     assert "stopped (5 of 5 epochs)" in " ".join(lines[2])
-    assert "finished 0.9468 0.8149" in " ".join(lines[3])
+    assert "finished (no weights) 0.9468 0.8149" in " ".join(lines[3])
     assert "running (5 of 5 epochs)" in " ".join(lines[4])
+    weights = tmp_path / "checkpoints/done/best.pt"
+    weights.parent.mkdir(parents=True)
+    weights.touch()
+    run_script(runs.main, runs.RunsConfig, [f"--output_dir={tmp_path}"])
+    assert re.search(r"^done .* finished  +0\.9468", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_states_are_coloured_on_a_terminal_only_and_not_where_no_color_is_set(
