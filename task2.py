@@ -36,7 +36,7 @@ from common.explained import (
 )
 from common.models import build_model
 from common.pathmnist import CLASS_NAMES
-from common.records import is_finished, read_json, run_folder
+from common.records import checkpoint_folder, is_finished, read_json, run_folder
 from common.tiles import DeviceTiles
 from common.trained import load_trained
 from common.training import derived_seed
@@ -65,7 +65,7 @@ def main(config: Task2Config) -> None:
     run = find_run(config.output_dir, config.run_id)
     run_id, trained = run["run_id"], run["config"]
     size = trained.get("resize_to") or trained["size"]
-    path = config.output_dir / "checkpoints" / run_id / "best.pt"
+    path = checkpoint_folder(config.output_dir, run_id) / "best.pt"
     loaded = load_trained(path, compute.device)
     found, expected = (loaded.model_name, len(loaded.class_names)), (MODEL_NAME, len(CLASS_NAMES))
     if found != expected:
@@ -133,12 +133,12 @@ def find_run(output_dir: Path, run_id: str | None) -> Mapping[str, Any]:
     if run_id is None:
         finished = [read_json(path.with_name("config.json")) for path in runs.glob("*/summary.json")]
         ours = [run for run in finished if run.get("task") == "task1"]
-        weights = output_dir / "checkpoints"
-        with_weights = [run for run in ours if (weights / run["run_id"] / "best.pt").exists()]
+        with_weights = [run for run in ours if (checkpoint_folder(output_dir, run["run_id"]) / "best.pt").exists()]
         if with_weights:
             return max(with_weights, key=lambda run: (run["started"], run["run_id"]))
         problem = f"no finished Task 1 run in {runs}"
         if ours:
+            weights = output_dir / "checkpoints"
             problem = f"none of the {len(ours)} finished Task 1 runs in {runs} has its weights in {weights}"
         raise UsageError(f"{problem}: run python task1.py first, or name its --output_dir")
     path = run_folder(output_dir, run_id) / "config.json"

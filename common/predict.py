@@ -28,6 +28,7 @@ from common.errors import Fault, UsageError, first_line
 from common.evaluation import EVALUATION_BATCH
 from common.files import atomic_path, write_csv
 from common.pathmnist import TITLE, has_stained_colours
+from common.records import checkpoint_folder
 from common.trained import Trained, load_trained
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
@@ -96,7 +97,7 @@ def main(config: PredictConfig) -> None:
 
 def best_weights(network: str, output_dir: Path) -> Path:
     """The best.pt that the name of a file or the id of a run means; UsageError where there is none."""
-    for path in (expanded(network), output_dir / "checkpoints" / network / "best.pt"):
+    for path in (expanded(network), checkpoint_folder(output_dir, network) / "best.pt"):
         if path.is_file():
             return path
     raise UsageError(

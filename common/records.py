@@ -90,6 +90,11 @@ def run_folder(output_dir: Path, run_id: str) -> Path:
     return output_dir / "runs" / run_id
 
 
+def checkpoint_folder(output_dir: Path, run_id: str) -> Path:
+    """Where a run's checkpoints are; best.pt has the weights of its best epoch."""
+    return output_dir / "checkpoints" / run_id
+
+
 def is_finished(output_dir: Path, run_id: str) -> bool:
     """Whether the run's records are complete: summary.json is written last."""
     return (run_folder(output_dir, run_id) / "summary.json").exists()

@@ -25,7 +25,7 @@ from common.config import Config, ScriptConfig, TrainingConfig
 from common.data import Dataset
 from common.errors import UsageError, first_line
 from common.files import atomic_path, digest, process_lock, public, sweep_up, write_csv, write_json
-from common.records import is_finished, read_json, run_folder
+from common.records import checkpoint_folder, is_finished, read_json, run_folder
 
 WANDB_PROJECT = "hw1"  # the coursework's; $WANDB_PROJECT takes its place
 WANDB_PATIENCE = 60.0  # seconds to wait for its server at the start and at the end of a run
@@ -68,7 +68,7 @@ class Run:
         self.dataset = dataset
         self.title = f"{TITLES[task]} · {network or config.model_name} · {dataset.title} · seed {config.seed}"
         self.folder = run_folder(config.output_dir, config.run_id)
-        self.checkpoints = checkpoint_folder(config)
+        self.checkpoints = checkpoint_folder(config.output_dir, config.run_id)
         self.upload_model = config.wandb_model
         self.figures = config.output_dir / "fig" / task
         self.facts = {
@@ -221,18 +221,14 @@ class Run:
 
 def check_startable(config: TrainingConfig, facts: Mapping[str, Any] | None = None) -> None:
     """Raise UsageError where the run is finished, must be resumed and cannot, or as `check_record` does."""
-    folder, checkpoints = run_folder(config.output_dir, config.run_id), checkpoint_folder(config)
-    if is_finished(config.output_dir, config.run_id):
+    where = config.output_dir, config.run_id
+    folder, checkpoints = run_folder(*where), checkpoint_folder(*where)
+    if is_finished(*where):
         raise UsageError(f"run {config.run_id} is finished already ({folder}): use another --run_id")
     if config.resume and not any((checkpoints / name).exists() for name in RESUMABLE):
         raise UsageError(f"--resume: run {config.run_id} has no checkpoint in {checkpoints}")
     if (folder / "config.json").exists():
         check_record(config, read_json(folder / "config.json"), facts)
-
-
-def checkpoint_folder(config: Config) -> Path:
-    """Where a run's checkpoints are."""
-    return config.output_dir / "checkpoints" / config.run_id
 
 
 def check_record(config: Config, before: Mapping[str, Any], facts: Mapping[str, Any] | None) -> None:

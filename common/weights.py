@@ -21,7 +21,7 @@ from common.config import check_run_id, expanded
 from common.errors import Fault, UsageError, closest, first_line
 from common.files import open_regular
 from common.models import TIMM, build_model, check_model_name, model_names
-from common.records import is_finished, read_json, run_folder
+from common.records import checkpoint_folder, is_finished, read_json, run_folder
 
 
 @dataclass(frozen=True)
@@ -296,7 +296,7 @@ def _not_tensors(path: Path, error: Exception) -> str:
 
 def _run_weights(run_id: str, model_name: str, output_dir: Path) -> Weights:
     """The best weights of a run of this project; they expect the inputs of that run."""
-    path = output_dir / "checkpoints" / run_id / "best.pt"
+    path = checkpoint_folder(output_dir, run_id) / "best.pt"
     if check_run_id(run_id) is not None or not path.exists():
         raise UsageError(
             f"--weights {run_id}: neither torchvision weights, nor {LITE0_WEIGHTS}, nor a {', '.join(SUFFIXES)} "

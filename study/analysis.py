@@ -31,7 +31,7 @@ from common.errors import UsageError, first_line
 from common.evaluation import Evaluation, evaluate
 from common.files import digest, open_regular, write_json
 from common.metrics import accuracy, balanced_accuracy
-from common.records import Record, read_json
+from common.records import Record, checkpoint_folder, read_json
 from common.tiles import DeviceTiles
 from common.tracking import provenance
 from common.trained import load_trained
@@ -181,7 +181,7 @@ def matched_scores(
     }
     scores: dict[str, dict[str, dict[str, float]]] = {name: {} for name in matched}
     for record in records:
-        path = config.output_dir / "checkpoints" / record.run_id / "best.pt"
+        path = checkpoint_folder(config.output_dir, record.run_id) / "best.pt"
         if not path.exists():
             print(f"{record.run_id}: no checkpoint, so it is not scored on matched colours")
             continue

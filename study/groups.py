@@ -102,8 +102,7 @@ class Group:
             return None
         if len(self.records) == 1:
             return _look_up(self.first.summary, keys)
-        over = self.spread(*keys)
-        return Estimate(over.mean, *np.clip((over.low, over.high), 0, 1).tolist())
+        return share(self.spread(*keys))
 
     def difference(self, after: Sequence[str], before: Sequence[str]) -> Comparison:
         """One number of summary.json minus another one, seed by seed."""
@@ -120,6 +119,11 @@ class Group:
         scores = [record.summary["best"]["auc_per_class"] for record in self.records]
         means = np.mean([list(one.values()) for one in scores], axis=0, dtype=float)
         return dict(zip(scores[0], means.tolist(), strict=True))
+
+
+def share(over: Spread) -> Estimate:
+    """The mean of scores from 0 to 1 and its interval, cut to these; NaN ends stay."""
+    return Estimate(over.mean, *np.clip((over.low, over.high), 0, 1).tolist())
 
 
 def nearest(group: Group, others: Mapping[str, Group]) -> tuple[str, dict[str, Any]]:

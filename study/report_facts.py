@@ -17,7 +17,7 @@ from common.records import Record
 from common.statistics import LEAST_SEEDS, SIGNIFICANT, Comparison, Spread, compare, interval, spread
 from study.ablation import identical_rows
 from study.forecast import LEAST_GROUPS, LEAST_RUNS, LOWER_IS_BETTER, forecast
-from study.groups import NETWORKS, TECHNIQUES, Group, grouped, nearest
+from study.groups import NETWORKS, TECHNIQUES, Group, grouped, nearest, share
 from study.learning_curve import best_at, learning_curves, n_tiles
 from study.report_selection import Study
 
@@ -80,8 +80,7 @@ class Analysed:
                     before, goal = (record.scores[score] for score in ("test/acc", "validate/acc"))
                     shares.append((after[-1] - before) / (goal - before) if goal != before else math.nan)
             if after:
-                over = spread(after)
-                matched[name] = Estimate(over.mean, *np.clip((over.low, over.high), 0, 1).tolist()), spread(shares)
+                matched[name] = share(spread(after)), spread(shares)
         return cls(
             group,
             {whose: fmean(pair[whose] for pair in pairs) for whose in ("ours", "theirs") if pairs},
@@ -112,14 +111,14 @@ def facts(study: Study) -> dict[str, Any]:
         for section in ("networks", "baselines")
     )
     networks = [record for record in study.read.values() if record.history]  # a baseline has no epochs
-    by_tiles = {n: [record for record in networks if n_tiles(record) == n] for n in sorted(map(n_tiles, networks))}
-    within = {n: forecast(grouped(records)) for n, records in by_tiles.items()} if len(by_tiles) > 1 else {}
     extra = study.learning_curve()
     curves = learning_curves(study.read.values()) if extra else []
     if len({record.summary["synthetic"] for record in study.read.values()}) > 1:
         raise UsageError("report.toml: generated tiles and tiles of PathMNIST cannot stand on one page")
     if len({record.config["size"] for record in study.read.values()}) > 1:
         raise UsageError("report.toml: tiles of different sizes cannot stand on one page")
+    numbers = sorted(set(map(n_tiles, networks)))
+    within = {n: forecast(grouped(run for run in networks if n_tiles(run) == n)) for n in numbers if numbers[1:]}
     by_kind = {kind: group.by_seed("best", "acc") for kind, group in compared.items()}
     groups = {title: {title: group} for title, group in tasks.items()} | {"Task 4": ablation, "Task 5": compared}
     sources = {
@@ -169,9 +168,8 @@ def facts(study: Study) -> dict[str, Any]:
         "rescued": rescued,
         "recalls": recalls,
         "forecast": forecast(grouped(networks)),
-        "forecasts": {
-            n: found for n, found in within.items() if found.correlations
-        },  # with as many training tiles
+        # Of the runs with as many training tiles, where there are enough of several numbers of tiles.
+        "forecasts": {n: found for n, found in within.items() if found.correlations},
         "lower_is_better": LOWER_IS_BETTER,
         "least_seeds": LEAST_SEEDS,
         "least_runs": LEAST_RUNS,

@@ -47,10 +47,10 @@ def draw(folder: Path, content: Mapping[str, Any]) -> None:
         scatter(to / "forecast.png", content["forecast"], title)
     if content["curves"]:
         learning_curve(to / "learning_curve.png", content["curves"])
+    compared = {kind: part.records for kind, part in content["compared"].items()}
     for task, group in tasks.items():
         name = task.replace(" ", "").lower()
-        curves = {kind: part.records for kind, part in content["compared"].items()}
-        drawn = curves if task == "Task 5" else {task: group.records}
+        drawn = compared if task == "Task 5" else {task: group.records}
         network = NETWORKS.get(group.first.config["model_name"], group.first.config["model_name"])
         draw_curves(to / f"{name}-curves.png", drawn, f"{network} · {title}")
         matrices = [record.summary["best"]["confusion_matrix"] for record in group.records]

@@ -13,7 +13,7 @@ from pathlib import Path
 from common.config import Keys, key, run_script
 from common.errors import Fault, UsageError
 from common.files import process_lock
-from common.records import is_finished, read_history, read_json, run_folder
+from common.records import checkpoint_folder, is_finished, read_history, read_json, run_folder
 
 COLUMNS = ("run", "task", "network", "data", "seed", "state", "validation ACC", "test ACC", "age")
 COLOURS = {"finished": "32", "running": "36", "stopped": "33", "damaged": "31"}  # ANSI: green, cyan, yellow, red
@@ -66,7 +66,7 @@ def row(output_dir: Path, run_id: str) -> tuple[str, dict[str, str]]:
         }
         if is_finished(output_dir, run_id):
             summary = read_json(folder / "summary.json")
-            weights = output_dir / "checkpoints" / run_id / "best.pt"
+            weights = checkpoint_folder(output_dir, run_id) / "best.pt"
             accuracy = summary["validate"]["validate/acc"]
             cells |= {
                 "state": "finished" if weights.exists() or "baseline" in config else "finished (no weights)",

@@ -322,6 +322,19 @@ def run_with_little_memory(
     return capsys.readouterr().out
 
 
+def kill_with_little_memory(
+    step: str, free: int, keys: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Start a command where so many bytes of memory are free, and kill it when the trainer's `step` begins."""
+
+    def killed(self: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(task5.Trainer, step, killed)
+        run_with_little_memory(free, keys, monkeypatch, capsys)
+
+
 # Of 90 training tiles in 8 views, 10 validation tiles plain and under 3 shifts, and 18 test tiles in 8 views:
 # 904 rows of 576 float32 values.
 CACHE_BYTES = 904 * 576 * 4
@@ -407,13 +420,8 @@ def test_a_run_is_resumed_with_the_cache_that_it_was_started_with(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def killed(self: Any) -> None:
-        raise KeyboardInterrupt
-
     command = keys(phantom_root, tmp_path, weights, "--scratch=False", "--n_epochs=1")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(task5.Trainer, "test", killed)
-        run_with_little_memory(first, command, monkeypatch, capsys)
+    kill_with_little_memory("test", first, command, monkeypatch, capsys)
     record = (tmp_path / "runs/r/config.json").read_text()
     printed = run_with_little_memory(then, command, monkeypatch, capsys)
     assert "continuing run r after epoch 1" in printed
@@ -428,13 +436,8 @@ def test_a_started_run_whose_cache_does_not_fit_any_more_is_refused_with_what_he
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def killed(self: Any) -> None:
-        raise KeyboardInterrupt
-
     command = keys(phantom_root, tmp_path, weights, "--scratch=False", "--n_epochs=1")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(task5.Trainer, "fit", killed)
-        run_with_little_memory(10**12, command, monkeypatch, capsys)
+    kill_with_little_memory("fit", 10**12, command, monkeypatch, capsys)
     with pytest.raises(UsageError) as caught:
         run_with_little_memory(CACHE_BYTES, command, monkeypatch, capsys)
     remedy = "run r was started with them: close other programs, or use another --run_id"
