@@ -1,7 +1,7 @@
-"""Task 2: saliency maps of Task 1's ResNet-18, and whether they can be trusted.
+"""Task 2: saliency maps of a trained network, and whether they can be trusted.
 
-    python task2.py                   # explains the newest finished Task 1 run under --output_dir
-    python task2.py --run_id ID       # explains that run
+    python task2.py                   # Task 1's network: of the finished runs with most training tiles, the newest
+    python task2.py --run_id ID       # the network of that run: of task1.py, train.py or task5.py
 
 It shows ten test tiles (on the full test split, the coursework's ten) and their maps by Captum's Saliency in eval
 mode, and by SmoothGrad, Integrated Gradients, Grad-CAM and Occlusion. Then it checks every method: do its maps
@@ -14,10 +14,8 @@ fig/task2/<run_id>-*.png, runs/<run_id>/saliency.md and runs/<run_id>/attributio
 
 import common  # noqa: F401, I001 (before PyTorch: Ctrl-C during its import is one line)
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -25,18 +23,11 @@ from common.attribution_records import write_records
 from common.compute import Compute
 from common.config import ScriptConfig, check_run_id, key, run_script
 from common.data import load_dataset
-from common.errors import Fault, UsageError
+from common.errors import Fault
 from common.evaluation import evaluate
-from common.explained import (
-    MODEL_NAME,
-    TARGETS,
-    choose_tiles,
-    explained_tiles,
-    one_of_each_class,
-)
-from common.models import build_model
-from common.pathmnist import CLASS_NAMES
-from common.records import checkpoint_folder, is_finished, read_json, run_folder
+from common.explained import TARGETS, choose_tiles, explained_tiles, find_run, one_of_each_class, origin
+from common.records import checkpoint_folder, run_folder
+from common.stages import grad_cam_layer
 from common.tiles import DeviceTiles
 from common.trained import load_trained
 from common.training import derived_seed
@@ -49,32 +40,34 @@ class Task2Config(ScriptConfig):
     """Which run to explain, and how."""
 
     run_id: str | None = key(
-        None, "the Task 1 run to explain (default: the newest finished one with weights)", check=check_run_id
+        None,
+        "the run to explain (default: Task 1's with most training tiles, the newest of several)",
+        check=check_run_id,
     )
     target: str = key("predicted", "the class whose logit is explained", choices=tuple(TARGETS))
-    checked_tiles: int = key(256, "test tiles for the checks of the methods", at_least=3)
+    checked_tiles: int = key(256, "test tiles for the checks of the methods", at_least=6)
     seed: int = key(
         0, "seed of the choice of tiles, of noise and of random networks", at_least=0, at_most=2**32 - 1
     )
 
 
 def main(config: Task2Config) -> None:
-    """Task 1's run → network and tiles → maps → checks → figures, table and records."""
+    """A run → network and tiles → maps → checks → figures, table and records."""
     compute = Compute.of(config.device, "fp32")
     compute.prepare_process()
     run = find_run(config.output_dir, config.run_id)
     run_id, trained = run["run_id"], run["config"]
-    size = trained.get("resize_to") or trained["size"]
     path = checkpoint_folder(config.output_dir, run_id) / "best.pt"
     loaded = load_trained(path, compute.device)
-    found, expected = (loaded.model_name, len(loaded.class_names)), (MODEL_NAME, len(CLASS_NAMES))
-    if found != expected:
-        raise UsageError("{}: {} with {} classes; Task 2 explains a {} with {}".format(path, *found, *expected))
-    model = loaded.network
+    model, size = loaded.network, loaded.input_size
+    grad_cam_layer(model, torch.zeros(1, 3, size, size, device=compute.device))  # refuses a network without maps
     dataset = load_dataset(trained["dataset"], trained["size"], config.data_root, trained["train_tiles"])
     if dataset.fingerprint != run["data_fingerprint"]:
         raise Fault(f"{config.data_root}: its {dataset.title} is not what run {run_id} was trained on")
-    print(f"explaining run {run_id}: {MODEL_NAME} trained on {dataset.title}, test tiles, on {compute.name}")
+    if loaded.class_names != tuple(dataset.class_names):
+        raise Fault(f"{path}: not the weights of run {run_id}: other classes than those of {dataset.title}")
+    network = f"{loaded.model_name}, {origin(trained)} on {dataset.title}, seed {trained['seed']}"
+    print(f"explaining run {run_id}: {network}; test tiles, on {compute.name}")
 
     from common.attribution import METHODS  # Captum and matplotlib: seconds of import, so after a user's errors
     from common.attribution_checks import check_methods
@@ -102,7 +95,7 @@ def main(config: Task2Config) -> None:
     shown, right, wrong = ([explained[index] for index in group] for group in groups)
 
     torch.manual_seed(derived_seed(config.seed, 0, "randomised network"))
-    fresh = build_model(MODEL_NAME, len(dataset.class_names), size)
+    fresh = loaded.untrained().to(compute.device)
     checked = choose_tiles(len(test), config.checked_tiles, config.seed)
     checks = check_methods(model, fresh, *inputs_of(checked), config.seed)
 
@@ -110,7 +103,7 @@ def main(config: Task2Config) -> None:
         "run_id": run_id,
         "dataset": dataset.title,
         "synthetic": run["synthetic"],
-        "network": f"{MODEL_NAME}, trained from scratch on {dataset.title}, seed {trained['seed']}",
+        "network": network,
         "target": config.target,
         "device": compute.name,
     }
@@ -122,34 +115,6 @@ def main(config: Task2Config) -> None:
     print(f"records: {folder / 'saliency.md'}, {folder / 'attribution.json'}; figures:")
     for path in figures.values():
         print(f"  {path}")
-
-
-def find_run(output_dir: Path, run_id: str | None) -> Mapping[str, Any]:
-    """The config.json of the Task 1 run to explain: the named one, or the newest finished one with its best.pt.
-
-    Raises UsageError if there is none, or if the named run is another task's or is not finished.
-    """
-    runs = output_dir / "runs"
-    if run_id is None:
-        finished = [read_json(path.with_name("config.json")) for path in runs.glob("*/summary.json")]
-        ours = [run for run in finished if run.get("task") == "task1"]
-        with_weights = [run for run in ours if (checkpoint_folder(output_dir, run["run_id"]) / "best.pt").exists()]
-        if with_weights:
-            return max(with_weights, key=lambda run: (run["started"], run["run_id"]))
-        problem = f"no finished Task 1 run in {runs}"
-        if ours:
-            weights = output_dir / "checkpoints"
-            problem = f"none of the {len(ours)} finished Task 1 runs in {runs} has its weights in {weights}"
-        raise UsageError(f"{problem}: run python task1.py first, or name its --output_dir")
-    path = run_folder(output_dir, run_id) / "config.json"
-    if not path.exists():
-        raise UsageError(f"--run_id {run_id}: no such run in {runs}; python task1.py makes one")
-    run: Mapping[str, Any] = read_json(path)
-    if run.get("task") != "task1":
-        raise UsageError(f"--run_id {run_id}: a run of {run.get('task')}, not of task1; Task 2 explains Task 1's")
-    if not is_finished(output_dir, run_id):
-        raise UsageError(f"--run_id {run_id}: not finished; task1.py with this --run_id continues it")
-    return run
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ import torch
 from captum.attr import IntegratedGradients, LayerAttribution, LayerGradCam, Occlusion, Saliency
 from torch import nn
 
+from common.stages import grad_cam_layer
+
 INPUT_RANGE = 2.0  # inputs lie in -1..1
 WHITE = 1.0  # the colour of an empty slide: the baseline of Integrated Gradients and Occlusion
 FORWARD_BATCH = 512  # tiles that pass through the network at once
@@ -19,7 +21,7 @@ MAP_BATCH = 64  # tiles whose maps are computed at once; a method needs many cop
 SMOOTHGRAD_SAMPLES = 16
 SMOOTHGRAD_NOISE = 0.15  # of the input range; Smilkov et al. find 0.1 to 0.2 best
 INTEGRATION_STEPS = 48
-GRAD_CAM_LAYER = "layer2"  # its map is 4x4 for tiles of 28 pixels, 8x8 for 64; layer4's would be 1x1 and 2x2
+SMALLEST_DIFFERENCE = 1e-6  # of two logits, for a share of it
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,12 @@ def convergence_error(model: nn.Module, inputs: torch.Tensor, targets: torch.Ten
     """Each tile's relative error of Integrated Gradients, (N,) float32.
 
     The exact attributions of a tile add up to the difference between its logit and the baseline's. The error
-    comes from `INTEGRATION_STEPS` steps, and is given as a share of this difference.
+    comes from `INTEGRATION_STEPS` steps, and is given as a share of this difference. A tile that is the baseline
+    has no difference, and no error.
     """
     attributions, delta = _integrated(model, inputs, targets)
     difference = attributions.sum((1, 2, 3)) - delta
-    return (delta / difference).abs().float()
+    return (delta.abs() / difference.abs().clamp_min(SMALLEST_DIFFERENCE)).float()
 
 
 def _integrated(
@@ -95,8 +98,8 @@ def _integrated(
 
 
 def grad_cam(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, seed: int) -> torch.Tensor:
-    """Grad-CAM at `GRAD_CAM_LAYER`, rectified, resized bilinearly to the tile (Selvaraju et al. 2017)."""
-    layer = model.get_submodule(GRAD_CAM_LAYER)
+    """Grad-CAM at `grad_cam_layer`, rectified, resized bilinearly to the tile (Selvaraju et al. 2017)."""
+    layer = grad_cam_layer(model, inputs[:1])
     maps = LayerGradCam(model, layer).attribute(_leaf(inputs), target=targets, relu_attributions=True).detach()
     enlarged: torch.Tensor = LayerAttribution.interpolate(maps, tuple(inputs.shape[2:]), "bilinear")
     return enlarged[:, 0]
@@ -134,7 +137,10 @@ METHODS = {
         integrated_gradients,
     ),
     "grad_cam": Method(
-        "Grad-CAM", f"at {GRAD_CAM_LAYER}, rectified, bilinear to the tile's size", False, grad_cam
+        "Grad-CAM",
+        "at the last block whose map has an eighth of the tile's side, rectified, bilinear to the tile's size",
+        False,
+        grad_cam,
     ),
     "occlusion": Method(
         "Occlusion", "fall of the logit under a white square a quarter of the tile wide", True, occlusion

@@ -1,10 +1,11 @@
-"""Can attribution maps be trusted? Every method is checked in three ways.
+"""Can attribution maps be trusted? Every method is checked in four ways.
 
 - Randomisation (Adebayo et al. 2018): the network's layers are initialised again, one after the other from the
   last to the first. A map of what the network learnt must lose its order of pixels.
 - Deletion and insertion (Petsiuk et al. 2018): pixels are blurred, or restored, in the map's order. In a faithful
   order the target's probability falls, or rises, sooner than in a random order or in the order of the edges.
 - Infidelity and maximum sensitivity (Yeh et al. 2019), by Captum.
+- Maps of different tiles: if they are alike, they show the network more than the tile.
 
 Inputs are (N, 3, H, W) float32 in -1..1, targets (N,) int64, maps (N, H, W) float32, as in common/attribution.py.
 """
@@ -27,10 +28,9 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from tqdm import tqdm
 
 from common.attribution import FORWARD_BATCH, INPUT_RANGE, METHODS, convergence_error, edge_map
+from common.stages import stages
 from common.statistics import spread
 
-# ResNet's parts in the order of randomisation, from the logits to the tile.
-STAGES = ("fc", "layer4", "layer3", "layer2", "layer1", "conv1")
 FRACTIONS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 CONTROLS = {"random": "Random order", "sobel": "Sobel edges"}
 # A method fails if its maps keep more than this rank correlation when the whole network is random.
@@ -62,16 +62,12 @@ def rank_correlation(first: torch.Tensor, second: torch.Tensor) -> Array:
     return np.asarray(np.divide((a * b).sum(axis=1), scale, out=np.zeros(len(a)), where=scale > 0))
 
 
-def randomised(model: nn.Module, fresh: nn.Module) -> dict[str, nn.Module]:
-    """For each of `STAGES`, a copy of `model` whose parts up to this stage have the weights of `fresh`.
-
-    The stage of the first convolution includes the BatchNorm layer after it.
-    """
-    networks, network = {}, model
-    for stage in STAGES:
+def randomised(model: nn.Module, fresh: nn.Module, image: torch.Tensor) -> dict[str, nn.Module]:
+    """For each of the network's `stages`, a copy of `model` that has the weights of `fresh` from this stage on."""
+    networks, network, random = {}, model, fresh.state_dict()
+    for stage, names in stages(model, image).items():
         network = copy.deepcopy(network)
-        for part in ("conv1", "bn1") if stage == "conv1" else (stage,):
-            network.get_submodule(part).load_state_dict(fresh.get_submodule(part).state_dict())
+        network.load_state_dict({name: random[name] for name in names}, strict=False)
         networks[stage] = network
     return networks
 
@@ -171,6 +167,12 @@ def control_maps(inputs: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
     return {"random": chance, "sobel": edge_map(inputs)}
 
 
+def tile_correlation(maps: torch.Tensor) -> dict[str, float]:
+    """The mean rank correlation of the maps of two different tiles, over pairs that share no tile."""
+    pairs = len(maps) // 2
+    return mean_estimate(rank_correlation(maps[:pairs], maps[pairs : 2 * pairs]))
+
+
 def removal_report(removals: Mapping[str, Mapping[str, Array]]) -> dict[str, Any]:
     """The curves and areas of each map's order, and its lead over the controls: means over tiles with intervals.
 
@@ -200,7 +202,7 @@ def judge(
     correlation ends below `RANDOMISATION_LIMIT`), and its order beats both controls at deletion and insertion
     (the interval of the paired margin starts above 0).
     """
-    last = randomisation[STAGES[-1]]
+    *_, last = randomisation.values()
     forgets = last["high"] < RANDOMISATION_LIMIT
     order = "lose" if forgets else "keep much of" if last["low"] >= RANDOMISATION_LIMIT else "do not clearly lose"
     reasons = [
@@ -234,8 +236,8 @@ def check_methods(
     removals: dict[str, Any] = {}
     errors: dict[str, Any] = {}
     seconds: dict[str, float] = defaultdict(float)
-    networks = randomised(model, fresh)
-    n_parts = len(METHODS) * (len(STAGES) + 4) + len(CONTROLS) * 2
+    networks = randomised(model, fresh, inputs[:1])
+    n_parts = len(METHODS) * (len(networks) + 4) + len(CONTROLS) * 2
     with tqdm(total=n_parts, unit=" parts", leave=False, disable=None, dynamic_ncols=True) as bar:
 
         @contextmanager
@@ -279,6 +281,7 @@ def check_methods(
                 "description": method.description,
                 **judge(method.title, correlations[name], faithful[name]),
                 "randomisation": correlations[name],
+                "tile_correlation": tile_correlation(maps[name]),
                 "edge_correlation": mean_estimate(rank_correlation(maps[name], maps["sobel"])),
                 "infidelity": errors[name],
                 "max_sensitivity": sensitivity[name],
@@ -287,7 +290,12 @@ def check_methods(
             for name, method in METHODS.items()
         },
         "controls": {
-            name: {"title": title, "infidelity": errors[name], **faithful[name]}
+            name: {
+                "title": title,
+                "tile_correlation": tile_correlation(maps[name]),
+                "infidelity": errors[name],
+                **faithful[name],
+            }
             for name, title in CONTROLS.items()
         },
         "integrated_gradients_error": {

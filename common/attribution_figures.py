@@ -17,7 +17,7 @@ from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
 from common.attribution import METHODS
-from common.attribution_checks import CONTROLS, FRACTIONS, STAGES
+from common.attribution_checks import CONTROLS, FRACTIONS
 from common.explained import TARGETS, Explained
 from common.figures import PALETTE, STYLE, VERMILLION, save, wrap
 
@@ -156,13 +156,13 @@ def randomisation(path: Path, results: Mapping[str, Mapping[str, Any]], *, title
         figure = Figure(figsize=(6.4, 4.4))
         axes = figure.add_subplot()
         for name, result in results.items():
-            estimates = [trained, *(result["randomisation"][stage] for stage in STAGES)]
-            _band(axes, range(len(STAGES) + 1), estimates, name)
+            estimates = [trained, *result["randomisation"].values()]
+            _band(axes, range(len(estimates)), estimates, name)
         colour, line = CONTROL_LINES["sobel"]
         axes.axhline(1, color=colour, linestyle=line, label=f"{CONTROLS['sobel']} (no network)")
-        axes.set_xticks(range(len(STAGES) + 1), ["none", *STAGES])
+        axes.set_xticks(range(len(estimates)), ["none", *result["randomisation"]])
         axes.set(
-            xlabel="Initialised afresh, from the last layer back to …",
+            xlabel="Layers with random weights: from the head back to maps with a side of … pixels",
             ylabel="Rank correlation with the trained map",
             ylim=(-0.3, 1.05),
         )

@@ -2,14 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from common.data import Dataset
+from common.errors import UsageError
+from common.records import checkpoint_folder, is_finished, read_json, run_folder
+from common.tracking import TITLES
+from common.weights import SCRATCH
 
-MODEL_NAME = "resnet18"
 TARGETS = {"predicted": "the predicted one", "label": "the true one"}  # the class explained, for keys and titles
 
 
@@ -43,6 +47,41 @@ class Explained:
             "probability": self.probability,
             **{part: f"fig/task2/{self.run_id}/{self.index:05d}-{part}.png" for part in ("input", "saliency")},
         }
+
+
+def find_run(output_dir: Path, run_id: str | None) -> Mapping[str, Any]:
+    """The config.json of the run to explain.
+
+    Without a name it is a finished Task 1 run with its best.pt: the one with most training tiles, of several the
+    newest. Raises UsageError if there is none, or if the named run is not finished.
+    """
+    runs = output_dir / "runs"
+    if run_id is None:
+        finished = [read_json(path.with_name("config.json")) for path in runs.glob("*/summary.json")]
+        ours = [run for run in finished if run.get("task") == "task1"]
+        with_weights = [run for run in ours if (checkpoint_folder(output_dir, run["run_id"]) / "best.pt").exists()]
+        if with_weights:
+            return max(with_weights, key=lambda run: (run["tiles"]["train"], run["started"], run["run_id"]))
+        problem = f"no finished Task 1 run in {runs}"
+        if ours:
+            weights = output_dir / "checkpoints"
+            problem = f"none of the {len(ours)} finished Task 1 runs in {runs} has its weights in {weights}"
+        raise UsageError(f"{problem}: run python task1.py first, or name its --output_dir")
+    path = run_folder(output_dir, run_id) / "config.json"
+    if not path.exists():
+        raise UsageError(f"--run_id {run_id}: no such run in {runs}; python task1.py makes one")
+    run: Mapping[str, Any] = read_json(path)
+    if run.get("task") not in TITLES:
+        raise UsageError(f"--run_id {run_id}: no network; Task 2 explains runs of task1.py, train.py and task5.py")
+    if not is_finished(output_dir, run_id):
+        raise UsageError(f"--run_id {run_id}: not finished; its command with this --run_id continues it")
+    return run
+
+
+def origin(trained: Mapping[str, Any]) -> str:
+    """How the network of this configuration was trained, in words."""
+    weights = trained.get("weights", SCRATCH)
+    return "trained from scratch" if weights == SCRATCH else f"from {Path(weights).name}, fine-tuned"
 
 
 def choose_tiles(n_tiles: int, count: int, seed: int) -> list[int]:

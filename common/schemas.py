@@ -180,6 +180,7 @@ class ExplainedTile(TypedDict):
 
 class Faithful(TypedDict):
     title: str
+    tile_correlation: NotRequired[Estimate]
     infidelity: Estimate
     deletion: Estimate
     insertion: Estimate

@@ -17,7 +17,7 @@ from torch import nn
 from common import checkpoint
 from common.errors import Fault, UsageError
 from common.models import build_model, check_model_name
-from common.pretrained import build_fine_tuned
+from common.pretrained import FineTunedNetwork, build_fine_tuned
 from common.tiles import network_inputs
 from common.weights import Preset, Weights, library_name
 
@@ -35,6 +35,15 @@ class Trained(nn.Module):
         super().__init__()
         self.network, self.model_name, self.class_names = network, model_name, class_names
         self.size, self.input_size = size, input_size
+
+    def untrained(self) -> nn.Module:
+        """The same network with random weights from torch's global generator, frozen, in eval mode, on the CPU."""
+        network = self.network
+        preset = None
+        if isinstance(network, FineTunedNetwork):
+            preset = Preset(self.input_size, *(tuple(x.flatten().tolist()) for x in (network.mean, network.std)))
+        fresh = _build(self.model_name, len(self.class_names), self.input_size, preset)
+        return fresh.eval().requires_grad_(False)
 
     def inputs(self, images: torch.Tensor) -> torch.Tensor:
         """The network's inputs (N, 3, input_size, input_size) float32, normalised to -1..1."""
@@ -64,14 +73,11 @@ def load_trained(path: Path | str, device: torch.device | str = "cpu") -> Traine
     if problem := check_model_name(library_name(name)):
         raise Fault(f"{path}: its network {name}: {problem}")
     weights: Any = saved.get("state_dict")
-    network: nn.Module
+    # Of a FineTunedNetwork: the mean and std to which it changes its inputs are loaded with the weights.
+    fine_tuned = isinstance(weights, Mapping) and "mean" in weights
     try:
-        if isinstance(weights, Mapping) and "mean" in weights:
-            # Of a FineTunedNetwork: the mean and std to which it changes its inputs are loaded with the weights.
-            start = Weights("none", "random initialisation", None, None, Preset(side, (0.5,) * 3, (0.5,) * 3))
-            network = build_fine_tuned(name, len(class_names), start, side)
-        else:
-            network = build_model(name, len(class_names), side)
+        preset = Preset(side, (0.5,) * 3, (0.5,) * 3) if fine_tuned else None
+        network = _build(name, len(class_names), side, preset)
     except UsageError as error:
         raise Fault(f"{path}: its network cannot be built ({error})") from error
     if problem := checkpoint.state_problem(weights, network.state_dict()):
@@ -79,3 +85,11 @@ def load_trained(path: Path | str, device: torch.device | str = "cpu") -> Traine
     network.load_state_dict(weights)
     network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Trained(network, name, class_names, size, side).eval().requires_grad_(False)
+
+
+def _build(model_name: str, num_classes: int, size: int, preset: Preset | None) -> nn.Module:
+    """A network with random weights; with a preset, a FineTunedNetwork whose weights expect such inputs."""
+    if preset is None:
+        return build_model(model_name, num_classes, size)
+    start = Weights("none", "random initialisation", None, None, preset)
+    return build_fine_tuned(model_name, num_classes, start, size)

@@ -12,7 +12,6 @@ from common.attribution import METHODS, Method, convergence_error, edge_map
 from common.attribution_checks import (
     FRACTIONS,
     SENSITIVITY_RADIUS,
-    STAGES,
     area,
     blurred,
     check_methods,
@@ -25,8 +24,10 @@ from common.attribution_checks import (
     rank_correlation,
     removal,
     removal_report,
+    tile_correlation,
 )
 from common.models import build_model
+from common.stages import stages
 
 SIZE = 28
 
@@ -37,16 +38,17 @@ class Corner(nn.Module):
     def __init__(self, scale: float = 5.0) -> None:
         super().__init__()
         self.scale = scale
-        self.layer2 = nn.Identity()
+        self.unchanged = nn.Conv2d(3, 3, 1, bias=False)  # Grad-CAM's layer
+        nn.init.eye_(self.unchanged.weight[:, :, 0, 0])
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        darkness = 1 - self.layer2(inputs)[:, :, :7, :7].mean((1, 2, 3))
+        darkness = 1 - self.unchanged(inputs)[:, :, :7, :7].mean((1, 2, 3))
         return torch.stack([torch.zeros_like(darkness), self.scale * darkness - self.scale / 2], 1)
 
 
 @pytest.fixture
 def corner() -> nn.Module:
-    return Corner().eval()
+    return Corner().eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +141,11 @@ def test_the_convergence_error_is_a_share_of_the_difference(resnet: nn.Module) -
     torch.testing.assert_close(error, ((maps.sum((1, 2)) - difference) / difference).abs(), rtol=1e-2, atol=1e-4)
 
 
+def test_a_white_tile_has_no_convergence_error(corner: nn.Module) -> None:
+    white = torch.ones(2, 3, SIZE, SIZE)  # the baseline: the logit does not change
+    assert convergence_error(corner, white, torch.ones(2, dtype=torch.int64)).tolist() == [0, 0]
+
+
 def test_edges_are_sobel_s() -> None:
     step = torch.full((1, 3, SIZE, SIZE), -1.0)
     step[..., 14:] = 1.0
@@ -168,12 +175,13 @@ def test_randomisation_cascades_from_the_last_layer_to_the_first(resnet: nn.Modu
     with torch.no_grad():  # otherwise the BatchNorm layers would be equal in both
         for value in learnt.state_dict().values():
             value.add_(1)
-    networks = randomised(learnt, fresh)
-    assert list(networks) == list(STAGES)
+    networks = randomised(learnt, fresh, tiles(1))
+    order = ["fc", "layer4", "layer3", "layer2", "layer1", "conv1"]
+    assert len(networks) == len(order)
     trained, untrained = learnt.state_dict(), fresh.state_dict()
     for number, network in enumerate(networks.values(), start=1):
         assert not network.training
-        random_stages = STAGES[:number]
+        random_stages = order[:number]
         for name, value in network.state_dict().items():
             stage = {"bn1": "conv1"}.get(name.split(".")[0], name.split(".")[0])
             assert torch.equal(value, (untrained if stage in random_stages else trained)[name]), name
@@ -264,15 +272,25 @@ def test_every_check_gets_its_tiles_maps_and_networks(resnet: nn.Module, monkeyp
     assert checked["n"] == {"removal": 4, "randomisation": 3, "infidelity": 2, "max_sensitivity": 1}
     maps = methods["saliency"].maps(resnet, inputs, targets, 0)
     got = checked["methods"]["saliency"]
-    for stage, network in randomised(resnet, fresh).items():
+    assert list(got["randomisation"]) == list(stages(resnet, inputs[:1]))
+    for stage, network in randomised(resnet, fresh, inputs[:1]).items():
         of_random = methods["saliency"].maps(network, inputs[:3], targets[:3], 0)
         assert got["randomisation"][stage] == mean_estimate(rank_correlation(maps[:3], of_random))
+    assert got["tile_correlation"] == mean_estimate(rank_correlation(maps[:2], maps[2:]))
     assert got["edge_correlation"] == mean_estimate(rank_correlation(maps, edge_map(inputs)))
     assert got["infidelity"] == mean_estimate(infidelity(resnet, inputs[:2], targets[:2], maps[:2], 0))
     one = max_sensitivity(resnet, inputs[:1], targets[:1], "saliency", 0)
     assert got["max_sensitivity"]["value"] == pytest.approx(one[0])
     edges = removal(resnet, inputs, targets, edge_map(inputs), 0)
     assert checked["controls"]["sobel"]["deletion"] == mean_estimate(area(edges["deletion"]))
+
+
+def test_maps_that_are_alike_on_all_tiles_are_found() -> None:
+    random = torch.Generator().manual_seed(0)
+    alike = torch.rand(1, SIZE, SIZE, generator=random).expand(9, -1, -1)
+    different = torch.rand(9, SIZE, SIZE, generator=random)
+    assert tile_correlation(alike)["value"] == pytest.approx(1)
+    assert abs(tile_correlation(different)["value"]) < 0.05
 
 
 def test_the_interval_of_a_mean_is_student_s() -> None:

@@ -80,6 +80,23 @@ def test_a_loaded_network_is_frozen_in_eval_mode_and_gives_the_probabilities_of_
     assert torch.allclose(tuned(images), tuned.network.network(inputs).softmax(1), atol=1e-5)
 
 
+def test_the_untrained_network_differs_in_its_weights_alone(output: Path) -> None:
+    for name in ("plain", "tuned"):
+        trained = load_trained(output / f"checkpoints/{name}/best.pt")
+        torch.manual_seed(1)
+        fresh = trained.untrained()
+        assert not fresh.training
+        torch.manual_seed(1)
+        again = trained.untrained()
+        assert not any(parameter.requires_grad for parameter in fresh.parameters())
+        for key, value in trained.network.state_dict().items():
+            assert torch.equal(fresh.state_dict()[key], again.state_dict()[key]), key
+            if key in ("mean", "std"):
+                assert torch.equal(fresh.state_dict()[key], value)
+            elif value.dim() == 4:
+                assert not torch.equal(fresh.state_dict()[key], value), key
+
+
 def test_the_table_has_a_line_for_each_picture_of_a_folder(
     output: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,10 +15,11 @@ from matplotlib.image import imread
 
 import task1
 import task2
+import task5
 from common import attribution_checks, checkpoint
 from common.config import run_script
 from common.errors import UsageError
-from common.explained import TARGETS, choose_tiles, one_of_each_class
+from common.explained import TARGETS, choose_tiles, find_run, one_of_each_class, origin
 from common.models import build_model
 
 PHANTOM = ["--dataset", "phantom", "--size", "28", "--train_tiles", "900"]
@@ -115,7 +116,7 @@ def test_the_same_seed_gives_the_same_pictures_and_numbers(
     for copy in ("one", "other"):
         shutil.copytree(trained, tmp_path / copy)
         shutil.rmtree(tmp_path / copy / "fig")
-        explain(tmp_path / copy, phantom_root, "--checked_tiles", "3")
+        explain(tmp_path / copy, phantom_root, "--checked_tiles", "6")
         contents.append(record(tmp_path / copy))
         for name in ("seconds", "started", "command", "config"):
             contents[-1].pop(name)
@@ -167,13 +168,40 @@ def test_the_newest_finished_task_1_run_is_explained(tmp_path: Path) -> None:
         if weights:
             (tmp_path / "checkpoints" / run_id).mkdir(parents=True)
             (tmp_path / "checkpoints" / run_id / "best.pt").touch()
-    assert task2.find_run(tmp_path, None)["run_id"] == "new"
-    assert task2.find_run(tmp_path, "old")["run_id"] == "old"
+    assert find_run(tmp_path, None)["run_id"] == "new"
+    assert find_run(tmp_path, "old")["run_id"] == "old"
+    assert find_run(tmp_path, "other")["run_id"] == "other"  # a named run may be of another task
+    content = json.loads((tmp_path / "runs/old/config.json").read_text())
+    content["tiles"]["train"] += 1
+    (tmp_path / "runs/old/config.json").write_text(json.dumps(content))
+    assert find_run(tmp_path, None)["run_id"] == "old"  # a learning curve's newer runs have fewer training tiles
     shutil.rmtree(tmp_path / "checkpoints")
     with pytest.raises(
         UsageError, match=r"none of the 3 finished Task 1 runs .* has its weights.*task1\.py first"
     ):
-        task2.find_run(tmp_path, None)
+        find_run(tmp_path, None)
+
+
+def test_the_network_is_named_by_where_its_weights_came_from() -> None:
+    assert origin({"model_name": "resnet18"}) == origin({"weights": "none"}) == "trained from scratch"
+    assert origin({"weights": "folder/mine.pth"}) == "from mine.pth, fine-tuned"
+
+
+@pytest.mark.slow
+def test_a_fine_tuned_network_of_another_kind_is_explained(phantom_root: Path, tmp_path: Path) -> None:
+    where = ["--data_root", str(phantom_root), "--output_dir", str(tmp_path), "--wandb", "disabled"]
+    keys = [*PHANTOM, "--run_id", "start", "--model_name", MODEL, "--n_epochs", "1"]
+    run_script(task1.main, task1.Task1Config, [*keys, *where])
+    keys = [*PHANTOM, "--run_id", "tuned", "--weights", "start", "--model_name", MODEL, "--n_epochs", "1"]
+    run_script(task5.main, task5.Task5Config, [*keys, *where, "--scratch", "false", "--resize_to", "32"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attribution_checks, "COSTLY", dict.fromkeys(attribution_checks.COSTLY, 4))
+        explain(tmp_path, phantom_root, "--run_id", "tuned", "--checked_tiles", "6")
+    content = json.loads((tmp_path / "runs/tuned/attribution.json").read_text())
+    assert content["network"].startswith(f"{MODEL}, from start, fine-tuned on phantom")
+    stages = list(content["methods"]["saliency"]["randomisation"])
+    assert stages == ["head", "1", "2", "4", "8", "16"]
+    assert imread(tmp_path / "fig/task2/tuned-randomisation.png").shape[1] >= 900
 
 
 def spoil(path: Path, **changes: Any) -> None:
@@ -185,10 +213,9 @@ def spoil(path: Path, **changes: Any) -> None:
     [
         ("empty", 2, "no finished Task 1 run in .*: run python task1.py first"),
         ("unknown", 2, "--run_id nothing: no such run in .*; python task1.py makes one"),
-        ("unfinished", 2, "--run_id first: not finished; task1.py with this --run_id continues it"),
-        ("task", 2, "--run_id first: a run of task3, not of task1"),
-        ("architecture", 2, "best.pt: mobilenet_v3_small with 9 classes; Task 2 explains a resnet18 with 9"),
-        ("classes", 2, "best.pt: resnet18 with 2 classes; Task 2 explains a resnet18 with 9"),
+        ("unfinished", 2, "--run_id first: not finished; its command with this --run_id continues it"),
+        ("task", 2, "--run_id first: no network; Task 2 explains runs of task1.py, train.py and task5.py"),
+        ("classes", 1, "best.pt: not the weights of run first: other classes than those of phantom"),
         ("weights", 1, "best.pt: its weights do not fit a resnet18"),
         ("missing", 1, "best.pt: no such checkpoint"),
         ("torn", 1, "best.pt: not a readable checkpoint"),
@@ -213,10 +240,8 @@ def test_a_run_that_cannot_be_explained_is_refused_in_one_line(
             (run / "summary.json").unlink()
         case "task" | "data":
             content = json.loads((run / "config.json").read_text())
-            content.update({"task": "task3"} if case == "task" else {"data_fingerprint": "another"})
+            content.update({"task": "baselines"} if case == "task" else {"data_fingerprint": "another"})
             (run / "config.json").write_text(json.dumps(content))
-        case "architecture":
-            spoil(best, model_name=MODEL, state_dict=build_model(MODEL, 9, 28).state_dict())
         case "classes":
             spoil(best, class_names=["one", "two"], state_dict=build_model("resnet18", 2, 28).state_dict())
         case "weights":
