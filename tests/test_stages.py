@@ -48,6 +48,21 @@ def test_a_fine_tuned_network_has_the_stages_of_the_network_in_it() -> None:
     assert grad_cam_layer(model, image) is model.network.get_submodule("blocks.2")
 
 
+def test_a_module_that_is_used_twice_counts_where_it_is_used_last_and_rows_of_features_are_no_map() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared = nn.Conv2d(3, 3, 3, stride=2, padding=1)
+            self.between = nn.Conv2d(3, 3, 1)
+            self.tokens = nn.Linear(7, 5)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.tokens(self.shared(self.between(self.shared(images))))  # (N, 3, 7, 5)
+
+    sides = map_sides(Twice(), torch.zeros(1, 3, 28, 28))
+    assert list(sides.items()) == [("between", 14), ("shared", 7), ("tokens", 0), ("", 0)]
+
+
 def test_a_network_without_maps_is_refused() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 28 * 28, 9))
     assert list(stages(model, torch.zeros(1, 3, 28, 28))) == ["head"]
