@@ -339,12 +339,19 @@ def _check_value(field: "dataclasses.Field[Any]", value: Any) -> None:
         raise UsageError(f"--{field.name} {value}: {problem}")
 
 
+def program() -> list[str]:
+    """How this program was started, without its keys: `["task1.py"]`, or `["-m", "study.report"]`."""
+    module = sys.modules["__main__"].__spec__  # of `python -m MODULE`, where sys.argv has the whole path of a file
+    return ["-m", module.name.removesuffix(".__main__")] if module else sys.argv[:1]
+
+
 def parse(config_class: type[C], arguments: Sequence[str], description: str) -> C:
     """Read a command line: `--key=value` or `--key value`, with '_' or '-' in the key.
 
     Raises UsageError for unknown keys, wrong types and impossible values.
     """
     parser = argparse.ArgumentParser(
+        prog=" ".join(["python", *program()]),
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -486,7 +493,7 @@ def run_script(main: Callable[[C], None], config_class: type[C], arguments: Sequ
     except KeyboardInterrupt:
         message, status = f"interrupted; {command} continues" if command else "interrupted", 130
     with suppress(OSError):  # nobody may read stderr any more
-        print(f"{Path(sys.argv[0]).name}: {' '.join(message.splitlines())}", file=sys.stderr)
+        print(f"{Path(program()[-1]).name}: {' '.join(message.splitlines())}", file=sys.stderr)
     if number and "WANDB_SWEEP_ID" in os.environ:  # its agent takes an exit status for a failure, but not a signal
         end_by(number)
     sys.exit(status)

@@ -21,7 +21,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from common import distributed
-from common.config import Config, ScriptConfig, TrainingConfig
+from common.config import Config, ScriptConfig, TrainingConfig, program
 from common.data import Dataset
 from common.errors import UsageError, first_line
 from common.files import atomic_path, digest, process_lock, public, sweep_up, write_csv, write_json
@@ -357,9 +357,8 @@ def group(task: str, config: ScriptConfig) -> str:
 
 def provenance(packages: Sequence[str]) -> dict[str, Any]:
     """Where a record comes from: command, commit, time, Python, platform and the packages' versions."""
-    module = sys.modules["__main__"].__spec__  # of `python -m MODULE`, where sys.argv has the whole path of a file
     return {
-        "command": shlex.join([*(["-m", module.name] if module else sys.argv[:1]), *sys.argv[1:]]),
+        "command": shlex.join([*program(), *sys.argv[1:]]),
         "commit": _commit(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
