@@ -175,9 +175,9 @@ def begun_problem(begun: Any, steps_per_epoch: int) -> str | None:
         return "no state of an epoch in progress"
     steps, seconds = begun.get("steps"), begun.get("seconds")
     if type(steps) is not int or not 0 < steps <= steps_per_epoch:
-        return f"{steps} steps of an epoch that has {steps_per_epoch}"
+        return f"the number of finished steps is {steps}, an epoch has {steps_per_epoch}"
     if not isinstance(seconds, float) or not 0 <= seconds < math.inf:
-        return f"{seconds} seconds of an epoch"
+        return f"the epoch's time is {seconds} seconds"
     random = torch.Generator().get_state()
     for process in begun["processes"]:
         expected = {"total": torch.zeros(()), "augment": random, "cpu": random}

@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 from common import pathmnist
 from common.errors import Fault, Stopped, Untrainable, UsageError, closest, first_line, keep_traceback
 from common.files import public
+from common.statistics import counted
 
 C = TypeVar("C", bound="Keys")
 
@@ -308,7 +309,8 @@ class TrainingConfig(Config):
         if 0 < self.lr_warmup_epochs >= self.n_epochs:
             shorter = self.n_epochs // 2
             _print_once(
-                f"lr_warmup_epochs {self.lr_warmup_epochs} → {shorter}: the run has {self.n_epochs} epochs"
+                f"lr_warmup_epochs {self.lr_warmup_epochs} → {shorter}: "
+                f"the run has {counted(self.n_epochs, 'epoch')}"
             )
             self._set("lr_warmup_epochs", shorter)
 

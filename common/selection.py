@@ -24,7 +24,7 @@ def reason_to_stop(history: History, config: TrainingConfig) -> str:
     do not count. With `select_on=last` the error is the validation loss.
     """
     if len(history) >= config.n_epochs:
-        return f"all {config.n_epochs} epochs done"
+        return "all epochs done"
     if config.early_stopping_patience is None:
         return ""
     metric = "validate/loss" if config.select_on == "last" else config.select_on
@@ -36,8 +36,8 @@ def reason_to_stop(history: History, config: TrainingConfig) -> str:
     if len(history) - reference_epoch < config.early_stopping_patience:
         return ""
     return (
-        f"early stopping after epoch {len(history)}: none since epoch {reference_epoch} cut the error by "
-        f"{metric} by {100 * config.early_stopping_delta:g} %"
+        f"early stopping after epoch {len(history)}: since epoch {reference_epoch} no epoch has "
+        f"lowered the error ({metric}) by {100 * config.early_stopping_delta:g} %"
     )
 
 

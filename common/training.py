@@ -21,6 +21,7 @@ from common.mixing import cross_entropy, mix
 from common.progress import end_time, no_bar, progress_bar
 from common.records import history_problem
 from common.selection import best_epoch, reason_to_stop
+from common.statistics import counted
 from common.tiles import Splits, Tiles, batches
 from common.tracking import Run, check_same
 
@@ -223,7 +224,7 @@ class Trainer:
                 if distributed.any_of_all(self.interruption.came is not None):
                     read_loss(distributed.total(total.clone()), epoch)
                     self.save_last(self.epoch_state(number, total, draws))
-                    raise self.stop(f"after epoch {epoch - 1} and {number} steps")
+                    raise self.stop(f"after epoch {epoch - 1} and {counted(number, 'step')}")
         return read_loss(distributed.total(total), epoch) / len(tiles)
 
     def stop(self, where: str) -> Stopped:
@@ -368,12 +369,12 @@ class Trainer:
         self.history, self.begun = saved["history"], saved["begun"]
         if self.begun and len(self.begun["processes"]) != distributed.world_size():
             raise UsageError(
-                f"run {self.run.run_id} was stopped within an epoch of {len(self.begun['processes'])} processes; "
-                "continue it with as many"
+                f"run {self.run.run_id} was stopped within an epoch; its number of processes was "
+                f"{len(self.begun['processes'])}: continue it with as many"
             )
         if self.begun and ("cuda" in self.begun["processes"][0]) != (self.compute.device.type == "cuda"):
             raise UsageError(f"run {self.run.run_id} was stopped within an epoch on another kind of device")
-        steps = f" and {self.begun['steps']} steps" if self.begun else ""
+        steps = f" and {counted(self.begun['steps'], 'step')}" if self.begun else ""
         print(f"continuing run {self.run.run_id} after epoch {len(self.history)}{steps}")
         if self.history:  # a kill may have come after last.pt and before the other two
             if self.best_epoch == len(self.history) and not self.begun:
