@@ -25,7 +25,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from common import pathmnist
-from common.errors import Fault, Stopped, Untrainable, UsageError, closest, first_line, keep_traceback
+from common.errors import (
+    Fault,
+    Stopped,
+    Untrainable,
+    UsageError,
+    closest,
+    first_line,
+    is_out_of_memory,
+    keep_traceback,
+)
 from common.files import public
 from common.statistics import counted
 
@@ -479,7 +488,7 @@ def run_script(main: Callable[[C], None], config_class: type[C], arguments: Sequ
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         message, status = f"{what}; mend this, then start {command} again", 1
     except Exception as error:
-        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):
+        if is_out_of_memory(error):
             # Tiles are scored in batches of a fixed number.
             names = {"resize_to": "", "batch_size": "(in training) ", "checked_tiles": ""}
             keys = [f"{when}--{name}" for name, when in names.items() if hasattr(config_class, name)]

@@ -409,7 +409,5 @@ def read_loss(total: torch.Tensor, epoch: int) -> float:
     """An epoch's sum of losses () as a number; raises Untrainable where it is not finite."""
     loss = float(total)
     if not math.isfinite(loss):
-        raise Untrainable(
-            f"the loss became {loss} in epoch {epoch}; lower --lr. last.pt keeps the epoch before it, if any"
-        )
+        raise Untrainable(f"the loss became {loss} in epoch {epoch}; start a new run with a lower --lr")
     return loss

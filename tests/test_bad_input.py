@@ -94,6 +94,7 @@ OPTIONS: list[tuple[str, int, str]] = [
         2,
         r"--train_tiles 1e\+300: must be at least 1",
     ),
+    ("task1.py --resize_to=1000000", 3, "out of memory .*: lower --resize_to or "),
     ("task1.py --resize_to=1e12", 2, "--resize_to 1000000000000: must be at least 8 and at most"),
     ("task1.py --seed=1e300", 2, r"--seed 1e\+300: must be at least 0 and at most 4,294,967,295"),
     ("task1.py --lr=1e999", 2, "--lr inf: must be a finite number"),

@@ -210,7 +210,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         return original(images) * (math.nan if len(calls) == 7 else 1)
 
     monkeypatch.setattr(tiles, "normalise", poisoned)
-    with pytest.raises(Untrainable, match="the loss became nan in epoch 2; lower --lr"):
+    with pytest.raises(Untrainable, match="the loss became nan in epoch 2; start a new run with a lower --lr"):
         fitted(tiny, tmp_path)
     saved = checkpoint.load(tmp_path / "checkpoints" / "r" / "last.pt")
     assert len(saved["history"]) == 1
