@@ -486,7 +486,7 @@ def run_script(main: Callable[[C], None], config_class: type[C], arguments: Sequ
         message, status = str(error), error.exit_status
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        message, status = f"{what}; mend this, then start {command} again", 1
+        message, status = f"{what}; fix this, then start {command} again", 1
     except Exception as error:
         if is_out_of_memory(error):
             # Tiles are scored in batches of a fixed number.

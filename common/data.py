@@ -163,7 +163,7 @@ def _arrays(
                 _build_folder(folder, layout, build)
                 splits = _map_splits(folder, layout)
     except OSError as error:  # its text names the file: one of the folder, or the source
-        remedy = "make room there" if error.errno in NO_ROOM else "mend this"
+        remedy = "make room there" if error.errno in NO_ROOM else "fix this"
         raise Fault(f"{folder}: cannot be built ({error}); {remedy}, or name another --data_root") from error
     if splits is None:
         raise Fault(f"{folder}: its files change or cannot be read back; name another --data_root")
