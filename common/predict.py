@@ -45,7 +45,9 @@ class PredictConfig(Keys):
     pictures: tuple[Path, ...] = key((), "pictures, and folders of pictures", positional=True)
     csv: Path | None = key(None, "the table's file (default: stdout)")
     figure: Path | None = key(
-        None, f"PNG file with the first {ON_A_SHEET} pictures, their classes and saliency maps"
+        None,
+        f"PNG file with the first {ON_A_SHEET} pictures, their classes and saliency maps",
+        check=lambda path: None if path.suffix.lower() == ".png" else "the name must end in .png",
     )
     onnx: Path | None = key(
         None, "file for the network in the ONNX format; needs the packages of the extra `export`"

@@ -180,6 +180,7 @@ def test_any_side_and_kind_of_8_bit_picture_is_read_as_a_square_tile(tmp_path: P
         (["plain", "{}/torn.png"], 1, r"torn\.png: not a readable picture"),
         (["plain", "{}/deep.png"], 1, r"deep\.png: has more than 8 bits per channel"),
         (["{}/other.pt", "{}/a.png"], 1, r"other\.pt: has no 'model_name': not a best\.pt of this project"),
+        (["plain", "{}/a.png", "--figure=sheet.jpg"], 2, "--figure sheet.jpg: the name must end in .png"),
         (["plain", "{}/a.png", "--csvv=x"], 2, "unknown key --csvv; did you mean --csv"),
     ],
 )
