@@ -161,7 +161,7 @@ def _print_once(line: str) -> None:
 class Keys:
     """The base of every configuration, without any key."""
 
-    OF_A_RUN = ""  # the hint where a key of the training loop is given that this configuration does not have
+    OF_A_RUN = ""  # the hint if the user gives a key of the training loop that this configuration does not have
 
     def __post_init__(self) -> None:
         """Compute the defaults that are functions, and check every value; UsageError names a wrong one."""
@@ -227,13 +227,13 @@ class Config(ScriptConfig):
     size: int = key(64, "tile side in pixels", choices=(28, 64, 128, 224))
     train_tiles: int | None = key(
         lambda config: PHANTOM_TRAIN_TILES if config.dataset == "phantom" else None,
-        f"number of training tiles; {pathmnist.NAME}: a part with the same shares of classes (default: all); "
-        f"phantom: this many are generated (default: {PHANTOM_TRAIN_TILES})",
+        f"number of training tiles; {pathmnist.NAME}: a part in which each class keeps its share (default: all); "
+        f"phantom: so many are generated (default: {PHANTOM_TRAIN_TILES})",
         at_least=1,
     )
     run_id: str = key(
         _new_run_id,
-        "name of the run; an unfinished run is continued (default: a new id, under a W&B agent W&B's id)",
+        "name of the run; an unfinished run is continued (default: a new id; under a W&B agent, the agent's id)",
         check=check_run_id,
     )
     precision: str = key("auto", "auto is bf16 on a GPU that has it, else fp32", choices=("auto", "fp32", "bf16"))
@@ -267,7 +267,7 @@ class TrainingConfig(Config):
     lr: float = key(1e-3, "learning rate at its peak", above=0)
     lr_min: float = key(0.0, "the cosine ends at this factor of lr; 1: constant lr", at_least=0, at_most=1)
     lr_warmup_epochs: int = key(
-        0, "epochs of linear warm-up; in a run that is not longer, half of its epochs", at_least=0
+        0, "epochs of linear warm-up; if the run has no more epochs than this, half of them", at_least=0
     )
     lr_warmup_decay: float = key(0.1, "the warm-up starts at this factor of lr", above=0, at_most=1)
     weight_decay: float = key(0.0, "weight decay", at_least=0)
@@ -279,7 +279,9 @@ class TrainingConfig(Config):
         "dihedral, stain, flip, erase, channel, scale",
         check=_check_augmentation,
     )
-    label_smoothing: float = key(0.0, "share of the target spread over all classes", at_least=0, below=1)
+    label_smoothing: float = key(
+        0.0, "share of the target probability that is spread evenly over all classes", at_least=0, below=1
+    )
     mixup_alpha: float = key(0.0, "mixup's Beta parameter; 0: off", at_least=0)
     cutmix_alpha: float = key(0.0, "cutmix's Beta parameter; 0: off", at_least=0)
 
@@ -287,7 +289,10 @@ class TrainingConfig(Config):
         None, "stop after this many epochs without improvement (default: never)", at_least=1
     )
     early_stopping_delta: float = key(
-        0.0, "smallest improvement, as a share of the error (1 - ACC, 1 - AUC or loss)", at_least=0, below=1
+        0.0,
+        "smallest fall of the error (1 - ACC, 1 - AUC or loss) that is an improvement, as a share of the error",
+        at_least=0,
+        below=1,
     )
     select_on: str = key(
         "validate/acc",
@@ -296,16 +301,18 @@ class TrainingConfig(Config):
     )
     ema_decay: float = key(
         0.0,
-        "score an exponential moving average of the weights: its decay per step in a run of 1,000 steps, scaled "
-        "to the length of the run; 0: off",
+        "validate and test an exponential moving average (EMA) of the weights; its decay per step in a run of "
+        "1,000 steps, scaled to the length of the run; 0: off",
         at_least=0,
         below=1,
     )
     reestimate_batchnorm: bool = key(
-        False, "measure BatchNorm statistics on clean training tiles before scoring; EMA always does"
+        False,
+        "before scoring, measure BatchNorm statistics again, on training tiles without augmentation; always on "
+        "with EMA",
     )
     resize_to: int | None = key(
-        None, "tile side in pixels after resizing, which follows augmentation (default: no resizing)", at_least=8
+        None, "resize tiles to this side in pixels, after augmentation (default: no resizing)", at_least=8
     )
     tta: bool = key(True, "also score the test tiles averaged over their 8 flips and quarter turns")
     dry_run: bool = key(

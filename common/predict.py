@@ -5,9 +5,9 @@
     python -m common.predict RUN_ID PICTURES… --figure sheet.png   # with saliency maps
     python -m common.predict RUN_ID --onnx net.onnx                # tiles uint8 (N, 3, side, side) → probabilities
 
-A picture is cropped to its central square and resized to the size of the tiles that the network was trained on. Do
-not trust the class of a picture that has a warning, on stderr and in the table: its size or colour is far from that
-of PathMNIST's tiles.
+A picture is cropped to its central square and resized to the size of the tiles that the network was trained on. If
+its size or colour is far from that of PathMNIST's tiles, a warning says so, on stderr and in the table: do not
+trust its class.
 """
 
 import copy

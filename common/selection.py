@@ -9,7 +9,7 @@ History = Sequence[Mapping[str, float]]  # one row for each epoch, as in history
 
 
 def best_epoch(history: History, select_on: str) -> int:
-    """The number of the epoch with the smallest error by `select_on`, the first of equals; or the last epoch's."""
+    """The number of the epoch with the smallest error by `select_on` (of equal ones the first), or of the last."""
     if select_on == "last":
         return len(history)
     errors = [_error(row, select_on) for row in history]
@@ -42,5 +42,5 @@ def reason_to_stop(history: History, config: TrainingConfig) -> str:
 
 
 def _error(row: Mapping[str, float], metric: str) -> float:
-    """The number that is to be small: the loss, or 1 - AUC, or 1 - ACC."""
+    """The loss, or 1 - AUC, or 1 - ACC: smaller is better."""
     return row[metric] if metric == "validate/loss" else 1 - row[metric]

@@ -25,7 +25,7 @@ from common.statistics import counted
 from common.tiles import Splits, Tiles, batches
 from common.tracking import Run, check_same
 
-BATCHNORM_TILES = 2048  # enough for statistics good to a few percent, at a small part of an epoch's cost
+BATCHNORM_TILES = 2048  # enough for an error of a few percent, in a small part of an epoch's time
 
 
 def derived_seed(seed: int, epoch: int, purpose: str) -> int:
@@ -322,9 +322,9 @@ class Trainer:
         path = self.run.checkpoints / "best.pt"
         saved = checkpoint.load(path)
         if saved.get("history") != self.history[: self.best_epoch]:
-            raise Fault(f"{path}: not the weights of epoch {self.best_epoch}; train anew under another --run_id")
+            raise Fault(f"{path}: not the weights of epoch {self.best_epoch}; train again with another --run_id")
         if problem := checkpoint.state_problem(saved.get("state_dict"), self.judged.state_dict()):
-            raise Fault(f"{path}: {problem}; train anew under another --run_id")
+            raise Fault(f"{path}: {problem}; train again with another --run_id")
         self.judged.load_state_dict(saved["state_dict"])
 
     def save_last(self, begun: Mapping[str, Any] | None = None) -> None:
@@ -360,8 +360,8 @@ class Trainer:
         )
         if problem or not isinstance(before, Mapping):
             raise Fault(
-                f"{path}: no run can be resumed from this checkpoint ({problem or 'no configuration'}); "
-                "train anew under another --run_id"
+                f"{path}: the run cannot be continued from this checkpoint ({problem or 'no configuration'}); "
+                "train again with another --run_id"
             )
         self.model.load_state_dict(saved["state_dict"])
         self.judged.load_state_dict(saved["judged_state_dict"])
@@ -370,10 +370,14 @@ class Trainer:
         if self.begun and len(self.begun["processes"]) != distributed.world_size():
             raise UsageError(
                 f"run {self.run.run_id} was stopped within an epoch; its number of processes was "
-                f"{len(self.begun['processes'])}: continue it with as many"
+                f"{len(self.begun['processes'])}: continue it with the same number"
             )
-        if self.begun and ("cuda" in self.begun["processes"][0]) != (self.compute.device.type == "cuda"):
-            raise UsageError(f"run {self.run.run_id} was stopped within an epoch on another kind of device")
+        device = "cuda" if self.begun and "cuda" in self.begun["processes"][0] else "cpu"
+        if self.begun and device != self.compute.device.type:
+            raise UsageError(
+                f"run {self.run.run_id} was stopped within an epoch on another kind of device: continue it with "
+                f"--device {device}"
+            )
         steps = f" and {counted(self.begun['steps'], 'step')}" if self.begun else ""
         print(f"continuing run {self.run.run_id} after epoch {len(self.history)}{steps}")
         if self.history:  # a kill may have come after last.pt and before the other two

@@ -155,7 +155,7 @@ def test_a_checkpoint_with_wrong_content_is_refused_before_anything_is_loaded(
     checkpoint.save(last, content)
     try:
         with pytest.raises(
-            Fault, match=rf"last\.pt: no run can be resumed .*{message}.*; train anew under another"
+            Fault, match=rf"last\.pt: the run cannot be continued .*{message}.*; train again with another"
         ):
             trainer.restore()
     finally:
@@ -169,7 +169,7 @@ def test_the_checkpoint_that_was_read_is_the_one_that_is_blamed(trainer: Trainer
     checkpoint.save(previous, {**checkpoint.load(last), "state_dict": {}})
     last.write_bytes(whole[:100])
     try:
-        with pytest.raises(Fault, match=r"previous\.pt: no run can be resumed from this checkpoint"):
+        with pytest.raises(Fault, match=r"previous\.pt: the run cannot be continued from this checkpoint"):
             trainer.restore()
     finally:
         last.write_bytes(whole)

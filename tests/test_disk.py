@@ -50,7 +50,7 @@ def assert_nothing_torn(folder: Path) -> None:
 
 
 def errors(log: Path) -> list[str]:
-    return [line for line in log.read_text().splitlines() if line.startswith("__main__.py")]
+    return [line for line in log.read_text().splitlines() if line.startswith("pytest: ")]
 
 
 @pytest.fixture(scope="module")

@@ -106,7 +106,10 @@ def test_the_recipe_of_the_network_is_implied_and_can_be_overridden() -> None:
         (["--unfreeze_epoch=3"], "--unfreeze_epoch 3: only --train_part all unfreezes"),
         (["--train_part=all", "--cache_features"], "--cache_features: not possible with --train_part all"),
         (["--mixup_alpha=1", "--cache_features"], "--cache_features: not possible with mixup or cutmix"),
-        (["--cache_features=False", "--feature_views=2"], "--feature_views 2: nothing is cached here"),
+        (
+            ["--cache_features=False", "--feature_views=2"],
+            "--feature_views 2: no features are cached here",
+        ),
         (
             ["--augmentation=dihedral", "--feature_views=3"],
             "--feature_views 3: with augmentation dihedral it is 8",
