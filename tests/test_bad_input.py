@@ -312,7 +312,7 @@ FILES: list[tuple[Make, str, int, str]] = [
     (text("out", ""), f"task1.py {PHANTOM} --data_root={{}} --output_dir={{}}/out", 1, "out.*: Not a directory"),
     (text("runs", ""), RUN, 1, "runs.*: Not a directory"),
     (last_checkpoint({"history": []}, lr=0.5), RUN, 2, "started with another configuration .*lr was 0.5"),
-    (last_checkpoint({"state_dict": {}}, n_epochs=1), RUN, 1, r"last\.pt: no run can be resumed"),
+    (last_checkpoint({"state_dict": {}}, n_epochs=1), RUN, 1, r"last\.pt: the run cannot be continued"),
     (nothing, f"{RUN} --resume", 2, "--resume: run r has no checkpoint"),
     (nothing, f"{RUN} --device=cuda", 2, "--device cuda: PyTorch sees no CUDA device"),
     (finished_task1(b"torn"), EXPLAIN, 1, r"best\.pt: not a readable checkpoint"),
