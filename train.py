@@ -31,7 +31,8 @@ from common.tiles import device_splits
 from common.tracking import Run
 from common.training import Trainer
 
-# The rows of the ablation table: what each changes in the coursework's configuration. The rows with_… add ours.
+# The rows of the ablation table: the keys that each row changes in the coursework's configuration. The rows
+# without_… switch off one of the coursework's techniques, the rows with_… add ours.
 ABLATIONS: dict[str, dict[str, Any]] = {
     "combined": {},
     "without_augmentation": {"augmentation": "none"},
@@ -43,7 +44,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "with_weight_decay": {"weight_decay": 0.05, "norm_weight_decay": 0.0},
     "with_scaled_shifts": {"augmentation": "ta_wide_scaled"},  # TrivialAugment with shifts that fit the tile
     "with_stain": {"augmentation": "ta_wide,stain"},
-    "with_stain_only": {"augmentation": "stain"},  # in the place of TrivialAugment
+    "with_stain_only": {"augmentation": "stain"},  # instead of TrivialAugment
     "with_ema": {"ema_decay": 0.99},
     "with_all": {"augmentation": "stain", "ema_decay": 0.99},
 }
@@ -67,13 +68,13 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 class TrainConfig(TrainingConfig):
     """The coursework's configuration of Tasks 3 and 4.
 
-    BatchNorm statistics are re-estimated: with MobileNetV3's momentum of 0.01 they lag so far behind that
-    validation, and early stopping with it, would judge noise.
+    BatchNorm statistics are measured again after each epoch: with MobileNetV3's momentum of 0.01 they lag so far
+    behind the weights that validation scores, and so early stopping, would depend on noise.
     """
 
     ablation: str = key(
         "combined",
-        "a row of the ablation table: the configuration but for one technique",
+        "a row of the ablation table: the configuration with one technique changed",
         choices=tuple(ABLATIONS),
     )
 

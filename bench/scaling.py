@@ -26,6 +26,7 @@ import torch
 
 from bench.shared import save, separate_process, trainer_of
 from common import data
+from common import tiles as tiles_on_device
 from common.compute import Compute
 from common.dry_run import peak, saved_bytes
 from task1 import Task1Config
@@ -49,7 +50,7 @@ def case(n_tiles: int, size: int, root: Path, on_host: bool) -> dict[str, Any]:
     base = 0 if cuda else peak(compute)
 
     if on_host:
-        data.RESIDENT_SHARE = 0.0
+        tiles_on_device.RESIDENT_SHARE = 0.0
     with tempfile.TemporaryDirectory() as folder:
         first_tiles = data.Split(split.images[:256], split.labels[:256])
         trainer_of(config, first_tiles, Path(folder, "warm-up")).train_epoch(1)

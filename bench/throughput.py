@@ -2,8 +2,8 @@
 
     python -m bench.throughput    # on the GPU if there is one, else on the CPU
 
-- plain: what a user would write: medmnist's PathMNIST (PIL images), torchvision's transforms tile by tile, a
-  shuffling DataLoader with the best of several worker counts, fp32, PyTorch's default optimiser.
+- plain: what a tutorial would write: medmnist's PathMNIST (PIL images), torchvision's transforms tile by tile, a
+  shuffling DataLoader with the best of several numbers of workers, fp32, PyTorch's default optimiser.
 - ours: `Trainer.train_epoch` with the configuration of task1.py and of train.py.
 - ceiling: forward, backward and step on one batch that lies on the device, with the precision and the memory
   format of ours.

@@ -1,7 +1,7 @@
 """What the task scripts share: data, augmentation, models, metrics, training loop, records and figures.
 
-A script imports this package first: until `run_script`, which is while PyTorch is imported, Ctrl-C then ends the
-script with one line. Python itself would print a traceback, or abort within PyTorch.
+A script imports this package before PyTorch, whose import takes seconds: from here until `run_script` starts,
+Ctrl-C ends the script with one line. Python itself would print a traceback, or abort within PyTorch.
 """
 
 import os

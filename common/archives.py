@@ -1,4 +1,4 @@
-"""Arrays in .npz archives, read within bounds: a damaged, foreign or malicious file is a ValueError."""
+"""Reads arrays from .npz archives, and checks them: a damaged, foreign or malicious file gives a ValueError."""
 
 import shutil
 import zipfile
@@ -76,7 +76,7 @@ def read_array(file: BinaryIO, kinds: str, shape: tuple[int, ...]) -> np.ndarray
     """
     found, is_fortran, dtype = HEADERS[np.lib.format.read_magic(file)](file)
     if found != shape or is_fortran or dtype.kind not in kinds:
-        raise ValueError(f"it has the shape {found} and dtype {dtype}, expected is {shape}")
+        raise ValueError(f"an array has the shape {found} and dtype {dtype}, not the shape {shape}")
     content = file.read(dtype.itemsize * int(np.prod(shape)))
     if len(content) != dtype.itemsize * int(np.prod(shape)) or file.read(1):
         raise ValueError("an array is shorter or longer than its header says")

@@ -1,4 +1,4 @@
-"""Averages that make short runs judgeable: an EMA of the weights, BatchNorm statistics measured afresh."""
+"""Averages that make the scores of short runs less noisy: an EMA of the weights, and new BatchNorm statistics."""
 
 import copy
 from collections.abc import Iterable
@@ -33,9 +33,9 @@ class ExponentialMovingAverage:
 def reestimate_batchnorm(model: nn.Module, inputs: Iterable[torch.Tensor]) -> None:
     """Replace every BatchNorm layer's running statistics by their mean over `inputs`, (N, 3, H, W) float32.
 
-    The running statistics of MobileNetV3 (momentum 0.01) lag hundreds of steps behind the weights, those of
-    averaged weights belong to no step at all. All other layers stay in eval mode: dropout draws nothing. Layers
-    that `model.train()` leaves in eval mode are frozen, and keep their statistics.
+    The running statistics of MobileNetV3 (momentum 0.01) lag hundreds of steps behind the weights, and averaged
+    weights have no running statistics of their own. All other layers stay in eval mode, so dropout does nothing.
+    Layers that `model.train()` leaves in eval mode are frozen, and keep their statistics.
     """
     model.train()
     norms = [

@@ -26,9 +26,9 @@ NOT_PLAIN = "it is damaged, or holds more than tensors, numbers and text"
 def save(path: Path, content: dict[str, Any], previous: Path | None = None) -> None:
     """Write tensors, numbers, strings and containers of them to `path`, atomically.
 
-    What stood there is kept as `previous`, if that is given.
+    The file that was there before is kept as `previous`, if that is given.
     """
-    # By way of memory: torch.save itself reports a full disk as an internal error of its zip writer.
+    # First into memory, because torch.save itself reports a full disk as an internal error of its zip writer.
     buffer = io.BytesIO()
     torch.save(content, buffer)
     with atomic_path(path) as temporary:
@@ -51,16 +51,16 @@ def load(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise Fault(f"{path}: no such checkpoint; train first, or name another --run_id") from None
     except ValueError as error:
-        raise Fault(f"{path}: not a readable checkpoint ({error}); train anew under another --run_id") from error
+        raise Fault(f"{path}: not a readable checkpoint ({error}); train again with another --run_id") from error
     if not isinstance(content, dict):
         raise Fault(f"{path}: not a checkpoint of this project; name another --run_id")
     return content
 
 
 def load_newest(*paths: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The first of these checkpoints that can be read, and its content; None where there is none at all.
+    """The first of these checkpoints that can be read, and its content; None if none of the files exists.
 
-    Prints which cannot be read. Raises Fault where there are some, and none can be read.
+    Prints which cannot be read. Raises Fault if some of the files exist, and none can be read.
     """
     faults: dict[Path, Fault] = {}
     for path in paths:
@@ -71,7 +71,7 @@ def load_newest(*paths: Path) -> tuple[Path, dict[str, Any]] | None:
                 faults[path] = fault
                 continue
             for damaged in faults:
-                print(f"{damaged} cannot be read; going on from {path.name}, an earlier one", file=sys.stderr)
+                print(f"{damaged} cannot be read: continuing from {path.name}, which is older", file=sys.stderr)
             return path, content
     if faults:
         raise next(iter(faults.values()))
@@ -175,9 +175,9 @@ def begun_problem(begun: Any, steps_per_epoch: int) -> str | None:
         return "no state of an epoch in progress"
     steps, seconds = begun.get("steps"), begun.get("seconds")
     if type(steps) is not int or not 0 < steps <= steps_per_epoch:
-        return f"{steps} steps of an epoch that has {steps_per_epoch}"
+        return f"the number of finished steps is {steps}, an epoch has {steps_per_epoch}"
     if not isinstance(seconds, float) or not 0 <= seconds < math.inf:
-        return f"{seconds} seconds of an epoch"
+        return f"the epoch's time is {seconds} seconds"
     random = torch.Generator().get_state()
     for process in begun["processes"]:
         expected = {"total": torch.zeros(()), "augment": random, "cpu": random}

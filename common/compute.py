@@ -11,6 +11,7 @@ import torch
 
 from common import distributed
 from common.errors import UsageError
+from common.statistics import counted
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Compute:
         if self.device.type == "cuda":
             return prefix + torch.cuda.get_device_name(self.device)
         threads = torch.get_num_threads()
-        return f"{prefix}{_cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
+        return f"{prefix}{_cpu_name()}, {counted(threads, 'thread')}"
 
     def autocast(self) -> torch.autocast:
         """The context manager for a forward pass; it does nothing in float32."""

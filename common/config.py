@@ -25,8 +25,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from common import pathmnist
-from common.errors import Fault, Stopped, Untrainable, UsageError, closest, first_line, keep_traceback
+from common.errors import (
+    Fault,
+    Stopped,
+    Untrainable,
+    UsageError,
+    closest,
+    first_line,
+    is_out_of_memory,
+    keep_traceback,
+)
 from common.files import public
+from common.statistics import counted
 
 C = TypeVar("C", bound="Keys")
 
@@ -151,7 +161,7 @@ def _print_once(line: str) -> None:
 class Keys:
     """The base of every configuration, without any key."""
 
-    OF_A_RUN = ""  # the hint where a key of the training loop is given that this configuration does not have
+    OF_A_RUN = ""  # the hint if the user gives a key of the training loop that this configuration does not have
 
     def __post_init__(self) -> None:
         """Compute the defaults that are functions, and check every value; UsageError names a wrong one."""
@@ -217,13 +227,13 @@ class Config(ScriptConfig):
     size: int = key(64, "tile side in pixels", choices=(28, 64, 128, 224))
     train_tiles: int | None = key(
         lambda config: PHANTOM_TRAIN_TILES if config.dataset == "phantom" else None,
-        f"number of training tiles; {pathmnist.NAME}: a part with the same shares of classes (default: all); "
-        f"phantom: this many are generated (default: {PHANTOM_TRAIN_TILES})",
+        f"number of training tiles; {pathmnist.NAME}: a part in which each class keeps its share (default: all); "
+        f"phantom: so many are generated (default: {PHANTOM_TRAIN_TILES})",
         at_least=1,
     )
     run_id: str = key(
         _new_run_id,
-        "name of the run; an unfinished run is continued (default: a new id, under a W&B agent W&B's id)",
+        "name of the run; an unfinished run is continued (default: a new id; under a W&B agent, the agent's id)",
         check=check_run_id,
     )
     precision: str = key("auto", "auto is bf16 on a GPU that has it, else fp32", choices=("auto", "fp32", "bf16"))
@@ -257,7 +267,7 @@ class TrainingConfig(Config):
     lr: float = key(1e-3, "learning rate at its peak", above=0)
     lr_min: float = key(0.0, "the cosine ends at this factor of lr; 1: constant lr", at_least=0, at_most=1)
     lr_warmup_epochs: int = key(
-        0, "epochs of linear warm-up; in a run that is not longer, half of its epochs", at_least=0
+        0, "epochs of linear warm-up; if the run has no more epochs than this, half of them", at_least=0
     )
     lr_warmup_decay: float = key(0.1, "the warm-up starts at this factor of lr", above=0, at_most=1)
     weight_decay: float = key(0.0, "weight decay", at_least=0)
@@ -269,7 +279,9 @@ class TrainingConfig(Config):
         "dihedral, stain, flip, erase, channel, scale",
         check=_check_augmentation,
     )
-    label_smoothing: float = key(0.0, "share of the target spread over all classes", at_least=0, below=1)
+    label_smoothing: float = key(
+        0.0, "share of the target probability that is spread evenly over all classes", at_least=0, below=1
+    )
     mixup_alpha: float = key(0.0, "mixup's Beta parameter; 0: off", at_least=0)
     cutmix_alpha: float = key(0.0, "cutmix's Beta parameter; 0: off", at_least=0)
 
@@ -277,7 +289,10 @@ class TrainingConfig(Config):
         None, "stop after this many epochs without improvement (default: never)", at_least=1
     )
     early_stopping_delta: float = key(
-        0.0, "smallest improvement, as a share of the error (1 - ACC, 1 - AUC or loss)", at_least=0, below=1
+        0.0,
+        "smallest fall of the error (1 - ACC, 1 - AUC or loss) that is an improvement, as a share of the error",
+        at_least=0,
+        below=1,
     )
     select_on: str = key(
         "validate/acc",
@@ -286,16 +301,18 @@ class TrainingConfig(Config):
     )
     ema_decay: float = key(
         0.0,
-        "score an exponential moving average of the weights: its decay per step in a run of 1,000 steps, scaled "
-        "to the length of the run; 0: off",
+        "validate and test an exponential moving average (EMA) of the weights; its decay per step in a run of "
+        "1,000 steps, scaled to the length of the run; 0: off",
         at_least=0,
         below=1,
     )
     reestimate_batchnorm: bool = key(
-        False, "measure BatchNorm statistics on clean training tiles before scoring; EMA always does"
+        False,
+        "before scoring, measure BatchNorm statistics again, on training tiles without augmentation; always on "
+        "with EMA",
     )
     resize_to: int | None = key(
-        None, "tile side in pixels after resizing, which follows augmentation (default: no resizing)", at_least=8
+        None, "resize tiles to this side in pixels, after augmentation (default: no resizing)", at_least=8
     )
     tta: bool = key(True, "also score the test tiles averaged over their 8 flips and quarter turns")
     dry_run: bool = key(
@@ -308,7 +325,8 @@ class TrainingConfig(Config):
         if 0 < self.lr_warmup_epochs >= self.n_epochs:
             shorter = self.n_epochs // 2
             _print_once(
-                f"lr_warmup_epochs {self.lr_warmup_epochs} → {shorter}: the run has {self.n_epochs} epochs"
+                f"lr_warmup_epochs {self.lr_warmup_epochs} → {shorter}: "
+                f"the run has {counted(self.n_epochs, 'epoch')}"
             )
             self._set("lr_warmup_epochs", shorter)
 
@@ -339,12 +357,19 @@ def _check_value(field: "dataclasses.Field[Any]", value: Any) -> None:
         raise UsageError(f"--{field.name} {value}: {problem}")
 
 
+def program() -> list[str]:
+    """How this program was started, without its keys: `["task1.py"]`, or `["-m", "study.report"]`."""
+    module = sys.modules["__main__"].__spec__  # of `python -m MODULE`, where sys.argv has the whole path of a file
+    return ["-m", module.name.removesuffix(".__main__")] if module else sys.argv[:1]
+
+
 def parse(config_class: type[C], arguments: Sequence[str], description: str) -> C:
     """Read a command line: `--key=value` or `--key value`, with '_' or '-' in the key.
 
     Raises UsageError for unknown keys, wrong types and impossible values.
     """
     parser = argparse.ArgumentParser(
+        prog=" ".join(["python", *program()]),
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -468,9 +493,9 @@ def run_script(main: Callable[[C], None], config_class: type[C], arguments: Sequ
         message, status = str(error), error.exit_status
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        message, status = f"{what}; mend this, then start {command} again", 1
+        message, status = f"{what}; fix this, then start {command} again", 1
     except Exception as error:
-        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):
+        if is_out_of_memory(error):
             # Tiles are scored in batches of a fixed number.
             names = {"resize_to": "", "batch_size": "(in training) ", "checked_tiles": ""}
             keys = [f"{when}--{name}" for name, when in names.items() if hasattr(config_class, name)]
@@ -486,7 +511,7 @@ def run_script(main: Callable[[C], None], config_class: type[C], arguments: Sequ
     except KeyboardInterrupt:
         message, status = f"interrupted; {command} continues" if command else "interrupted", 130
     with suppress(OSError):  # nobody may read stderr any more
-        print(f"{Path(sys.argv[0]).name}: {' '.join(message.splitlines())}", file=sys.stderr)
+        print(f"{Path(program()[-1]).name}: {' '.join(message.splitlines())}", file=sys.stderr)
     if number and "WANDB_SWEEP_ID" in os.environ:  # its agent takes an exit status for a failure, but not a signal
         end_by(number)
     sys.exit(status)

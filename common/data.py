@@ -163,7 +163,7 @@ def _arrays(
                 _build_folder(folder, layout, build)
                 splits = _map_splits(folder, layout)
     except OSError as error:  # its text names the file: one of the folder, or the source
-        remedy = "make room there" if error.errno in NO_ROOM else "mend this"
+        remedy = "make room there" if error.errno in NO_ROOM else "fix this"
         raise Fault(f"{folder}: cannot be built ({error}); {remedy}, or name another --data_root") from error
     if splits is None:
         raise Fault(f"{folder}: its files change or cannot be read back; name another --data_root")
@@ -173,7 +173,7 @@ def _arrays(
 def _build_folder(folder: Path, layout: Layout, build: Build) -> None:
     """Build the arrays in a temporary folder, and rename it to `folder`. The caller holds a lock."""
     if folder.exists():
-        print(f"{folder} is damaged or outdated; building it anew", file=sys.stderr)
+        print(f"{folder} is damaged or outdated; building it again", file=sys.stderr)
         shutil.rmtree(folder)
     for left in folder.parent.glob(".*.arrays.part"):  # killed processes may have left some
         with locked(left.with_suffix(".lock")) as lock:
@@ -214,7 +214,7 @@ def _check_source(source: OfficialFile, path: Path) -> None:
 def _map_splits(folder: Path, layout: Layout) -> dict[str, Split] | None:
     """The splits in a folder of arrays; None where it is missing, damaged or has another layout.
 
-    Raises OSError where it cannot be read now: what may be intact is not built anew.
+    Raises OSError where it cannot be read now: the arrays may be intact, so they are not built again.
     """
     try:
         meta = json.loads(read_text(folder / "meta.json"))
@@ -255,7 +255,7 @@ def _checksums(folder: Path) -> dict[str, int]:
 def _checksum(path: Path) -> int:
     """CRC-32 of the sums over the 64-bit words of each MiB, as fast as memory.
 
-    It changes with torn, zeroed, flipped and misplaced blocks; two words swapped within a MiB do not change it.
+    It changes if blocks are missing, zeroed, changed or misplaced, but not if two words within a MiB are swapped.
     """
     with open_regular(path) as file:
         data = np.memmap(file, dtype=np.uint8, mode="r")

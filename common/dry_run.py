@@ -18,6 +18,7 @@ from common.features import CACHING_BATCH, feature_bytes, free_memory
 from common.fine_tuning import FineTuningConfig
 from common.pretrained import FineTunedNetwork
 from common.records import read_history, run_folder
+from common.statistics import counted
 from common.tiles import batches
 from common.tracking import check_startable
 
@@ -47,7 +48,7 @@ def describe(config: TrainingConfig, model: nn.Module, compute: Compute) -> None
         "data": f"{dataset.title}: {splits} tiles; {data_source(config)}",
         "network": f"{config.model_name}, {sum(p.numel() for p in parameters):,} parameters, "
         f"{sum(p.numel() for p in trainable):,} of them trained, inputs of {config.input_size} px",
-        "steps": f"{n_steps:,} per epoch, {n_steps * config.n_epochs:,} in {config.n_epochs} epochs",
+        "steps": f"{n_steps:,} per epoch, {n_steps * config.n_epochs:,} in {counted(config.n_epochs, 'epoch')}",
         "memory": f"about {training / 1e9:.1f} GB while it trains, {scoring / 1e9:.1f} GB while it scores "
         f"({free_memory(compute.device) / 1e9:.1f} GB are free)",
         "disk": f"about {needed / 1e6:,.0f} MB while it trains, {kept / 1e6:,.0f} MB afterwards "

@@ -1,6 +1,7 @@
 """The errors that end a script with one line on stderr instead of a traceback."""
 
 import difflib
+import re
 import shlex
 import signal
 import sys
@@ -45,6 +46,12 @@ class Stopped(Exception):
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or the name of its type where the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the system, a GPU or one of their libraries had too little memory left."""
+    found = re.search("out of memory|allocate memory|ALLOC_FAILED", str(error))
+    return isinstance(error, MemoryError) or found is not None
 
 
 def keep_traceback(error: Exception, folders: Sequence[Path]) -> Path | None:

@@ -94,6 +94,6 @@ def evaluate(model: nn.Module, tiles: Tiles, compute: Compute, tta: bool = False
             bar.update(len(batch))
     scores = distributed.gathered(torch.cat(logits), len(tiles))
     if not scores.isfinite().all():
-        raise Untrainable("the network's outputs are no longer finite; lower --lr")
+        raise Untrainable("the network's outputs are no longer finite; start a new run with a lower --lr")
     labels = distributed.gathered(torch.cat(targets), len(tiles))
     return Evaluation(scores.cpu().numpy(), labels.cpu().numpy())

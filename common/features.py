@@ -95,6 +95,7 @@ def cached_splits(model: FineTunedNetwork, dataset: Dataset, config: FineTuningC
         tiles = DeviceTiles(split, compute.device, resize_to=config.resize_to)
         return cache_features(model, tiles, views, compute)
 
+    print("computing the features of all tiles, once for all epochs", flush=True)
     random = [*plain, *(augmented(number) for number in range(1, config.feature_views or 1))]
     train = cached(dataset.train, turned if config.augmentation == "dihedral" else random)
     val = cached(dataset.val, plain)

@@ -37,9 +37,9 @@ def _open_descriptor(path: Path, flags: int) -> int:
 
 
 def is_of_disk(error: Exception) -> bool:
-    """Whether the disk made the reading of a file fail, and not what the file holds.
+    """Whether a file could not be read because of the disk, and not because of its content.
 
-    A damaged file may name a place before its own beginning: that error (EINVAL) is not the disk's.
+    A damaged file may refer to a place before its own beginning: that error (EINVAL) is one of the content.
     """
     return isinstance(error, OSError) and error.errno != errno.EINVAL
 
@@ -150,7 +150,7 @@ def _lock(path: Path, lock: Callable[[int, int], None], wait: bool) -> BinaryIO 
     """
     make_folder(path.parent)
     if path.is_symlink():
-        raise OSError(errno.ELOOP, "a lock is no symbolic link; delete it", str(path))
+        raise OSError(errno.ELOOP, "a lock must not be a symbolic link; delete it", str(path))
     descriptor = _open_descriptor(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW)
     file = os.fdopen(descriptor, "ab")
     try:

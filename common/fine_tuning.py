@@ -9,7 +9,7 @@ from common.errors import UsageError
 from common.pretrained import TRAIN_PARTS
 from common.weights import SCRATCH
 
-RANDOM_VIEWS = 16  # cached views of a tile, for augmentations that have endlessly many
+RANDOM_VIEWS = 16  # cached views of a tile, for augmentations with an unlimited number of views
 
 # The changes for a network without pretrained weights: nothing can be frozen, and it needs train.py's higher
 # learning rate with its warm-up. All other keys stay, also the number of epochs.
@@ -25,9 +25,10 @@ FROM_SCRATCH: dict[str, Any] = {
     "weight_decay": 1.0640579453275e-06,
 }
 
-# Chosen on validation alone, with 9,000 training tiles of PathMNIST at 28 pixels, seed 0 (n = 1 each). Validation
-# loss and ACC of 4 epochs at 64 pixels: .286 and .926, with lr 1e-3 .353 and .902; of 8 epochs: .231 and .947.
-# 80 pixels give .262 and .938 after three of 4 epochs, but twice as many epochs gain more for the same time.
+# Chosen by validation scores alone, with 9,000 training tiles of PathMNIST at 28 pixels, seed 0 (n = 1 each).
+# Validation loss and ACC at 64 pixels: 0.286 and 0.926 after 4 epochs (with lr 1e-3: 0.353 and 0.902), 0.231 and
+# 0.947 after 8 epochs. 80 pixels give 0.262 and 0.938 after three of 4 epochs, but in the same time, twice as many
+# epochs gain more.
 RECIPES: dict[str, dict[str, Any]] = {
     weights.LITE0: {
         "augmentation": "stain",
@@ -70,7 +71,7 @@ class FineTuningConfig(TrainingConfig):
         "what is trained: the new last layer, all that is not convolutional, or all layers",
         choices=TRAIN_PARTS,
     )
-    adapt_batchnorm: bool = key(False, "let the frozen part's BatchNorm statistics follow the tiles")
+    adapt_batchnorm: bool = key(False, "update the frozen part's BatchNorm statistics with the training tiles")
     backbone_lr_factor: float = key(
         0.1,
         "with train_part=all: the first block's learning rate is this factor of lr, growing geometrically to the "
@@ -93,7 +94,7 @@ class FineTuningConfig(TrainingConfig):
     )
     feature_views: int | None = key(
         None,
-        f"cached views of a training tile: itself and augmented ones (default: 8 for dihedral, all there are, "
+        f"cached views of a training tile: itself and augmented ones (default: all 8 for dihedral, "
         f"{RANDOM_VIEWS} for random augmentations)",
         at_least=1,
     )
@@ -117,7 +118,7 @@ class FineTuningConfig(TrainingConfig):
         views, needed = self.feature_views, {"none": 1, "dihedral": 8}.get(self.augmentation)
         if self.cache_features is False:
             if views is not None:
-                raise UsageError(f"--feature_views {views}: nothing is cached here")
+                raise UsageError(f"--feature_views {views}: no features are cached here")
         elif views is None:
             self._set("feature_views", needed or RANDOM_VIEWS)
         elif needed not in (None, views):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from common.convolutions import use_small_map_convolutions
-from common.errors import UsageError, closest, first_line
+from common.errors import UsageError, closest, first_line, is_out_of_memory
 
 TIMM = "timm:"  # the names of timm's networks begin with it
 
@@ -58,6 +58,8 @@ def build_model(model_name: str, num_classes: int, size: int) -> nn.Module:
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, size, size))
     except (AssertionError, RuntimeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UsageError(
             f"--model_name {model_name} cannot take tiles of {size} pixels ({first_line(error)}): "
             "choose a larger --size or --resize_to, or another model"

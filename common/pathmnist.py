@@ -1,4 +1,4 @@
-"""What belongs to PathMNIST alone: names, addresses, MD5s and numbers of tiles, as in medmnist's info.py.
+"""The facts about PathMNIST: names, addresses, MD5s and numbers of tiles, as in medmnist's info.py.
 
 They are copied because the import of medmnist takes three seconds and creates ~/.medmnist. For another data set of
 MedMNIST, change this module.
@@ -46,6 +46,6 @@ def official_file(size: int) -> OfficialFile:
 def has_stained_colours(red: float, green: float, blue: float) -> bool:
     """Whether a mean colour, 0..255, is one of tissue stained with haematoxylin and eosin, or of an empty slide.
 
-    It is for all but 0.01 % of the training tiles and all of the test tiles.
+    This is true for all test tiles, and for all but 0.01 % of the training tiles.
     """
     return min(red, blue) >= 80 and red - green >= (10 if green < 200 else -10)

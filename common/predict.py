@@ -5,8 +5,9 @@
     python -m common.predict RUN_ID PICTURES… --figure sheet.png   # with saliency maps
     python -m common.predict RUN_ID --onnx net.onnx                # tiles uint8 (N, 3, side, side) → probabilities
 
-A picture is cropped to its central square and resized to the tiles on which the network was trained. A line on
-stderr names each picture that is far from a tile of PathMNIST, in size or in colour: its class means nothing.
+A picture is cropped to its central square and resized to the size of the tiles that the network was trained on. If
+its size or colour is far from that of PathMNIST's tiles, a warning says so, on stderr and in the table: do not
+trust its class.
 """
 
 import copy
@@ -44,7 +45,9 @@ class PredictConfig(Keys):
     pictures: tuple[Path, ...] = key((), "pictures, and folders of pictures", positional=True)
     csv: Path | None = key(None, "the table's file (default: stdout)")
     figure: Path | None = key(
-        None, f"PNG file with the first {ON_A_SHEET} pictures, their classes and saliency maps"
+        None,
+        f"PNG file with the first {ON_A_SHEET} pictures, their classes and saliency maps",
+        check=lambda path: None if path.suffix.lower() == ".png" else "the name must end in .png",
     )
     onnx: Path | None = key(
         None, "file for the network in the ONNX format; needs the packages of the extra `export`"
@@ -66,13 +69,23 @@ def main(config: PredictConfig) -> None:
     paths = [path for name in config.pictures for path in picture_files(name)]
     if not paths:
         return
-    images = torch.stack([read_picture(path, trained.size) for path in paths])
+    tiles, warnings = zip(*(read_picture(path, trained.size) for path in paths), strict=True)
+    for path, warning in zip(paths, warnings, strict=True):
+        if warning:
+            print(f"warning: {path} is far from the tiles of {TITLE}: {warning}", file=sys.stderr)
+    images = torch.stack(tiles)
     probabilities = torch.cat([trained(part.to(device)) for part in torch.split(images, EVALUATION_BATCH)]).cpu()
     best = probabilities.argmax(1)
     names = trained.class_names
     lines = [
-        {"file": str(path), "class": names[label], "probability": row[label], **dict(zip(names, row, strict=True))}
-        for path, label, row in zip(paths, best.tolist(), probabilities.tolist(), strict=True)
+        {
+            "file": str(path),
+            "class": names[label],
+            "probability": row[label],
+            "warning": warning,
+            **dict(zip(names, row, strict=True)),
+        }
+        for path, label, warning, row in zip(paths, best.tolist(), warnings, probabilities.tolist(), strict=True)
     ]
     if config.csv:
         write_csv(config.csv, lines)
@@ -90,9 +103,9 @@ def main(config: PredictConfig) -> None:
         words = [
             f"{Path(line['file']).name}\n{line['class']} ({line['probability']:.2f})" for line in lines[shown]
         ]
-        tiles = images[shown].permute(0, 2, 3, 1).numpy()
+        shown_tiles = images[shown].permute(0, 2, 3, 1).numpy()
         title = f"{trained.model_name}, {config.network}: class (probability) and saliency map"
-        contact_sheet(config.figure, tiles, maps, words, title=title)
+        contact_sheet(config.figure, shown_tiles, maps, words, title=title)
 
 
 def best_weights(network: str, output_dir: Path) -> Path:
@@ -116,8 +129,8 @@ def picture_files(path: Path) -> list[Path]:
     return found
 
 
-def read_picture(path: Path, size: int) -> torch.Tensor:
-    """A picture as a tile (3, size, size) uint8; prints a warning where it is far from a tile of PathMNIST.
+def read_picture(path: Path, size: int) -> tuple[torch.Tensor, str]:
+    """A picture as a tile (3, size, size) uint8, and how it differs from PathMNIST's tiles; "" if it does not.
 
     Raises Fault where the file cannot be read as a picture of 8 bits per channel.
     """
@@ -134,9 +147,7 @@ def read_picture(path: Path, size: int) -> torch.Tensor:
         far.append(f"{sides[0]} × {sides[1]} pixels, a tile has 224 × 224 at 0.5 µm per pixel")
     if not has_stained_colours(*tile.mean((0, 1)).tolist()):
         far.append("its mean colour is not that of tissue stained with haematoxylin and eosin")
-    if far:
-        print(f"warning: {path} is far from the tiles of {TITLE}: {'; '.join(far)}", file=sys.stderr)
-    return torch.from_numpy(tile).permute(2, 0, 1)
+    return torch.from_numpy(tile).permute(2, 0, 1), "; ".join(far)
 
 
 def export_onnx(trained: Trained, path: Path) -> None:

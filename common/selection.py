@@ -9,7 +9,7 @@ History = Sequence[Mapping[str, float]]  # one row for each epoch, as in history
 
 
 def best_epoch(history: History, select_on: str) -> int:
-    """The number of the epoch with the smallest error by `select_on`, the first of equals; or the last epoch's."""
+    """The number of the epoch with the smallest error by `select_on` (of equal ones the first), or of the last."""
     if select_on == "last":
         return len(history)
     errors = [_error(row, select_on) for row in history]
@@ -24,7 +24,7 @@ def reason_to_stop(history: History, config: TrainingConfig) -> str:
     do not count. With `select_on=last` the error is the validation loss.
     """
     if len(history) >= config.n_epochs:
-        return f"all {config.n_epochs} epochs done"
+        return "all epochs done"
     if config.early_stopping_patience is None:
         return ""
     metric = "validate/loss" if config.select_on == "last" else config.select_on
@@ -36,11 +36,11 @@ def reason_to_stop(history: History, config: TrainingConfig) -> str:
     if len(history) - reference_epoch < config.early_stopping_patience:
         return ""
     return (
-        f"early stopping after epoch {len(history)}: none since epoch {reference_epoch} cut the error by "
-        f"{metric} by {100 * config.early_stopping_delta:g} %"
+        f"early stopping after epoch {len(history)}: since epoch {reference_epoch} no epoch has "
+        f"lowered the error ({metric}) by {100 * config.early_stopping_delta:g} %"
     )
 
 
 def _error(row: Mapping[str, float], metric: str) -> float:
-    """The number that is to be small: the loss, or 1 - AUC, or 1 - ACC."""
+    """The loss, or 1 - AUC, or 1 - ACC: smaller is better."""
     return row[metric] if metric == "validate/loss" else 1 - row[metric]

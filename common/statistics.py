@@ -1,4 +1,4 @@
-"""Statistics over several runs: the mean with its interval, paired comparisons, and both in words."""
+"""Statistics over several runs: the mean with its interval, paired comparisons, and numbers in words."""
 
 import math
 import statistics
@@ -107,6 +107,11 @@ def compare(rows: Mapping[str, Mapping[int, float]], identical: Collection[str] 
         row: Comparison(spread(values), p, p_holm, row in identical)
         for (row, values), p, p_holm in zip(differences.items(), p_values, holm(p_values), strict=True)
     }
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 epoch` or `1,000 epochs`: a number, and its noun in the singular or the plural."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def interval(value: float, low: float | None, high: float | None, digits: int = 4, sign: str = "") -> str:

@@ -21,7 +21,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from common import distributed
-from common.config import Config, ScriptConfig, TrainingConfig
+from common.config import Config, ScriptConfig, TrainingConfig, program
 from common.data import Dataset
 from common.errors import UsageError, first_line
 from common.files import atomic_path, digest, process_lock, public, sweep_up, write_csv, write_json
@@ -119,7 +119,7 @@ class Run:
             write_csv(self.folder / "history.csv", history)
 
     def continue_from(self, history: Sequence[Mapping[str, float]]) -> None:
-        """Write history.csv and send W&B all its rows: a kill may have come before either had the last ones."""
+        """Write history.csv and send W&B all its rows: the run may have been killed before it did this."""
         self.write_history(history)
         for row in history:
             self._send_row(row)
@@ -220,7 +220,7 @@ class Run:
 
 
 def check_startable(config: TrainingConfig, facts: Mapping[str, Any] | None = None) -> None:
-    """Raise UsageError where the run is finished, must be resumed and cannot, or as `check_record` does."""
+    """Raise UsageError if the run is finished, if `resume` finds no checkpoint, or if `check_record` does."""
     where = config.output_dir, config.run_id
     folder, checkpoints = run_folder(*where), checkpoint_folder(*where)
     if is_finished(*where):
@@ -268,9 +268,9 @@ def check_same(
 
 
 def send(run: Any, action: Callable[[Any], None]) -> Any:
-    """Do something with W&B's run, if there is one; whatever fails there costs the W&B run, never ours.
+    """Do something with W&B's run, if there is one. An error there ends W&B's run, never ours.
 
-    Returns the run, or None once it has failed.
+    Returns the run, or None after an error.
     """
     if run is None:
         return None
@@ -357,9 +357,8 @@ def group(task: str, config: ScriptConfig) -> str:
 
 def provenance(packages: Sequence[str]) -> dict[str, Any]:
     """Where a record comes from: command, commit, time, Python, platform and the packages' versions."""
-    module = sys.modules["__main__"].__spec__  # of `python -m MODULE`, where sys.argv has the whole path of a file
     return {
-        "command": shlex.join([*(["-m", module.name] if module else sys.argv[:1]), *sys.argv[1:]]),
+        "command": shlex.join([*program(), *sys.argv[1:]]),
         "commit": _commit(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
@@ -371,7 +370,7 @@ def provenance(packages: Sequence[str]) -> dict[str, Any]:
 def _commit() -> str | None:
     """The repository's commit, with `-dirty` where tracked code differs from it; None outside a checkout.
 
-    Records, figures and tables may differ: what one run or measurement has written does not taint the next.
+    Records, figures and tables may differ: the files that one run writes do not make the next run's commit dirty.
     """
 
     def git(*arguments: str) -> str:

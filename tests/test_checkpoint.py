@@ -131,10 +131,10 @@ LAST: list[tuple[Change, str]] = [
     (put("history", to=lambda rows: [{**rows[0], "validate/acc": 7.0}]), "0.validate/acc: "),
     (put("begun", to=7), "no state of an epoch in progress"),
     (begun(processes=[]), "no state of an epoch in progress"),
-    (begun(steps=0), "0 steps of an epoch that has 2"),
-    (begun(steps=3), "3 steps of an epoch that has 2"),
-    (begun(steps=True), "True steps of an epoch"),
-    (begun(seconds=float("nan")), "nan seconds of an epoch"),
+    (begun(steps=0), "number of finished steps is 0, an epoch has 2"),
+    (begun(steps=3), "number of finished steps is 3, an epoch has 2"),
+    (begun(steps=True), "number of finished steps is True"),
+    (begun(seconds=float("nan")), "time is nan seconds"),
     (begun(total=torch.zeros(2)), r"total has the shape \(2,\)"),
     (begun(total=torch.tensor(float("inf"))), "total has values that are not finite"),
     (begun(augment=torch.zeros(3, dtype=torch.uint8)), r"augment has the shape \(3,\)"),
@@ -155,7 +155,7 @@ def test_a_checkpoint_with_wrong_content_is_refused_before_anything_is_loaded(
     checkpoint.save(last, content)
     try:
         with pytest.raises(
-            Fault, match=rf"last\.pt: no run can be resumed .*{message}.*; train anew under another"
+            Fault, match=rf"last\.pt: the run cannot be continued .*{message}.*; train again with another"
         ):
             trainer.restore()
     finally:
@@ -169,7 +169,7 @@ def test_the_checkpoint_that_was_read_is_the_one_that_is_blamed(trainer: Trainer
     checkpoint.save(previous, {**checkpoint.load(last), "state_dict": {}})
     last.write_bytes(whole[:100])
     try:
-        with pytest.raises(Fault, match=r"previous\.pt: no run can be resumed from this checkpoint"):
+        with pytest.raises(Fault, match=r"previous\.pt: the run cannot be continued from this checkpoint"):
             trainer.restore()
     finally:
         last.write_bytes(whole)

@@ -265,6 +265,18 @@ def test_help_explains_every_key_with_its_default() -> None:
     assert not re.search(r"\(default: [^)]*\)\s+\(default", done.stdout)
 
 
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [(["task1.py"], "task1.py"), (["-m", "common.predict"], "common.predict"), (["-m", "study"], "study")],
+)
+def test_help_and_errors_name_the_command_as_it_is_typed(command: list[str], name: str) -> None:
+    def start(key: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, *command, key], cwd=ROOT, capture_output=True, text=True)
+
+    assert start("--help").stdout.startswith(f"usage: python {' '.join(command)} [-h] ")
+    assert start("--quux").stderr == f"{name}: unknown key --quux; --help lists the keys\n"
+
+
 def test_as_dict_is_plain_data_of_every_key() -> None:
     values = Config().as_dict()
     assert set(values) == {field.name for field in dataclasses.fields(Config)}

@@ -180,7 +180,7 @@ def test_damaged_arrays_are_built_anew(
     whole = load_dataset("pathmnist", 28, tmp_path).train.images.clone()
     damage(tmp_path / "pathmnist.arrays")
     assert torch.equal(load_dataset("pathmnist", 28, tmp_path).train.images, whole)
-    assert "is damaged or outdated; building it anew" in capsys.readouterr().err
+    assert "is damaged or outdated; building it again" in capsys.readouterr().err
 
 
 def test_arrays_that_cannot_be_read_for_a_while_are_not_built_anew(

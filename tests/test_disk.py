@@ -50,7 +50,7 @@ def assert_nothing_torn(folder: Path) -> None:
 
 
 def errors(log: Path) -> list[str]:
-    return [line for line in log.read_text().splitlines() if line.startswith("__main__.py")]
+    return [line for line in log.read_text().splitlines() if line.startswith("pytest: ")]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_a_full_disk_ends_the_run_with_one_line_and_with_room_it_continues(
         [line] = errors(log)
         assert str(small_disk) in line
         assert line.endswith(
-            "No space left on device; mend this, then start the same command with --run_id=r again"
+            "No space left on device; fix this, then start the same command with --run_id=r again"
         )
         assert_nothing_torn(small_disk)
         earlier = small_disk / "runs" / "earlier"
@@ -96,7 +96,7 @@ def test_a_read_only_folder_is_named_and_does_not_change(
     assert status_of(small_disk, phantom_root, log) == 1
     [line] = errors(log)
     assert f"{small_disk}/runs" in line
-    assert line.endswith("Read-only file system; mend this, then start the same command with --run_id=r again")
+    assert line.endswith("Read-only file system; fix this, then start the same command with --run_id=r again")
     assert (small_disk / "runs" / "earlier").read_text() == "kept"
 
 
@@ -111,7 +111,7 @@ def test_a_file_that_is_too_large_is_named_and_without_the_limit_the_run_continu
         assert status_of(folder, phantom_root, log, limit) == 1
         [line] = errors(log)
         assert str(folder) in line
-        assert line.endswith("File too large; mend this, then start the same command with --run_id=r again")
+        assert line.endswith("File too large; fix this, then start the same command with --run_id=r again")
         assert_nothing_torn(folder)
     assert status_of(folder, phantom_root, log) == 0
     assert_same(folder, whole)

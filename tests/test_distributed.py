@@ -152,10 +152,10 @@ def test_a_signal_to_one_process_ends_both_after_the_same_step_and_the_same_comm
     keys = [*DATA, *SQUEEZENET]
     stopped = together(driver, *keys, data_root=phantom_root, output=tmp_path, STOP="1")
     assert stopped.returncode != 0
-    assert stopped.stderr.count("run r is saved after epoch 1 and 1 steps") == 2  # by either process
+    assert stopped.stderr.count("run r is saved after epoch 1 and 1 step;") == 2  # by either process
     again = together(driver, *keys, data_root=phantom_root, output=tmp_path)
     assert again.returncode == 0, again.stderr
-    assert "continuing run r after epoch 1 and 1 steps" in again.stdout
+    assert "continuing run r after epoch 1 and 1 step\n" in again.stdout
     assert_same(tmp_path, two)
 
 
@@ -193,7 +193,7 @@ def test_ctrl_c_under_torchrun_saves_the_step_in_progress(driver: str, phantom_r
     text = (tmp_path / "log").read_text()
     begun = checkpoint.load(tmp_path / "checkpoints/r/last.pt")["begun"]
     assert begun is not None, text
-    assert f"run r is saved after epoch 1 and {begun['steps']} steps" in text
+    assert f"run r is saved after epoch 1 and {begun['steps']} step" in text
     assert len(begun["processes"]) == 2
     one, other = (path.read_text().split() for path in seeds)
     assert not set(one) & set(other)  # no process repeats the other's augmentation or dropout

@@ -117,7 +117,7 @@ def test_a_lock_follows_no_link_and_names_its_file_in_an_error(
     (tmp_path / "mine").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "mine")
     for lock in (lambda path: locked(path).__enter__(), process_lock):
-        with pytest.raises(OSError, match=r"a lock is no symbolic link; delete it: .*/link"):
+        with pytest.raises(OSError, match=r"a lock must not be a symbolic link; delete it: .*/link"):
             lock(tmp_path / "link")
     assert (tmp_path / "mine").read_text() == "mine"
     with locked(tmp_path / "mine"):

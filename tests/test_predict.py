@@ -150,13 +150,26 @@ def test_the_contact_sheet_shows_every_picture(output: Path, pictures: Path, tmp
         ((224, 224), (20, 5, 20), "its mean colour"),
     ],
 )
-def test_a_picture_that_is_far_from_a_tile_is_named(
-    size: tuple[int, int], colour: Any, warning: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_picture_that_is_far_from_a_tile_is_recognised(
+    size: tuple[int, int], colour: Any, warning: str, tmp_path: Path
 ) -> None:
     Image.new("RGB", size, colour).save(tmp_path / "p.png")
-    assert predict.read_picture(tmp_path / "p.png", 28).shape == (3, 28, 28)
-    said = capsys.readouterr().err
+    tile, said = predict.read_picture(tmp_path / "p.png", 28)
+    assert tile.shape == (3, 28, 28)
     assert (warning in said) if warning else not said
+
+
+def test_a_warning_is_on_stderr_and_in_the_table(
+    output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (28, 28), (190, 130, 180)).save(tmp_path / "tissue.png")
+    Image.new("RGB", (28, 28), (60, 140, 60)).save(tmp_path / "grass.png")
+    run(output, "plain", tmp_path)
+    printed = capsys.readouterr()
+    grass, tissue = csv.DictReader(io.StringIO(printed.out))
+    assert "its mean colour is not that of tissue" in grass["warning"]
+    assert tissue["warning"] == ""
+    assert printed.err == f"warning: {grass['file']} is far from the tiles of PathMNIST: {grass['warning']}\n"
 
 
 def test_any_side_and_kind_of_8_bit_picture_is_read_as_a_square_tile(tmp_path: Path) -> None:
@@ -164,7 +177,7 @@ def test_any_side_and_kind_of_8_bit_picture_is_read_as_a_square_tile(tmp_path: P
     halves[:, 20:60] = (190, 130, 180)  # the central square
     for name, mode in (("p.png", "RGB"), ("p.jpg", "RGB"), ("p.tiff", "RGB"), ("alpha.png", "RGBA")):
         Image.fromarray(halves).convert(mode).save(tmp_path / name)
-        tile = predict.read_picture(tmp_path / name, 28).float()
+        tile = predict.read_picture(tmp_path / name, 28)[0].float()
         assert tile.mean((1, 2)).tolist() == pytest.approx([190, 130, 180], abs=3)
 
 
@@ -184,6 +197,7 @@ def test_any_side_and_kind_of_8_bit_picture_is_read_as_a_square_tile(tmp_path: P
         (["plain", "{}/torn.png"], 1, r"torn\.png: not a readable picture"),
         (["plain", "{}/deep.png"], 1, r"deep\.png: has more than 8 bits per channel"),
         (["{}/other.pt", "{}/a.png"], 1, r"other\.pt: has no 'model_name': not a best\.pt of this project"),
+        (["plain", "{}/a.png", "--figure=sheet.jpg"], 2, "--figure sheet.jpg: the name must end in .png"),
         (["plain", "{}/a.png", "--csvv=x"], 2, "unknown key --csvv; did you mean --csv"),
     ],
 )

@@ -116,7 +116,7 @@ def test_a_search_names_its_journal_when_the_disk_is_full_and_continues_when_the
         run_script(sweep.main, sweep.SweepConfig, [f"--file={path}", f"--output_dir={output}", "--count=3"])
 
     assert end(start(with_full_disk, log)) == 1
-    assert f"{journal}: File too large; mend this, then start the same command" in log.read_text()
+    assert f"{journal}: File too large; fix this, then start the same command" in log.read_text()
     assert not journal.read_text().endswith("\n")
     run(path, output, count=3)
     assert table(output) == table(tmp_path / "whole")

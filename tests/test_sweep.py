@@ -561,7 +561,7 @@ def report(
         summary = {
             **example_records.summary(facts, [row], 0.9, score),
             "tiles": {"train": 1000, "val": 10, "test": 20},
-            "stopped": "all 1 epochs done",
+            "stopped": "all epochs done",
             "wall_seconds": 1.5,
         }
         if views and trial.values["row"] != "b":

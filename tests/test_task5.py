@@ -1,6 +1,8 @@
 import csv
 import dataclasses
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +106,10 @@ def test_the_recipe_of_the_network_is_implied_and_can_be_overridden() -> None:
         (["--unfreeze_epoch=3"], "--unfreeze_epoch 3: only --train_part all unfreezes"),
         (["--train_part=all", "--cache_features"], "--cache_features: not possible with --train_part all"),
         (["--mixup_alpha=1", "--cache_features"], "--cache_features: not possible with mixup or cutmix"),
-        (["--cache_features=False", "--feature_views=2"], "--feature_views 2: nothing is cached here"),
+        (
+            ["--cache_features=False", "--feature_views=2"],
+            "--feature_views 2: no features are cached here",
+        ),
         (
             ["--augmentation=dihedral", "--feature_views=3"],
             "--feature_views 3: with augmentation dihedral it is 8",
@@ -392,14 +397,24 @@ def test_caching_that_is_asked_for_and_does_not_fit_is_refused_with_size_and_key
     [("none", True, (1, 8)), ("dihedral", False, (8, 1)), ("stain", True, (16, 8))],
 )
 def test_cached_splits_have_the_views_that_training_and_test_time_augmentation_need(
-    augmentation: str, tta: bool, views: tuple[int, int], phantom_root: Path, tmp_path: Path
+    augmentation: str,
+    tta: bool,
+    views: tuple[int, int],
+    phantom_root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)  # as in a notebook: progress bars are shown
     config = read("--dataset=phantom", f"--model_name={SMALL}", "--resize_to=32", f"--augmentation={augmentation}")
     config = dataclasses.replace(config, tta=tta)
     untrained = load_weights("none", SMALL, tmp_path)
     model = pretrained.build_fine_tuned(SMALL, 9, untrained, 32)
     splits = features.cached_splits(model, load_dataset("phantom", 28, phantom_root, 90), config, CPU)
     first = torch.arange(5)
+    shown = capsys.readouterr()
+    assert shown.out == "computing the features of all tiles, once for all epochs\n"
+    assert re.search(rf"features: .*0/{90 * views[0]} ", shown.err)
     assert model.takes_features
     assert (len(splits.train.features), len(splits.test().features)) == views
     assert len(list(splits.val.views(first)[0])) == 1

@@ -278,7 +278,7 @@ def test_a_missing_file_and_unknown_names_are_named(tmp_path: Path) -> None:
         load_weights("~nobody-has-this-name/w.pth", LARGE, tmp_path)
     with pytest.raises(UsageError, match="a run with a checkpoint in"):
         load_weights("nosuchrun", LARGE, tmp_path)
-    with pytest.raises(UsageError, match="these are mobilenet_v3_large's; add --model_name mobilenet_v3_large"):
+    with pytest.raises(UsageError, match="for another network; add --model_name mobilenet_v3_large"):
         load_weights(V2, "resnet18", tmp_path)
     assert (
         weights_module.check_network("mobilenet_v3_larg")
@@ -436,7 +436,7 @@ def test_weights_of_timm_that_cannot_be_had_are_one_line(hub: Path) -> None:
         load_weights("timm:resnet10t.c4_in1k", "timm:resnet10t", hub)
     with pytest.raises(UsageError, match="has no classification model of this name; did you mean timm:resnet10t"):
         load_weights("timm:resnet10.c3_in1k", "timm:resnet10t", hub)
-    with pytest.raises(UsageError, match="these are timm:resnet10t's; add --model_name timm:resnet10t"):
+    with pytest.raises(UsageError, match="these weights are for another network; add --model_name timm:resnet10t"):
         load_weights("timm:resnet10t.c3_in1k", "resnet18", hub)
     with pytest.raises(UsageError, match="timm has no weights for it; add --weights FILE"):
         weights_module.default_weights("timm:botnet50ts_256")
