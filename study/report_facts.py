@@ -137,7 +137,7 @@ def facts(study: Study) -> dict[str, Any]:
         if analysis and runs:
             analysed[task] = Analysed.of(Group(runs), analysis)
     search = study.search()
-    sources["Task 4, search"] = [study.provenance(trial["run_id"]) for trial in search]
+    sources["Task 4, search"] = study.provenance(search)
     return {
         "study": study,
         "tasks": tasks,

@@ -136,8 +136,11 @@ def main(config: SweepConfig) -> None:
             raise UsageError("--storage is for a search: commands that share a grid share its --output_dir")
         trials = grid(sweep)
         failed = [] if config.table_only else run_grid(trials, records, n_workers)
-        if len(failed) < len(trials):
+        try:
             report(trials, records)
+        except UsageError:  # no run has finished, or none of the first row
+            if not failed:
+                raise
         if failed:
             raise failed_runs(failed)
     else:
