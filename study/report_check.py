@@ -28,7 +28,10 @@ def check_study(
     `ablation` and `compared` are the runs of Tasks 4 and 5, by row and by kind.
     """
     for record in study.read.values():
-        check_run(study, record)
+        try:
+            check_run(study, record)
+        except KeyError as error:
+            raise Fault(f"{record.folder}: a record lacks {error}; restore it or train the run again") from error
     if analysis := study.analysis():
         check_analysis(study, analysis)
     for line in study.sweep_table("ablation", "table.csv", "ablation.yaml") if ablation else []:

@@ -111,7 +111,7 @@ class Study:
         return content
 
     def ablation(self) -> dict[str, list[Record]]:
-        """The ablation's runs by row, the reference first; UsageError where its table is missing or another one."""
+        """The ablation's runs by row, the reference first; UsageError where it has no table."""
         table, lines = (self.sweep_table("ablation", file, "ablation.yaml") for file in ("table.csv", "runs.csv"))
         # In the order of the table: the first run may be one of another row.
         rows: dict[str, list[Record]] = {line["row"]: [] for line in table}
