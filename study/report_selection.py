@@ -112,7 +112,7 @@ class Study:
 
     def ablation(self) -> dict[str, list[Record]]:
         """The ablation's runs by row, the reference first; UsageError where it has no table."""
-        table, lines = (self.sweep_table("ablation", file, "ablation.yaml") for file in ("table.csv", "runs.csv"))
+        lines, table = (self.sweep_table("ablation", file, "ablation.yaml") for file in ("runs.csv", "table.csv"))
         # In the order of the table: the first run may be one of another row.
         rows: dict[str, list[Record]] = {line["row"]: [] for line in table}
         for line, record in zip(lines, self.runs("task4", [line["run_id"] for line in lines]), strict=True):

@@ -33,7 +33,7 @@ def test_the_features_are_the_statistics_of_colours_and_gradient() -> None:
 
 @pytest.mark.parametrize("tiles", [44, 89_997])
 def test_too_few_and_too_many_training_tiles_are_refused(tiles: int) -> None:
-    with pytest.raises(UsageError, match="--train_tiles .*: must be at least 45 and at most 89,996"):
+    with pytest.raises(UsageError, match=r"--train_tiles .*: must be at least 45 and at most 89,996"):
         baselines.BaselinesConfig(train_tiles=tiles)
 
 

@@ -174,9 +174,7 @@ def test_a_study_ends_with_its_report_and_a_second_start_runs_only_what_is_missi
     assert (tmp_path / "report.md").read_text() == page
 
 
-def test_a_sweep_is_finished_if_its_table_has_every_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sweep_is_finished_if_its_table_has_every_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TrialRecords, "is_finished", lambda records, trial: True)
     for file, count, name in (("ablation.yaml", None, "runs.csv"), ("sweep.yaml", 3, "table.csv")):
         folder = tmp_path / "sweeps" / ("search" if count else "ablation")
