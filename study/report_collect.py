@@ -33,15 +33,15 @@ def collect(folder: Path) -> None:
             left |= dict.fromkeys(run_ids, str(error))
         else:
             selection[section] = content
+    for reason in dict.fromkeys(left.values()):
+        print(f"left out: {', '.join(run_id for run_id in left if left[run_id] == reason)}: {reason}")
     if not selection:
-        raise UsageError(f"{folder / 'runs'}: no finished run to show; python task1.py makes one")
+        raise UsageError(f"{folder / 'runs'}: no finished run of a task to show; python task1.py makes one")
     text = HEADER
     for section, content in sorted(selection.items()):
         text += f"[{section}]\n" + "".join(f"{name} = {json.dumps(value)}\n" for name, value in content.items())
     write_text(folder / "report.toml", text)
     print(f"{folder / 'report.toml'}:\n{text.removeprefix(HEADER)}", end="")
-    for reason in dict.fromkeys(left.values()):
-        print(f"left out: {', '.join(run_id for run_id in left if left[run_id] == reason)}: {reason}")
 
 
 def finished(folder: Path, left: dict[str, str]) -> list[Record]:

@@ -147,6 +147,8 @@ def main(config: SweepConfig) -> None:
         from study.ranking import rank  # Optuna takes a second to import: a grid does not need it
         from study.search import Search
 
+        if config.table_only and not config.storage and not (records.folder / "search.journal").exists():
+            raise UsageError(f"no trial of {sweep.name} has ended yet")  # a new search would keep these keys
         search = Search(records, config.storage)
         if not config.table_only:
             search.run(config.count, n_workers)

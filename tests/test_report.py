@@ -260,6 +260,18 @@ def test_the_reference_of_the_ablation_is_that_of_its_table(study: Path) -> None
     assert "none has more than one seed" in page
 
 
+def test_an_ablation_of_the_reference_alone_has_no_verdict(study: Path) -> None:
+    path = study / "sweeps/small/runs.csv"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if "with_ema" not in line))
+    for record in study.glob("runs/small-combined-*/summary.json"):
+        scores = json.loads(record.read_text())
+        del scores["tta"]  # else the reference over 8 views would be compared
+        record.write_text(json.dumps(scores))
+    assert "| reference | 2 |" in (page := built(study))
+    assert "- Task 4: " not in page
+
+
 def copied(study: Path, run_id: str, other: str, **keys: Any) -> None:
     """Copy a run under another id, with other keys."""
     folder = shutil.copytree(study / "runs" / run_id, study / "runs" / other)

@@ -21,6 +21,7 @@ from common.files import write_csv
 from common.records import Record
 from study import runs
 from study.groups import Group
+from study.report import build
 from study.report_collect import collect
 from study.report_facts import Analysed, facts
 from study.report_selection import Study
@@ -107,8 +108,35 @@ def test_the_largest_group_of_each_task_is_selected_and_the_rest_is_named_with_t
         assert re.search(f"^left out: {run_ids}: {reason}", printed, re.MULTILINE), run_ids
 
 
+def test_runs_that_cannot_make_a_page_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (add(tmp_path, "torn") / "history.csv").unlink()
+    with pytest.raises(UsageError, match="no finished run of a task"):
+        collect(tmp_path)
+    assert "left out: torn: " in capsys.readouterr().out
+
+
+def test_published_scores_are_shown_where_a_task_has_all_tiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Study, "link", lambda study, path, text: f"[{text}]({path})")
+    few = json.loads((ROOT / "runs/task1-0/summary.json").read_text())["tiles"] | {"train": 900}
+    add(tmp_path, "few", tiles=few, data_fingerprint="few", config={"train_tiles": 900})
+    add(tmp_path, "all", task="task3")
+    for text, published in (
+        ('[task1]\nruns = ["few"]\n[task3]\nruns = ["all"]\n', True),
+        ('[task1]\nruns = ["few"]\n', False),
+    ):
+        (tmp_path / "report.toml").write_text(text)
+        study = Study(tmp_path)
+        page = build(study, facts(study))
+        assert ("so they are not shown here" in page) != published
+        assert (", and published figures" in page) == published
+        assert ("against the coursework's" in page) == published
+        assert "baseline" not in page
+
+
 def test_only_generated_tiles_make_a_page_too_and_no_run_at_all_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"no finished run to show; python task1\.py makes one"):
+    with pytest.raises(UsageError, match=r"no finished run of a task to show; python task1\.py makes one"):
         collect(tmp_path)
     add(tmp_path, "phantom", synthetic=True)
     collect(tmp_path)

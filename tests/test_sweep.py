@@ -696,6 +696,7 @@ def test_a_table_without_a_finished_run_is_refused(write_sweep: Write, tmp_path:
         run(write_sweep(THREE_SEEDS), tmp_path, table_only=True)
     with pytest.raises(UsageError, match="no trial of try has ended yet"):
         run(write_sweep(SEARCH), tmp_path, table_only=True)
+    assert not (tmp_path / "sweeps").exists()
     without_a = {**SCORES, "a": dict.fromkeys(range(3))}
     with pytest.raises(UsageError, match="no run of a is finished yet"):
         report(write_sweep(THREE_SEEDS), tmp_path, without_a)
