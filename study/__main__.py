@@ -24,7 +24,7 @@ import yaml
 from common.config import ScriptConfig, key, parse, run_script
 from common.errors import Fault, UsageError
 from common.files import locked, read_text, write_text
-from common.records import is_finished, read_json, run_folder
+from common.records import is_finished, read_json, read_table, run_folder
 from study import report
 from study.baselines import BaselinesConfig
 from study.sweep import grid
@@ -173,12 +173,16 @@ def steps(config: StudyConfig) -> list[Step]:
             if (before["dataset"], before["size"]) != (config.dataset, config.size):
                 what = f"{before['dataset']} at {before['size']} pixels, not {config.dataset} at {config.size}"
                 raise UsageError(f"{folder}: a run on {what}: name another --output_dir")
-        found.append(Step(title, command, (folder / last).exists()))
+        finished = (folder / last).exists()
+        if finished and last == "comparison.json":
+            finished = min(map(len, read_json(folder / last)["runs"].values())) >= plan.n_seeds
+        found.append(Step(title, command, finished))
 
-    def sweep(title: str, file: Path, plan_keys: Sequence[str], *keys: str) -> None:
+    def sweep(title: str, file: Path, plan_keys: Sequence[str], count: int | None = None) -> None:
         fixed = [*shared, *data, *plan_keys]
+        keys = [f"--count={count}"] if count else []
         command = ["-m", "study.sweep", str(file), output, *keys, "--", *fixed]
-        found.append(Step(title, command, sweep_finished(file, fixed, config.output_dir)))
+        found.append(Step(title, command, sweep_finished(file, fixed, config.output_dir, count)))
 
     for seed in config.seeds:
         run(f"Task 1, seed {seed}", "task1", f"task1-{seed}", *data, f"--seed={seed}")
@@ -191,7 +195,7 @@ def steps(config: StudyConfig) -> list[Step]:
     sweep("Task 4, ablation", ablation_file(config), (*train, *plan.keys.get("ablation", ())))
     if plan.search_trials:
         of_trial = (*train, *plan.keys.get("search", ()))
-        sweep("Task 4, search", Path("sweep.yaml"), of_trial, f"--count={plan.search_trials}")
+        sweep("Task 4, search", Path("sweep.yaml"), of_trial, plan.search_trials)
     seeds = [f"--seed={config.seed}", f"--n_seeds={plan.n_seeds}"]
     run("Task 5", "task5", "task5", *data, *seeds, last="comparison.json")
     for arguments in baseline_arguments(config):
@@ -226,12 +230,17 @@ def ablation_file(config: StudyConfig) -> Path:
     return path
 
 
-def sweep_finished(file: Path, fixed: Sequence[str], output_dir: Path) -> bool:
-    """Whether the sweep's table and, of a grid, every run exist; UsageError for runs of another configuration."""
-    sweep = read_sweep(file, fixed)
-    records = TrialRecords(sweep, output_dir)
-    complete = sweep.method != "grid" or all(map(records.is_finished, grid(sweep)))
-    return complete and (records.folder / "table.md").exists()
+def sweep_finished(file: Path, fixed: Sequence[str], output_dir: Path, count: int | None = None) -> bool:
+    """Whether the sweep's table has every run of a grid, or `count` trials of a search.
+
+    Raises UsageError for a grid's runs of another configuration.
+    """
+    records = TrialRecords(read_sweep(file, fixed), output_dir)
+    trials = [] if count else grid(records.sweep)
+    if not all(map(records.is_finished, trials)) or not (records.folder / "table.md").exists():
+        return False
+    table = read_table(records.folder / ("table.csv" if count else "runs.csv"))
+    return len(table) >= (count or len(trials))
 
 
 def toml(config: StudyConfig) -> str:

@@ -38,23 +38,18 @@ def report(trials: Sequence[Trial], records: TrialRecords) -> None:
     }
     if not runs:
         raise UsageError(f"no run of {name} is finished yet")
+    rows = _by_row(trials, runs) if "seed" in records.sweep.swept else {}
     write_csv(folder / "runs.csv", [_run(trial, runs[trial.run_id]) for trial in trials if trial.run_id in runs])
     written = [folder / "runs.csv"]
-    if "seed" in records.sweep.swept:
-        rows = _rows(trials, runs)
-        by_row: dict[str, list[Record]] = {}
-        for trial in trials:
-            if trial.run_id in runs:
-                by_row.setdefault(_row(trial), []).append(runs[trial.run_id])
-        identical = identical_rows(by_row)
-        comparisons = {
-            metric: compare(
-                {row: {seed: run[metric] for seed, run in rows[row].items()} for row in rows}, identical
-            )
-            for metric in METRICS
-        }
-        write_csv(folder / "table.csv", _table(rows, comparisons))
-        text = [_caption(name, list(runs.values())), "", *_markdown(rows, comparisons)]
+    if rows:
+        scores = _scores(rows)
+        identical = identical_rows(rows)
+        comparisons = {}
+        for metric in METRICS:
+            values = {row: {seed: run[metric] for seed, run in seeds.items()} for row, seeds in scores.items()}
+            comparisons[metric] = compare(values, identical)
+        write_csv(folder / "table.csv", _table(scores, comparisons))
+        text = [_caption(name, list(runs.values())), "", *_markdown(scores, comparisons)]
         missing: dict[str, list[str]] = {}
         for trial in trials:
             if trial.run_id not in runs:
@@ -68,7 +63,7 @@ def report(trials: Sequence[Trial], records: TrialRecords) -> None:
             ]
         write_text(folder / "table.md", "\n".join(text) + "\n")
         figure = records.output_dir / "fig" / "task4" / f"{name}.png"
-        _draw(figure, rows, " / ".join(_titles(runs.values())))
+        _draw(figure, scores, " / ".join(_titles(runs.values())))
         written += [folder / "table.csv", folder / "table.md", figure]
     print(f"{name}: {len(runs)} of {len(trials)} runs are finished")
     for path in written:
@@ -76,18 +71,22 @@ def report(trials: Sequence[Trial], records: TrialRecords) -> None:
 
 
 def identical_rows(rows: Mapping[str, Sequence[Record]]) -> set[str]:
-    """The rows whose networks give the same outputs as the first row's, seed by seed, to the last bit."""
-    reference = next(iter(rows.values()))
-    first = {run.config["seed"]: run for run in reference}
+    """The rows whose networks give, with every common seed, the first row's outputs to the last bit."""
+    reference, *others = rows
+    first = {run.config["seed"]: run for run in rows[reference]}
 
-    def same(run: Record) -> bool:
-        twin = first.get(run.config["seed"])
-        if twin is None or run.scores != twin.scores:
+    def same(run: Record, twin: Record) -> bool:
+        if run.scores != twin.scores:
             return False
         one, other = run.arrays(), twin.arrays()
         return all(np.array_equal(one[name], other[name]) for name in ("best_logits", "validate_logits"))
 
-    return {row for row, runs in rows.items() if runs is not reference and all(map(same, runs))}
+    found = set()
+    for row in others:
+        pairs = [(run, first[run.config["seed"]]) for run in rows[row] if run.config["seed"] in first]
+        if pairs and all(same(*pair) for pair in pairs):
+            found.add(row)
+    return found
 
 
 def _row(trial: Trial) -> str:
@@ -112,25 +111,31 @@ def _run(trial: Trial, run: Record) -> dict[str, Any]:
     }
 
 
-def _rows(trials: Sequence[Trial], runs: Mapping[str, Record]) -> Rows:
-    """The scores of the finished runs; UsageError where the first row, the reference, has none.
-
-    The last row holds the reference's scores over 8 views of each test tile, where its runs have them.
-    """
-    rows: dict[str, dict[int, dict[str, float]]] = {}
-    for trial in trials:  # in the order of all trials: the first row is the reference
-        seeds = rows.setdefault(_row(trial), {})
+def _by_row(trials: Sequence[Trial], runs: Mapping[str, Record]) -> dict[str, list[Record]]:
+    """The finished runs of each row; UsageError where the first row, the reference, has none."""
+    rows: dict[str, list[Record]] = {}
+    for trial in trials:  # also the unfinished ones: else another row could become the first one
+        row = rows.setdefault(_row(trial), [])
         if trial.run_id in runs:
-            seeds[int(trial.values["seed"])] = runs[trial.run_id].scores
+            row.append(runs[trial.run_id])
     reference, first = next(iter(rows.items()))
     if not first:
         raise UsageError(f"no run of {reference} is finished yet: the other rows are compared with it")
+    return {row: found for row, found in rows.items() if found}
+
+
+def _scores(rows: Mapping[str, Sequence[Record]]) -> Rows:
+    """The scores of the runs by seed.
+
+    The last row holds the reference's scores over 8 views of each test tile, where its runs have them.
+    """
+    scores = {row: {run.config["seed"]: run.scores for run in found} for row, found in rows.items()}
+    reference, first = next(iter(scores.items()))
     if _over_views(first.values(), "test/acc"):
-        rows[f"{reference}, 8 views"] = {
-            seed: {name: scores.get(f"tta {name}", scores[name]) for name in METRICS}
-            for seed, scores in first.items()
+        scores[f"{reference}, 8 views"] = {
+            seed: {name: run.get(f"tta {name}", run[name]) for name in METRICS} for seed, run in first.items()
         }
-    return {row: seeds for row, seeds in rows.items() if seeds}
+    return scores
 
 
 def _table(rows: Rows, comparisons: Mapping[str, Mapping[str, Comparison]]) -> list[dict[str, Any]]:
@@ -181,18 +186,19 @@ def _markdown(rows: Rows, comparisons: Mapping[str, Mapping[str, Comparison]]) -
 
 def _caption(name: str, runs: Sequence[Record]) -> str:
     """The data, tiles, resolution and seeds of the numbers, and a warning where the runs cannot be compared."""
-    tiles = runs[0].summary["tiles"]
+    tiles, parts = runs[0].summary["tiles"], sorted({run.summary["tiles"]["train"] for run in runs})
     seeds = sorted({run.config["seed"] for run in runs})
     text = (
-        f"**{name}**: {' / '.join(_titles(runs))}; {tiles['train']:,} training, {tiles['val']:,} validation and "
-        f"{tiles['test']:,} test tiles of {runs[0].config['size']} pixels; seeds: "
+        f"**{name}**: {' / '.join(_titles(runs))}; {' / '.join(f'{n:,}' for n in parts)} training, "
+        f"{tiles['val']:,} validation and {tiles['test']:,} test tiles of {runs[0].config['size']} pixels; seeds: "
         f"{', '.join(map(str, seeds))}; intervals are over seeds."
     )
     if any(run.summary["synthetic"] for run in runs):
         text += " The tiles are generated: these are no results on PathMNIST."
     commits = sorted({str(run.facts.get("commit")) for run in runs})
     text += f" Commit {commits[0]}." if len(commits) == 1 else ""
-    if len(_titles(runs)) > 1 or len({run.summary["data_fingerprint"] for run in runs}) > 1:
+    # Each number of training tiles, which a learning curve varies, has its own title and fingerprint.
+    if max(len(_titles(runs)), len({run.summary["data_fingerprint"] for run in runs})) > len(parts):
         text += " **The runs come from different data sets: they cannot be compared.**"
     if len(commits) > 1:
         text += f" **The runs come from different commits: {', '.join(commits)}.**"

@@ -67,6 +67,7 @@ def main(config: AnalysisConfig) -> None:
                 f"run {record.run_id} has other test tiles than {dataset.title} in {config.data_root}"
             )
         predicted[record.run_id] = arrays["best_logits"].argmax(axis=1)
+    published = read_published(config.published, labels) if config.published else None
     content: dict[str, Any] = {
         "dataset": dataset.title,
         "synthetic": dataset.name == "phantom",
@@ -76,8 +77,7 @@ def main(config: AnalysisConfig) -> None:
         **provenance(("torch", "numpy", "scikit-image", "matplotlib")),
     }
     networks = list(predicted.values())
-    if config.published is not None:
-        published = read_published(config.published, labels)
+    if config.published and published:
         theirs = published.logits.argmax(axis=1)
         content["published"] = {
             "file": config.published.name,
@@ -113,7 +113,7 @@ def missing(before: Mapping[str, Any], content: Mapping[str, Any]) -> str:
     for name, scores in before["matched"].items():
         runs = sorted(set(scores) - set(content["matched"].get(name, {})))
         if runs:
-            parts.append(f"the {name} of {', '.join(runs)} (their checkpoints are missing)")
+            parts.append(f"the {name} of {', '.join(runs)} (no checkpoints, or not in report.toml)")
     return " and ".join(parts)
 
 
@@ -125,7 +125,8 @@ def read_published(path: Path, labels: NDArray[np.int64]) -> Evaluation:
     except (OSError, ValueError) as error:
         raise UsageError(f"--published {path}: not a readable table ({first_line(error)})") from None
     tiles, classes = len(labels), int(labels.max()) + 1
-    if rows.shape != (tiles, classes + 1) or not np.array_equal(rows[:, 0], np.arange(tiles)):
+    right = rows.shape == (tiles, classes + 1) and np.isfinite(rows).all()
+    if not right or not np.array_equal(rows[:, 0], np.arange(tiles)):
         wanted = f"{tiles:,} rows of the tile's index, from 0 on, and {classes} probabilities"
         raise UsageError(f"--published {path}: must have {wanted}")
     return Evaluation(np.log(rows[:, 1:].clip(1e-30)), labels)

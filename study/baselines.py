@@ -97,7 +97,8 @@ class BaselinesConfig(ScriptConfig):
     train_tiles: int = key(
         lambda config: PHANTOM_TRAIN_TILES if config.dataset == "phantom" else pathmnist.COUNTS["train"],
         f"number of training tiles, as for a network (default: all; phantom: {PHANTOM_TRAIN_TILES})",
-        at_least=1,
+        at_least=max(setting["n_neighbors"] for setting in BASELINES["neighbours"].settings),
+        at_most=pathmnist.COUNTS["train"],
     )
     seed: int = key(0, "first seed", at_least=0, at_most=2**32 - 10)
 

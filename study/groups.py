@@ -128,11 +128,11 @@ def share(over: Spread) -> Estimate:
 
 def nearest(group: Group, others: Mapping[str, Group]) -> tuple[str, dict[str, Any]]:
     """The name of the other group with the most similar recipe, and the keys with other values in this one."""
-    recipe = {name: value for name, value in group.first.config.items() if name not in (*APART, "ablation")}
-    changes = {
-        name: {key: value for key, value in recipe.items() if value != other.first.config.get(key)}
-        for name, other in others.items()
-    }
+    config, changes = group.first.config, {}
+    for name, other in others.items():
+        theirs = other.first.config
+        keys = [key for key in {**config, **theirs} if key not in (*APART, "ablation")]
+        changes[name] = {key: config.get(key) for key in keys if config.get(key) != theirs.get(key)}
     name = min(changes, key=lambda name: len(changes[name]))
     return name, changes[name]
 

@@ -53,17 +53,18 @@ def rank(search: Search) -> None:
     if finished:
         written.append(figures / f"{sweep.name}-parallel-coordinates.png")
         draw_parallel_coordinates(written[-1], ended, sweep, data)
-    shares = importances(search.study) if len({trial.value for trial in finished}) > 1 else []
-    first = {max(share, key=share.__getitem__) for share in shares}
-    if len(first) == 1:
-        written.append(figures / f"{sweep.name}-importance.png")
+    several = sweep.swept and len({trial.value for trial in finished}) > 1
+    shares = importances(search.study) if several else []
+    importance = figures / f"{sweep.name}-importance.png"
+    if len({max(share, key=share.__getitem__) for share in shares}) == 1:
+        written.append(importance)
         draw_importance(
-            written[-1], shares, f"{sweep.name} · {data}\n{len(finished)} finished trials", sweep.metric
+            importance, shares, f"{sweep.name} · {data}\n{len(finished)} finished trials", sweep.metric
         )
     else:
+        importance.unlink(missing_ok=True)  # it shows fewer trials than the table
         print(
-            f"{sweep.name}: too few finished trials for the importance of the parameters: "
-            f"with {len(finished)}, the most important one depends on the seed of the estimate"
+            f"{sweep.name}: {len(finished)} finished trials do not tell which parameter is the most important one"
         )
     print(f"{sweep.name}: {len(ended)} trials, {len(finished)} finished; best first by {sweep.metric}:")
     for path in written:

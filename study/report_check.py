@@ -28,7 +28,10 @@ def check_study(
     `ablation` and `compared` are the runs of Tasks 4 and 5, by row and by kind.
     """
     for record in study.read.values():
-        check_run(study, record)
+        try:
+            check_run(study, record)
+        except KeyError as error:
+            raise Fault(f"{record.folder}: a record lacks {error}; restore it or train the run again") from error
     if analysis := study.analysis():
         check_analysis(study, analysis)
     for line in study.sweep_table("ablation", "table.csv", "ablation.yaml") if ablation else []:
@@ -39,7 +42,10 @@ def check_study(
                     f"table.csv: {metric} of {line['row']} is not its runs'; python -m study.sweep makes it anew"
                 )
     for line in study.search():
-        history = read_history(run_folder(study.folder, line["run_id"]) / "history.csv")
+        path = run_folder(study.folder, line["run_id"]) / "history.csv"
+        if not line["best epoch"] or not path.parent.exists():  # it failed at once, or ran on another machine
+            continue
+        history = read_history(path)
         best = {metric: history[int(line["best epoch"]) - 1][metric] for metric in METRICS if line.get(metric)}
         if difference({metric: float(line[metric]) for metric in best}, best):
             raise Fault(f"table.csv: trial {line['run_id']} is not its run's; python -m study.sweep makes it anew")

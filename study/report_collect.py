@@ -1,5 +1,6 @@
 """A report.toml of what is finished in runs/ and sweeps/: of each task the largest set of comparable runs."""
 
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from study.report_facts import facts
 from study.report_selection import Study
 
 HEADER = "# Which runs report.md shows. `python -m study.report --collect` wrote this file; edit it as you like.\n"
-OTHER_TILES = "on other training tiles than the networks of Tasks 1 and 3"
+OTHER_TILES = "on other training tiles than the page's networks"
 Selection = dict[str, dict[str, Any]]
 
 
@@ -32,15 +33,15 @@ def collect(folder: Path) -> None:
             left |= dict.fromkeys(run_ids, str(error))
         else:
             selection[section] = content
+    for reason in dict.fromkeys(left.values()):
+        print(f"left out: {', '.join(run_id for run_id in left if left[run_id] == reason)}: {reason}")
     if not selection:
-        raise UsageError(f"{folder / 'runs'}: no finished run to show; python task1.py makes one")
+        raise UsageError(f"{folder / 'runs'}: no finished run of a task to show; python task1.py makes one")
     text = HEADER
     for section, content in sorted(selection.items()):
         text += f"[{section}]\n" + "".join(f"{name} = {json.dumps(value)}\n" for name, value in content.items())
     write_text(folder / "report.toml", text)
     print(f"{folder / 'report.toml'}:\n{text.removeprefix(HEADER)}", end="")
-    for reason in dict.fromkeys(left.values()):
-        print(f"left out: {', '.join(run_id for run_id in left if left[run_id] == reason)}: {reason}")
 
 
 def finished(folder: Path, left: dict[str, str]) -> list[Record]:
@@ -84,12 +85,19 @@ def candidates(
     Task 1 and Task 3 show their best group of runs (`preference_of`), Task 5 its best comparison; the other groups
     on the same training tiles are further networks.
     """
-    tables = {path: read_table(path) or [{}] for path in sorted((folder / "sweeps").glob("*/*.csv"))}
-    grids = {path: lines for path, lines in tables.items() if path.name == "runs.csv"}
-    curves = [path for path, lines in grids.items() if "train_tiles" in lines[0]]
-    ablations = [path for path, lines in grids.items() if "ablation" in lines[0] and path not in curves]
-    searches = [path for path, lines in tables.items() if path.name == "table.csv" and "run_id" in lines[0]]
-    swept = {line["run_id"] for path in (*grids, *searches) for line in tables[path] if "run_id" in line}
+    tables = {path: read_table(path) for path in sorted((folder / "sweeps").glob("*/*.csv"))}
+    runs_of = {  # a grid's runs.csv and a search's table.csv name their runs
+        path: [line["run_id"] for line in lines]
+        for path, lines in tables.items()
+        if lines and "run_id" in lines[0]
+    }
+    swept = set(itertools.chain(*runs_of.values()))
+    finished_runs = {record.run_id for record in records}
+    sweeps = [path for path in runs_of if not finished_runs.isdisjoint(runs_of[path])]  # else: on other tiles
+    grids = [path for path in sweeps if path.name == "runs.csv"]
+    curves = [path for path in grids if "train_tiles" in tables[path][0]]
+    ablations = [path for path in grids if "ablation" in tables[path][0] and path not in curves]
+    searches = [path for path in sweeps if path.name == "table.csv" and ablations]  # in the ablation's section
     compared = {
         path.parent.name: [run["run_id"] for runs in read_json(path)["runs"].values() for run in runs]
         for path in (folder / "runs").glob("*/comparison.json")
@@ -107,13 +115,15 @@ def candidates(
             run_ids = [record.run_id for record in best]
             yield section, {"runs": run_ids}, run_ids
     tuned = [record for record in records if record.facts["task"] == "task5" and record.run_id not in swept]
+    paired: list[Record] = []  # of Task 5
     if compared:
         pairs = {name: [one for one in tuned if one.run_id in run_ids] for name, run_ids in compared.items()}
         chosen = max(pairs, key=lambda name: preference_of(pairs[name]))
         yield "task5", {"comparison": chosen}, compared[chosen]
-        tuned = [record for record in tuned if record not in pairs[chosen]]
+        paired = pairs[chosen]
+        tuned = [record for record in tuned if record not in paired]
     others += [record for group in newest_of_each_seed(tuned) for record in group]
-    tiles = {record.summary["data_fingerprint"] for record in shown}
+    tiles = {record.summary["data_fingerprint"] for record in shown or paired}
     baselines = [record for record in records if record.facts["task"] == "baselines"]
     for section, members in (("networks", others), ("baselines", baselines)):
         run_ids = [record.run_id for record in members if record.summary["data_fingerprint"] in tiles]
@@ -124,16 +134,18 @@ def candidates(
         names = {"ablation": path.parent.name}
         if searches:
             names["search"] = searches[-1].parent.name
-        yield "task4", names, [line["run_id"] for line in tables[path]]
+        yield "task4", names, runs_of[path]
     if curves:
         largest = [record.run_id for record in shown]  # the curves' last points, if these have their recipes
-        yield "learning_curve", {"sweeps": [path.parent.name for path in curves], "runs": largest}, []
+        content = {"sweeps": [path.parent.name for path in curves], "runs": largest}
+        yield "learning_curve", content, list(itertools.chain(*map(runs_of.__getitem__, curves)))
     explained = [one for one in records if (one.folder / "attribution.json").exists()]
     explained.sort(key=lambda one: one in shown)  # rather one of the page's Task 1 is shown
     if explained:
         also = [record.run_id for record in explained[:-1]]
-        yield "task2", {"run": explained[-1].run_id, **({"also": also} if also else {})}, []
-    of_page = {line["run_id"] for path in (*ablations[-1:], *searches[-1:], *curves) for line in tables[path]}
+        run_ids = [record.run_id for record in explained]
+        yield "task2", {"run": run_ids[-1], **({"also": also} if also else {})}, run_ids
+    of_page = set(itertools.chain(*(runs_of[path] for path in (*ablations[-1:], *searches[-1:], *curves))))
     named = {record.run_id for record in (*shown, *others, *baselines)}.union(of_page, *compared.values())
     for record in records:
         if record.run_id in swept - of_page:

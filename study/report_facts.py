@@ -55,14 +55,14 @@ class Analysed:
 
     `only_right` are the mean numbers of tiles that only ours or only the published network classifies rightly,
     `p` is the largest p of McNemar's exact tests, one per run. `matched` has, for each matching of colours, the
-    test ACC and the share of the gap between test and validation ACC that closes; it is empty without checkpoints.
+    runs with checkpoints, their test ACC and the share of the gap between test and validation ACC that closes.
     """
 
     group: Group
     only_right: Mapping[str, float]
     p: float
     verdict: str
-    matched: Mapping[str, tuple[Estimate, Spread]]
+    matched: Mapping[str, tuple[Group, Estimate, Spread]]
 
     @classmethod
     def of(cls, group: Group, analysis: Mapping[str, Any]) -> "Analysed":
@@ -74,13 +74,13 @@ class Analysed:
         matched = {}
         for name, scores in analysis["matched"].items():
             after, shares = [], []
-            for record in group.records:
-                if record.run_id in scores:
-                    after.append(scores[record.run_id]["acc"])
-                    before, goal = (record.scores[score] for score in ("test/acc", "validate/acc"))
-                    shares.append((after[-1] - before) / (goal - before) if goal != before else math.nan)
-            if after:
-                matched[name] = share(spread(after)), spread(shares)
+            scored = [record for record in group.records if record.run_id in scores]
+            for record in scored:
+                after.append(scores[record.run_id]["acc"])
+                before, goal = (record.scores[score] for score in ("test/acc", "validate/acc"))
+                shares.append((after[-1] - before) / (goal - before) if goal != before else math.nan)
+            if scored:
+                matched[name] = Group(scored), share(spread(after)), spread(shares)
         return cls(
             group,
             {whose: fmean(pair[whose] for pair in pairs) for whose in ("ours", "theirs") if pairs},
@@ -137,7 +137,7 @@ def facts(study: Study) -> dict[str, Any]:
         if analysis and runs:
             analysed[task] = Analysed.of(Group(runs), analysis)
     search = study.search()
-    sources["Task 4, search"] = [study.provenance(trial["run_id"]) for trial in search]
+    sources["Task 4, search"] = study.provenance(search)
     return {
         "study": study,
         "tasks": tasks,

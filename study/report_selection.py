@@ -71,7 +71,9 @@ class Study:
         for run_id in run_ids:
             if not is_finished(self.folder, run_id):
                 runs = self.folder / "runs"
-                raise UsageError(f"report.toml names run {run_id}, which is not finished in {runs}: make report")
+                raise UsageError(
+                    f"report.toml names run {run_id}, which is not finished in {runs}: finish or remove it"
+                )
         records = [self.read.get(run_id) or Record.read(self.folder, run_id) for run_id in run_ids]
         if len({record.summary["data_fingerprint"] for record in records}) > 1:
             raise UsageError(f"report.toml: the runs of [{section}] come from different data sets")
@@ -109,12 +111,15 @@ class Study:
         return content
 
     def ablation(self) -> dict[str, list[Record]]:
-        """The ablation's runs by row, in its order; UsageError where its table is missing."""
-        lines = self.sweep_table("ablation", "runs.csv", "ablation.yaml")
-        rows: dict[str, list[Record]] = {}
+        """The ablation's runs by row, the reference first; UsageError where it has no table."""
+        lines, table = (self.sweep_table("ablation", file, "ablation.yaml") for file in ("runs.csv", "table.csv"))
+        # In the order of the table: the first run may be one of another row.
+        rows: dict[str, list[Record]] = {line["row"]: [] for line in table}
         for line, record in zip(lines, self.runs("task4", [line["run_id"] for line in lines]), strict=True):
+            if "ablation" not in line:
+                raise UsageError(f"report.toml: {self.named('task4', 'ablation')} is no ablation; name one")
             rows.setdefault(line["ablation"], []).append(record)
-        return rows
+        return {row: records for row, records in rows.items() if records}
 
     def search(self) -> list[dict[str, str]]:
         """The search's trials, the best one first; none where report.toml names no search."""
@@ -122,17 +127,18 @@ class Study:
             return []
         lines = self.sweep_table("search", "table.csv", "sweep.yaml")
         for shown in list(self.read.values())[:1]:  # the page has one kind of tiles
-            for trial in (line["run_id"] for line in lines):
-                facts = self.provenance(trial)
+            for facts in self.provenance(lines):
                 tiles = (shown.summary["synthetic"], shown.config["size"])
                 if (facts["synthetic"], facts["config"]["size"]) != tiles:
-                    raise UsageError(f"report.toml: trial {trial} and run {shown.run_id} have other tiles")
+                    raise UsageError(
+                        f"report.toml: trial {facts['run_id']} and run {shown.run_id} have other tiles"
+                    )
         return lines
 
-    def provenance(self, run_id: str) -> Mapping[str, Any]:
-        """The config.json of a run, finished or not; Fault where it is missing."""
-        content: Mapping[str, Any] = read_json(run_folder(self.folder, run_id) / "config.json")
-        return content
+    def provenance(self, trials: Sequence[Mapping[str, str]]) -> list[Mapping[str, Any]]:
+        """The config.json of the trials that have one: some failed at once, or ran on another machine."""
+        paths = [run_folder(self.folder, trial["run_id"]) / "config.json" for trial in trials]
+        return [read_json(path) for path in paths if path.exists()]
 
     def comparison(self) -> Mapping[str, Any]:
         """Task 5's comparison; UsageError where it is missing."""
@@ -150,11 +156,12 @@ class Study:
 
     def learning_curve(self) -> list[Record]:
         """The runs of the learning curve, of any task and number of training tiles; none without a curve."""
-        chosen = self.selection.get("learning_curve", {})
-        lines = [
-            line for name in chosen.get("sweeps", []) for line in self._lines(name, "runs.csv", "learning_curve/…")
-        ]
-        run_ids = [*(line["run_id"] for line in lines), *chosen.get("runs", [])]
+        sweeps, more = (
+            self.named("learning_curve", name) if self.selection.get("learning_curve", {}).get(name) else []
+            for name in ("sweeps", "runs")
+        )
+        lines = [line for name in sweeps for line in self._lines(name, "runs.csv", "learning_curve/…")]
+        run_ids = [*(line["run_id"] for line in lines), *more]
         return [self.runs("learning_curve", [run_id])[0] for run_id in run_ids]
 
     def analysis(self) -> Mapping[str, Any] | None:
@@ -168,7 +175,10 @@ class Study:
     def link(self, path: str, text: str) -> str:
         """Markdown of a link to a figure; Fault where its file is missing."""
         if not self.has(path):
-            raise Fault(f"{self.folder / path}: the report shows this figure, and it is missing: make report")
+            raise Fault(
+                f"{self.folder / path}: the report shows this figure, and it is missing: restore it "
+                "(python -m study.report draws those in fig/report)"
+            )
         self.linked.append(path)
         return f"[{text}]({path})"
 

@@ -60,7 +60,9 @@ def row(output_dir: Path, run_id: str) -> tuple[str, dict[str, str]]:
             "network": config.get("model_name") or config["baseline"],
             "data": facts["dataset"],
             "seed": str(config["seed"]),
-            "state": f"{state} ({len(history)} of {config.get('n_epochs', 0)} epochs)",
+            "state": f"{state} ({len(history)} of {config['n_epochs']} epochs)"
+            if "n_epochs" in config
+            else "not finished",
             "validation ACC": f"{max(accuracies):.4f}" if accuracies else "",
             "age": age(datetime.fromisoformat(started)),
         }

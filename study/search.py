@@ -19,6 +19,7 @@ from optuna.pruners import BasePruner, NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import RDBStorage, fail_stale_trials
 from optuna.storages.journal import JournalFileBackend, JournalStorage
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from common.errors import Fault, Untrainable, UsageError, first_line
@@ -78,7 +79,8 @@ class Search:
         sweep = self.records.sweep
         fixed = {name: value for name, value in sweep.fixed.items() if name not in sweep.per_machine()}
         space = {"metric": sweep.metric, "fixed": fixed, "swept": str(dict(sweep.swept))}
-        if self.study.user_attrs.get("space", space) != space:
+        other_goal = sweep.maximize != (self.study.direction == StudyDirection.MAXIMIZE)
+        if other_goal or self.study.user_attrs.get("space", space) != space:
             raise UsageError(
                 f"search {sweep.name} was started with other parameters: use another --output_dir, or another "
                 "name in the sweep file"

@@ -136,14 +136,19 @@ def main(config: SweepConfig) -> None:
             raise UsageError("--storage is for a search: commands that share a grid share its --output_dir")
         trials = grid(sweep)
         failed = [] if config.table_only else run_grid(trials, records, n_workers)
-        if len(failed) < len(trials):
+        try:
             report(trials, records)
+        except UsageError:  # no run has finished, or none of the first row
+            if not failed:
+                raise
         if failed:
             raise failed_runs(failed)
     else:
         from study.ranking import rank  # Optuna takes a second to import: a grid does not need it
         from study.search import Search
 
+        if config.table_only and not config.storage and not (records.folder / "search.journal").exists():
+            raise UsageError(f"no trial of {sweep.name} has ended yet")  # a new search would keep these keys
         search = Search(records, config.storage)
         if not config.table_only:
             search.run(config.count, n_workers)

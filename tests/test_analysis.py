@@ -177,6 +177,7 @@ def test_without_checkpoints_and_published_predictions_the_rest_is_analysed(
         (lambda lines: lines[:-1], "must have 18 rows"),
         (lambda lines: lines[::-1], "must have 18 rows"),
         (lambda lines: ["a,b", *lines[1:]], "not a readable table"),
+        (lambda lines: [*lines[:-1], lines[-1].replace(lines[-1].split(",")[1], "nan")], "must have 18 rows"),
     ],
 )
 def test_predictions_of_other_tiles_are_refused(
@@ -199,7 +200,7 @@ def test_a_record_that_has_more_is_not_replaced(
         (lambda: None, r"has the comparison with .*\.csv \(--published\), which cannot be computed now"),
         (
             lambda: shutil.rmtree(study / "checkpoints"),
-            r"the mean and spread in CIELAB of first \(their checkpoints",
+            r"the mean and spread in CIELAB of first \(no checkpoints",
         ),
     ):
         prepare()

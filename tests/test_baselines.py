@@ -11,6 +11,7 @@ import torch
 
 from common.config import run_script
 from common.data import Split
+from common.errors import UsageError
 from common.records import Record
 from common.shift import SHIFTS
 from study import baselines
@@ -28,6 +29,12 @@ def test_the_features_are_the_statistics_of_colours_and_gradient() -> None:
     assert table[4:7] == pytest.approx([0, 0.5, 0])
     assert table[8:12] == pytest.approx([1, 0, 0, 0])  # the lowest quantile
     assert table[24:28] == pytest.approx([1, 1, 0, 1 / 6])  # the highest one
+
+
+@pytest.mark.parametrize("tiles", [44, 89_997])
+def test_too_few_and_too_many_training_tiles_are_refused(tiles: int) -> None:
+    with pytest.raises(UsageError, match=r"--train_tiles .*: must be at least 45 and at most 89,996"):
+        baselines.BaselinesConfig(train_tiles=tiles)
 
 
 def test_flips_and_turns_do_not_change_the_features() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jinja2
 import numpy as np
 import pytest
 import yaml
@@ -22,7 +23,8 @@ import train
 from common import statistics
 from common.config import run_script
 from common.files import write_csv
-from study import baselines, forecast, report, report_facts, report_figures, sweep
+from common.records import Record
+from study import baselines, forecast, groups, report, report_facts, report_figures, sweep
 from study.report_facts import REFERENCES, facts, rescued, together
 from study.report_selection import Study
 
@@ -223,6 +225,113 @@ def test_the_page_says_which_trial_of_a_search_is_the_best_and_on_which_tiles(st
     assert f"; 2 trials on {data}.*" in page
 
 
+def test_the_check_compares_the_search_s_trials_with_their_runs(
+    study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(study / "runs/small-combined-0", study / "runs/search-0")
+    for name in ("config.json", "summary.json"):
+        path = study / "runs/search-0" / name
+        path.write_text(path.read_text().replace("small-combined-0", "search-0"))
+    with open(study / "runs/search-0/history.csv", newline="") as file:
+        best = max(csv.DictReader(file), key=lambda row: float(row["validate/acc"]))
+    found = {"validate/acc": best["validate/acc"], "best epoch": int(float(best["epoch"])), "epochs": 2, "lr": 0.1}
+    trials = [{"rank": 1, "run_id": "search-0", "state": "finished", **found}]
+    # Of another machine, and one that failed before it left a record.
+    trials.append({**trials[0], "run_id": "search-1"})
+    trials.append({**trials[0], "run_id": "search-2", "state": "failed", "validate/acc": "", "best epoch": ""})
+    (study / "sweeps/search").mkdir()
+    (study / "sweeps/search/table.md").touch()
+    toml = study / "report.toml"
+    toml.write_text(toml.read_text().replace("[task4]\n", '[task4]\nsearch = "search"\n'))
+    write_csv(study / "sweeps/search/table.csv", trials)
+    make(study)
+    trials[0]["validate/acc"] = 0.987
+    write_csv(study / "sweeps/search/table.csv", trials)
+    fails(study, 1, "trial search-0 is not its run's", capsys, "--check")
+
+
+def test_the_reference_of_the_ablation_is_that_of_its_table(study: Path) -> None:
+    path = study / "sweeps/small/runs.csv"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if "small-combined-0" not in line))
+    page = built(study)
+    assert "| reference | 1 |" in page
+    assert page.index("| reference | 1 |") < page.index("| with averaged weights (EMA) | 2 |")
+    assert "none has more than one seed" in page
+
+
+def test_an_ablation_of_the_reference_alone_has_no_verdict(study: Path) -> None:
+    path = study / "sweeps/small/runs.csv"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if "with_ema" not in line))
+    for record in study.glob("runs/small-combined-*/summary.json"):
+        scores = json.loads(record.read_text())
+        del scores["tta"]  # else the reference over 8 views would be compared
+        record.write_text(json.dumps(scores))
+    assert "| reference | 2 |" in (page := built(study))
+    assert "- Task 4: " not in page
+
+
+def copied(study: Path, run_id: str, other: str, **keys: Any) -> None:
+    """Copy a run under another id, with other keys."""
+    folder = shutil.copytree(study / "runs" / run_id, study / "runs" / other)
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    content["config"] |= {"run_id": other, **keys}
+    path.write_text(json.dumps({**content, "run_id": other}))
+    summary("run_id", value=other)(folder)
+
+
+def test_networks_whose_recipes_have_the_same_name_are_all_shown(study: Path) -> None:
+    copied(study, "first-0", "same", seed=7)
+    copied(study, "first-0", "fast", lr=0.5)
+    with open(study / "report.toml", "a") as file:
+        file.write('[networks]\nruns = ["same", "fast"]\n')
+    page = built(study)
+    for run_id in ("same", "fast"):
+        assert f"[{run_id}](runs/{run_id}/)" in page
+    assert "It has the recipe of Task 1.\n" in page
+    assert "It has the recipe of Task 1, but with learning rate: 0.5.\n" in page
+
+
+def parts(**more: Any) -> Any:
+    """The macros of report_parts.md.j2."""
+    loader = jinja2.FileSystemLoader(ROOT / "study")
+    environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template("report_parts.md.j2").make_module({"interval": statistics.interval, **more})
+
+
+def test_a_baseline_of_two_seeds_has_no_interval_and_gives_no_verdict() -> None:
+    def group(*values: float) -> Any:
+        score = groups.share(statistics.spread(values))
+        by_seed = dict(enumerate(values))
+        return SimpleNamespace(records=values, score=lambda *_: score, by_seed=lambda *_: by_seed)
+
+    beside = parts(least_seeds=3).beside
+    assert (
+        beside("Task 1", group(0.9, 0.9, 0.9), group(0.1, 0.1))
+        == "Task 1 has 0.9000 and 0.9000 and 0.9000 (3 seeds)"
+    )
+    assert beside("Task 1", group(0.9, 0.9, 0.9), group(0.1, 0.1, 0.1)) == "Task 1 is higher than it"
+
+
+@pytest.mark.parametrize(("part", "said"), [("all", True), ("classifier", False)])
+def test_the_recipe_names_the_factor_of_the_learning_rate_only_where_it_counts(part: str, said: bool) -> None:
+    config = {**Record.read(ROOT, "task5").config, "train_part": part, "backbone_lr_factor": 0.1}
+    text = parts().recipe(SimpleNamespace(first=SimpleNamespace(config=config)))
+    assert ("; 0.1 times this in the first block, rising to the last layer" in text) == said
+
+
+def test_the_nearest_recipe_has_no_key_that_the_other_lacks() -> None:
+    def group(**config: Any) -> Any:
+        return SimpleNamespace(first=SimpleNamespace(config={"lr": 0.1, **config}))
+
+    others = {"fine-tuned": group(weights="w"), "Task 3": group(lr=0.2, ablation="combined")}
+    assert groups.nearest(group(), {"fine-tuned": others["fine-tuned"]}) == ("fine-tuned", {"weights": None})
+    others["fine-tuned"] = group(weights="w", train_part="all")
+    assert groups.nearest(group(seed=3), others) == ("Task 3", {"lr": 0.1})
+
+
 def test_the_page_shows_further_networks_and_readme_the_results(
     study: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -421,6 +530,7 @@ def repaint(folder: Path) -> None:
             npz(lambda arrays: arrays.update(shifted_gamma=arrays["validate_targets"])),
             "shifted gamma is .*, scores.npz gives",
         ),
+        (npz(lambda arrays: arrays.pop("validate_logits")), "runs/first-1: a record lacks 'validate_logits'"),
         (npz(lambda arrays: arrays.pop("last_logits")), "does not hold the outputs of the last weights"),
         (lambda folder: (folder / "scores.npz").unlink(), "scores.npz: not a readable record"),
         (summary("best", "acc", "value", value=0.99), "best, acc value is 0.99, scores.npz gives another value"),
@@ -496,6 +606,11 @@ def test_the_same_records_give_the_same_page(study: Path) -> None:
             '[task3]\nruns = ["small-combined-0"]\n[task4]\nablation = "gone"\n',
             "runs.csv: missing; python -m study.sweep",
         ),
+        ('[task3]\nruns = ["small-combined-0"]\n[task4]\nablation = "g"\n', "report.toml: g is no ablation"),
+        (
+            '[task1]\nruns = ["first-0"]\n[learning_curve]\nsweeps = "g"\n',
+            r"\[learning_curve\] needs sweeps = ",
+        ),
         (
             '[task1]\nruns = ["first-0"]\n[task5]\ncomparison = "gone"\n',
             "comparison.json: missing; python task5.py",
@@ -505,6 +620,8 @@ def test_the_same_records_give_the_same_page(study: Path) -> None:
 def test_a_selection_that_cannot_be_shown_is_refused_in_one_line(
     selection: str | None, message: str, study: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    for name in ("runs", "table"):
+        write_csv(study / "sweeps/g" / f"{name}.csv", [{"run_id": "small-combined-0", "row": "0.1", "lr": 0.1}])
     (study / "report.toml").unlink()
     if selection is not None:
         (study / "report.toml").write_text(selection)

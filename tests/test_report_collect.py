@@ -18,9 +18,12 @@ from hypothesis import strategies as st
 from common.config import run_script
 from common.errors import UsageError
 from common.files import write_csv
+from common.records import Record
 from study import runs
+from study.groups import Group
+from study.report import build
 from study.report_collect import collect
-from study.report_facts import facts
+from study.report_facts import Analysed, facts
 from study.report_selection import Study
 
 
@@ -99,14 +102,41 @@ def test_the_largest_group_of_each_task_is_selected_and_the_rest_is_named_with_t
         ("torn", r".*history\.csv: not a readable record"),
         ("phantom, large", "other tiles than the page's"),
         ("old", "an older run of the same seed"),
-        ("point-of-old-curve", "of a sweep that the page does not show"),
-        ("few, few-colours", "on other training tiles than the networks of Tasks 1 and 3"),
+        ("trial, point-of-old-curve", "of a sweep that the page does not show"),
+        ("few, few-colours", "on other training tiles than the page's networks"),
     ):
         assert re.search(f"^left out: {run_ids}: {reason}", printed, re.MULTILINE), run_ids
 
 
+def test_runs_that_cannot_make_a_page_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (add(tmp_path, "torn") / "history.csv").unlink()
+    with pytest.raises(UsageError, match="no finished run of a task"):
+        collect(tmp_path)
+    assert "left out: torn: " in capsys.readouterr().out
+
+
+def test_published_scores_are_shown_where_a_task_has_all_tiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Study, "link", lambda study, path, text: f"[{text}]({path})")
+    few = json.loads((ROOT / "runs/task1-0/summary.json").read_text())["tiles"] | {"train": 900}
+    add(tmp_path, "few", tiles=few, data_fingerprint="few", config={"train_tiles": 900})
+    add(tmp_path, "all", task="task3")
+    for text, published in (
+        ('[task1]\nruns = ["few"]\n[task3]\nruns = ["all"]\n', True),
+        ('[task1]\nruns = ["few"]\n', False),
+    ):
+        (tmp_path / "report.toml").write_text(text)
+        study = Study(tmp_path)
+        page = build(study, facts(study))
+        assert ("so they are not shown here" in page) != published
+        assert (", and published figures" in page) == published
+        assert ("against the coursework's" in page) == published
+        assert "baseline" not in page
+
+
 def test_only_generated_tiles_make_a_page_too_and_no_run_at_all_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"no finished run to show; python task1\.py makes one"):
+    with pytest.raises(UsageError, match=r"no finished run of a task to show; python task1\.py makes one"):
         collect(tmp_path)
     add(tmp_path, "phantom", synthetic=True)
     collect(tmp_path)
@@ -160,6 +190,10 @@ def test_the_table_of_runs_has_each_state(tmp_path: Path, capsys: pytest.Capture
         (run / "summary.json").unlink()
         (run / ".lock").touch()
     (add(tmp_path, "torn") / "config.json").write_text("{")
+    boosting = shutil.copytree(ROOT / "runs/boosting-89996-0", tmp_path / "runs/boosting")
+    (boosting / "summary.json").unlink()
+    config = json.loads((boosting / "config.json").read_text())
+    (boosting / "config.json").write_text(json.dumps({**config, "run_id": "boosting"}))
     hold = "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX); print(); input()"
     command = [sys.executable, "-c", hold, str(tmp_path / "runs/running/.lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
@@ -170,9 +204,10 @@ def test_the_table_of_runs_has_each_state(tmp_path: Path, capsys: pytest.Capture
     table = capsys.readouterr().out
     assert "\x1b" not in table  # no colour outside a terminal
     lines = [line.split() for line in table.splitlines()]
-    assert [line[0] for line in lines] == ["run", "torn", "stopped", "done", "running"]
+    assert [line[0] for line in lines] == ["run", "torn", "stopped", "done", "running", "boosting"]
     assert lines[1][1:] == ["damaged"]
     assert "stopped (5 of 5 epochs)" in " ".join(lines[2])
+    assert "not finished" in table.split("\nboosting")[1].split("\n")[0]
     assert "finished (no weights) 0.9468 0.8149" in " ".join(lines[3])
     assert "running (5 of 5 epochs)" in " ".join(lines[4])
     weights = tmp_path / "checkpoints/done/best.pt"
@@ -201,6 +236,65 @@ def test_a_folder_without_runs_is_named(tmp_path: Path, capsys: pytest.CaptureFi
         run_script(runs.main, runs.RunsConfig, [f"--output_dir={tmp_path}"])
     assert ended.value.code == 2
     assert "no runs here; python task1.py makes one" in capsys.readouterr().err
+
+
+def test_sweeps_on_other_tiles_do_not_take_the_place_of_the_page_s(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add(tmp_path, "first")
+    for name, changes in (("a", {}), ("z", {"synthetic": True})):
+        add(tmp_path, f"{name}-0", task="task3", config={"ablation": "combined"}, **changes)
+        run = {"run_id": f"{name}-0", "ablation": "combined", "seed": 0}
+        write_csv(tmp_path / "sweeps" / name / "runs.csv", [run])
+        write_csv(tmp_path / "sweeps" / name / "table.csv", [{"row": "combined"}])
+    add(tmp_path, "tried", task="task3")
+    write_csv(tmp_path / "sweeps/search/table.csv", [{"run_id": "tried", "lr": 0.1}])
+    collect(tmp_path)
+    assert Study(tmp_path).selection["task4"] == {"ablation": "a", "search": "search"}
+    shutil.rmtree(tmp_path / "sweeps" / "a")
+    capsys.readouterr()
+    collect(tmp_path)
+    assert "task4" not in Study(tmp_path).selection
+    assert "left out: tried: of a sweep that the page does not show" in capsys.readouterr().out
+
+
+def test_the_runs_of_a_section_that_cannot_be_shown_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add(tmp_path, "first", attribution=True)
+    (tmp_path / "runs/first/attribution.json").write_text("{")
+    add(tmp_path, "point")
+    write_csv(
+        tmp_path / "sweeps/curve/runs.csv", [{"run_id": run_id, "train_tiles": 9} for run_id in ("point", "gone")]
+    )
+    collect(tmp_path)
+    assert Study(tmp_path).selection.keys() == {"task1"}
+    printed = capsys.readouterr().out
+    assert re.search(r"left out: first: .*attribution\.json: not a readable record", printed)
+    assert "left out: point, gone: report.toml names run gone, which is not finished" in printed
+
+
+def test_baselines_are_shown_beside_task_5_alone(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "runs/task5", tmp_path / "runs/task5")
+    shutil.copytree(ROOT / "runs/task5-scratch", tmp_path / "runs/task5-scratch")
+    comparison = json.loads((tmp_path / "runs/task5/comparison.json").read_text())
+    comparison["runs"] = {kind: runs[:1] for kind, runs in comparison["runs"].items()}
+    (tmp_path / "runs/task5/comparison.json").write_text(json.dumps(comparison))
+    shutil.copytree(ROOT / "runs/mean_rgb-89996-0", tmp_path / "runs/mean_rgb-89996-0")
+    collect(tmp_path)
+    assert Study(tmp_path).selection.keys() == {"task5", "baselines"}
+
+
+def test_matched_colours_are_compared_over_the_runs_that_have_checkpoints(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        add(tmp_path, f"r{seed}", config={"seed": seed})
+    group = Group([Record.read(tmp_path, f"r{seed}") for seed in (0, 1)])
+    matched = {"m": {"r1": {"acc": 0.5, "balanced_acc": 0.5}}, "none": {}}
+    analysed = Analysed.of(group, {"published": None, "matched": matched})
+    (scored, accuracy, _), *others = analysed.matched.values()
+    assert not others
+    assert [record.run_id for record in scored.records] == ["r1"]
+    assert accuracy.value == 0.5
 
 
 def test_more_training_tiles_come_before_more_seeds(tmp_path: Path) -> None:

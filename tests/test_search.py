@@ -21,7 +21,7 @@ from sweep_runs import SEARCH, Write, begin, run, starts, table, wait_for, wait_
 
 from common.config import run_script
 from common.errors import Fault, UsageError
-from study import search, sweep
+from study import ranking, search, sweep
 from study.ranking import importances
 
 
@@ -52,6 +52,18 @@ def test_a_search_ranks_its_trials(write_sweep: Write, tmp_path: Path, method: s
     assert text.startswith("**try**: no data; 4 trials")
     assert (output / "fig/task4/try-parallel-coordinates.png").exists()
     assert (output / "fig/task4/try-importance.png").exists()
+
+
+def test_an_importance_that_more_trials_no_longer_give_is_removed(
+    write_sweep: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, figure = write_sweep(SEARCH), tmp_path / "out/fig/task4/try-importance.png"
+    run(path, tmp_path / "out", count=3)
+    assert figure.exists()
+    monkeypatch.setattr(ranking, "importances", lambda _: [{"quality": 1, "row": 0}, {"quality": 0, "row": 1}])
+    run(path, tmp_path / "out", count=3)
+    assert not figure.exists()
+    assert "3 finished trials do not tell which parameter" in capsys.readouterr().out
 
 
 def test_a_search_may_minimise(write_sweep: Write, tmp_path: Path) -> None:
@@ -207,6 +219,9 @@ def test_another_search_of_the_same_name_or_an_unknown_metric_is_refused(
     run(write_sweep(SEARCH), tmp_path / "out", count=1)
     with pytest.raises(UsageError, match="search try was started with other parameters"):
         run(write_sweep(SEARCH, {"n_epochs": {"value": 2}}), tmp_path / "out", count=2)
+    other_goal = {**SEARCH, "metric": {"name": "validate/acc", "goal": "minimize"}}
+    with pytest.raises(UsageError, match="search try was started with other parameters"):
+        run(write_sweep(other_goal), tmp_path / "out", count=2)
     with pytest.raises(Fault, match=r"history\.csv has no column validate/f1, the sweep's metric"):
         run(write_sweep({**SEARCH, "name": "other", "metric": {"name": "validate/f1"}}), tmp_path / "out", count=2)
 

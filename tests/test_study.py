@@ -1,8 +1,10 @@
 """The study in one command: its steps, a whole study, and a second start."""
 
 import dataclasses
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import ROOT
 from processes import start
 
 import task1
@@ -19,9 +22,11 @@ import task2
 import task5
 import train
 from common.config import Keys, parse, run_script
+from common.files import write_csv
 from study import __main__ as study
 from study import analysis, baselines, sweep
 from study.sweep_file import read_sweep
+from study.trials import TrialRecords
 
 SCRIPTS: dict[str, type[Keys]] = {
     "task1.py": task1.Task1Config,
@@ -167,6 +172,28 @@ def test_a_study_ends_with_its_report_and_a_second_start_runs_only_what_is_missi
     assert error.endswith("Task 4, ablation ended with exit status 7; the same command continues the study")
     assert (tmp_path / "report.toml").read_text() == selection
     assert (tmp_path / "report.md").read_text() == page
+
+
+def test_a_sweep_is_finished_if_its_table_has_every_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TrialRecords, "is_finished", lambda records, trial: True)
+    for file, count, name in (("ablation.yaml", None, "runs.csv"), ("sweep.yaml", 3, "table.csv")):
+        folder = tmp_path / "sweeps" / ("search" if count else "ablation")
+        n_runs = count or len(sweep.grid(read_sweep(Path(file))))
+        assert not study.sweep_finished(Path(file), [], tmp_path, count)
+        for written in (n_runs - 1, n_runs):
+            write_csv(folder / name, [{"run_id": f"r{number}"} for number in range(written)])
+            (folder / "table.md").touch()
+            assert study.sweep_finished(Path(file), [], tmp_path, count) == (written == n_runs)
+
+
+def test_task_5_is_finished_if_its_comparison_has_every_seed(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "runs/task5", tmp_path / "runs/task5")
+    record = json.loads((ROOT / "runs/task5/comparison.json").read_text())
+    for n_seeds in (4, 5):
+        runs = {kind: (2 * found)[:n_seeds] for kind, found in record["runs"].items()}
+        (tmp_path / "runs/task5/comparison.json").write_text(json.dumps({**record, "runs": runs}))
+        found = {step.title: step.finished for step in study.steps(config_of(f"--output_dir={tmp_path}"))}
+        assert found["Task 5"] == (n_seeds == 5)
 
 
 def test_a_study_waits_for_the_step_that_a_killed_study_has_left(

@@ -276,6 +276,12 @@ def test_a_failed_run_is_named_and_the_others_still_run(
     )
 
 
+def test_a_failed_reference_is_named_too(write_sweep: Write, tmp_path: Path) -> None:
+    parameters = {"quality": {"values": [-1, 0.5]}, "seed": {"values": [0]}}
+    with pytest.raises(Fault, match="try-_1-0 failed: see their logs"):
+        run(write_sweep({"method": "grid", "parameters": parameters}), tmp_path / "out")
+
+
 def test_a_sweep_fails_if_all_its_runs_fail(write_sweep: Write, tmp_path: Path) -> None:
     path = write_sweep({"method": "grid", "parameters": {"quality": {"value": -1}, "seed": {"values": [0, 1]}}})
     with pytest.raises(Fault, match="try-0, try-1 failed"):
@@ -650,6 +656,35 @@ def test_the_table_of_an_incomplete_grid_names_the_missing_runs_and_compares_the
     assert c["test/acc verdict"] == "too few seeds"
 
 
+def test_the_first_row_stays_the_reference_where_its_first_seed_is_missing(
+    write_sweep: Write, tmp_path: Path
+) -> None:
+    parameters = {"row": {"values": ["a", "b", "twin-of-a"]}, "seed": {"values": [0, 1, 2]}}
+    path = write_sweep({"method": "grid", "parameters": parameters})
+    run(path, tmp_path)
+    (tmp_path / "runs/try-a-0/summary.json").unlink()
+    run(path, tmp_path, table_only=True)
+    a, b, twin, *_ = table(tmp_path)
+    assert [row["row"] for row in (a, b, twin)] == ["a", "b", "twin-of-a"]
+    assert (twin["n"], twin["test/acc pairs"], twin["test/acc verdict"]) == ("3", "2", "identical")
+    assert b["test/acc verdict"] == "too few seeds"
+    before = (tmp_path / "sweeps/try/runs.csv").read_bytes()
+    for seed in (1, 2):
+        (tmp_path / f"runs/try-a-{seed}/summary.json").unlink()
+    with pytest.raises(UsageError, match="no run of a is finished yet"):
+        run(path, tmp_path, table_only=True)
+    assert (tmp_path / "sweeps/try/runs.csv").read_bytes() == before
+
+
+def test_the_table_of_a_learning_curve_names_every_number_of_training_tiles(
+    write_sweep: Write, tmp_path: Path
+) -> None:
+    larger = {"tiles": {"train": 2000, "val": 10, "test": 20}, "dataset": "all data", "data_fingerprint": "all"}
+    text = report(write_sweep(THREE_SEEDS), tmp_path, **{f"try-b-{seed}": larger for seed in range(3)})
+    assert text.startswith("**try**: all data / no data; 1,000 / 2,000 training, 10 validation")
+    assert "cannot be compared" not in text
+
+
 def test_the_table_warns_of_runs_on_different_data(write_sweep: Write, tmp_path: Path) -> None:
     other = {"try-b-1": {"dataset": "other data", "data_fingerprint": "g"}}
     text = report(write_sweep(THREE_SEEDS), tmp_path, **other)
@@ -661,6 +696,7 @@ def test_a_table_without_a_finished_run_is_refused(write_sweep: Write, tmp_path:
         run(write_sweep(THREE_SEEDS), tmp_path, table_only=True)
     with pytest.raises(UsageError, match="no trial of try has ended yet"):
         run(write_sweep(SEARCH), tmp_path, table_only=True)
+    assert not (tmp_path / "sweeps").exists()
     without_a = {**SCORES, "a": dict.fromkeys(range(3))}
     with pytest.raises(UsageError, match="no run of a is finished yet"):
         report(write_sweep(THREE_SEEDS), tmp_path, without_a)
