@@ -69,9 +69,10 @@ def first_difference(page: str, made: str) -> str | None:
 
 
 def results(page: str) -> list[str]:
-    """The results in one line each, from the page's summary: README shows them, too."""
+    """What README shows of the page's summary, in one line each: what was learnt, or else the scores."""
     summary = page.split("\n## Summary\n")[1].split("\n## ")[0]
-    return [line for line in summary.splitlines() if line.startswith("- ")]
+    last_part = summary.split("\n### ")[-1]
+    return [line for line in last_part.splitlines() if line.startswith("- ")]
 
 
 def main(config: ReportConfig) -> None:
