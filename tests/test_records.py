@@ -141,7 +141,7 @@ CASES: list[tuple[Change, str]] = [
     (written("scores.npz", b""), r"scores\.npz: not a readable record"),
     (written("scores.npz", b"PK\x03\x04torn"), r"scores\.npz: not a readable record"),
     (arrays(best_logits=None), r"scores\.npz: not a readable record"),
-    (arrays(best_logits=np.zeros((18, 8))), r"scores\.npz: .*\(18, 8\).*expected is \(18, 9\)"),
+    (arrays(best_logits=np.zeros((18, 8))), r"scores\.npz: .*\(18, 8\).*not the shape \(18, 9\)"),
     (arrays(best_logits=np.zeros((17, 9))), r"scores\.npz: .*\(17, 9\)"),
     (arrays(best_logits=np.zeros((18, 9), int)), r"scores\.npz: .*int64"),
     (arrays(best_logits=np.full((18, 9), np.nan)), r"scores\.npz: .*best_logits has values that are not finite"),
