@@ -527,6 +527,14 @@ def reverse(name: str) -> Callable[[Path], None]:
     return npz(lambda arrays: arrays.update({name: arrays[name][::-1]}))
 
 
+def two_more_right(folder: Path) -> None:
+    def change(arrays: dict[str, np.ndarray]) -> None:
+        wrong = np.flatnonzero(arrays["shifted_gamma"] != arrays["validate_targets"])[:2]
+        arrays["shifted_gamma"][wrong] = arrays["validate_targets"][wrong]
+
+    npz(change)(folder)
+
+
 def repaint(folder: Path) -> None:
     figure = folder.parents[1] / "fig/task1/first-1-confusion.png"
     figure.write_bytes((folder.parents[1] / "fig/task1/first-0-confusion.png").read_bytes())
@@ -545,6 +553,7 @@ def repaint(folder: Path) -> None:
             npz(lambda arrays: arrays.update(shifted_gamma=arrays["validate_targets"])),
             "shifted gamma is .*, scores.npz gives",
         ),
+        (two_more_right, "shifted gamma is .*, scores.npz gives"),
         (npz(lambda arrays: arrays.pop("validate_logits")), "runs/first-1: a record lacks 'validate_logits'"),
         (npz(lambda arrays: arrays.pop("last_logits")), "does not hold the outputs of the last weights"),
         (lambda folder: (folder / "scores.npz").unlink(), "scores.npz: not a readable record"),
