@@ -7,7 +7,7 @@ from scipy import stats
 
 from common.records import Record
 from common.statistics import SIGNIFICANT, compare, holm, interval, paired_p, spread
-from study.comparison import comparison
+from study.comparison import comparison, convergence_epoch
 
 
 def test_a_spread_has_the_t_interval_of_the_mean() -> None:
@@ -107,6 +107,7 @@ def test_a_comparison_is_paired_by_seed_and_names_runs_that_might_converge_later
     content = comparison({"from scratch": scratch, "fine-tuned": [run(1, 0.5, 0.7), run(0, 0.915, 0.92)]})
     assert [one["censored"] for one in content["runs"]["from scratch"]] == [True, True]
     assert [one["convergence_epoch"] for one in content["runs"]["fine-tuned"]] == [2, 1]
+    assert convergence_epoch([example_records.row(1, 0.03), example_records.row(2, 0.035)]) == 1  # in floats, too
     assert [one["censored"] for one in content["runs"]["fine-tuned"]] == [True, False]
     difference = content["differences"]["test/acc"]
     assert (difference["n"], difference["mean"]) == (2, pytest.approx((0.62 + 0.1) / 2))
