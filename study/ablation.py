@@ -84,7 +84,7 @@ def identical_rows(rows: Mapping[str, Sequence[Record]]) -> set[str]:
     found = set()
     for row in others:
         pairs = [(run, first[run.config["seed"]]) for run in rows[row] if run.config["seed"] in first]
-        if pairs and all(same(*pair) for pair in pairs):
+        if all(same(*pair) for pair in pairs):
             found.add(row)
     return found
 

@@ -109,7 +109,7 @@ def run_grid(trials: Sequence[Trial], records: TrialRecords, n_workers: int) -> 
             for running, status in workers.wait():
                 run_id = running.trial.run_id
                 with running.lock:
-                    if status == 0 and records.is_finished(running.trial):
+                    if records.is_finished(running.trial):
                         outcome = records.outcome(run_id, "finished")
                     else:
                         outcome = records.failure(run_id, status)

@@ -168,6 +168,13 @@ def test_without_checkpoints_and_published_predictions_the_rest_is_analysed(
     run_script(report.main, report.ReportConfig, [f"--output_dir={study}"])
     page = (study / "report.md").read_text()
     assert "The network is wrong on" in page
+    assert "Up to 8 test tiles of each class that the network gets wrong" in page
+    most = max(content["hard"]["per_class"], key=content["hard"]["per_class"].__getitem__)
+    content["hard"]["per_class"][most] -= 1
+    (study / "analysis.json").write_text(json.dumps(content))
+    with pytest.raises(SystemExit):
+        run_script(report.main, report.ReportConfig, [f"--output_dir={study}", "--check"])
+    assert "all networks get wrong are not those of the runs" in capsys.readouterr().err
     assert "were matched" not in page
 
 

@@ -68,6 +68,8 @@ def test_the_summary_shows_every_score_with_its_interval_beside_published_ones(d
     ):
         assert expected in shown
     assert ([0.8, 0.8], [0, 0], blue) not in shown  # the interval is there
+    assert axes.get_xlim() == pytest.approx((0.45, 0.96))
+    assert "An interval that ends at the frame is longer" in drawn[0].get_suptitle()  # 0.4 of the baseline
     assert [label.get_text() for label in axes.get_yticklabels()] == [
         "Task 1: a network",
         "Baseline: colours",

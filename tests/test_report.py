@@ -272,6 +272,21 @@ def test_an_ablation_of_the_reference_alone_has_no_verdict(study: Path) -> None:
     assert "- Task 4: " not in page
 
 
+def test_validation_chooses_the_best_row_and_equal_networks_are_identical(study: Path) -> None:
+    for seed in (0, 1):
+        one, other = (study / "runs" / f"small-{row}-{seed}" for row in ("combined", "with_ema"))
+        shutil.copy(one / "scores.npz", other)
+        content = json.loads((one / "summary.json").read_text())
+        (other / "summary.json").write_text(json.dumps({**content, "run_id": other.name}))
+    assert facts(Study(study))["verdicts"]["with_ema"].verdict == "identical"
+    for seed in (0, 1):
+        summary("best", "acc", value={"value": 0.9, "low": 0.8, "high": 1})(study / f"runs/small-with_ema-{seed}")
+        summary("validate", "validate/acc", value=0.99)(study / f"runs/small-combined-{seed}")
+    found = facts(Study(study))
+    assert found["best_row"] == "combined"
+    assert found["verdicts"]["with_ema"].verdict == "too few seeds"
+
+
 def copied(study: Path, run_id: str, other: str, **keys: Any) -> None:
     """Copy a run under another id, with other keys."""
     folder = shutil.copytree(study / "runs" / run_id, study / "runs" / other)
@@ -514,6 +529,14 @@ def reverse(name: str) -> Callable[[Path], None]:
     return npz(lambda arrays: arrays.update({name: arrays[name][::-1]}))
 
 
+def two_more_right(folder: Path) -> None:
+    def change(arrays: dict[str, np.ndarray]) -> None:
+        wrong = np.flatnonzero(arrays["shifted_gamma"] != arrays["validate_targets"])[:2]
+        arrays["shifted_gamma"][wrong] = arrays["validate_targets"][wrong]
+
+    npz(change)(folder)
+
+
 def repaint(folder: Path) -> None:
     figure = folder.parents[1] / "fig/task1/first-1-confusion.png"
     figure.write_bytes((folder.parents[1] / "fig/task1/first-0-confusion.png").read_bytes())
@@ -532,6 +555,7 @@ def repaint(folder: Path) -> None:
             npz(lambda arrays: arrays.update(shifted_gamma=arrays["validate_targets"])),
             "shifted gamma is .*, scores.npz gives",
         ),
+        (two_more_right, "shifted gamma is .*, scores.npz gives"),
         (npz(lambda arrays: arrays.pop("validate_logits")), "runs/first-1: a record lacks 'validate_logits'"),
         (npz(lambda arrays: arrays.pop("last_logits")), "does not hold the outputs of the last weights"),
         (lambda folder: (folder / "scores.npz").unlink(), "scores.npz: not a readable record"),

@@ -16,14 +16,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common.config import run_script
-from common.errors import UsageError
+from common.errors import Fault, UsageError
 from common.files import write_csv
 from common.records import Record
+from common.statistics import spread
 from study import runs
-from study.groups import Group
+from study.groups import Group, share
 from study.report import build
+from study.report_check import check_study
 from study.report_collect import collect
-from study.report_facts import Analysed, facts
+from study.report_facts import Analysed, facts, mcnemar
 from study.report_selection import Study
 
 
@@ -141,6 +143,9 @@ def test_only_generated_tiles_make_a_page_too_and_no_run_at_all_is_refused(tmp_p
     add(tmp_path, "phantom", synthetic=True)
     collect(tmp_path)
     assert Study(tmp_path).selection == {"task1": {"runs": ["phantom"]}}
+    add(tmp_path, "real", started="2026-01-01")  # it is older than the phantom's run
+    collect(tmp_path)
+    assert Study(tmp_path).selection == {"task1": {"runs": ["real"]}}
 
 
 @pytest.mark.parametrize(
@@ -159,6 +164,7 @@ def test_only_generated_tiles_make_a_page_too_and_no_run_at_all_is_refused(tmp_p
         ('[task1]\nruns = ["a"]\n[task2]\nrun = "phantom"', "generated tiles and tiles of PathMNIST"),
         ('[task1]\nruns = ["a"]\n[task2]\nrun = "three"', r"run three in \[task2\] is a run of task3"),
         ('[task1]\nruns = ["a"]\n[task2]\nrun = "lr"', "not explained yet"),
+        ('[task1]\nruns = ["a"]\n[networks]\nruns = ["large"]', "tiles of different sizes"),
     ],
 )
 def test_what_may_not_stand_together_is_refused_by_name(text: str, message: str, tmp_path: Path) -> None:
@@ -169,6 +175,7 @@ def test_what_may_not_stand_together_is_refused_by_name(text: str, message: str,
     add(tmp_path, "three", task="task3", attribution=True)
     add(tmp_path, "phantom", synthetic=True, attribution=True)
     add(tmp_path, "phantom-3", task="task3", synthetic=True)
+    add(tmp_path, "large", config={"size": 64})
     with pytest.raises(UsageError, match=message):
         selected(tmp_path, text)
 
@@ -295,6 +302,55 @@ def test_matched_colours_are_compared_over_the_runs_that_have_checkpoints(tmp_pa
     assert not others
     assert [record.run_id for record in scored.records] == ["r1"]
     assert accuracy.value == 0.5
+
+
+def test_the_analysis_of_a_task_is_that_of_its_runs(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        add(tmp_path, f"r{seed}", config={"seed": seed})
+    group = Group([Record.read(tmp_path, f"r{seed}") for seed in (0, 1)])
+    before, goal = (group.first.scores[name] for name in ("test/acc", "validate/acc"))
+    scores = {f"r{seed}": {"acc": before + 0.25 * (goal - before)} for seed in (0, 1)}
+
+    def analysed(*only_right: tuple[int, int]) -> Analysed:
+        pairs = {
+            f"r{seed}": dict(zip(("ours", "theirs"), pair, strict=True)) for seed, pair in enumerate(only_right)
+        }
+        return Analysed.of(group, {"published": {"only_right": pairs}, "matched": {"m": scores}})
+
+    found = analysed((90, 10), (70, 20))
+    assert (found.verdict, found.only_right) == ("better", {"ours": 80, "theirs": 15})
+    assert found.p == mcnemar(70, 20) > mcnemar(90, 10)
+    assert found.matched["m"][2].mean == pytest.approx(0.25)  # a quarter of the gap closes
+    assert analysed((10, 90), (20, 70)).verdict == "worse"
+    assert analysed((90, 10), (10, 90)).verdict == "cannot be decided"
+    assert analysed((90, 10), (12, 10)).verdict == "cannot be decided"
+
+
+def test_a_score_that_a_run_lacks_has_no_mean_and_an_interval_ends_at_1() -> None:
+    records = [
+        Record(Path(), {"config": {"seed": seed}}, {"run_id": f"r{seed}", "tta": tta}, [])
+        for seed, tta in enumerate(({}, {"acc": 1}))
+    ]
+    group = Group(records)
+    assert group.score("tta", "acc") is None
+    assert share(spread([0.9, 1.0, 1.0])).high == 1
+
+
+def test_the_check_computes_task_5_s_comparison_again(tmp_path: Path) -> None:
+    for folder in (ROOT / "runs").glob("task5*"):
+        shutil.copytree(folder, tmp_path / "runs" / folder.name)
+    path = tmp_path / "runs/task5/comparison.json"
+    study = Study(tmp_path, {"task5": {"comparison": "task5"}})
+    compared = study.compared()
+    study.read.clear()  # the runs themselves are not checked here
+    check_study(study, {}, compared)
+    content = json.loads(path.read_text())
+    content["differences"]["test/acc"]["mean"] += 0.001
+    path.write_text(json.dumps(content))
+    with pytest.raises(
+        Fault, match=r"comparison\.json: differences test/acc mean is .*, its runs give another value"
+    ):
+        check_study(study, {}, compared)
 
 
 def test_more_training_tiles_come_before_more_seeds(tmp_path: Path) -> None:

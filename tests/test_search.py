@@ -16,6 +16,7 @@ from pathlib import Path
 import optuna
 import pytest
 from optuna.distributions import FloatDistribution
+from optuna.trial import FrozenTrial, TrialState, create_trial
 from processes import end, start
 from sweep_runs import SEARCH, Write, begin, run, starts, table, wait_for, wait_for_starts
 
@@ -23,6 +24,7 @@ from common.config import run_script
 from common.errors import Fault, UsageError
 from study import ranking, search, sweep
 from study.ranking import importances
+from study.sweep_file import read_sweep
 
 
 def test_the_importance_is_drawn_only_if_the_same_parameter_comes_first_with_every_seed() -> None:
@@ -64,6 +66,19 @@ def test_an_importance_that_more_trials_no_longer_give_is_removed(
     run(path, tmp_path / "out", count=3)
     assert not figure.exists()
     assert "3 finished trials do not tell which parameter" in capsys.readouterr().out
+
+
+def test_finished_trials_come_before_pruned_ones_and_have_their_best_epoch(write_sweep: Write) -> None:
+    content = read_sweep(write_sweep(SEARCH))
+
+    def trial(state: TrialState, *values: float) -> FrozenTrial:
+        epochs = dict(enumerate(values, start=1))
+        return create_trial(state=state, value=values[-1], intermediate_values=epochs)
+
+    pruned, finished = trial(TrialState.PRUNED, 0.9), trial(TrialState.COMPLETE, 0.5, 0.8, 0.6)
+    assert sorted([pruned, finished], key=lambda one: ranking._order(one, content)) == [finished, pruned]
+    line = ranking._line(finished, content)
+    assert (line["validate/acc"], line["best epoch"], line["epochs"]) == (0.8, 2, 3)
 
 
 def test_a_search_may_minimise(write_sweep: Write, tmp_path: Path) -> None:

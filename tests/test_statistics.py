@@ -1,9 +1,13 @@
 import math
+from pathlib import Path
 
+import example_records
 import pytest
 from scipy import stats
 
+from common.records import Record
 from common.statistics import SIGNIFICANT, compare, counted, holm, interval, paired_p, spread
+from study.comparison import comparison, convergence_epoch
 
 
 def test_a_spread_has_the_t_interval_of_the_mean() -> None:
@@ -89,6 +93,26 @@ def test_two_seeds_give_no_verdict_and_do_not_count_for_the_correction() -> None
     assert (compared["two"].verdict, math.isnan(compared["two"].p)) == ("too few seeds", True)
     assert compared["b"].verdict == "better"
     assert compared["b"].p_holm == compared["b"].p
+
+
+def test_a_comparison_is_paired_by_seed_and_names_runs_that_might_converge_later() -> None:
+    def run(seed: int, *accuracies: float) -> Record:
+        history = [example_records.row(epoch, acc) for epoch, acc in enumerate(accuracies, start=1)]
+        facts = {**example_records.facts({**example_records.CONFIG, "seed": seed}), "weights": {}}
+        content = {**example_records.summary(facts, history, acc=max(accuracies)), "weights": {}}
+        return Record(Path(), facts, content, history)
+
+    # 0.920 - 0.915 is above 0.005 in floating point.
+    scratch = [run(0, 0.1, 0.3), run(1, 0.5, 0.6)]
+    content = comparison({"from scratch": scratch, "fine-tuned": [run(1, 0.5, 0.7), run(0, 0.915, 0.92)]})
+    assert [one["censored"] for one in content["runs"]["from scratch"]] == [True, True]
+    assert [one["convergence_epoch"] for one in content["runs"]["fine-tuned"]] == [2, 1]
+    assert convergence_epoch([example_records.row(1, 0.03), example_records.row(2, 0.035)]) == 1  # in floats, too
+    assert [one["censored"] for one in content["runs"]["fine-tuned"]] == [True, False]
+    difference = content["differences"]["test/acc"]
+    assert (difference["n"], difference["mean"]) == (2, pytest.approx((0.62 + 0.1) / 2))
+    assert difference["sd"] == pytest.approx(abs(0.62 - 0.1) / 2**0.5)
+    assert (difference["low"], difference["p"]) == (None, None)
 
 
 def test_an_interval_is_written_with_its_value() -> None:

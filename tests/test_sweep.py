@@ -47,6 +47,7 @@ from common.compute import physical_cores
 from common.config import parse
 from common.errors import Fault, UsageError
 from common.files import locked, write_csv
+from common.records import Record
 from study import ablation, sweep, trials
 from study.sweep_file import Range, read_sweep
 from study.trials import Running, Trial, TrialRecords, Workers
@@ -120,6 +121,14 @@ def test_any_damage_of_a_sweep_file_is_refused_or_leaves_a_sweep(
         ({"early_terminate": {"type": "hyperband"}}, "min_iter None must be a whole number"),
         ({"command": ["${interpreter}", "${program}", "${args_json}"]}, "unknown macro ${args_json}"),
         ({"early_terminate": {"type": "hyperband", "min_iter": True}}, "min_iter True must be a whole number"),
+        ({"early_terminate": {"type": "hyperband", "min_iter": 0}}, "min_iter 0 must be a whole number"),
+        ({"early_terminate": {"type": "hyperband", "min_iter": 1, "eta": 1}}, "eta 1 must be a whole number"),
+        (
+            {"parameters": {"quality": {"min": 0.1, "max": 1, "distribution": "int_uniform"}}},
+            "int_uniform needs whole numbers, not 0.1 and 1",
+        ),
+        ({"parameters": {"run_id": {"value": "a"}}}, "parameter run_id: the sweep gives each run its own"),
+        ({"command": ["${program}"]}, "command has no ${args}"),
         ({"command": "python train.py"}, "command must be a list"),
         ({"name": "../../x"}, "name '../../x': a run id names files"),
         ({"name": "a\nb"}, "name 'a\\nb': a run id names files"),
@@ -467,6 +476,19 @@ def test_a_run_with_complete_records_may_take_its_time_to_end(
     assert len((output / "spans.txt").read_text().splitlines()) == n_runs
 
 
+def test_a_run_that_is_killed_after_its_records_are_complete_has_finished(
+    write_sweep: Write, tmp_path: Path
+) -> None:
+    path, output = write_sweep({**GRID, "parameters": {"row": {"values": ["a"]}}}), tmp_path / "out"
+    output.mkdir()
+    (output / "hold-try-a").touch()
+    command = begin(path, output)
+    wait_for((output / "runs/try-a/summary.json").exists)
+    os.kill(int((output / "processes.txt").read_text()), signal.SIGKILL)
+    assert end(command) == 0
+    assert "try-a: finished" in (output / "log.txt").read_text()
+
+
 def test_a_run_that_another_command_has_just_finished_is_not_started(
     write_sweep: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -508,6 +530,20 @@ def test_a_trial_gets_sigterm_once_and_stays_locked_until_its_lock_is_closed(
         assert is_locked(lock_path)
         running.lock.close()
         assert not is_locked(lock_path)
+
+
+def test_wandb_shows_the_runs_of_a_sweep_together(
+    write_sweep: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, environments = write_sweep(GRID), []
+    records = TrialRecords(read_sweep(path), tmp_path)
+    records.folder.mkdir(parents=True)
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, env, **__: environments.append(env))
+    with locked(tmp_path / "lock") as lock:
+        assert lock is not None
+        Running(sweep.grid(records.sweep)[0], records, lock).lock.close()
+    [environment] = environments
+    assert (environment["WANDB_RUN_GROUP"], environment["PYTHONUNBUFFERED"]) == ("try", "1")
 
 
 def test_sigterm_stops_all_runs_at_the_same_time(write_sweep: Write, tmp_path: Path) -> None:
@@ -683,6 +719,20 @@ def test_the_table_of_a_learning_curve_names_every_number_of_training_tiles(
     text = report(write_sweep(THREE_SEEDS), tmp_path, **{f"try-b-{seed}": larger for seed in range(3)})
     assert text.startswith("**try**: all data / no data; 1,000 / 2,000 training, 10 validation")
     assert "cannot be compared" not in text
+
+
+def test_the_caption_says_generated_tiles_and_different_commits() -> None:
+    def caption(*commits: str, synthetic: bool = False) -> str:
+        runs = []
+        for commit in commits:
+            facts = {**example_records.facts(), "commit": commit, "synthetic": synthetic}
+            runs.append(Record(Path(), facts, example_records.summary(facts, [example_records.row(1)]), []))
+        return ablation._caption("x", runs)
+
+    assert caption("a", "a").endswith(" Commit a.")
+    assert caption("b", "a").endswith(" **The runs come from different commits: a, b.**")
+    assert "these are no results on PathMNIST" in caption("a", synthetic=True)
+    assert "generated" not in caption("a")
 
 
 def test_the_table_warns_of_runs_on_different_data(write_sweep: Write, tmp_path: Path) -> None:
