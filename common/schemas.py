@@ -5,7 +5,7 @@ imports this module when it reads the first record: a new run needs none, and py
 """
 
 from collections.abc import Callable
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import AfterValidator, Field, FiniteFloat, NonNegativeInt, PositiveInt, TypeAdapter
 from typing_extensions import TypedDict  # Python 3.11 has none that pydantic can use
@@ -164,7 +164,7 @@ class Comparison(TypedDict):
     dataset: str
     convergence_rule: str
     weights: Weights
-    runs: Annotated[dict[str, list[ComparedRun]], Field(min_length=2, max_length=2)]
+    runs: Annotated[dict[Literal["from scratch", "fine-tuned"], list[ComparedRun]], Field(min_length=2)]
     over_seeds: dict[str, dict[str, Spread]]
     differences: dict[str, Difference]
 

@@ -198,6 +198,7 @@ def steps(config: StudyConfig) -> list[Step]:
         sweep("Task 4, search", Path("sweep.yaml"), of_trial, plan.search_trials)
     seeds = [f"--seed={config.seed}", f"--n_seeds={plan.n_seeds}"]
     run("Task 5", "task5", "task5", *data, *seeds, last="comparison.json")
+    run("Task 2, Task 5's network", "task2", "task5", last="attribution.json")
     for arguments in baseline_arguments(config):
         runs = parse(BaselinesConfig, arguments, "").runs
         complete = all(is_finished(config.output_dir, run_id) for run_id in runs)
@@ -260,6 +261,7 @@ def toml(config: StudyConfig) -> str:
         f"runs = {json.dumps(task1)}",
         "[task2]",
         f'run = "{task1[0]}"',
+        'also = ["task5"]',
         "[task3]  # the coursework's configuration",
         f"runs = {json.dumps(task3)}",
         "[task4]",

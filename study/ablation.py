@@ -44,10 +44,7 @@ def report(trials: Sequence[Trial], records: TrialRecords) -> None:
     if rows:
         scores = _scores(rows)
         identical = identical_rows(rows)
-        comparisons = {}
-        for metric in METRICS:
-            values = {row: {seed: run[metric] for seed, run in seeds.items()} for row, seeds in scores.items()}
-            comparisons[metric] = compare(values, identical)
+        comparisons = {metric: compare(_values(scores, metric), identical) for metric in METRICS}
         write_csv(folder / "table.csv", _table(scores, comparisons))
         text = [_caption(name, list(runs.values())), "", *_markdown(scores, comparisons)]
         missing: dict[str, list[str]] = {}
@@ -127,15 +124,25 @@ def _by_row(trials: Sequence[Trial], runs: Mapping[str, Record]) -> dict[str, li
 def _scores(rows: Mapping[str, Sequence[Record]]) -> Rows:
     """The scores of the runs by seed.
 
-    The last row holds the reference's scores over 8 views of each test tile, where its runs have them.
+    The last row holds the reference's test scores over 8 views of each tile, where its runs have them.
     """
     scores = {row: {run.config["seed"]: run.scores for run in found} for row, found in rows.items()}
     reference, first = next(iter(scores.items()))
     if _over_views(first.values(), "test/acc"):
         scores[f"{reference}, 8 views"] = {
-            seed: {name: run.get(f"tta {name}", run[name]) for name in METRICS} for seed, run in first.items()
+            seed: {name: run[f"tta {name}"] for name in METRICS if f"tta {name}" in run}
+            for seed, run in first.items()
         }
     return scores
+
+
+def _values(rows: Rows, metric: str) -> dict[str, dict[int, float]]:
+    """A metric of each row by seed, without the rows that do not have it."""
+    return {
+        row: {seed: scores[metric] for seed, scores in seeds.items()}
+        for row, seeds in rows.items()
+        if all(metric in scores for scores in seeds.values())
+    }
 
 
 def _table(rows: Rows, comparisons: Mapping[str, Mapping[str, Comparison]]) -> list[dict[str, Any]]:
@@ -144,8 +151,10 @@ def _table(rows: Rows, comparisons: Mapping[str, Mapping[str, Comparison]]) -> l
     for row, seeds in rows.items():
         line: dict[str, Any] = {"row": row, "n": len(seeds)}
         for metric in METRICS:
-            values = spread([scores[metric] for scores in seeds.values()])
-            line |= {f"{metric} {name}": getattr(values, name) for name in ("mean", "sd", "low", "high")}
+            found = _values({row: seeds}, metric).get(row)
+            over_seeds = spread([*found.values()]) if found else None
+            for name in ("mean", "sd", "low", "high"):
+                line[f"{metric} {name}"] = getattr(over_seeds, name) if over_seeds else None
             cells: list[Any] = [None] * len(COMPARED)  # of the first row
             if comparison := comparisons[metric].get(row):
                 values = comparison.differences
@@ -164,7 +173,8 @@ def _markdown(rows: Rows, comparisons: Mapping[str, Mapping[str, Comparison]]) -
     """The scores with the differences in test ACC, then the differences in the other metrics."""
     scores = []
     for row, seeds in rows.items():
-        cells = [mean_sd(spread([run[metric] for run in seeds.values()])) for metric in METRICS]
+        values = [_values({row: seeds}, metric).get(row) for metric in METRICS]
+        cells = [mean_sd(spread([*found.values()])) if found else "" for found in values]
         views = _over_views(seeds.values(), "test/acc")
         scores.append([row, str(len(seeds)), *cells, mean_sd(views) if views else ""])
     lines = markdown_table(["row", "seeds", *METRICS.values(), "test ACC, 8 views"], "lrrrrr", scores)
@@ -233,8 +243,9 @@ def _draw(path: Path, rows: Rows, title: str) -> None:
         figure = Figure(figsize=(7.4, 1.6 + 0.38 * len(rows)))
         panels = figure.subplots(1, 2, sharey=True)
         for axes, metric in zip(panels, ("validate/acc", "test/acc"), strict=True):
-            for place, seeds in enumerate(rows.values()):
-                values = [scores[metric] for scores in seeds.values()]
+            places = {row: place for place, row in enumerate(rows)}
+            for row, found in _values(rows, metric).items():
+                place, values = places[row], [*found.values()]
                 over_seeds = spread(values)
                 axes.plot(values, [place] * len(values), "o", color=VERMILLION, alpha=0.5, markersize=4)
                 bounds = [over_seeds.low, over_seeds.high]  # NaN draws nothing

@@ -42,7 +42,7 @@ def draw_curves(path: Path, groups: Mapping[str, Sequence[Record]], title: str) 
                     axes.plot(np.arange(1, len(values) + 1), values, color=colour, alpha=0.4, linewidth=0.9)
                     best = run.summary["best"]["epoch"]
                     axes.plot(best, values[best - 1], "D", color=colour, markersize=4, alpha=0.8)
-                    if not run.summary["stopped"].startswith("all"):
+                    if len(values) < run.config["n_epochs"]:  # stopped early
                         axes.plot(len(values), values[-1], "|", color=colour, markersize=12, markeredgewidth=1.5)
                 shortest = min(map(len, curves))
                 mean = np.mean([values[:shortest] for values in curves], axis=0)

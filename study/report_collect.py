@@ -140,7 +140,7 @@ def candidates(
         content = {"sweeps": [path.parent.name for path in curves], "runs": largest}
         yield "learning_curve", content, list(itertools.chain(*map(runs_of.__getitem__, curves)))
     explained = [one for one in records if (one.folder / "attribution.json").exists()]
-    explained.sort(key=lambda one: one in shown)  # rather one of the page's Task 1 is shown
+    explained.sort(key=lambda one: one.facts["task"] == "task1" and one in shown)  # the page's Task 1 comes first
     if explained:
         also = [record.run_id for record in explained[:-1]]
         run_ids = [record.run_id for record in explained]

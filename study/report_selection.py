@@ -21,7 +21,6 @@ SECTIONS: dict[str, dict[str, type]] = {  # the keys of each section
 }
 TASKS = {  # of the runs in a section
     "task1": "task1",
-    "task2": "task1",
     "task3": "task3",
     "task4": "task3",
     "task5": "task5",

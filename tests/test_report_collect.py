@@ -162,7 +162,6 @@ def test_only_generated_tiles_make_a_page_too_and_no_run_at_all_is_refused(tmp_p
         ('[task1]\nruns = ["a", "three"]', r"run three in \[task1\] is a run of task3"),
         ('[task1]\nruns = ["a"]\n[task3]\nruns = ["phantom-3"]', "generated tiles and tiles of PathMNIST"),
         ('[task1]\nruns = ["a"]\n[task2]\nrun = "phantom"', "generated tiles and tiles of PathMNIST"),
-        ('[task1]\nruns = ["a"]\n[task2]\nrun = "three"', r"run three in \[task2\] is a run of task3"),
         ('[task1]\nruns = ["a"]\n[task2]\nrun = "lr"', "not explained yet"),
         ('[task1]\nruns = ["a"]\n[networks]\nruns = ["large"]', "tiles of different sizes"),
     ],

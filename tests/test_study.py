@@ -134,7 +134,7 @@ def test_a_study_ends_with_its_report_and_a_second_start_runs_only_what_is_missi
     few = {
         "baselines": (TINY,),
         "task1": (TINY, "--n_epochs=1"),
-        "task2": ("--checked_tiles=3",),
+        "task2": ("--checked_tiles=6",),
         "train": (TINY, "--batch_size=45", "--n_epochs=1"),
         "task5": (TINY, *study.LITE0, "--n_epochs=1", "--resize_to=32"),
     }
