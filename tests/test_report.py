@@ -210,8 +210,8 @@ def test_the_page_says_which_trial_of_a_search_is_the_best_and_on_which_tiles(st
     (study / "sweeps" / "search").mkdir()
     (study / "sweeps" / "search" / "table.md").write_text("")
     (study / "sweeps" / "search" / "table.csv").write_text(
-        "rank,run_id,state,validate/acc,best epoch,epochs,augmentation,lr\n"
-        "1,search-7,finished,0.5,2,2,stain,0.00123456\n2,search-3,pruned,0.4,1,1,none,0.1\n"
+        "rank,run_id,state,validate/acc,best epoch,epochs,augmentation,lr,model_name\n"
+        "1,search-7,finished,0.5,2,2,stain,0.00123456,timm:x.in1k\n2,search-3,pruned,0.4,1,1,none,0.1,vgg11\n"
     )
     figure = study / "fig/task4/search-parallel-coordinates.png"
     shutil.copy(study / "fig/report/summary.png", figure)
@@ -220,9 +220,14 @@ def test_the_page_says_which_trial_of_a_search_is_the_best_and_on_which_tiles(st
     page = built(study)
     data = "phantom (45 of 90 training tiles, 28 px)"
     assert f"Of 2 trials on {data}, one has the best validation ACC, 0.5000 in epoch 2: [search-7](" in page
-    assert "with augmentation stain, lr 0.00123. Stopped early: 1 of 2." in page
+    assert (
+        "with augmentation stain, learning rate 0.001235, model name timm:x.in1k. Stopped early: 1 of 2." in page
+    )
     assert f"(fig/task4/{figure.name})" in page
     assert f"; 2 trials on {data}.*" in page
+    table = study / "sweeps/search/table.csv"
+    table.write_text(table.read_text().replace("finished", "failed"))
+    assert "### Search" not in built(study)  # there is no best trial
 
 
 def test_the_check_compares_the_search_s_trials_with_their_runs(
