@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from common.records import Record
+from common.statistics import Spread, spread
 from study.groups import APART, Group, alike
 
 # Keys that may differ within a curve. Whether features are cached depends on the memory, and changes no recipe.
@@ -24,6 +25,13 @@ class Curve:
     def at(self, tiles: int) -> Group | None:
         """The runs with this number of training tiles, if there are any."""
         return next((group for group in self.groups if n_tiles(group.first) == tiles), None)
+
+    @property
+    def last_gain(self) -> Spread | None:
+        """The change of test ACC by the last step to more tiles, over the seeds; None without a common seed."""
+        before, after = (group.by_seed("best", "acc") for group in self.groups[-2:])
+        common = [after[seed] - before[seed] for seed in after if seed in before]
+        return spread(common) if common else None
 
     @property
     def tiles(self) -> list[int]:
