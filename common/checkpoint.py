@@ -153,7 +153,7 @@ def optimizer_problem(given: Any, optimizer: torch.optim.Optimizer) -> str | Non
             or not math.isfinite(group["lr"])
         ):
             return "no state of this optimiser"
-        for name in expected.keys() - {"lr"}:  # set anew before each step
+        for name in expected.keys() - {"lr"}:  # set again before each step
             if group.get(name) != expected[name]:
                 return f"{name} of the optimiser is {group.get(name)}, not {expected[name]}"
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -103,7 +103,7 @@ def main(config: ReportConfig) -> None:
                 raise Fault(f"{file}: missing; python -m study.report makes it")
             difference = first_difference(read_text(file), content_made)
             if difference:
-                raise Fault(f"{file} is out of date: {difference}; python -m study.report makes it anew")
+                raise Fault(f"{file} is out of date: {difference}; python -m study.report writes it again")
         print(f"{path} is what the records give")
         return
     for file, content_made in made.items():

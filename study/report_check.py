@@ -39,7 +39,7 @@ def check_study(
             mean = fmean(record.scores[metric] for record in ablation[line["row"]])
             if difference(float(line[f"{metric} mean"]), mean):
                 raise Fault(
-                    f"table.csv: {metric} of {line['row']} is not its runs'; python -m study.sweep makes it anew"
+                    f"table.csv: {metric} of {line['row']} is not its runs'; python -m study.sweep writes it again"
                 )
     for line in study.search():
         path = run_folder(study.folder, line["run_id"]) / "history.csv"
@@ -48,14 +48,14 @@ def check_study(
         history = read_history(path)
         best = {metric: history[int(line["best epoch"]) - 1][metric] for metric in METRICS if line.get(metric)}
         if difference({metric: float(line[metric]) for metric in best}, best):
-            raise Fault(f"table.csv: trial {line['run_id']} is not its run's; python -m study.sweep makes it anew")
+            raise Fault(f"table.csv: trial {line['run_id']} is not its run's; python -m study.sweep writes it again")
     if compared and (where := difference(study.comparison(), comparison(compared))):
-        raise Fault(f"comparison.json: {where}, its runs give another value; python task5.py makes it anew")
+        raise Fault(f"comparison.json: {where}, its runs give another value; python task5.py writes it again")
 
 
 def check_analysis(study: Study, analysis: Mapping[str, Any]) -> None:
     """Raise Fault where the record of study/analysis.py contradicts the runs that it names, or its figure."""
-    path, remedy = study.folder / "analysis.json", "python -m study.analysis makes it anew"
+    path, remedy = study.folder / "analysis.json", "python -m study.analysis writes it again"
     records = [study.read[run_id] for run_id in analysis["runs"] if run_id in study.read]
     published, hard = analysis["published"], analysis["hard"]
     for record in records if published else ():
