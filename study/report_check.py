@@ -48,7 +48,9 @@ def check_study(
         history = read_history(path)
         best = {metric: history[int(line["best epoch"]) - 1][metric] for metric in METRICS if line.get(metric)}
         if difference({metric: float(line[metric]) for metric in best}, best):
-            raise Fault(f"table.csv: trial {line['run_id']} is not its run's; python -m study.sweep writes it again")
+            raise Fault(
+                f"table.csv: trial {line['run_id']} is not its run's; python -m study.sweep writes it again"
+            )
     if compared and (where := difference(study.comparison(), comparison(compared))):
         raise Fault(f"comparison.json: {where}, its runs give another value; python task5.py writes it again")
 

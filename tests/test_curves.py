@@ -21,16 +21,17 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     return figures
 
 
-def record(accuracies: list[float], best: int, stopped: str) -> Record:
+def record(accuracies: list[float], best: int) -> Record:
+    """A run of at most 4 epochs."""
     history: list[dict[str, Any]] = [
         {**row(epoch, acc), "validate/acc": acc} for epoch, acc in enumerate(accuracies, start=1)
     ]
-    return Record(Path(), {}, {"best": {"epoch": best}, "stopped": stopped}, history)
+    return Record(Path(), {"config": {"n_epochs": 4}}, {"best": {"epoch": best}}, history)
 
 
 def test_curves_show_every_run_its_best_epoch_its_early_stop_and_the_mean(drawn: list[Figure]) -> None:
-    long = record([0.2, 0.6, 0.7, 0.8], 4, "all 4 epochs done")
-    short = record([0.4, 0.8, 0.5], 2, "no improvement in 1 epoch")
+    long = record([0.2, 0.6, 0.7, 0.8], 4)
+    short = record([0.4, 0.8, 0.5], 2)
     curves.draw_curves(Path("x.png"), {"Task 1": [long, short]}, "a title")
     axes = drawn[0].axes[2]
     lines = {(line.get_marker(), tuple(line.get_xdata())): list(line.get_ydata()) for line in axes.lines}

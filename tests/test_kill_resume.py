@@ -222,7 +222,7 @@ def test_a_damaged_checkpoint_is_replaced_by_the_previous_one(
     printed = capsys.readouterr()
     assert "continuing run r after epoch 2\n" in printed.out
     if damage == "torn":
-        assert printed.err.startswith(f"{last} cannot be read; ")
+        assert printed.err.startswith(f"{last} cannot be read: ")
     assert_same(tmp_path, whole_task1)
 
 

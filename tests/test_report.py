@@ -311,8 +311,8 @@ def test_networks_whose_recipes_have_the_same_name_are_all_shown(study: Path) ->
     page = built(study)
     for run_id in ("same", "fast"):
         assert f"[{run_id}](runs/{run_id}/)" in page
-    assert "It has the recipe of Task 1.\n" in page
-    assert "It has the recipe of Task 1, but with learning rate: 0.5.\n" in page
+    assert "**: the recipe of Task 1.\n" in page
+    assert "**: the recipe of Task 1, but with learning rate: 0.5.\n" in page
 
 
 def parts(**more: Any) -> Any:

@@ -61,7 +61,7 @@ def test_every_step_is_a_command_that_its_script_accepts(dataset: str, size: int
             fixed = read_sweep(made.file, made.fixed.split()).fixed
             assert (fixed["dataset"], fixed["size"]) == (dataset, str(size))
         assert made.output_dir == tmp_path
-    assert scripts == config.plan.n_seeds * (1 + len(config.plan.task3_rows)) + 2
+    assert scripts == config.plan.n_seeds * (1 + len(config.plan.task3_rows)) + 3  # Task 2 twice, Task 5
 
 
 def commands(config: study.StudyConfig) -> dict[str, list[str]]:
