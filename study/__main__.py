@@ -24,7 +24,7 @@ import yaml
 from common.config import ScriptConfig, key, parse, run_script
 from common.errors import Fault, UsageError
 from common.files import locked, read_text, write_text
-from common.records import is_finished, read_json, read_table, run_folder
+from common.records import checkpoint_folder, is_finished, read_json, read_table, run_folder
 from study import report
 from study.baselines import BaselinesConfig
 from study.sweep import grid
@@ -184,9 +184,14 @@ def steps(config: StudyConfig) -> list[Step]:
         command = ["-m", "study.sweep", str(file), output, *keys, "--", *fixed]
         found.append(Step(title, command, sweep_finished(file, fixed, config.output_dir, count)))
 
+    def explain(title: str, run_id: str) -> None:
+        weights = checkpoint_folder(config.output_dir, run_id) / "best.pt"
+        if weights.exists() or not is_finished(config.output_dir, run_id):  # else the weights are kept elsewhere
+            run(title, "task2", run_id, last="attribution.json")  # on the data of that run
+
     for seed in config.seeds:
         run(f"Task 1, seed {seed}", "task1", f"task1-{seed}", *data, f"--seed={seed}")
-    run("Task 2", "task2", f"task1-{config.seed}", last="attribution.json")  # on the data of that run
+    explain("Task 2", f"task1-{config.seed}")
     for row in plan.task3_rows:
         for seed in config.seeds:
             keys = [*data, f"--ablation={row}", f"--seed={seed}"]
@@ -198,7 +203,7 @@ def steps(config: StudyConfig) -> list[Step]:
         sweep("Task 4, search", Path("sweep.yaml"), of_trial, plan.search_trials)
     seeds = [f"--seed={config.seed}", f"--n_seeds={plan.n_seeds}"]
     run("Task 5", "task5", "task5", *data, *seeds, last="comparison.json")
-    run("Task 2, Task 5's network", "task2", "task5", last="attribution.json")
+    explain("Task 2, Task 5's network", "task5")
     for arguments in baseline_arguments(config):
         runs = parse(BaselinesConfig, arguments, "").runs
         complete = all(is_finished(config.output_dir, run_id) for run_id in runs)

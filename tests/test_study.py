@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT
+from example_records import CONFIG, write_run
 from processes import start
 
 import task1
@@ -66,6 +67,16 @@ def test_every_step_is_a_command_that_its_script_accepts(dataset: str, size: int
 
 def commands(config: study.StudyConfig) -> dict[str, list[str]]:
     return {step.title: step.command for step in study.steps(config)}
+
+
+def test_a_finished_network_whose_weights_are_elsewhere_is_not_explained(tmp_path: Path) -> None:
+    config = config_of(f"--output_dir={tmp_path}")
+    write_run(tmp_path, {**CONFIG, "dataset": "pathmnist", "run_id": "task5"}, "task5")
+    assert "Task 2" in commands(config)
+    assert "Task 2, Task 5's network" not in commands(config)
+    (tmp_path / "checkpoints/task5").mkdir(parents=True)
+    (tmp_path / "checkpoints/task5/best.pt").touch()
+    assert commands(config)["Task 2, Task 5's network"][-1] == "--run_id=task5"
 
 
 def test_at_28_pixels_task_3_trains_on_all_tiles_and_the_sweeps_on_a_part(tmp_path: Path) -> None:
