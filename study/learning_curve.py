@@ -45,7 +45,7 @@ def n_tiles(record: Record) -> int:
 
 
 def learning_curves(records: Iterable[Record]) -> list[Curve]:
-    """A curve for each recipe that was trained on at least two numbers of tiles."""
+    """A curve for each recipe that was trained on at least two numbers of tiles; the baselines are last."""
     curves = []
     for same in alike(records, WITHIN):
         parts: dict[int, list[Record]] = {}
@@ -53,7 +53,7 @@ def learning_curves(records: Iterable[Record]) -> list[Curve]:
             parts.setdefault(n_tiles(record), []).append(record)
         if len(parts) > 1:
             curves.append(Curve([Group(parts[tiles]) for tiles in sorted(parts)]))
-    return curves
+    return sorted(curves, key=lambda curve: "baseline" in curve.groups[0].first.config)
 
 
 def best_at(curves: Iterable[Curve], tiles: int) -> Group:

@@ -12,13 +12,14 @@ from matplotlib.ticker import PercentFormatter
 
 from common import phantom
 from common.augment import build_augmentation
-from common.figures import PALETTE, STYLE, confusion, curve, save
+from common.figures import STYLE, confusion, curve, save
 from common.metrics import Estimate, softmax
 from common.pathmnist import CLASS_NAMES
+from common.records import Record
 from common.statistics import interval
 from common.tracking import TITLES
 from common.weights import SCRATCH
-from study.curves import COLOURS, draw_curves, draw_summary
+from study.curves import COLOURS, GREY, draw_curves, draw_summary
 from study.forecast import LOWER_IS_BETTER, Forecast
 from study.groups import NETWORKS, TECHNIQUES, Group
 from study.learning_curve import Curve, n_tiles
@@ -160,11 +161,18 @@ def _recipes(found: Forecast) -> dict[str, tuple[list[np.ndarray], dict[str, Any
         run, fewer = group.first, n_tiles(group.first) < most
         title = f"{group.title.split(' with')[0]}, recipes on fewer tiles" if fewer else group.title
         if title not in recipes:
-            kind = "from scratch" if run.config.get("weights") == SCRATCH else TITLES[run.facts["task"]]
-            look = {"color": COLOURS[kind], "markerfacecolor": "none" if fewer else COLOURS[kind]}
-            recipes[title] = [], {**look, "marker": next(markers[COLOURS[kind]], "o")}
+            colour = colour_of(run)
+            look = {"color": colour, "markerfacecolor": "none" if fewer else colour}
+            recipes[title] = [], {**look, "marker": next(markers[colour], "o")}
         recipes[title][0].append(values)
     return recipes
+
+
+def colour_of(run: Record) -> str:
+    """The colour of a run's network, the same in every figure; baselines are grey."""
+    if "baseline" in run.config:
+        return GREY
+    return COLOURS["from scratch" if run.config.get("weights") == SCRATCH else TITLES[run.facts["task"]]]
 
 
 def learning_curve(path: Path, curves: Sequence[Curve]) -> None:
@@ -173,17 +181,18 @@ def learning_curve(path: Path, curves: Sequence[Curve]) -> None:
         figure = Figure(figsize=(8, 4.2 + 0.22 * len(curves)))
         panels = figure.subplots(1, 2)
         for axes, (score, name) in zip(panels, (("acc", "ACC"), ("balanced_acc", "balanced ACC")), strict=True):
-            for place, curve in enumerate(curves):
+            markers = {colour: iter("osD^v*PX") for colour in (*COLOURS.values(), GREY)}
+            for curve in curves:
                 estimates = [group.score("best", score) for group in curve.groups]
                 values, low, high = np.array([(one.value, one.low, one.high) for one in estimates if one]).T
-                colour = PALETTE[place % len(PALETTE)]
+                colour = colour_of(curve.groups[0].first)
                 axes.errorbar(
                     curve.tiles,
                     values,
                     yerr=[values - low, high - values],
                     color=colour,
-                    marker="o",
-                    markersize=4,
+                    marker=next(markers[colour], "o"),
+                    markersize=5,
                     capsize=3,
                     linewidth=1.5,
                     linestyle="--" if "baseline" in curve.groups[0].first.config else "-",
