@@ -446,7 +446,7 @@ def test_the_page_compares_the_validation_scores_where_there_are_enough_runs(
     [
         ((0.6, 0.6), "better"),
         ((0.4, 0.4), "worse"),
-        ((0.6, 0.4), "cannot be decided with 2 seeds"),
+        ((0.6, 0.4), "not decided"),
         ((0.5, 0.5), "the same"),
     ],
 )
