@@ -147,11 +147,11 @@ def _values(rows: Rows, metric: str) -> dict[str, dict[int, float]]:
 
 def _table(rows: Rows, comparisons: Mapping[str, Mapping[str, Comparison]]) -> list[dict[str, Any]]:
     """The lines of table.csv: the numbers of table.md with full precision."""
-    lines = []
+    lines, values_of = [], {metric: _values(rows, metric) for metric in METRICS}
     for row, seeds in rows.items():
         line: dict[str, Any] = {"row": row, "n": len(seeds)}
         for metric in METRICS:
-            found = _values({row: seeds}, metric).get(row)
+            found = values_of[metric].get(row)
             over_seeds = spread([*found.values()]) if found else None
             for name in ("mean", "sd", "low", "high"):
                 line[f"{metric} {name}"] = getattr(over_seeds, name) if over_seeds else None
@@ -171,9 +171,9 @@ def _table(rows: Rows, comparisons: Mapping[str, Mapping[str, Comparison]]) -> l
 
 def _markdown(rows: Rows, comparisons: Mapping[str, Mapping[str, Comparison]]) -> list[str]:
     """The scores with the differences in test ACC, then the differences in the other metrics."""
-    scores = []
+    scores, values_of = [], {metric: _values(rows, metric) for metric in METRICS}
     for row, seeds in rows.items():
-        values = [_values({row: seeds}, metric).get(row) for metric in METRICS]
+        values = [values_of[metric].get(row) for metric in METRICS]
         cells = [mean_sd(spread([*found.values()])) if found else "" for found in values]
         views = _over_views(seeds.values(), "test/acc")
         scores.append([row, str(len(seeds)), *cells, mean_sd(views) if views else ""])

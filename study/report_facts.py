@@ -14,7 +14,7 @@ from common.errors import UsageError
 from common.metrics import Estimate, recalls
 from common.pathmnist import COUNTS
 from common.records import Record
-from common.statistics import LEAST_SEEDS, SIGNIFICANT, Comparison, Spread, compare, interval, spread
+from common.statistics import LEAST_SEEDS, SIGNIFICANT, Comparison, Spread, compare, counted, interval, spread
 from study.ablation import identical_rows
 from study.forecast import LEAST_GROUPS, LEAST_RUNS, LOWER_IS_BETTER, forecast
 from study.groups import NETWORKS, TECHNIQUES, Group, grouped, nearest, share
@@ -155,6 +155,7 @@ def facts(study: Study) -> dict[str, Any]:
         "comparison": study.comparison() if compared else None,
         "further": further,
         "nearest": nearest,
+        "counted": counted,
         "baselines": baselines,
         # By test ACC: a network that passes here is better than every baseline.
         "strongest": max(baselines, key=lambda group: group.spread("best", "acc").mean, default=None),
