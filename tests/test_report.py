@@ -319,7 +319,8 @@ def parts(**more: Any) -> Any:
     """The macros of report_parts.md.j2."""
     loader = jinja2.FileSystemLoader(ROOT / "study")
     environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template("report_parts.md.j2").make_module({"interval": statistics.interval, **more})
+    helpers = {"interval": statistics.interval, "counted": statistics.counted}
+    return environment.get_template("report_parts.md.j2").make_module({**helpers, **more})
 
 
 def test_a_baseline_of_two_seeds_has_no_interval_and_gives_no_verdict() -> None:
