@@ -14,7 +14,7 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from study.trials import TrialRecords
 
 REFERENCE_ROW = "combined"  # of the ablation: the coursework's configuration
 FEW_ROWS = (REFERENCE_ROW, "with_all")
+SEARCH = Path("sweep.yaml")
 LITE0 = ("--model_name=tf_efficientnet_lite0",)  # its ImageNet weights come from a package registry
 
 
@@ -138,16 +139,17 @@ def main(config: StudyConfig) -> None:
         selection = config.output_dir / "report.toml"
         if not selection.exists():
             write_text(selection, toml(config))
-        run_steps(steps(config), lock)
+        run_steps(config, lock)
     print()
     report.main(report.ReportConfig(output_dir=config.output_dir))
     print(f"the study is finished: open {(config.output_dir / 'report.md').resolve()}")
 
 
-def run_steps(todo: Sequence[Step], lock: int) -> None:
+def run_steps(config: StudyConfig, lock: int) -> None:
     """Run what is not finished, one step after the other; Fault where one fails."""
-    for number, step in enumerate(todo, start=1):
-        line = f"[{number}/{len(todo)}] {step.title}"
+    total = len(list(steps(config)))
+    for number, step in enumerate(steps(config), start=1):
+        line = f"[{number}/{total}] {step.title}"
         if step.finished:
             print(f"{line}: finished already", flush=True)
             continue
@@ -157,15 +159,17 @@ def run_steps(todo: Sequence[Step], lock: int) -> None:
             raise Fault(f"{step.title} ended with exit status {status}; the same command continues the study")
 
 
-def steps(config: StudyConfig) -> list[Step]:
-    """The study's processes in their order. Raises UsageError for a sweep that cannot be run."""
+def steps(config: StudyConfig) -> Iterator[Step]:
+    """The study's processes in their order, as the finished ones have left it: a search names a later step's keys.
+
+    Raises UsageError for a sweep that cannot be run.
+    """
     plan = config.plan
     output = f"--output_dir={config.output_dir}"
     shared = [f"--{name}={getattr(config, name)}" for name in ("data_root", "device", "wandb")]
     data = [f"--dataset={config.dataset}", f"--size={config.size}"]
-    found: list[Step] = []
 
-    def run(title: str, script: str, run_id: str, *keys: str, last: str = "summary.json") -> None:
+    def run(title: str, script: str, run_id: str, *keys: str, last: str = "summary.json") -> Step:
         command = [f"{script}.py", output, *shared, *plan.keys.get(script, ()), f"--run_id={run_id}", *keys]
         folder = run_folder(config.output_dir, run_id)
         if (folder / "config.json").exists():
@@ -176,43 +180,53 @@ def steps(config: StudyConfig) -> list[Step]:
         finished = (folder / last).exists()
         if finished and last == "comparison.json":
             finished = min(map(len, read_json(folder / last)["runs"].values())) >= plan.n_seeds
-        found.append(Step(title, command, finished))
+        return Step(title, command, finished)
 
-    def sweep(title: str, file: Path, plan_keys: Sequence[str], count: int | None = None) -> None:
+    def sweep(title: str, file: Path, plan_keys: Sequence[str], count: int | None = None) -> Step:
         fixed = [*shared, *data, *plan_keys]
         keys = [f"--count={count}"] if count else []
         command = ["-m", "study.sweep", str(file), output, *keys, "--", *fixed]
-        found.append(Step(title, command, sweep_finished(file, fixed, config.output_dir, count)))
+        return Step(title, command, sweep_finished(file, fixed, config.output_dir, count))
 
-    def explain(title: str, run_id: str) -> None:
+    def explain(title: str, run_id: str) -> Iterator[Step]:
         weights = checkpoint_folder(config.output_dir, run_id) / "best.pt"
         if weights.exists() or not is_finished(config.output_dir, run_id):  # else the weights are kept elsewhere
-            run(title, "task2", run_id, last="attribution.json")  # on the data of that run
+            yield run(title, "task2", run_id, last="attribution.json")  # on the data of that run
 
     for seed in config.seeds:
-        run(f"Task 1, seed {seed}", "task1", f"task1-{seed}", *data, f"--seed={seed}")
-    explain("Task 2", f"task1-{config.seed}")
+        yield run(f"Task 1, seed {seed}", "task1", f"task1-{seed}", *data, f"--seed={seed}")
+    yield from explain("Task 2", f"task1-{config.seed}")
     for row in plan.task3_rows:
         for seed in config.seeds:
             keys = [*data, f"--ablation={row}", f"--seed={seed}"]
-            run(f"Task 3, {row}, seed {seed}", "train", f"{row}-{seed}", *keys)
+            yield run(f"Task 3, {row}, seed {seed}", "train", f"{row}-{seed}", *keys)
     train = plan.keys.get("train", ())
-    sweep("Task 4, ablation", ablation_file(config), (*train, *plan.keys.get("ablation", ())))
+    yield sweep("Task 4, ablation", ablation_file(config), (*train, *plan.keys.get("ablation", ())))
     if plan.search_trials:
         of_trial = (*train, *plan.keys.get("search", ()))
-        sweep("Task 4, search", Path("sweep.yaml"), of_trial, plan.search_trials)
+        yield sweep("Task 4, search", SEARCH, of_trial, plan.search_trials)
+        for seed in config.seeds:
+            keys = [*data, *winner(config.output_dir), f"--seed={seed}"]
+            yield run(f"Task 4, the search's winner, seed {seed}", "train", f"winner-{seed}", *keys)
     seeds = [f"--seed={config.seed}", f"--n_seeds={plan.n_seeds}"]
-    run("Task 5", "task5", "task5", *data, *seeds, last="comparison.json")
-    explain("Task 2, Task 5's network", "task5")
+    yield run("Task 5", "task5", "task5", *data, *seeds, last="comparison.json")
+    yield from explain("Task 2, Task 5's network", "task5")
     for arguments in baseline_arguments(config):
         runs = parse(BaselinesConfig, arguments, "").runs
         complete = all(is_finished(config.output_dir, run_id) for run_id in runs)
-        found.append(Step(f"baselines, {next(iter(runs))}", ["-m", "study.baselines", *arguments], complete))
+        yield Step(f"baselines, {next(iter(runs))}", ["-m", "study.baselines", *arguments], complete)
     for name in plan.curves:
-        sweep(f"learning curve, {name}", Path(f"learning_curve/{name}.yaml"), ())
+        yield sweep(f"learning curve, {name}", Path(f"learning_curve/{name}.yaml"), ())
     analysed = (config.output_dir / "analysis.json").exists()
-    found.append(Step("analysis", ["-m", "study.analysis", output, *shared], analysed))
-    return found
+    yield Step("analysis", ["-m", "study.analysis", output, *shared], analysed)
+
+
+def winner(output_dir: Path) -> list[str]:
+    """The arguments of train.py for the configuration of the search's best trial; none before the search."""
+    sweep = read_sweep(SEARCH)
+    table = output_dir / "sweeps" / sweep.name / "table.csv"
+    best = next(iter(read_table(table)), None) if table.exists() else None
+    return sweep.recipe({name: best[name] for name in sweep.swept}) if best else []
 
 
 def baseline_arguments(config: StudyConfig) -> list[list[str]]:
@@ -255,10 +269,11 @@ def toml(config: StudyConfig) -> str:
     reference = REFERENCE_ROW if config.plan.task3_rows else f"ablation-{REFERENCE_ROW}"
     task3 = [f"{reference}-{seed}" for seed in config.seeds]
     whole, *parts = [list(parse(BaselinesConfig, keys, "").runs) for keys in baseline_arguments(config)]
-    more = [f"{row}-{seed}" for row in config.plan.task3_rows[1:] for seed in config.seeds]
+    others = [*config.plan.task3_rows[1:], *(["winner"] if config.plan.search_trials else [])]
+    further = [f"{name}-{seed}" for name in others for seed in config.seeds]
     curve = {
         "sweeps": [f"learning-curve-{name}" for name in config.plan.curves],
-        "runs": [*more, *itertools.chain(*parts)],
+        "runs": list(itertools.chain(*parts)),
     }
     lines = [
         "# Which runs report.md shows. `python -m study.report` makes the page from them.",
@@ -274,6 +289,7 @@ def toml(config: StudyConfig) -> str:
         *(['search = "search"'] if config.plan.search_trials else []),
         "[task5]",
         'comparison = "task5"',
+        *(["[networks]  # other recipes on all tiles", f"runs = {json.dumps(further)}"] if further else []),
         "[baselines]",
         f"runs = {json.dumps(whole)}",
         *(["[learning_curve]", *(f"{name} = {json.dumps(ids)}" for name, ids in curve.items())] if parts else []),

@@ -35,15 +35,17 @@ TECHNIQUES = {  # rows of the ablation
     "with_all": "with stain augmentation and averaged weights",
 }
 TUNED = {"head": "last layer fine-tuned", "classifier": "classifier fine-tuned", "all": "fine-tuned"}
+FOUND = "the search's best recipe"
 # Keys in which runs of one row may differ: the seed, and where and how a run is kept.
 APART = {"seed", "run_id", "scratch", "n_seeds"} | TrainingConfig.bookkeeping()
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed alone."""
+    """Runs that differ in their seed alone; `name` says what their configuration does not tell of their recipe."""
 
     records: Sequence[Record]
+    name: str = ""
 
     def __post_init__(self) -> None:
         """Raise UsageError where two runs have the same seed, or differ in more than the seed."""
@@ -70,6 +72,8 @@ class Group:
         network = NETWORKS.get(config["model_name"], config["model_name"])
         if config.get("weights", SCRATCH) != SCRATCH:
             return f"{network}, {TUNED[config['train_part']]}"
+        if self.name:
+            return f"{network} from scratch, {self.name}"
         row = config.get("ablation", "combined")
         if "ablation" not in config and "weights" not in config:  # of Task 1
             parts = ["stain augmentation"] * (config["augmentation"] == "stain")
@@ -137,9 +141,19 @@ def nearest(group: Group, others: Mapping[str, Group]) -> tuple[str, dict[str, A
     return name, changes[name]
 
 
-def grouped(records: Iterable[Record]) -> list[Group]:
-    """The runs that differ in their seed alone, as groups in the order of their first runs."""
-    return [Group(same) for same in alike(records, APART)]
+def grouped(records: Iterable[Record], found: Mapping[str, Any] | None = None) -> list[Group]:
+    """The runs that differ in their seed alone, as groups in the order of their first runs.
+
+    `found` is the configuration of a search's best trial: the group that has it, on any tiles, gets FOUND as its name.
+    """
+
+    def recipe(config: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in config.items() if name not in {*APART, "train_tiles"}}
+
+    return [
+        Group(same, FOUND if found and recipe(same[0].config) == recipe(found) else "")
+        for same in alike(records, APART)
+    ]
 
 
 def alike(records: Iterable[Record], apart: Collection[str]) -> list[list[Record]]:

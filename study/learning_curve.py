@@ -54,9 +54,3 @@ def learning_curves(records: Iterable[Record]) -> list[Curve]:
         if len(parts) > 1:
             curves.append(Curve([Group(parts[tiles]) for tiles in sorted(parts)]))
     return sorted(curves, key=lambda curve: "baseline" in curve.groups[0].first.config)
-
-
-def best_at(curves: Iterable[Curve], tiles: int) -> Group:
-    """The runs with the highest mean test ACC of those with this number of training tiles."""
-    groups = [group for curve in curves if (group := curve.at(tiles))]
-    return max(groups, key=lambda group: group.spread("best", "acc").mean)

@@ -1,6 +1,7 @@
 """Rank the trials of a search: a table, and figures of its parameters."""
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,13 +47,16 @@ def rank(search: Search) -> None:
     records = [run_folder(output_dir, search.run_id(trial)) / "config.json" for trial in ended]
     titles = {read_json(path)["dataset"] for path in records if path.exists()}
     data = " / ".join(sorted(titles)) or "no trial has loaded its data"
-    write_text(folder / "table.md", _markdown(sweep, lines, data))
     written = [folder / "table.csv", folder / "table.md"]
     figures = output_dir / "fig" / "task4"
     finished = [trial for trial in ended if trial.state == TrialState.COMPLETE]
+    again = ""
     if finished:
+        command = shlex.join(["python", sweep.program, *sweep.recipe(finished[0].params)])
+        again = f"The best trial's configuration, on all training tiles: `{command}`\n"
         written.append(figures / f"{sweep.name}-parallel-coordinates.png")
         draw_parallel_coordinates(written[-1], ended, sweep, data)
+    write_text(folder / "table.md", f"{_markdown(sweep, lines, data)}\n{again}")
     several = sweep.swept and len({trial.value for trial in finished}) > 1
     shares = importances(search.study) if several else []
     importance = figures / f"{sweep.name}-importance.png"
@@ -69,6 +73,7 @@ def rank(search: Search) -> None:
     print(f"{sweep.name}: {len(ended)} trials, {len(finished)} finished; best first by {sweep.metric}:")
     for path in written:
         print(f"  {path}")
+    print(again, end="")
 
 
 def _order(trial: FrozenTrial, sweep: Sweep) -> tuple[int, float]:

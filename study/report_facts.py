@@ -17,8 +17,8 @@ from common.records import Record
 from common.statistics import LEAST_SEEDS, SIGNIFICANT, Comparison, Spread, compare, counted, interval, spread
 from study.ablation import identical_rows
 from study.forecast import LEAST_GROUPS, LEAST_RUNS, LOWER_IS_BETTER, forecast
-from study.groups import NETWORKS, TECHNIQUES, Group, grouped, nearest, share
-from study.learning_curve import best_at, learning_curves, n_tiles
+from study.groups import FOUND, NETWORKS, TECHNIQUES, Group, grouped, nearest, share
+from study.learning_curve import learning_curves, n_tiles
 from study.report_selection import Study
 
 
@@ -106,10 +106,14 @@ def facts(study: Study) -> dict[str, Any]:
     attributions = [*([attribution] if attribution else []), *map(study.attribution, also)]
     ablation = {row: Group(records) for row, records in study.ablation().items()} if "task4" in chosen else {}
     compared = {kind: Group(records) for kind, records in study.compared().items()} if "task5" in chosen else {}
+    search = study.search()
+    trials = study.provenance(search)
+    found = next((trial["config"] for trial in trials if trial["run_id"] == search[0]["run_id"]), None)
     further, baselines = (
-        grouped(study.runs(section, study.named(section, "runs"))) if section in chosen else []
+        grouped(study.runs(section, study.named(section, "runs")), found) if section in chosen else []
         for section in ("networks", "baselines")
     )
+    winner = next((group for group in further if group.name == FOUND), None)
     networks = [record for record in study.read.values() if record.history]  # a baseline has no epochs
     extra = study.learning_curve()
     curves = learning_curves(study.read.values()) if extra else []
@@ -118,7 +122,9 @@ def facts(study: Study) -> dict[str, Any]:
     if len({record.config["size"] for record in study.read.values()}) > 1:
         raise UsageError("report.toml: tiles of different sizes cannot stand on one page")
     numbers = sorted(set(map(n_tiles, networks)))
-    within = {n: forecast(grouped(run for run in networks if n_tiles(run) == n)) for n in numbers if numbers[1:]}
+    within = {
+        n: forecast(grouped((run for run in networks if n_tiles(run) == n), found)) for n in numbers if numbers[1:]
+    }
     by_kind = {kind: group.by_seed("best", "acc") for kind, group in compared.items()}
     groups = {title: {title: group} for title, group in tasks.items()} | {"Task 4": ablation, "Task 5": compared}
     sources = {
@@ -136,8 +142,7 @@ def facts(study: Study) -> dict[str, Any]:
         runs = [record for record in group.records if analysis and record.run_id in analysis["runs"]]
         if analysis and runs:
             analysed[task] = Analysed.of(Group(runs), analysis)
-    search = study.search()
-    sources["Task 4, search"] = study.provenance(search)
+    sources["Task 4, search"] = trials
     return {
         "study": study,
         "tasks": tasks,
@@ -150,7 +155,9 @@ def facts(study: Study) -> dict[str, Any]:
         "verdicts": verdicts(ablation),
         "judge": judge,
         "search": search,
-        "search_data": next((facts["dataset"] for facts in sources["Task 4, search"]), None),
+        "search_data": next((facts["dataset"] for facts in trials), None),
+        "winner": winner,
+        "winning": compared_with(tasks.get("Task 3"), winner),
         "compared": compared,
         "comparison": study.comparison() if compared else None,
         "further": further,
@@ -161,14 +168,13 @@ def facts(study: Study) -> dict[str, Any]:
         "strongest": max(baselines, key=lambda group: group.spread("best", "acc").mean, default=None),
         "curves": curves,
         "curve_tiles": sorted({tiles for curve in curves for tiles in curve.tiles}),
-        "best_at": best_at,
         "networks": NETWORKS,
         "techniques": TECHNIQUES,
         "analysis": analysis,
         "analysed": analysed,
         "rescued": rescued,
         "recalls": recalls,
-        "forecast": forecast(grouped(networks)),
+        "forecast": forecast(grouped(networks, found)),
         # Of the runs with as many training tiles, where there are enough of several numbers of tiles.
         "forecasts": {n: found for n, found in within.items() if found.correlations},
         "lower_is_better": LOWER_IS_BETTER,
@@ -181,6 +187,17 @@ def facts(study: Study) -> dict[str, Any]:
         "official": COUNTS,
         "interval": interval,
     }
+
+
+def compared_with(reference: Group | None, group: Group | None) -> Comparison | None:
+    """The test ACC of a group compared with another one's, seed by seed; None without a common seed.
+
+    None, too, where their numbers of training tiles differ.
+    """
+    if not reference or not group or n_tiles(reference.first) != n_tiles(group.first):
+        return None
+    by_seed = {name: one.by_seed("best", "acc") for name, one in (("reference", reference), ("group", group))}
+    return compare(by_seed).get("group")
 
 
 def rescued(group: Group, others: Iterable[Group]) -> tuple[int, dict[str, float]]:

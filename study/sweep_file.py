@@ -77,6 +77,12 @@ class Sweep:
         """Whether the program computes on a CPU, with the fixed keys and `values`."""
         return Compute.of(self.config(values).device, "fp32").device.type == "cpu"
 
+    def recipe(self, values: Mapping[str, Any]) -> list[str]:
+        """The arguments that train with `values` on all training tiles, wherever and however a run is kept."""
+        apart = {*self.per_machine(), "train_tiles"}
+        fixed = {name: value for name, value in self.fixed.items() if name not in apart}
+        return _as_arguments({**fixed, **values})
+
     def command_line(self, values: Mapping[str, Any]) -> list[str]:
         """The command that runs the program with the fixed keys and `values`."""
         macros = {

@@ -198,7 +198,6 @@ def test_the_page_shows_a_recipe_and_a_baseline_on_fewer_tiles(study: Path) -> N
     assert row in table  # two seeds: no interval
     assert "| nearest neighbours on colour and gradient statistics | 0.125 | " in table
     assert "MobileNetV3-Large" not in table  # has one number of tiles
-    assert "- With 45 training tiles, ResNet-18 from scratch has the highest mean test ACC: 0.250; with" in page
     assert "this page has 6 and 3." in page  # the runs on fewer tiles are no runs of the tasks
 
 
@@ -214,7 +213,9 @@ def test_the_page_says_which_trial_of_a_search_is_the_best_and_on_which_tiles(st
         "rank,run_id,state,validate/acc,best epoch,epochs,augmentation,lr,model_name\n"
         "1,search-7,finished,0.5,2,2,stain,0.00123456,timm:x.in1k\n2,search-3,pruned,0.4,1,1,none,0.1,vgg11\n"
     )
-    figure = study / "fig/task4/search-parallel-coordinates.png"
+    figure, importance = (
+        study / f"fig/task4/search-{name}.png" for name in ("parallel-coordinates", "importance")
+    )
     shutil.copy(study / "fig/report/summary.png", figure)
     toml = study / "report.toml"
     toml.write_text(toml.read_text().replace("[task4]\n", '[task4]\nsearch = "search"\n'))
@@ -226,9 +227,35 @@ def test_the_page_says_which_trial_of_a_search_is_the_best_and_on_which_tiles(st
     )
     assert f"(fig/task4/{figure.name})" in page
     assert f"; 2 trials on {data}.*" in page
+    assert "See [all trials](sweeps/search/table.md).\n" in page  # two trials do not tell which parameter matters
+    shutil.copy(figure, importance)
+    assert f" and [how much each parameter matters](fig/task4/{importance.name}).\n" in built(study)
     table = study / "sweeps/search/table.csv"
     table.write_text(table.read_text().replace("finished", "failed"))
     assert "### Search" not in built(study)  # there is no best trial
+
+
+def test_the_page_compares_the_search_s_best_recipe_with_task_3_s(study: Path) -> None:
+    copied(study, "small-combined-0", "search-1", lr=0.5, train_tiles=45)  # the search had fewer tiles
+    for seed in (0, 1):
+        copied(study, "small-combined-0", f"winner-{seed}", lr=0.5, seed=seed)
+        copied(study, "small-combined-0", f"other-{seed}", lr=0.4, seed=seed)
+        summary("best", "acc", "value", value=0.75)(study / f"runs/winner-{seed}")
+        summary("best", "acc", "value", value=0.5)(study / f"runs/small-combined-{seed}")
+    found = {"state": "finished", "validate/acc": 0.5, "best epoch": 1, "epochs": 2, "lr": 0.5}
+    write_csv(study / "sweeps/search/table.csv", [{"rank": 1, "run_id": "search-1", **found}])
+    shutil.copy(study / "fig/report/summary.png", study / "fig/task4/search-parallel-coordinates.png")
+    toml = study / "report.toml"
+    text = toml.read_text().replace("[task4]\n", '[task4]\nsearch = "search"\n')
+    toml.write_text(text + '[networks]\nruns = ["other-0", "other-1", "winner-0", "winner-1"]\n')
+    page = built(study)
+    assert "| Further | MobileNetV3-Large from scratch, the search's best recipe | 90 | 2 |" in page
+    assert "| Further | MobileNetV3-Large from scratch | 90 | 2 |" in page
+    assert "Trained on 90 tiles, this recipe reaches test ACC" in page
+    assert "seed by seed, is +0.250: cannot be decided with 2 seeds." in page
+    copied(study, "small-combined-0", "search-1", lr=0.6)
+    page = built(study)
+    assert "the search's best recipe" not in page and "this recipe reaches" not in page
 
 
 def test_the_check_compares_the_search_s_trials_with_their_runs(

@@ -133,7 +133,7 @@ def test_published_scores_are_shown_where_a_task_has_all_tiles(
         page = build(study, facts(study))
         assert ("so they are not shown here" in page) != published
         assert (", and published figures" in page) == published
-        assert ("against the coursework's" in page) == published
+        assert ("beside the coursework's" in page) == published
         assert "baseline" not in page
 
 

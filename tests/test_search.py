@@ -52,6 +52,9 @@ def test_a_search_ranks_its_trials(write_sweep: Write, tmp_path: Path, method: s
     text = (output / "sweeps/try/table.md").read_text()
     assert text.count("finished") == 4
     assert text.startswith("**try**: no data; 4 trials")
+    last_line = text.splitlines()[-1]
+    assert last_line.startswith("The best trial's configuration, on all training tiles: `python ")
+    assert f" --quality={max(values)}" in last_line
     assert (output / "fig/task4/try-parallel-coordinates.png").exists()
     assert (output / "fig/task4/try-importance.png").exists()
 

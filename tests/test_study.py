@@ -62,7 +62,8 @@ def test_every_step_is_a_command_that_its_script_accepts(dataset: str, size: int
             fixed = read_sweep(made.file, made.fixed.split()).fixed
             assert (fixed["dataset"], fixed["size"]) == (dataset, str(size))
         assert made.output_dir == tmp_path
-    assert scripts == config.plan.n_seeds * (1 + len(config.plan.task3_rows)) + 3  # Task 2 twice, Task 5
+    recipes = 1 + len(config.plan.task3_rows) + bool(config.plan.search_trials)
+    assert scripts == config.plan.n_seeds * recipes + 3  # Task 2 twice, Task 5
 
 
 def commands(config: study.StudyConfig) -> dict[str, list[str]]:
@@ -95,7 +96,33 @@ def test_at_28_pixels_task_3_trains_on_all_tiles_and_the_sweeps_on_a_part(tmp_pa
     assert study.LITE0[0] in made["Task 5"]
     shown = tomllib.loads(study.toml(config))
     assert shown["task3"]["runs"] == [f"combined-{seed}" for seed in range(5, 10)]
-    assert {"with_all-5", "boosting-900-7"} <= set(shown["learning_curve"]["runs"])
+    assert "boosting-900-7" in shown["learning_curve"]["runs"]
+    assert shown["networks"]["runs"] == [
+        f"{name}-{seed}" for name in ("with_all", "winner") for seed in range(5, 10)
+    ]
+
+
+def test_the_search_s_winner_is_trained_with_every_seed_on_all_tiles(tmp_path: Path) -> None:
+    config = config_of(f"--output_dir={tmp_path}")
+    steps = study.steps(config)
+    for step in steps:
+        if step.title == "Task 4, search":
+            break
+    # The search has ended while the study runs; its best trial stands first.
+    best = {"augmentation": "ta_wide,stain", "lr": 0.0123, "n_epochs": 3}
+    other = {"augmentation": "none", "lr": 0.5, "n_epochs": 3}
+    trials = [
+        {"rank": rank, **dict.fromkeys(read_sweep(study.SEARCH).swept, 0), "batch_size": 32, **values}
+        for rank, values in enumerate((best, other), start=1)
+    ]
+    write_csv(tmp_path / "sweeps/search/table.csv", trials)
+    for seed in range(5):
+        step = next(steps)
+        assert step.title == f"Task 4, the search's winner, seed {seed}"
+        run = parse(train.TrainConfig, step.command[1:], "")
+        assert (run.run_id, run.seed, run.size, run.train_tiles) == (f"winner-{seed}", seed, 28, None)
+        assert (run.augmentation, run.lr, run.batch_size, run.n_epochs) == ("ta_wide,stain", 0.0123, 32, 20)
+    assert next(steps).title == "Task 5"
 
 
 def test_the_learning_curve_has_the_recipes_of_the_runs_on_all_tiles(tmp_path: Path) -> None:

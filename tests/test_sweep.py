@@ -78,6 +78,15 @@ def test_the_search_file_has_the_courseworks_space(monkeypatch: pytest.MonkeyPat
     assert (content.metric, content.maximize, content.method) == ("validate/acc", True, "bayes")
 
 
+def test_a_recipe_is_for_all_training_tiles_and_does_not_say_where_the_run_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(ROOT)
+    machine = ["--data_root=/data", "--wandb=disabled", "--device=cpu"]
+    sweep = read_sweep(Path("sweep.yaml"), ["--size=28", "--train_tiles=9000", *machine])
+    assert sweep.recipe({"lr": 0.1}) == ["--n_epochs=20", "--size=28", "--lr=0.1"]
+
+
 # Reading a sweep file
 
 
