@@ -229,9 +229,10 @@ class Accuracies(TypedDict):
 class Analysis(TypedDict):
     dataset: str
     synthetic: bool
-    runs: list[RunId]
+    runs: dict[RunId, str]  # with the SHA-256 of the outputs
     published: Published | None
     matched: dict[str, dict[RunId, Accuracies]]
+    kept: dict[RunId, dict[str, Any]]  # of which earlier analysis a run's scores on matched colours are
 
 
 HISTORY: TypeAdapter[Any] = TypeAdapter(Annotated[list[Row], _checked(_problem_with_epochs)])

@@ -6,11 +6,11 @@
 1. How many test tiles does only our network classify rightly, how many only the published one? The file has a row
    for each test tile: its index and its probability of each class.
 2. How much of the gap closes if the colours of the test tiles are matched to those of training tiles? This needs
-   the runs' checkpoints; a run without one is left out.
+   a run's checkpoint. Where it is missing now, the scores of an earlier analysis of the same run stay.
 3. Which test tiles does every network get wrong?
 
-Leaves analysis.json and fig/analysis/hard-tiles.png, which report.md shows. A record that has more, because it was
-made with checkpoints or with published predictions that are missing now, is kept.
+Leaves analysis.json and fig/analysis/hard-tiles.png, which report.md shows. A record with published predictions is
+not replaced by one without them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +38,7 @@ from common.trained import load_trained
 from study.report_selection import Study
 
 FIGURE = "fig/analysis/hard-tiles.png"
+PROVENANCE = ("command", "commit", "started", "python", "platform", "versions")
 SHOWN = 8  # tiles of each class in the figure
 Pixels = NDArray[np.uint8]  # tiles, (N, H, W, 3)
 
@@ -68,14 +69,24 @@ def main(config: AnalysisConfig) -> None:
             )
         predicted[record.run_id] = arrays["best_logits"].argmax(axis=1)
     published = read_published(config.published, labels) if config.published else None
+    path = config.output_dir / "analysis.json"
+    before = read_json(path) if path.exists() else None
+    if before and before["published"] and not published:
+        raise UsageError(
+            f"{path}: compares with {before['published']['file']}: name this file (--published), "
+            "delete the record, or name another --output_dir"
+        )
     content: dict[str, Any] = {
         "dataset": dataset.title,
         "synthetic": dataset.name == "phantom",
-        "runs": list(predicted),
+        "runs": {record.run_id: digest(record.folder / "scores.npz") for record in records},
         "published": None,
         "matched": matched_scores(records, dataset, config, compute),
+        "kept": {},
         **provenance(("torch", "numpy", "scikit-image", "matplotlib")),
     }
+    if before:
+        keep(before, content)
     networks = list(predicted.values())
     if config.published and published:
         theirs = published.logits.argmax(axis=1)
@@ -86,11 +97,6 @@ def main(config: AnalysisConfig) -> None:
             "only_right": {run_id: only_right(ours, theirs, labels) for run_id, ours in predicted.items()},
         }
         networks.append(theirs)
-    path = config.output_dir / "analysis.json"
-    if path.exists() and (lost := missing(read_json(path), content)):
-        raise UsageError(
-            f"{path}: has {lost}, which cannot be computed now; delete it, or name another --output_dir"
-        )
     hard = np.all([classes != labels for classes in networks], axis=0)
     counts = np.bincount(labels[hard], minlength=len(dataset.class_names)).tolist()
     content["hard"] = {
@@ -105,16 +111,18 @@ def main(config: AnalysisConfig) -> None:
     print(f"{len(records)} runs, {hard.sum()} of {len(hard):,} test tiles are wrong in all; record: {path}")
 
 
-def missing(before: Mapping[str, Any], content: Mapping[str, Any]) -> str:
-    """What an earlier record has and a new one lacks, in words; empty if nothing."""
-    parts = []
-    if before["published"] and not content["published"]:
-        parts.append(f"the comparison with {before['published']['file']} (--published)")
-    for name, scores in before["matched"].items():
-        runs = sorted(set(scores) - set(content["matched"].get(name, {})))
-        if runs:
-            parts.append(f"the {name} of {', '.join(runs)} (no checkpoints, or not in report.toml)")
-    return " and ".join(parts)
+def keep(before: Mapping[str, Any], content: dict[str, Any]) -> None:
+    """Give `content` the scores on matched colours of an earlier record, for the very runs that lack a checkpoint.
+
+    `kept` says, for each of these runs, which analysis made its scores.
+    """
+    made = {name: before[name] for name in PROVENANCE}
+    for name, scores in content["matched"].items():
+        for run_id, sha256 in content["runs"].items():
+            earlier = before["matched"].get(name, {}).get(run_id)
+            if run_id not in scores and earlier and before["runs"][run_id] == sha256:
+                scores[run_id] = earlier
+                content["kept"][run_id] = before["kept"].get(run_id, made)
 
 
 def read_published(path: Path, labels: NDArray[np.int64]) -> Evaluation:
@@ -184,7 +192,7 @@ def matched_scores(
     for record in records:
         path = checkpoint_folder(config.output_dir, record.run_id) / "best.pt"
         if not path.exists():
-            print(f"{record.run_id}: no checkpoint, so it is not scored on matched colours")
+            print(f"{record.run_id}: no checkpoint, so it is not scored on matched colours now")
             continue
         trained = load_trained(path, compute.device)
         for name, split in matched.items():

@@ -144,7 +144,7 @@ def nearest(group: Group, others: Mapping[str, Group]) -> tuple[str, dict[str, A
 def grouped(records: Iterable[Record], found: Mapping[str, Any] | None = None) -> list[Group]:
     """The runs that differ in their seed alone, as groups in the order of their first runs.
 
-    `found` is the configuration of a search's best trial: the group that has it, on any tiles, gets FOUND as its name.
+    `found` is the configuration of a search's best trial: the group that has it, on any tiles, is named FOUND.
     """
 
     def recipe(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -60,6 +60,9 @@ def check_analysis(study: Study, analysis: Mapping[str, Any]) -> None:
     path, remedy = study.folder / "analysis.json", "python -m study.analysis writes it again"
     records = [study.read[run_id] for run_id in analysis["runs"] if run_id in study.read]
     published, hard = analysis["published"], analysis["hard"]
+    for record in records:
+        if digest(record.folder / "scores.npz") != analysis["runs"][record.run_id]:
+            raise Fault(f"{path}: run {record.run_id} had other outputs when it was analysed; {remedy}")
     for record in records if published else ():
         right, n = published["only_right"][record.run_id], published["scores"]["n"]
         gain = (record.scores["test/acc"] - published["scores"]["acc"]["value"]) * n

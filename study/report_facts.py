@@ -137,6 +137,7 @@ def facts(study: Study) -> dict[str, Any]:
     sources["Task 2"] = attributions
     analysis = study.analysis()
     sources["Analysis"] = [analysis] if analysis else []
+    sources["Matched colours"] = list(analysis["kept"].values()) if analysis else []
     analysed = {}
     for task, group in tasks.items():
         runs = [record for record in group.records if analysis and record.run_id in analysis["runs"]]

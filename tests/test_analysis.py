@@ -132,9 +132,9 @@ def test_the_page_shows_the_analysis_and_the_check_compares_it_with_the_runs(
     run_script(report.main, report.ReportConfig, [f"--output_dir={study}"])
     page = (study / "report.md").read_text()
     assert re.search(
-        r"^- Task 1, one seed: test ACC .* on the same 18 tiles of phantom .*: ours is ", page, re.MULTILINE
+        r"^- MedMNIST's published .* on the same 18 tiles of phantom .*\. Task 1 \(one seed\) ", page, re.MULTILINE
     )
-    assert f"ours alone is right on {only_ours} tiles, the published one alone on {only_theirs} (" in page
+    assert f"ours alone is right on {only_ours} tiles, the published one alone on {only_theirs} (p " in page
     assert page.count("- Task 1: the colours of all test tiles together were matched") == 1
     assert (
         f"All 2 networks (of Task 1, and the published one) are wrong on {hard} of {len(targets)} test tiles."
@@ -148,6 +148,7 @@ def test_the_page_shows_the_analysis_and_the_check_compares_it_with_the_runs(
         (lambda record: record["published"]["only_right"]["first"].update(ours=only_ours + 1), "only one network"),
         (lambda record: record["hard"]["per_class"].update(adipose=99), "all networks get wrong"),
         (lambda record: record["hard"].update(sha256="0"), "hard-tiles.png: not the figure"),
+        (lambda record: record["runs"].update(first="0"), "run first had other outputs when it was analysed"),
     ):
         changed = json.loads(json.dumps(content))
         change(changed)
@@ -162,6 +163,7 @@ def test_without_checkpoints_and_published_predictions_the_rest_is_analysed(
 ) -> None:
     shutil.rmtree(study / "checkpoints")
     content = analyse(study, phantom_root)
+    assert content["runs"].keys() == {"first"}
     assert "first: no checkpoint" in capsys.readouterr().out
     assert content["published"] is None
     assert not any(content["matched"].values())
@@ -198,21 +200,36 @@ def test_predictions_of_other_tiles_are_refused(
     assert message in capsys.readouterr().err
 
 
-def test_a_record_that_has_more_is_not_replaced(
+def test_a_record_with_published_predictions_is_not_replaced_by_one_without_them(
     study: Path, phantom_root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     targets = Record.read(study, "first").arrays()["targets"]
     before = analyse(study, phantom_root, f"--published={published(study, targets)}")
-    for prepare, message in (
-        (lambda: None, r"has the comparison with .*\.csv \(--published\), which cannot be computed now"),
-        (
-            lambda: shutil.rmtree(study / "checkpoints"),
-            r"the mean and spread in CIELAB of first \(no checkpoints",
-        ),
-    ):
-        prepare()
-        with pytest.raises(SystemExit) as ended:
-            analyse(study, phantom_root)
-        assert ended.value.code == 2
-        assert re.search(message, capsys.readouterr().err)
-        assert json.loads((study / "analysis.json").read_text()) == before
+    with pytest.raises(SystemExit) as ended:
+        analyse(study, phantom_root)
+    assert ended.value.code == 2
+    assert re.search(r"compares with published\.csv: name this file \(--published\)", capsys.readouterr().err)
+    assert json.loads((study / "analysis.json").read_text()) == before
+
+
+def test_the_scores_of_an_earlier_analysis_stay_where_the_run_is_the_same_and_its_checkpoint_is_gone(
+    study: Path, phantom_root: Path
+) -> None:
+    first = analyse(study, phantom_root)
+    assert first["kept"] == {}
+    (study / "checkpoints/first/best.pt").unlink()
+    second = analyse(study, phantom_root)
+    assert second["matched"] == first["matched"]
+    assert second["kept"]["first"]["started"] == first["started"]
+    # The analysis that made the scores stays named, also after a third one.
+    first["started"] = second["kept"]["first"]["started"] = "2001-01-01T00:00:00+00:00"
+    (study / "analysis.json").write_text(json.dumps(second))
+    third = analyse(study, phantom_root)
+    assert third["kept"] == second["kept"]
+    run_script(report.main, report.ReportConfig, [f"--output_dir={study}"])
+    page = (study / "report.md").read_text()
+    assert re.search(r"^\| Analysis, Matched colours.* \| .* \| 2001-01-01 to ", page, re.MULTILINE)
+    # A run that was trained again is another one.
+    third["runs"]["first"] = "0"
+    (study / "analysis.json").write_text(json.dumps(third))
+    assert not any(analyse(study, phantom_root)["matched"].values())
