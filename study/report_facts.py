@@ -1,9 +1,8 @@
 """What the template of report.md may use: the records of a study as typed facts, and the published scores."""
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
@@ -47,6 +46,17 @@ REFERENCES = {  # by task, the coursework's first
         Published("Doerrich et al. 2025, 3 seeds, ACC ± 0.007", "ResNet-18 fine-tuned", 64, 0.934, 0.994),
     ],
 }
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where records come from: when they were started, their tasks, and the versions of each package."""
+
+    commit: str
+    python: str
+    started: list[str] = field(default_factory=list)
+    tasks: dict[str, None] = field(default_factory=dict)
+    versions: dict[str, dict[str, None]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -219,15 +229,18 @@ def rescued(group: Group, others: Iterable[Group]) -> tuple[int, dict[str, float
     }
 
 
-def together(sources: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[Mapping[str, Any]]]:
-    """The provenance of runs by task; tasks with the same commits, Python and packages share an entry."""
-    found: dict[str, list[str]] = {}
+def together(sources: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Provenance]:
+    """The provenance of the records of each task; those with the same commit and Python stand together."""
+    found: dict[tuple[str, str], Provenance] = {}
     for task, records in sorted(sources.items()):
-        if records:
-            commits = sorted({str(record.get("commit")) for record in records})
-            same = [commits, records[0].get("python"), records[0].get("versions")]
-            found.setdefault(json.dumps(same, sort_keys=True), []).append(task)
-    return {", ".join(tasks): [record for task in tasks for record in sources[task]] for tasks in found.values()}
+        for record in records:
+            commit, python = str(record.get("commit")), str(record.get("python"))
+            same = found.setdefault((commit, python), Provenance(commit, python))
+            same.tasks[task] = None
+            same.started.append(record["started"])
+            for name, version in record["versions"].items():
+                same.versions.setdefault(name, {})[version] = None
+    return list(found.values())
 
 
 def verdicts(ablation: Mapping[str, Group]) -> dict[str, Comparison]:

@@ -34,6 +34,7 @@ SHOWN = {
 SHOWN_TILE, DRAWS = 6, 12  # of the generated tiles, one with a structure that shows a shift
 TASK_MARKERS = {"Task 1": "o", "Task 3": "s", "Task 5": "D"}
 CALIBRATION_BINS = 10
+MARKERS = "os^v*PX"  # of the recipes of one colour
 LEAST_TILES = 10  # of a bin: the share of right ones among fewer tiles is mostly chance
 
 
@@ -156,7 +157,7 @@ def _recipes(found: Forecast) -> dict[str, tuple[list[np.ndarray], dict[str, Any
     """The scores of each recipe's runs, and how to draw them: hollow if the runs have fewer training tiles."""
     most = max(map(n_tiles, (group.first for group in found.groups)))
     recipes: dict[str, tuple[list[np.ndarray], dict[str, Any]]] = {}
-    markers = {colour: iter("os^v*PX") for colour in COLOURS.values()}
+    markers = {colour: iter(MARKERS) for colour in COLOURS.values()}
     for group, values in zip(found.groups, found.values, strict=True):
         run, fewer = group.first, n_tiles(group.first) < most
         title = f"{group.title.split(' with')[0]}, recipes on fewer tiles" if fewer else group.title
@@ -181,7 +182,7 @@ def learning_curve(path: Path, curves: Sequence[Curve]) -> None:
         figure = Figure(figsize=(8, 4.2 + 0.22 * len(curves)))
         panels = figure.subplots(1, 2)
         for axes, (score, name) in zip(panels, (("acc", "ACC"), ("balanced_acc", "balanced ACC")), strict=True):
-            markers = {colour: iter("osD^v*PX") for colour in (*COLOURS.values(), GREY)}
+            markers = {colour: iter(MARKERS) for colour in (*COLOURS.values(), GREY)}
             for curve in curves:
                 estimates = [group.score("best", score) for group in curve.groups]
                 values, low, high = np.array([(one.value, one.low, one.high) for one in estimates if one]).T

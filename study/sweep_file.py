@@ -28,6 +28,7 @@ WANDB_KEYS = {"project": "WANDB_PROJECT", "entity": "WANDB_ENTITY"}  # with the 
 DEFAULT_COMMAND = ("${env}", "${interpreter}", "${program}", "${args}")
 LARGEST = 1e300  # of a range's bounds
 SET_PER_RUN = ("run_id", "output_dir")  # the sweep sets them for each run
+NO_DRY_RUN = "dry_run: a sweep trains its runs; --dry_run is for one run of the program"
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,8 @@ def _one_of(value: Any, known: Sequence[str], what: str) -> str:
 def _parameter(name: str, content: Any) -> Any:
     """The value of a fixed parameter, the values of a categorical one as a tuple, or a Range."""
     _mapping(content, f"parameter {name}", ("value", "values", "min", "max", "distribution"))
+    if name == "dry_run":
+        raise UsageError(NO_DRY_RUN)
     if name in SET_PER_RUN:
         raise UsageError(f"parameter {name}: the sweep gives each run its own")
     found = [form for form in DISTRIBUTIONS if form in content]
@@ -226,6 +229,8 @@ def _overrides(arguments: Sequence[str], swept: Mapping[str, Any]) -> dict[str, 
         name = name.replace("-", "_")
         if not argument.startswith("--") or not equals:
             raise UsageError(f"{argument}: keys for every run are written --key=value")
+        if name == "dry_run":
+            raise UsageError(NO_DRY_RUN)
         if name in swept or name in SET_PER_RUN:
             raise UsageError(f"{argument}: the sweep gives each run its own {name}")
         fixed[name] = value

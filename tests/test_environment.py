@@ -111,3 +111,12 @@ def test_importing_the_package_leaves_other_programs_their_ctrl_c() -> None:
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, cwd="/"
     )
     assert done.stdout == b"True\n"
+
+
+@pytest.mark.parametrize("first", ["-m", "other.py"])
+def test_a_warning_of_a_script_is_one_line_and_other_programs_keep_theirs(first: str) -> None:
+    code = f"import sys; sys.argv[0] = {first!r}; import common, warnings; warnings.warn('a\\nb')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, cwd="/"
+    )
+    assert (done.stderr == b"warning: a b\n") == (first == "-m")

@@ -415,13 +415,20 @@ def test_the_page_shows_further_networks_and_readme_the_results(
     fails(study, 1, r"README\.md is out of date: line 3 says", capsys, "--check")
 
 
-def test_tasks_share_a_row_of_provenance_only_if_commit_python_and_packages_are_the_same() -> None:
-    run = {"commit": "a", "python": "3.11", "versions": {"torch": "2"}}
-    sources: dict[str, list[Any]] = {"Task 1": [run, run], "Task 3": [run], "Task 2": []}
+def test_tasks_share_a_row_of_provenance_only_if_commit_and_python_are_the_same() -> None:
+    run = {"commit": "a", "python": "3.11", "started": "2026", "versions": {"torch": "2"}}
+    sources: dict[str, list[Any]] = {"Task 1": [run, run], "Task 2": []}
     for task, change in (("A", {"commit": "b"}), ("B", {"python": "3.12"}), ("C", {"versions": {"torch": "3"}})):
         sources[task] = [run | change]
-    found = together(sources)
-    assert {name: len(records) for name, records in found.items()} == {"A": 1, "B": 1, "C": 1, "Task 1, Task 3": 3}
+    sources["B"].append(run)  # the runs of a task may differ
+    rows = {(row.commit, row.python): row for row in together(sources)}
+    assert {key: list(row.tasks) for key, row in rows.items()} == {
+        ("b", "3.11"): ["A"],
+        ("a", "3.12"): ["B"],
+        ("a", "3.11"): ["B", "C", "Task 1"],
+    }
+    assert len(rows["a", "3.11"].started) == 4
+    assert list(rows["a", "3.11"].versions["torch"]) == ["2", "3"]
 
 
 def test_the_page_compares_the_checks_of_saliency_on_several_networks(tmp_path: Path) -> None:
