@@ -4,13 +4,14 @@ import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
 from common.config import TrainingConfig
 from common.errors import UsageError
-from common.metrics import Estimate, recalls
+from common.metrics import Estimate, recalls, softmax
 from common.pathmnist import COUNTS
 from common.records import Record
 from common.statistics import Comparison, Spread, compare, spread
@@ -23,7 +24,7 @@ NETWORKS = {
 }
 TECHNIQUES = {  # rows of the ablation
     "combined": "reference",
-    "combined, 8 views": "reference, predictions averaged over 8 views",
+    "combined, 8 views": "reference, 8 views at test time",
     "without_augmentation": "without data augmentation",
     "without_lr_strategy": "with a constant learning rate",
     "without_lr_warmup": "without warm-up of the learning rate",
@@ -117,6 +118,18 @@ class Group:
         scores = [record.summary["best"] for record in self.records]
         means = np.mean([recalls(one["confusion_matrix"]) for one in scores], axis=0)
         return dict(zip(scores[0]["auc_per_class"], means.tolist(), strict=True))
+
+    def mistaken(self, name: str) -> tuple[str, float]:
+        """The class for which test tiles of class `name` are most often taken, and their share; of all seeds."""
+        scores = [record.summary["best"] for record in self.records]
+        names = list(scores[0]["auc_per_class"])
+        row = np.sum([one["confusion_matrix"] for one in scores], axis=0)[names.index(name)]
+        wrong = np.where(np.arange(len(row)) == names.index(name), -1, row)
+        return names[wrong.argmax()], float(wrong.max() / row.sum())
+
+    def confidence(self) -> float:
+        """The mean over seeds of the mean probability of the predicted class on test tiles."""
+        return fmean(softmax(record.arrays()["best_logits"]).max(axis=1).mean() for record in self.records)
 
     def areas(self) -> dict[str, float]:
         """The mean over seeds of each class's AUC against the others; NaN for a class without tiles."""

@@ -177,14 +177,15 @@ def colour_of(run: Record) -> str:
 
 
 def learning_curve(path: Path, curves: Sequence[Curve]) -> None:
-    """Draw test ACC and balanced ACC against the number of training tiles, one line per recipe, with intervals."""
+    """Draw test and validation ACC against the number of training tiles, one line per recipe, with intervals."""
     with style.context(["default", STYLE]):
         figure = Figure(figsize=(8, 4.2 + 0.22 * len(curves)))
-        panels = figure.subplots(1, 2)
-        for axes, (score, name) in zip(panels, (("acc", "ACC"), ("balanced_acc", "balanced ACC")), strict=True):
+        panels = figure.subplots(1, 2, sharey=True)
+        scores = {"Test ACC": ("best", "acc"), "Validation ACC": ("validate", "validate/acc")}
+        for axes, (name, score) in zip(panels, scores.items(), strict=True):
             markers = {colour: iter(MARKERS) for colour in (*COLOURS.values(), GREY)}
             for curve in curves:
-                estimates = [group.score("best", score) for group in curve.groups]
+                estimates = [group.score(*score) for group in curve.groups]
                 values, low, high = np.array([(one.value, one.low, one.high) for one in estimates if one]).T
                 colour = colour_of(curve.groups[0].first)
                 axes.errorbar(
@@ -203,7 +204,7 @@ def learning_curve(path: Path, curves: Sequence[Curve]) -> None:
             axes.set_xscale("log")
             axes.set_xticks(tiles, [f"{number:,}" for number in tiles], rotation=30)
             axes.minorticks_off()
-            axes.set(xlabel="Training tiles (logarithmic)", ylabel=f"Test {name}")
+            axes.set(xlabel="Training tiles (logarithmic)", ylabel=name)
         first = curves[0].groups[0].first
         figure.suptitle(f"{first.summary['dataset'].split(' (')[0]}, {first.config['size']} px", fontsize=10)
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center")

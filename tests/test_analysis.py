@@ -132,10 +132,12 @@ def test_the_page_shows_the_analysis_and_the_check_compares_it_with_the_runs(
     run_script(report.main, report.ReportConfig, [f"--output_dir={study}"])
     page = (study / "report.md").read_text()
     assert re.search(
-        r"^- MedMNIST's published .* on the same 18 tiles of phantom .*\. Task 1 \(one seed\) ", page, re.MULTILINE
+        r"^- One published run of MedMNIST.s ResNet-18 .* on the same 18 tiles of phantom .*\. Task 1 \(one seed\) ",
+        page,
+        re.MULTILINE,
     )
     assert f"ours alone is right on {only_ours} tiles, the published one alone on {only_theirs} (p " in page
-    assert page.count("- Task 1: the colours of all test tiles together were matched") == 1
+    assert page.count("- Task 1: all test tiles together got the colours of ") == 1
     assert (
         f"All 2 networks (of Task 1, and the published one) are wrong on {hard} of {len(targets)} test tiles."
         in page
@@ -177,7 +179,7 @@ def test_without_checkpoints_and_published_predictions_the_rest_is_analysed(
     with pytest.raises(SystemExit):
         run_script(report.main, report.ReportConfig, [f"--output_dir={study}", "--check"])
     assert "all networks get wrong are not those of the runs" in capsys.readouterr().err
-    assert "were matched" not in page
+    assert "got the colours" not in page
 
 
 @pytest.mark.parametrize(
