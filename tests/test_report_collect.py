@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from bad_input import damaged
 from conftest import ROOT
@@ -371,3 +372,19 @@ def test_any_damage_of_report_toml_is_refused_or_leaves_a_selection(data: st.Dat
         study = Study(tmp_path)
         study.named("task1", "runs")
         study.attribution(study.named("task2", "run"))
+
+
+def test_a_class_is_taken_for_another_one_and_a_probability_may_be_too_high(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    matrices = [[[5, 3, 1], [0, 9, 0], [0, 0, 9]], [[9, 0, 4], [0, 9, 0], [0, 0, 9]]]
+    names = dict.fromkeys("abc")
+    records = [
+        Record(Path(), {"config": {"seed": n}}, {"run_id": f"r{n}", "best": best}, [])
+        for n, best in enumerate({"confusion_matrix": one, "auc_per_class": names} for one in matrices)
+    ]
+    group = Group(records)
+    assert group.mistaken("a") == ("c", pytest.approx(5 / 22))  # over both runs, not those of the first one
+    logits = np.log([[0.7, 0.2, 0.1], [0.05, 0.05, 0.9]])
+    monkeypatch.setattr(Record, "arrays", lambda record: {"best_logits": logits})
+    assert group.confidence() == pytest.approx(0.8)
