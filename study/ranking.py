@@ -164,7 +164,7 @@ def importances(optuna_study: optuna.Study) -> list[dict[str, float]]:
 
 def draw_importance(path: Path, shares: Sequence[Mapping[str, float]], title: str, metric: str | None) -> None:
     """A bar per parameter: its mean share of the metric's variance, and the range over the estimate's seeds."""
-    names = list(shares[0])
+    names = sorted(shares[0], key=lambda name: -sum(share[name] for share in shares))
     values = np.array([[share[name] for name in names] for share in shares])
     mean = values.mean(axis=0)
     with style.context(["default", STYLE]):
@@ -174,6 +174,6 @@ def draw_importance(path: Path, shares: Sequence[Mapping[str, float]], title: st
         axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
-        axes.set_xlabel(f"share of the variance of {metric} (fANOVA, mean and range of {len(shares)} seeds)")
+        axes.set_xlabel(f"share of the variance of {metric}\n(fANOVA; mean and range of {len(shares)} seeds)")
         axes.set_title(title)
         save(figure, path)
