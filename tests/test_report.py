@@ -456,7 +456,10 @@ def test_the_page_compares_the_checks_of_saliency_on_several_networks(tmp_path: 
         line for line in page.splitlines() if line.startswith("- The same checks of [stained](runs/stained/)")
     ]
     assert ", ResNet-18 from scratch with stain augmentation (test ACC 0.8" in line
-    assert line.endswith("passed: Saliency, SmoothGrad, Integrated Gradients, Grad-CAM, Occlusion.")
+    assert (
+        "passed: Saliency, SmoothGrad, Integrated Gradients, Grad-CAM, Occlusion. See [its maps](fig/task2/"
+        in line
+    )
 
 
 def test_the_page_compares_the_validation_scores_where_there_are_enough_runs(
