@@ -242,8 +242,8 @@ def together(sources: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Provena
             commit, python = str(record.get("commit")), str(record.get("python"))
             same = found.setdefault((commit, python), Provenance(commit, python))
             same.tasks[task] = None
-            same.started.append(record["started"])
-            for name, version in record["versions"].items():
+            same.started.append(str(record.get("started")))
+            for name, version in record.get("versions", {}).items():
                 same.versions.setdefault(name, {})[version] = None
     return list(found.values())
 
