@@ -140,7 +140,6 @@ def facts(study: Study) -> dict[str, Any]:
     within = {
         n: forecast(grouped((run for run in networks if n_tiles(run) == n), found)) for n in numbers if numbers[1:]
     }
-    by_kind = {kind: group.by_seed("best", "acc") for kind, group in compared.items()}
     groups = {title: {title: group} for title, group in tasks.items()} | {"Task 4": ablation, "Task 5": compared}
     sources = {
         task: [record.facts for group in parts.values() for record in group.records]
@@ -197,7 +196,7 @@ def facts(study: Study) -> dict[str, Any]:
         "least_seeds": LEAST_SEEDS,
         "least_runs": LEAST_RUNS,
         "least_groups": LEAST_GROUPS,
-        "tuning": compare(by_kind)["fine-tuned"] if compared else None,
+        "tuning": compared_with(compared.get("from scratch"), compared.get("fine-tuned")),
         "sources": together(sources),
         "references": REFERENCES,
         "official": COUNTS,
