@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from common.config import TrainingConfig
 from common.errors import UsageError
@@ -129,7 +130,11 @@ class Group:
 
     def confidence(self) -> float:
         """The mean over seeds of the mean probability of the predicted class on test tiles."""
-        return fmean(softmax(record.arrays()["best_logits"]).max(axis=1).mean() for record in self.records)
+        return fmean(one.max(axis=1).mean() for one in self.probabilities())
+
+    def probabilities(self) -> list[NDArray[np.float64]]:
+        """Each run's probabilities of the test tiles, (N, classes)."""
+        return [softmax(record.arrays()["best_logits"]) for record in self.records]
 
     def areas(self) -> dict[str, float]:
         """The mean over seeds of each class's AUC against the others; NaN for a class without tiles."""

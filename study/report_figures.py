@@ -13,7 +13,7 @@ from matplotlib.ticker import PercentFormatter
 from common import phantom
 from common.augment import build_augmentation
 from common.figures import STYLE, confusion, curve, save
-from common.metrics import Estimate, softmax
+from common.metrics import Estimate
 from common.pathmnist import CLASS_NAMES
 from common.records import Record
 from common.statistics import interval
@@ -242,6 +242,5 @@ def calibration(path: Path, scores: Mapping[str, tuple[np.ndarray, np.ndarray]],
 
 def _scores(group: Group) -> tuple[np.ndarray, np.ndarray]:
     """The test probabilities and targets of all seeds, one after the other."""
-    arrays = [record.arrays() for record in group.records]
-    probabilities = [softmax(one["best_logits"]) for one in arrays]
-    return np.concatenate(probabilities), np.concatenate([one["targets"] for one in arrays])
+    targets = [record.arrays()["targets"] for record in group.records]
+    return np.concatenate(group.probabilities()), np.concatenate(targets)

@@ -28,7 +28,6 @@ WANDB_KEYS = {"project": "WANDB_PROJECT", "entity": "WANDB_ENTITY"}  # with the 
 DEFAULT_COMMAND = ("${env}", "${interpreter}", "${program}", "${args}")
 LARGEST = 1e300  # of a range's bounds
 SET_PER_RUN = ("run_id", "output_dir")  # the sweep sets them for each run
-NO_DRY_RUN = "dry_run: a sweep trains its runs; --dry_run is for one run of the program"
 
 
 @dataclass(frozen=True)
@@ -191,10 +190,7 @@ def _one_of(value: Any, known: Sequence[str], what: str) -> str:
 def _parameter(name: str, content: Any) -> Any:
     """The value of a fixed parameter, the values of a categorical one as a tuple, or a Range."""
     _mapping(content, f"parameter {name}", ("value", "values", "min", "max", "distribution"))
-    if name == "dry_run":
-        raise UsageError(NO_DRY_RUN)
-    if name in SET_PER_RUN:
-        raise UsageError(f"parameter {name}: the sweep gives each run its own")
+    _check_settable(name, f"parameter {name}")
     found = [form for form in DISTRIBUTIONS if form in content]
     if len(found) != 1 or ("min" in content) != ("max" in content):
         raise UsageError(f"parameter {name} needs either value, or values, or min and max")
@@ -222,6 +218,14 @@ def _parameter(name: str, content: Any) -> Any:
     return Range(distribution, low, high)
 
 
+def _check_settable(name: str, where: str, swept: Iterable[str] = ()) -> None:
+    """Raise UsageError for a key that is not the user's to set for all runs; `where` names its place."""
+    if name == "dry_run":
+        raise UsageError(f"{where}: a sweep trains its runs; --dry_run is for one run of the program")
+    if name in swept or name in SET_PER_RUN:
+        raise UsageError(f"{where}: the sweep gives each run its own {name}")
+
+
 def _overrides(arguments: Sequence[str], swept: Mapping[str, Any]) -> dict[str, str]:
     fixed = {}
     for argument in arguments:
@@ -229,10 +233,7 @@ def _overrides(arguments: Sequence[str], swept: Mapping[str, Any]) -> dict[str, 
         name = name.replace("-", "_")
         if not argument.startswith("--") or not equals:
             raise UsageError(f"{argument}: keys for every run are written --key=value")
-        if name == "dry_run":
-            raise UsageError(NO_DRY_RUN)
-        if name in swept or name in SET_PER_RUN:
-            raise UsageError(f"{argument}: the sweep gives each run its own {name}")
+        _check_settable(name, argument, swept)
         fixed[name] = value
     return fixed
 

@@ -110,7 +110,7 @@ OPTIONS: list[tuple[str, int, str]] = [
     (
         "study.sweep ablation.yaml -- --dry_run=True",
         2,
-        "dry_run: a sweep trains its runs; --dry_run is for one run",
+        "--dry_run=True: a sweep trains its runs; --dry_run is for one run",
     ),
     ("study.sweep ablation.yaml -- --seed=3", 2, "--seed=3: the sweep gives each run its own seed"),
     ("study.sweep ablation.yaml -- --sise=28", 2, "unknown key --sise; did you mean --size"),
