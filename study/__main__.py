@@ -14,6 +14,7 @@ import json
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from common.files import locked, read_text, write_text
 from common.records import checkpoint_folder, is_finished, read_json, read_table, run_folder
 from study import report
 from study.baselines import BaselinesConfig
+from study.report_selection import Study
 from study.sweep import grid
 from study.sweep_file import read_sweep
 from study.trials import TrialRecords
@@ -43,11 +45,13 @@ class Plan:
 
     `keys` change the defaults of a script, or of the module `baselines`: those of `train` are for all runs of
     train.py, those of `ablation` and `search` only for the runs of that sweep. `task3_rows` are rows of the
-    ablation that also run without the keys of `ablation`; the first one is then Task 3 in the report.
+    ablation that also run without the keys of `ablation`; the first one is then Task 3 in the report. `task1_rows`
+    are other recipes of task1.py: the names of their runs, and the keys that each changes.
     """
 
     n_seeds: int = 5
     rows: tuple[str, ...] = ()  # of the ablation; empty: all of ablation.yaml
+    task1_rows: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     task3_rows: tuple[str, ...] = ()  # empty: Task 3 shows the ablation's reference row
     search_trials: int = 20
     curves: tuple[str, ...] = ()  # the files of learning_curve/ that run, without .yaml
@@ -58,6 +62,7 @@ class Plan:
 # For a CPU: 18,000 tiles in batches of 128 give about as many steps as the coursework had.
 AT_28_PIXELS = Plan(
     search_trials=40,
+    task1_rows={"stain": ("--augmentation=stain", "--ema_decay=0.99")},
     task3_rows=FEW_ROWS,
     curves=("task1", "with_all", "lite0"),
     curve_tiles=(900, 3000, 9000, 30000),
@@ -188,14 +193,9 @@ def steps(config: StudyConfig) -> Iterator[Step]:
         command = ["-m", "study.sweep", str(file), output, *keys, "--", *fixed]
         return Step(title, command, sweep_finished(file, fixed, config.output_dir, count))
 
-    def explain(title: str, run_id: str) -> Iterator[Step]:
-        weights = checkpoint_folder(config.output_dir, run_id) / "best.pt"
-        if weights.exists() or not is_finished(config.output_dir, run_id):  # else the weights are kept elsewhere
-            yield run(title, "task2", run_id, last="attribution.json")  # on the data of that run
-
-    for seed in config.seeds:
-        yield run(f"Task 1, seed {seed}", "task1", f"task1-{seed}", *data, f"--seed={seed}")
-    yield from explain("Task 2", f"task1-{config.seed}")
+    for name, changes in {"task1": (), **plan.task1_rows}.items():
+        for seed in config.seeds:
+            yield run(f"Task 1, {name}, seed {seed}", "task1", f"{name}-{seed}", *data, *changes, f"--seed={seed}")
     for row in plan.task3_rows:
         for seed in config.seeds:
             keys = [*data, f"--ablation={row}", f"--seed={seed}"]
@@ -210,7 +210,10 @@ def steps(config: StudyConfig) -> Iterator[Step]:
             yield run(f"Task 4, the search's winner, seed {seed}", "train", f"winner-{seed}", *keys)
     seeds = [f"--seed={config.seed}", f"--n_seeds={plan.n_seeds}"]
     yield run("Task 5", "task5", "task5", *data, *seeds, last="comparison.json")
-    yield from explain("Task 2, Task 5's network", "task5")
+    for run_id in explained(config):
+        weights = checkpoint_folder(config.output_dir, run_id) / "best.pt"
+        if weights.exists() or not is_finished(config.output_dir, run_id):  # else the weights are kept elsewhere
+            yield run(f"Task 2, {run_id}", "task2", run_id, last="attribution.json")  # on the data of that run
     for arguments in baseline_arguments(config):
         runs = parse(BaselinesConfig, arguments, "").runs
         complete = all(is_finished(config.output_dir, run_id) for run_id in runs)
@@ -219,6 +222,13 @@ def steps(config: StudyConfig) -> Iterator[Step]:
         yield sweep(f"learning curve, {name}", Path(f"learning_curve/{name}.yaml"), ())
     analysed = (config.output_dir / "analysis.json").exists()
     yield Step("analysis", ["-m", "study.analysis", output, *shared], analysed)
+
+
+def explained(config: StudyConfig) -> list[str]:
+    """The runs whose maps the report shows: those of report.toml, or of the one that this study will write."""
+    exists = (config.output_dir / "report.toml").exists()
+    study = Study(config.output_dir, None if exists else tomllib.loads(toml(config)))
+    return study.explained()
 
 
 def winner(output_dir: Path) -> list[str]:
@@ -269,7 +279,8 @@ def toml(config: StudyConfig) -> str:
     reference = REFERENCE_ROW if config.plan.task3_rows else f"ablation-{REFERENCE_ROW}"
     task3 = [f"{reference}-{seed}" for seed in config.seeds]
     whole, *parts = [list(parse(BaselinesConfig, keys, "").runs) for keys in baseline_arguments(config)]
-    others = [*config.plan.task3_rows[1:], *(["winner"] if config.plan.search_trials else [])]
+    stained = list(config.plan.task1_rows)
+    others = [*stained, *config.plan.task3_rows[1:], *(["winner"] if config.plan.search_trials else [])]
     further = [f"{name}-{seed}" for name in others for seed in config.seeds]
     curve = {
         "sweeps": [f"learning-curve-{name}" for name in config.plan.curves],
@@ -281,7 +292,7 @@ def toml(config: StudyConfig) -> str:
         f"runs = {json.dumps(task1)}",
         "[task2]",
         f'run = "{task1[0]}"',
-        'also = ["task5"]',
+        f"also = {json.dumps([*(f'{name}-{config.seed}' for name in stained), 'task5'])}",
         "[task3]  # the coursework's configuration",
         f"runs = {json.dumps(task3)}",
         "[task4]",

@@ -116,9 +116,7 @@ def facts(study: Study) -> dict[str, Any]:
     """The template's variables. Raises UsageError or Fault naming the first record that is missing."""
     chosen = study.selection
     tasks = {title: Group(records) for title, records in study.trained().items()}
-    attribution = study.attribution(study.named("task2", "run")) if "task2" in chosen else None
-    also = study.named("task2", "also") if "also" in chosen.get("task2", {}) else []
-    attributions = [*([attribution] if attribution else []), *map(study.attribution, also)]
+    attributions = list(map(study.attribution, study.explained()))
     ablation = {row: Group(records) for row, records in study.ablation().items()} if "task4" in chosen else {}
     compared = {kind: Group(records) for kind, records in study.compared().items()} if "task5" in chosen else {}
     search = study.search()
@@ -161,7 +159,7 @@ def facts(study: Study) -> dict[str, Any]:
     return {
         "study": study,
         "tasks": tasks,
-        "attribution": attribution,
+        "attribution": next(iter(attributions), None),
         "attributions": [(Group([study.read[record["run_id"]]]), record) for record in attributions],
         "ablation": ablation,
         "best_row": max(

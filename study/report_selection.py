@@ -97,6 +97,12 @@ class Study:
             raise UsageError("report.toml: needs at least one of [task1], [task3] and [task5]")
         return everything
 
+    def explained(self) -> list[str]:
+        """The runs of Task 2, the one whose maps are shown first; none without this section."""
+        section = self.selection.get("task2", {})
+        main = [self.named("task2", "run")] if section else []
+        return [*main, *(self.named("task2", "also") if "also" in section else [])]
+
     def attribution(self, run_id: str) -> Mapping[str, Any]:
         """The record of Task 2 for a run; UsageError where it is missing."""
         path = self.folder / "runs" / run_id / "attribution.json"

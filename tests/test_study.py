@@ -62,8 +62,9 @@ def test_every_step_is_a_command_that_its_script_accepts(dataset: str, size: int
             fixed = read_sweep(made.file, made.fixed.split()).fixed
             assert (fixed["dataset"], fixed["size"]) == (dataset, str(size))
         assert made.output_dir == tmp_path
-    recipes = 1 + len(config.plan.task3_rows) + bool(config.plan.search_trials)
-    assert scripts == config.plan.n_seeds * recipes + 3  # Task 2 twice, Task 5
+    plan = config.plan
+    recipes = 1 + len(plan.task1_rows) + len(plan.task3_rows) + bool(plan.search_trials)
+    assert scripts == plan.n_seeds * recipes + 3 + len(plan.task1_rows)  # Task 5, and Task 2
 
 
 def commands(config: study.StudyConfig) -> dict[str, list[str]]:
@@ -73,11 +74,11 @@ def commands(config: study.StudyConfig) -> dict[str, list[str]]:
 def test_a_finished_network_whose_weights_are_elsewhere_is_not_explained(tmp_path: Path) -> None:
     config = config_of(f"--output_dir={tmp_path}")
     write_run(tmp_path, {**CONFIG, "dataset": "pathmnist", "run_id": "task5"}, "task5")
-    assert "Task 2" in commands(config)
-    assert "Task 2, Task 5's network" not in commands(config)
+    assert "Task 2, task1-0" in commands(config)
+    assert "Task 2, task5" not in commands(config)
     (tmp_path / "checkpoints/task5").mkdir(parents=True)
     (tmp_path / "checkpoints/task5/best.pt").touch()
-    assert commands(config)["Task 2, Task 5's network"][-1] == "--run_id=task5"
+    assert commands(config)["Task 2, task5"][-1] == "--run_id=task5"
 
 
 def test_at_28_pixels_task_3_trains_on_all_tiles_and_the_sweeps_on_a_part(tmp_path: Path) -> None:
@@ -91,15 +92,24 @@ def test_at_28_pixels_task_3_trains_on_all_tiles_and_the_sweeps_on_a_part(tmp_pa
     assert {"--train_tiles=18000", "--batch_size=128"} <= set(made["Task 4, ablation"])
     assert {"--train_tiles=9000", "--count=40"} <= set(made["Task 4, search"])
     assert "--batch_size=128" not in made["Task 4, search"]
-    for title in ("Task 1, seed 5", "Task 5"):
+    for title in ("Task 1, task1, seed 5", "Task 5"):
         assert not [key for key in made[title] if key.startswith("--train_tiles")]
     assert study.LITE0[0] in made["Task 5"]
     shown = tomllib.loads(study.toml(config))
     assert shown["task3"]["runs"] == [f"combined-{seed}" for seed in range(5, 10)]
     assert "boosting-900-7" in shown["learning_curve"]["runs"]
     assert shown["networks"]["runs"] == [
-        f"{name}-{seed}" for name in ("with_all", "winner") for seed in range(5, 10)
+        f"{name}-{seed}" for name in ("stain", "with_all", "winner") for seed in range(5, 10)
     ]
+    assert (shown["task2"]["run"], shown["task2"]["also"]) == ("task1-5", ["stain-5", "task5"])
+    stained = parse(task1.Task1Config, made["Task 1, stain, seed 6"][1:], "")
+    assert (stained.run_id, stained.augmentation, stained.ema_decay) == ("stain-6", "stain", 0.99)
+
+
+def test_the_study_explains_the_networks_that_report_toml_names(tmp_path: Path) -> None:
+    (tmp_path / "report.toml").write_text('[task2]\nrun = "mine"\nalso = ["task5-seed3"]\n')
+    made = [title for title in commands(config_of(f"--output_dir={tmp_path}")) if title.startswith("Task 2")]
+    assert made == ["Task 2, mine", "Task 2, task5-seed3"]
 
 
 def test_the_search_s_winner_is_trained_with_every_seed_on_all_tiles(tmp_path: Path) -> None:
@@ -127,7 +137,7 @@ def test_the_search_s_winner_is_trained_with_every_seed_on_all_tiles(tmp_path: P
 
 def test_the_learning_curve_has_the_recipes_of_the_runs_on_all_tiles(tmp_path: Path) -> None:
     made = commands(config_of(f"--output_dir={tmp_path}"))
-    task1_run = parse(task1.Task1Config, made["Task 1, seed 1"][1:], "")
+    task1_run = parse(task1.Task1Config, made["Task 1, task1, seed 1"][1:], "")
     with_all = parse(train.TrainConfig, made["Task 3, with_all, seed 1"][1:], "")
     for name, whole in (("task1", task1_run), ("with_all", with_all)):
         sweep_keys = parse(sweep.SweepConfig, sweep.as_keys(made[f"learning curve, {name}"][2:]), "")
