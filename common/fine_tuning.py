@@ -11,7 +11,7 @@ from common.weights import SCRATCH
 
 RANDOM_VIEWS = 16  # cached views of a tile, for augmentations with an unlimited number of views
 
-# The changes for a network without pretrained weights: nothing can be frozen, and it needs train.py's higher
+# The changes for a network without pretrained weights: nothing can be frozen, and it needs train.py's
 # learning rate with its warm-up. All other keys stay, also the number of epochs.
 FROM_SCRATCH: dict[str, Any] = {
     "train_part": "all",

@@ -46,7 +46,7 @@ class Comparison:
         if self.differences.mean == 0 == self.differences.sd:
             return "the same"
         if self.p_holm >= SIGNIFICANT:
-            return "inside the noise"
+            return "not decided"
         return "better" if self.differences.mean > 0 else "worse"
 
 

@@ -25,14 +25,14 @@ NETWORKS = {
 }
 TECHNIQUES = {  # rows of the ablation
     "combined": "reference",
-    "combined, 8 views": "reference, 8 views at test time",
+    "combined, 8 views": "with 8 views at test time",
     "without_augmentation": "without data augmentation",
     "without_lr_strategy": "with a constant learning rate",
     "without_lr_warmup": "without warm-up of the learning rate",
     "with_weight_decay": "with strong weight decay",
     "with_scaled_shifts": "with TrivialAugmentWide whose shifts fit the tile",
     "with_stain": "with stain augmentation added",
-    "with_stain_only": "with stain augmentation instead of TrivialAugmentWide",
+    "with_stain_only": "with stain augmentation instead of the reference's",
     "with_ema": "with averaged weights (EMA)",
     "with_all": "with stain augmentation and averaged weights",
 }

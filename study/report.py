@@ -7,7 +7,8 @@
 
 report.html is the same page as one file, with the figures inside: to hand in, or to send by mail.
 report.toml names the runs that each section shows. study/report.md.j2 is the page; a file findings.md.j2 beside
-report.toml, if there is one, is shown after the summary. `python -m study` makes all that is missing first.
+report.toml, if there is one, says what was learnt, for the end of each section. `python -m study` first makes
+all that is missing.
 """
 
 import re

@@ -127,7 +127,8 @@ def facts(study: Study) -> dict[str, Any]:
         for section in ("networks", "baselines")
     )
     winner = next((group for group in further if group.name == FOUND), None)
-    networks = [record for record in study.read.values() if record.history]  # a baseline has no epochs
+    scored = (*tasks.values(), *ablation.values(), *compared.values(), *further)
+    networks = list({record.run_id: record for group in scored for record in group.records}.values())
     extra = study.learning_curve()
     curves = learning_curves(study.read.values()) if extra else []
     if len({record.summary["synthetic"] for record in study.read.values()}) > 1:

@@ -52,7 +52,7 @@ def test_rows_are_compared_over_the_seeds_that_both_have() -> None:
     assert compared["b"].differences.n == 3
     assert compared["b"].differences.mean == pytest.approx((0.02 + 0.01 + 0.05) / 3)
     assert compared["b"].p == pytest.approx(stats.ttest_rel([0.52, 0.61, 0.75], [0.5, 0.6, 0.7]).pvalue)
-    assert compared["b"].verdict == "inside the noise"
+    assert compared["b"].verdict == "not decided"
     assert compared["d"].verdict == "too few seeds"
 
 
@@ -68,7 +68,7 @@ def test_the_verdict_uses_the_corrected_p_value() -> None:
     rows = {"a": [0.5, 0.5, 0.5], "b": [0.51, 0.515, 0.52], "c": [0.5, 0.51, 0.49], "d": [0.51, 0.53, 0.56]}
     compared = compare({row: dict(enumerate(values)) for row, values in rows.items()})
     assert compared["b"].p < SIGNIFICANT < compared["b"].p_holm
-    assert compared["b"].verdict == "inside the noise"
+    assert compared["b"].verdict == "not decided"
 
 
 def test_identical_rows_are_no_tests_and_do_not_count_in_holms_correction() -> None:
