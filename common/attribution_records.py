@@ -54,7 +54,7 @@ def send_to_wandb(
     checks: Mapping[str, Any],
     figures: Mapping[str, Path],
 ) -> None:
-    """Make a separate W&B run, named after Task 1's, with the table, the figures and which methods pass."""
+    """Make a separate W&B run, named after the explained one, with the table, the figures and the verdicts."""
 
     def log(run: Any) -> None:
         import wandb

@@ -111,7 +111,7 @@ def _check_wandb(mode: str) -> str | None:
     return f"WANDB_MODE={given} is no mode; choose from {', '.join(modes)}{closest(given, modes)}"
 
 
-def _data_root(config: "ScriptConfig") -> Path:
+def _data_root(config: "FolderConfig") -> Path:
     try:
         return Path(os.environ.get("PATHMNIST_ROOT") or "~/.medmnist").expanduser()
     except RuntimeError:
@@ -197,8 +197,8 @@ class Keys:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScriptConfig(Keys):
-    """The keys that every script shares: where it reads, writes and computes."""
+class FolderConfig(Keys):
+    """The keys that every command shares: where it reads and writes, and the seed of its random numbers."""
 
     data_root: Path = key(
         _data_root,
@@ -206,8 +206,14 @@ class ScriptConfig(Keys):
         bookkeeping=True,
     )
     output_dir: Path = key(Path(), "folder that gets runs/, checkpoints/, fig/ and wandb/", bookkeeping=True)
-    device: str = key("auto", "computing device; auto is CUDA if there is one", choices=("auto", "cpu", "cuda"))
     seed: int = key(0, "seed of weights, shuffling and augmentation", at_least=0, at_most=2**32 - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScriptConfig(FolderConfig):
+    """Also where a script computes, and whether it logs to W&B."""
+
+    device: str = key("auto", "computing device; auto is CUDA if there is one", choices=("auto", "cpu", "cuda"))
     wandb: str = key(
         "auto",
         "W&B mode; auto is $WANDB_MODE, else online where a key is configured, else offline",
@@ -316,11 +322,13 @@ class TrainingConfig(Config):
     )
     tta: bool = key(True, "also score the test tiles averaged over their 8 flips and quarter turns")
     dry_run: bool = key(
-        False, "check everything, print what the run would do and need, and write nothing", bookkeeping=True
+        False,
+        "check the keys and the network, print what the run would do and need, and write nothing",
+        bookkeeping=True,
     )
 
     def __post_init__(self) -> None:
-        """Also shorten a warm-up that would fill the whole run, with one line."""
+        """Also shorten a warm-up that would fill the whole run, with one line, and refuse too small batches."""
         super().__post_init__()
         if 0 < self.lr_warmup_epochs >= self.n_epochs:
             shorter = self.n_epochs // 2
@@ -329,6 +337,9 @@ class TrainingConfig(Config):
                 f"the run has {counted(self.n_epochs, 'epoch')}"
             )
             self._set("lr_warmup_epochs", shorter)
+        # A batch has at least half of batch_size tiles, and BatchNorm needs two in each process.
+        if self.batch_size < 4 * n_processes() > 4:
+            raise UsageError(f"--batch_size {self.batch_size}: too small for {n_processes()} processes")
 
     @property
     def input_size(self) -> int:

@@ -53,7 +53,7 @@ def gamma(tiles: Tiles, draws: np.random.Generator) -> Tiles:
 def chromatic_noise(tiles: Tiles, draws: np.random.Generator) -> Tiles:
     """Add noise that changes the colour of each pixel but not its brightness: another camera at low light.
 
-    Each tile's noise has another standard deviation, 0.02 to 0.08 of the full range.
+    Each tile's noise has another strength: a channel's standard deviation is 0.016 to 0.065 of the full range.
     """
     noise = draws.standard_normal(tiles.shape, np.float32)
     noise -= noise.mean(3, keepdims=True)

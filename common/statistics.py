@@ -45,7 +45,7 @@ class Comparison:
             return "too few seeds"
         if self.differences.mean == 0 == self.differences.sd:
             return "the same"
-        if self.p_holm >= SIGNIFICANT:
+        if not self.p_holm < SIGNIFICANT:  # NaN, too
             return "not decided"
         return "better" if self.differences.mean > 0 else "worse"
 
@@ -65,14 +65,14 @@ def spread(values: Sequence[float]) -> Spread:
 def paired_p(differences: Sequence[float]) -> float:
     """The two-sided p value of the paired t test; NaN for fewer than two pairs.
 
-    If all differences are equal, up to rounding, the t statistic is not defined: p is 1 if they are 0, else 0.
+    If all differences are equal, up to rounding, the t statistic is not defined: p is 1 if they are 0, else NaN.
     """
     from scipy.stats import ttest_1samp
 
     if len(differences) < 2:
         return math.nan
     if max(differences) - min(differences) < ROUNDING:
-        return 1.0 if abs(differences[0]) < ROUNDING else 0.0
+        return 1.0 if abs(differences[0]) < ROUNDING else math.nan
     return float(ttest_1samp(differences, 0.0).pvalue)
 
 
@@ -91,7 +91,7 @@ def compare(rows: Mapping[str, Mapping[int, float]], identical: Collection[str] 
     """Compare each row with the first one, over the seeds that both have; rows without such a seed are left out.
 
     `rows[row][seed]` is a value. Rows that are `identical` to the first one, or have fewer than LEAST_SEEDS seeds,
-    have no p value, and Holm's correction does not count them.
+    have no p value, and Holm's correction does not count them; so it is where `paired_p` gives none.
     """
     reference, *others = rows
     differences = {

@@ -105,11 +105,7 @@ class Trainer:
         model.to(compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model = distributed.synchronised(model, compute.device)
         self.optimizer = build_optimizer(self.model, config, lr_factors)
-        sizes = list(map(len, self.batches()))
-        if min(sizes) < 2 * distributed.world_size():  # BatchNorm needs two tiles in each process
-            n_processes = distributed.world_size()
-            raise UsageError(f"--batch_size {config.batch_size}: too small for {n_processes} processes")
-        self.steps_per_epoch = len(sizes)
+        self.steps_per_epoch = len(self.batches())
         n_steps, decay = config.n_epochs * self.steps_per_epoch, config.ema_decay
         self.average = ExponentialMovingAverage(self.model, decay, n_steps) if decay else None
         self.judged = self.average.model if self.average else self.model

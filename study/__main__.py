@@ -12,8 +12,10 @@ file where there is none, and never changes it.
 import itertools
 import json
 import shlex
+import signal
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,13 +27,14 @@ import yaml
 from common.config import ScriptConfig, key, parse, run_script
 from common.errors import Fault, UsageError
 from common.files import locked, read_text, write_text
+from common.interruption import Interruption
 from common.records import checkpoint_folder, is_finished, read_json, read_table, run_folder
 from study import report
 from study.baselines import BaselinesConfig
-from study.report_selection import Study
+from study.report_selection import Study, parameters
 from study.sweep import grid
 from study.sweep_file import read_sweep
-from study.trials import TrialRecords
+from study.trials import BLINK, TrialRecords
 
 REFERENCE_ROW = "combined"  # of the ablation: the coursework's configuration
 FEW_ROWS = (REFERENCE_ROW, "with_all")
@@ -159,9 +162,28 @@ def run_steps(config: StudyConfig, lock: int) -> None:
             print(f"{line}: finished already", flush=True)
             continue
         print(f"\n{line}: {shlex.join(['python', *step.command])}", flush=True)
-        status = subprocess.run([sys.executable, *step.command], pass_fds=[lock]).returncode
+        status = run_step(step.command, lock)
         if status:
             raise Fault(f"{step.title} ended with exit status {status}; the same command continues the study")
+
+
+def run_step(command: Sequence[str], lock: int) -> int:
+    """Run Python with these arguments; the exit status. Raises Stopped after Ctrl-C or SIGTERM.
+
+    The process may then finish its current step of training. Ctrl-C in a terminal reaches it, too; SIGTERM is
+    passed on.
+    """
+    with Interruption() as interruption:
+        process = subprocess.Popen([sys.executable, *command], pass_fds=[lock])
+        while (status := process.poll()) is None:
+            if interruption.came == signal.SIGTERM:
+                process.terminate()
+                status = process.wait()
+                break
+            time.sleep(BLINK)
+    if interruption.came:
+        raise interruption.stopped("the study ended early")
+    return status
 
 
 def steps(config: StudyConfig) -> Iterator[Step]:
@@ -221,7 +243,8 @@ def steps(config: StudyConfig) -> Iterator[Step]:
     for name in plan.curves:
         yield sweep(f"learning curve, {name}", Path(f"learning_curve/{name}.yaml"), ())
     analysed = (config.output_dir / "analysis.json").exists()
-    yield Step("analysis", ["-m", "study.analysis", output, *shared], analysed)
+    keys = [output, *shared[:2]]  # it does not log to W&B
+    yield Step("analysis", ["-m", "study.analysis", *keys], analysed)
 
 
 def explained(config: StudyConfig) -> list[str]:
@@ -236,7 +259,11 @@ def winner(output_dir: Path) -> list[str]:
     sweep = read_sweep(SEARCH)
     table = output_dir / "sweeps" / sweep.name / "table.csv"
     best = next(iter(read_table(table)), None) if table.exists() else None
-    return sweep.recipe({name: best[name] for name in sweep.swept}) if best else []
+    if not best:
+        return []
+    if set(parameters(best)) != set(sweep.swept):
+        raise UsageError(f"{SEARCH}: {table} has trials of other parameters; use another --output_dir")
+    return sweep.recipe(parameters(best))
 
 
 def baseline_arguments(config: StudyConfig) -> list[list[str]]:
@@ -247,7 +274,7 @@ def baseline_arguments(config: StudyConfig) -> list[list[str]]:
 
 
 def ablation_file(config: StudyConfig) -> Path:
-    """ablation.yaml; where the study has other rows or seeds, a changed copy in the study's folder."""
+    """ablation.yaml; where the study has other rows or seeds, a changed copy in the study's folder sweeps/."""
     original = Path("ablation.yaml")
     content: dict[str, Any] = yaml.safe_load(read_text(original))
     parameters = {**content["parameters"], "seed": {"values": list(config.seeds)}}
@@ -255,7 +282,7 @@ def ablation_file(config: StudyConfig) -> Path:
         parameters["ablation"] = {"values": list(config.plan.rows)}
     if parameters == content["parameters"]:
         return original
-    path = config.output_dir / "ablation.yaml"
+    path = config.output_dir / "sweeps" / "ablation.yaml"
     write_text(path, yaml.safe_dump({**content, "parameters": parameters}, sort_keys=False))
     return path
 

@@ -20,7 +20,7 @@ from study.trials import Trial, TrialRecords
 
 METRICS = {"validate/acc": "validation ACC", "test/acc": "test ACC", "test/auc": "test AUC"}
 IDENTICAL = (
-    "Identical: the networks of both rows give the same outputs to the last bit: the technique changed nothing. "
+    "Identical: the selected networks of both rows give the same recorded outputs after as many epochs. "
     "There is nothing to test, and Holm's correction does not count the row. For example, early stopping changes "
     "nothing where no run stops early."
 )
@@ -68,12 +68,15 @@ def report(trials: Sequence[Trial], records: TrialRecords) -> None:
 
 
 def identical_rows(rows: Mapping[str, Sequence[Record]]) -> set[str]:
-    """The rows whose networks give, with every common seed, the first row's outputs to the last bit."""
+    """The rows whose selected networks give, with every common seed, the first row's recorded outputs.
+
+    A row with another number of epochs is another training, even if it selected the same network.
+    """
     reference, *others = rows
     first = {run.config["seed"]: run for run in rows[reference]}
 
     def same(run: Record, twin: Record) -> bool:
-        if run.scores != twin.scores:
+        if run.scores != twin.scores or len(run.history) != len(twin.history):
             return False
         one, other = run.arrays(), twin.arrays()
         return all(np.array_equal(one[name], other[name]) for name in ("best_logits", "validate_logits"))
@@ -232,7 +235,7 @@ def _cells(comparison: Comparison) -> list[str]:
 
 
 def _p(p: float) -> str:
-    if math.isnan(p):  # one pair
+    if math.isnan(p):  # no test: see `compare`
         return ""
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 

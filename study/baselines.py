@@ -29,11 +29,12 @@ from sklearn.preprocessing import StandardScaler
 
 from common import pathmnist
 from common.compute import Compute
-from common.config import PHANTOM_TRAIN_TILES, ScriptConfig, key, run_script
+from common.config import PHANTOM_TRAIN_TILES, FolderConfig, key, run_script
 from common.data import SPLITS, Split, load_dataset
 from common.errors import UsageError
 from common.evaluation import Evaluation
 from common.files import atomic_path, write_json, write_text
+from common.metrics import accuracy
 from common.records import COLUMNS, is_finished, read_json, run_folder
 from common.shift import CHUNK, SHIFTS, shifted
 from common.tracking import provenance
@@ -89,7 +90,7 @@ BASELINES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class BaselinesConfig(ScriptConfig):
+class BaselinesConfig(FolderConfig):
     """The data set of the baselines."""
 
     dataset: str = key(pathmnist.NAME, "data set", choices=(pathmnist.NAME, "phantom"))
@@ -178,20 +179,17 @@ def fit_and_score(
         probabilities = model.predict_proba(table[:, : baseline.n_columns])
         return Evaluation(np.log(probabilities.clip(SMALLEST)), labels).rounded()
 
-    def accuracy(evaluation: Evaluation) -> float:
-        return float((evaluation.logits.argmax(1) == evaluation.targets).mean())
-
     table, labels = tables["train"]
     models = [
         baseline.build(seed, **setting).fit(table[:, : baseline.n_columns], labels)
         for setting in baseline.settings
     ]
     validations = [score(model, "val") for model in models]
-    accuracies = [accuracy(validation) for validation in validations]
+    accuracies = [accuracy(validation.logits, validation.targets) for validation in validations]
     chosen = int(np.argmax(accuracies))
     validation, test = validations[chosen], score(models[chosen], "test")
     foreign = {name: score(models[chosen], name) for name in SHIFTS}
-    shifted_acc = {name: accuracy(evaluation) for name, evaluation in foreign.items()}
+    shifted_acc = {name: accuracy(evaluation.logits, evaluation.targets) for name, evaluation in foreign.items()}
     described = test.described(class_names)
     arrays = {
         "best_logits": test.logits,

@@ -174,6 +174,11 @@ def grouped(records: Iterable[Record], found: Mapping[str, Any] | None = None) -
     ]
 
 
+def distinct(records: Iterable[Record]) -> list[Record]:
+    """The runs without those that repeat the recipe and the seed of an earlier one."""
+    return [same[0] for same in alike(records, APART - {"seed"})]
+
+
 def alike(records: Iterable[Record], apart: Collection[str]) -> list[list[Record]]:
     """The runs that differ in the keys `apart` alone, together, in the order of their first runs."""
     groups: dict[str, list[Record]] = {}

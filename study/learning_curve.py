@@ -5,10 +5,7 @@ from dataclasses import dataclass
 
 from common.records import Record
 from common.statistics import Spread, spread
-from study.groups import APART, Group, alike
-
-# Keys that may differ within a curve. Whether features are cached depends on the memory, and changes no recipe.
-WITHIN = APART | {"train_tiles", "cache_features"}
+from study.groups import APART, Group, alike, distinct
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ def n_tiles(record: Record) -> int:
 def learning_curves(records: Iterable[Record]) -> list[Curve]:
     """A curve for each recipe that was trained on at least two numbers of tiles; the baselines are last."""
     curves = []
-    for same in alike(records, WITHIN):
+    for same in alike(distinct(records), APART | {"train_tiles"}):
         parts: dict[int, list[Record]] = {}
         for record in same:
             parts.setdefault(n_tiles(record), []).append(record)

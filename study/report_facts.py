@@ -16,9 +16,9 @@ from common.records import Record
 from common.statistics import LEAST_SEEDS, SIGNIFICANT, Comparison, Spread, compare, counted, interval, spread
 from study.ablation import identical_rows
 from study.forecast import LEAST_GROUPS, LEAST_RUNS, LOWER_IS_BETTER, forecast
-from study.groups import FOUND, NETWORKS, TECHNIQUES, Group, grouped, nearest, share
+from study.groups import FOUND, NETWORKS, TECHNIQUES, Group, distinct, grouped, nearest, share
 from study.learning_curve import learning_curves, n_tiles
-from study.report_selection import Study
+from study.report_selection import Study, parameters
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def facts(study: Study) -> dict[str, Any]:
     )
     winner = next((group for group in further if group.name == FOUND), None)
     scored = (*tasks.values(), *ablation.values(), *compared.values(), *further)
-    networks = list({record.run_id: record for group in scored for record in group.records}.values())
+    networks = distinct(record for group in scored for record in group.records)
     extra = study.learning_curve()
     curves = learning_curves(study.read.values()) if extra else []
     if len({record.summary["synthetic"] for record in study.read.values()}) > 1:
@@ -169,6 +169,7 @@ def facts(study: Study) -> dict[str, Any]:
         "verdicts": verdicts(ablation),
         "judge": judge,
         "search": search,
+        "parameters": parameters,
         "search_data": next((facts["dataset"] for facts in trials), None),
         "winner": winner,
         "winning": compared_with(tasks.get("Task 3"), winner),

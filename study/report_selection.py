@@ -28,6 +28,11 @@ TASKS = {  # of the runs in a section
 }
 
 
+def parameters(trial: Mapping[str, str]) -> dict[str, str]:
+    """The parameters of a search's trial: in its line they follow rank, run, state, metric and two epochs."""
+    return dict(list(trial.items())[6:])
+
+
 class Study:
     """A study's folder: reads the records that a selection names, and remembers which figures the page shows."""
 
@@ -77,6 +82,8 @@ class Study:
         if len({record.summary["data_fingerprint"] for record in records}) > 1:
             raise UsageError(f"report.toml: the runs of [{section}] come from different data sets")
         for record in records:
+            if section == "networks" and "baseline" in record.config:
+                raise UsageError(f"report.toml: run {record.run_id} is a baseline: move it to [baselines]")
             if record.facts["task"] != TASKS.get(section, record.facts["task"]):
                 raise UsageError(
                     f"report.toml: run {record.run_id} in [{section}] is a run of {record.facts['task']}"
@@ -131,6 +138,8 @@ class Study:
         if not self.selection.get("task4", {}).get("search"):
             return []
         lines = self.sweep_table("search", "table.csv", "sweep.yaml")
+        if any("rank" not in line for line in lines):
+            raise UsageError(f"report.toml: {self.named('task4', 'search')} is no search; name one")
         for shown in list(self.read.values())[:1]:  # the page has one kind of tiles
             for facts in self.provenance(lines):
                 tiles = (shown.summary["synthetic"], shown.config["size"])

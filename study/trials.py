@@ -121,6 +121,8 @@ class Running:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 pass_fds=[self.lock.fileno()],
+                # Ctrl-C reaches this command alone: a trial that gets it, and then SIGTERM, cannot save its state.
+                process_group=0,
             )
 
     @property
@@ -177,7 +179,7 @@ class Workers(ExitStack):
         while all(running.status() is None for running in self.running) and time.monotonic() < until:
             time.sleep(BLINK)
         ended = [(running, status) for running in self.running if (status := running.status()) is not None]
-        if self._interruption.came:  # Ctrl-C also ends the trials: these have not failed
+        if self._interruption.came:
             raise self._interruption.stopped("the sweep ended early")
         for running, _ in ended:
             self.running.remove(running)

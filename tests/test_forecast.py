@@ -23,6 +23,11 @@ def test_the_correlations_are_spearman_s_and_their_intervals_tell_a_relation_fro
     assert unrelated.high - unrelated.low == pytest.approx(2 * 1.96 / 3, rel=0.25)
 
 
+def test_a_draw_of_one_configuration_alone_has_no_correlation_and_does_not_count() -> None:
+    few = GROUPS[:5]  # about three of 2,000 draws hold one of them five times
+    assert all(np.isfinite(list(vars(one).values())).all() for one in rank_correlations(few))
+
+
 def test_more_seeds_of_the_same_configurations_do_not_narrow_the_interval() -> None:
     repeated = rank_correlations([np.repeat(runs, 5, axis=0) for runs in GROUPS])
     for once, often in zip(rank_correlations(GROUPS), repeated, strict=True):

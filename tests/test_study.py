@@ -6,9 +6,9 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import time
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import pytest
 import yaml
 from conftest import ROOT
 from example_records import CONFIG, write_run
-from processes import start
+from processes import end, start
 
 import task1
 import task2
@@ -161,7 +161,7 @@ def test_above_28_pixels_all_runs_use_all_tiles_and_task_3_shows_runs_of_the_abl
 
 def test_a_study_with_other_rows_or_seeds_gets_a_changed_copy_of_the_ablation_file(tmp_path: Path) -> None:
     small = study.ablation_file(config_of("--dataset=phantom", f"--output_dir={tmp_path}", "--seed=3"))
-    assert small.parent == tmp_path
+    assert small.parent == tmp_path / "sweeps"
     parameters = yaml.safe_load(small.read_text())["parameters"]
     assert parameters["ablation"]["values"] == ["combined", "with_all"]
     assert parameters["seed"]["values"] == [3, 4]
@@ -206,16 +206,16 @@ def test_a_study_ends_with_its_report_and_a_second_start_runs_only_what_is_missi
     (tmp_path / "report.toml").write_text(selection)
     started = []
 
-    def refuse(command: list[str], **_: Any) -> "subprocess.CompletedProcess[bytes]":
+    def refuse(command: list[str], lock: int) -> int:
         started.append(command)
-        return subprocess.CompletedProcess(command, 7)
+        return 7
 
-    monkeypatch.setattr(subprocess, "run", refuse)
+    monkeypatch.setattr(study, "run_step", refuse)
     with pytest.raises(SystemExit) as ended:
         run_script(study.main, study.StudyConfig, arguments)
     assert ended.value.code == 1
     [command] = started
-    assert command[1:4] == ["-m", "study.sweep", str(tmp_path / "ablation.yaml")]
+    assert command[:3] == ["-m", "study.sweep", str(tmp_path / "sweeps/ablation.yaml")]
     error = capfd.readouterr().err.strip()
     assert error.endswith("Task 4, ablation ended with exit status 7; the same command continues the study")
     assert (tmp_path / "report.toml").read_text() == selection
@@ -242,6 +242,34 @@ def test_task_5_is_finished_if_its_comparison_has_every_seed(tmp_path: Path) -> 
         (tmp_path / "runs/task5/comparison.json").write_text(json.dumps({**record, "runs": runs}))
         found = {step.title: step.finished for step in study.steps(config_of(f"--output_dir={tmp_path}"))}
         assert found["Task 5"] == (n_seeds == 5)
+
+
+@pytest.mark.parametrize(("number", "send"), [(signal.SIGINT, os.killpg), (signal.SIGTERM, os.kill)])
+def test_a_stopped_study_lets_its_step_save_its_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, send: Callable[[int, int], None]
+) -> None:
+    begun, saved = tmp_path / "begun", tmp_path / "saved"
+    code = f"""
+import pathlib, time
+from common.interruption import Interruption
+with Interruption() as request:
+    pathlib.Path({str(begun)!r}).touch()
+    while not request.came:
+        time.sleep(0.02)
+    time.sleep(1)
+    pathlib.Path({str(saved)!r}).touch()
+raise SystemExit(128 + request.came)
+"""
+    monkeypatch.setattr(study, "steps", lambda config: [study.Step("a step", ["-c", code], False)])
+    arguments = ["--dataset=phantom", f"--output_dir={tmp_path}"]
+    command = start(lambda: run_script(study.main, study.StudyConfig, arguments), tmp_path / "log")
+    while not begun.exists():
+        time.sleep(0.05)
+    send(command, number)
+    assert end(command, 20) == 128 + number
+    assert saved.exists()
+    last = (tmp_path / "log").read_text().strip().splitlines()[-1]
+    assert last.endswith(f"{number.name}: the study ended early; the same command continues")
 
 
 def test_a_study_waits_for_the_step_that_a_killed_study_has_left(

@@ -438,7 +438,7 @@ def test_the_progress_bar_counts_the_finished_runs_of_all_workers(
     [
         (GRID, signal.SIGTERM, os.kill),
         (SEARCH, signal.SIGINT, os.kill),
-        (GRID, signal.SIGINT, os.killpg),  # as from the keyboard: the runs get it too
+        (GRID, signal.SIGINT, os.killpg),  # as from the keyboard
         (SEARCH, signal.SIGINT, os.killpg),
     ],
 )
@@ -449,12 +449,15 @@ def test_a_signal_ends_all_runs_and_the_same_command_continues(
     number: signal.Signals,
     send: Callable[[int, int], None],
 ) -> None:
-    path, output = write_sweep(content, {"pause": {"value": 60}}), tmp_path / "out"
+    slow = {"pause": {"value": 60}, "lingering": {"value": 0.2}}
+    path, output = write_sweep(content, slow), tmp_path / "out"
     log = output / "log.txt"
     command = begin(path, output, workers=2, count=4)
     wait_for_starts(output, 2)
     send(command, number)
     assert end(command, 20) == 128 + number, log.read_text()
+    # Each run has got one signal alone, SIGTERM: so it can save its state.
+    assert len((output / "terms.txt").read_text().splitlines()) == 2
     assert f"{number.name}: the sweep ended early; the same command" in log.read_text()
     assert "FAILED" not in log.read_text()
     assert not any(is_locked(output / f"sweeps/try/{run_id}.lock") for run_id in starts(output))
