@@ -223,13 +223,13 @@ def test_the_page_says_which_trial_of_a_search_is_the_best_and_on_which_tiles(st
     data = "phantom (45 of 90 training tiles, 28 px)"
     assert f"Of 2 trials on {data}, one has the best validation ACC, 0.5000 in epoch 2: [search-7](" in page
     assert (
-        "with augmentation stain, learning rate 0.001235, model name timm:x.in1k. Stopped early: 1 of 2." in page
+        "with augmentation stain, learning rate 0.001235, model name timm:x.in1k. The search stopped 1 of" in page
     )
     assert f"(fig/task4/{figure.name})" in page
     assert f"; 2 trials on {data}.*" in page
     assert "See [all trials](sweeps/search/table.md).\n" in page  # two trials do not tell which parameter matters
     shutil.copy(figure, importance)
-    assert f" and [how much each parameter matters](fig/task4/{importance.name}).\n" in built(study)
+    assert f", [how much each parameter matters](fig/task4/{importance.name}).\n" in built(study)
     table = study / "sweeps/search/table.csv"
     table.write_text(table.read_text().replace("finished", "failed"))
     assert "### Search" not in built(study)  # there is no best trial
@@ -332,6 +332,13 @@ def copied(study: Path, run_id: str, other: str, **keys: Any) -> None:
     content["config"] |= {"run_id": other, **keys}
     path.write_text(json.dumps({**content, "run_id": other}))
     summary("run_id", value=other)(folder)
+
+
+def test_a_run_of_task_3_and_one_of_the_ablation_may_have_the_same_recipe_and_seed(study: Path) -> None:
+    copied(study, "small-combined-0", "mine")
+    toml = study / "report.toml"
+    toml.write_text(toml.read_text().replace('["small-combined-0", "small-combined-1"]', '["mine"]'))
+    assert "this page has 6 and 3." in built(study)  # `mine` repeats small-combined-0
 
 
 def test_networks_whose_recipes_have_the_same_name_are_all_shown(study: Path) -> None:
@@ -456,10 +463,8 @@ def test_the_page_compares_the_checks_of_saliency_on_several_networks(tmp_path: 
         line for line in page.splitlines() if line.startswith("- The same checks of [stained](runs/stained/)")
     ]
     assert ", ResNet-18 from scratch with stain augmentation (test ACC 0.8" in line
-    assert (
-        "passed: Saliency, SmoothGrad, Integrated Gradients, Grad-CAM, Occlusion. See [its maps](fig/task2/"
-        in line
-    )
+    methods = "Saliency, SmoothGrad, Integrated Gradients, Grad-CAM, Occlusion"
+    assert f"passed: {methods} ([all numbers](runs/stained/attribution.json)). See [its maps](fig/task2/" in line
 
 
 def test_the_page_compares_the_validation_scores_where_there_are_enough_runs(
@@ -486,9 +491,10 @@ def test_the_page_compares_the_validation_scores_where_there_are_enough_runs(
 @pytest.mark.parametrize(
     ("scores", "verdict"),
     [
-        ((0.6, 0.6), "better"),
-        ((0.4, 0.4), "worse"),
+        ((0.6, 0.601), "better"),
+        ((0.4, 0.401), "worse"),
         ((0.6, 0.4), "not decided"),
+        ((0.6, 0.6), "not decided"),  # equal differences have no t test
         ((0.5, 0.5), "the same"),
     ],
 )
@@ -681,6 +687,14 @@ def test_the_same_records_give_the_same_page(study: Path) -> None:
             "runs.csv: missing; python -m study.sweep",
         ),
         ('[task3]\nruns = ["small-combined-0"]\n[task4]\nablation = "g"\n', "report.toml: g is no ablation"),
+        (
+            '[task3]\nruns = ["small-combined-0"]\n[task4]\nablation = "small"\nsearch = "small"\n',
+            "report.toml: small is no search",
+        ),
+        (
+            '[task1]\nruns = ["first-0"]\n[networks]\nruns = ["mean_rgb-90-0"]\n',
+            r"mean_rgb-90-0 is a baseline: move it to \[baselines\]",
+        ),
         (
             '[task1]\nruns = ["first-0"]\n[learning_curve]\nsweeps = "g"\n',
             r"\[learning_curve\] needs sweeps = ",

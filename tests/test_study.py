@@ -23,6 +23,7 @@ import task2
 import task5
 import train
 from common.config import Keys, parse, run_script
+from common.errors import UsageError
 from common.files import write_csv
 from study import __main__ as study
 from study import analysis, baselines, sweep
@@ -119,10 +120,10 @@ def test_the_search_s_winner_is_trained_with_every_seed_on_all_tiles(tmp_path: P
         if step.title == "Task 4, search":
             break
     # The search has ended while the study runs; its best trial stands first.
-    best = {"augmentation": "ta_wide,stain", "lr": 0.0123, "n_epochs": 3}
-    other = {"augmentation": "none", "lr": 0.5, "n_epochs": 3}
+    first = {"run_id": "r", "state": "finished", "validate/acc": 0.5, "best epoch": 1, "epochs": 2}
+    best, other = {"augmentation": "ta_wide,stain", "lr": 0.0123}, {"augmentation": "none", "lr": 0.5}
     trials = [
-        {"rank": rank, **dict.fromkeys(read_sweep(study.SEARCH).swept, 0), "batch_size": 32, **values}
+        {"rank": rank, **first, **dict.fromkeys(read_sweep(study.SEARCH).swept, 0), "batch_size": 32, **values}
         for rank, values in enumerate((best, other), start=1)
     ]
     write_csv(tmp_path / "sweeps/search/table.csv", trials)
@@ -133,6 +134,9 @@ def test_the_search_s_winner_is_trained_with_every_seed_on_all_tiles(tmp_path: P
         assert (run.run_id, run.seed, run.size, run.train_tiles) == (f"winner-{seed}", seed, 28, None)
         assert (run.augmentation, run.lr, run.batch_size, run.n_epochs) == ("ta_wide,stain", 0.0123, 32, 20)
     assert next(steps).title == "Task 5"
+    write_csv(tmp_path / "sweeps/search/table.csv", [{**trials[0], "amsgrad": True}])
+    with pytest.raises(UsageError, match="has trials of other parameters"):
+        commands(config)
 
 
 def test_the_learning_curve_has_the_recipes_of_the_runs_on_all_tiles(tmp_path: Path) -> None:
