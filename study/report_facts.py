@@ -170,7 +170,7 @@ def facts(study: Study) -> dict[str, Any]:
         "judge": judge,
         "search": search,
         "parameters": parameters,
-        "search_data": next((facts["dataset"] for facts in trials), None),
+        "searched": next(iter(trials), None),  # its data is that of all trials
         "winner": winner,
         "winning": compared_with(tasks.get("Task 3"), winner),
         "compared": compared,
