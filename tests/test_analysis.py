@@ -137,7 +137,7 @@ def test_the_page_shows_the_analysis_and_the_check_compares_it_with_the_runs(
         re.MULTILINE,
     )
     assert f"ours alone is right on {only_ours} tiles, the published one alone on {only_theirs} (p " in page
-    assert page.count("- Task 1: all test tiles together got the colours of ") == 1
+    assert page.count("- Task 1: we matched the colours of all test tiles together ") == 1
     assert (
         f"All 2 networks (of Task 1, and the published one) are wrong on {hard} of {len(targets)} test tiles."
         in page

@@ -264,9 +264,13 @@ def test_rows_with_the_same_outputs_are_called_identical_and_are_not_tested(
     assert [rows[row]["test/acc verdict"] for row in ("b", "twin-of-a")] == ["the same", "identical"]
     assert rows["twin-of-a"]["test/acc p"] == "nan"
     text = (tmp_path / "out/sweeps/try/table.md").read_text()
-    assert "Identical: the networks of both rows give the same outputs to the last bit: the" in text
+    assert "Identical: the selected networks of both rows give the same recorded outputs after as many" in text
     run(write_sweep({**GRID, "name": "other"}), tmp_path / "out")
     assert "Identical" not in (tmp_path / "out/sweeps/other/table.md").read_text()
+    # A longer training that selects the same network is not identical.
+    parameters = {"n_epochs": {"values": [1, 2]}, "seed": {"values": [0, 1, 2]}}
+    run(write_sweep({"method": "grid", "name": "long", "parameters": parameters}), tmp_path / "out")
+    assert read_csv(tmp_path / "out/sweeps/long/table.csv")[1]["test/acc verdict"] == "the same"
 
 
 def test_finished_runs_are_skipped_and_another_configuration_is_refused(
@@ -341,6 +345,9 @@ def test_runs_that_were_killed_with_their_command_are_started_again(
     killed = begin(path, output, workers=workers)
     wait_for_starts(output, 2)
     end(killed, within=0)
+    for number in (output / "processes.txt").read_text().split():
+        with suppress(ProcessLookupError):
+            os.kill(int(number), signal.SIGKILL)
     run(path, output, workers=workers)
     assert sorted(run_id for run_id, times in Counter(starts(output)).items() if times == 2) == again
     assert len(starts(output)) == 6 + len(again)
