@@ -183,7 +183,7 @@ def test_what_may_not_stand_together_is_refused_by_name(text: str, message: str,
 def test_a_search_on_other_tiles_is_refused(tmp_path: Path) -> None:
     add(tmp_path, "a")
     add(tmp_path, "trial", task="task3", synthetic=True)
-    write_csv(tmp_path / "sweeps" / "s" / "table.csv", [{"run_id": "trial"}])
+    write_csv(tmp_path / "sweeps" / "s" / "table.csv", [{"rank": 1, "run_id": "trial"}])
     study = Study(tmp_path, {"task1": {"runs": ["a"]}, "task4": {"search": "s"}})
     study.trained()
     with pytest.raises(UsageError, match="trial trial and run a have other tiles"):
@@ -255,7 +255,7 @@ def test_sweeps_on_other_tiles_do_not_take_the_place_of_the_page_s(
         write_csv(tmp_path / "sweeps" / name / "runs.csv", [run])
         write_csv(tmp_path / "sweeps" / name / "table.csv", [{"row": "combined"}])
     add(tmp_path, "tried", task="task3")
-    write_csv(tmp_path / "sweeps/search/table.csv", [{"run_id": "tried", "lr": 0.1}])
+    write_csv(tmp_path / "sweeps/search/table.csv", [{"rank": 1, "run_id": "tried", "lr": 0.1}])
     collect(tmp_path)
     assert Study(tmp_path).selection["task4"] == {"ablation": "a", "search": "search"}
     shutil.rmtree(tmp_path / "sweeps" / "a")
