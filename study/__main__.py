@@ -178,8 +178,7 @@ def run_step(command: Sequence[str], lock: int) -> int:
         while (status := process.poll()) is None:
             if interruption.came == signal.SIGTERM:
                 process.terminate()
-                status = process.wait()
-                break
+                process.wait()
             time.sleep(BLINK)
     if interruption.came:
         raise interruption.stopped("the study ended early")
@@ -193,7 +192,8 @@ def steps(config: StudyConfig) -> Iterator[Step]:
     """
     plan = config.plan
     output = f"--output_dir={config.output_dir}"
-    shared = [f"--{name}={getattr(config, name)}" for name in ("data_root", "device", "wandb")]
+    place = [f"--{name}={getattr(config, name)}" for name in ("data_root", "device")]
+    shared = [*place, f"--wandb={config.wandb}"]
     data = [f"--dataset={config.dataset}", f"--size={config.size}"]
 
     def run(title: str, script: str, run_id: str, *keys: str, last: str = "summary.json") -> Step:
@@ -243,8 +243,7 @@ def steps(config: StudyConfig) -> Iterator[Step]:
     for name in plan.curves:
         yield sweep(f"learning curve, {name}", Path(f"learning_curve/{name}.yaml"), ())
     analysed = (config.output_dir / "analysis.json").exists()
-    keys = [output, *shared[:2]]  # it does not log to W&B
-    yield Step("analysis", ["-m", "study.analysis", *keys], analysed)
+    yield Step("analysis", ["-m", "study.analysis", output, *place], analysed)
 
 
 def explained(config: StudyConfig) -> list[str]:
