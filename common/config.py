@@ -104,6 +104,11 @@ def _check_augmentation(names: str) -> str | None:
     return None
 
 
+def device_key() -> Any:
+    """The key of the computing device, for every configuration that has one."""
+    return key("auto", "computing device; auto is CUDA if there is one", choices=("auto", "cpu", "cuda"))
+
+
 def _check_wandb(mode: str) -> str | None:
     given, modes = os.environ.get("WANDB_MODE"), ("online", "offline", "disabled")
     if mode != "auto" or not given or given in modes:
@@ -213,7 +218,7 @@ class FolderConfig(Keys):
 class ScriptConfig(FolderConfig):
     """Also where a script computes, and whether it logs to W&B."""
 
-    device: str = key("auto", "computing device; auto is CUDA if there is one", choices=("auto", "cpu", "cuda"))
+    device: str = device_key()
     wandb: str = key(
         "auto",
         "W&B mode; auto is $WANDB_MODE, else online where a key is configured, else offline",

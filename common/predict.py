@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 from torch import nn
 
 from common.compute import Compute
-from common.config import Keys, expanded, key, run_script
+from common.config import Keys, device_key, expanded, key, run_script
 from common.convolutions import SmallMapConv2d
 from common.errors import Fault, UsageError, first_line
 from common.evaluation import EVALUATION_BATCH
@@ -53,7 +53,7 @@ class PredictConfig(Keys):
         None, "file for the network in the ONNX format; needs the packages of the extra `export`"
     )
     output_dir: Path = key(Path(), "folder that has the run's checkpoints/")
-    device: str = key("auto", "computing device; auto is CUDA if there is one", choices=("auto", "cpu", "cuda"))
+    device: str = device_key()
 
 
 def main(config: PredictConfig) -> None:

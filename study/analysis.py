@@ -25,7 +25,7 @@ from skimage.color import lab2rgb, rgb2lab
 from skimage.exposure import match_histograms
 
 from common.compute import Compute
-from common.config import FolderConfig, key, run_script
+from common.config import FolderConfig, device_key, key, run_script
 from common.data import Dataset, Split, load_dataset
 from common.errors import UsageError, first_line
 from common.evaluation import Evaluation, evaluate
@@ -47,7 +47,7 @@ Pixels = NDArray[np.uint8]  # tiles, (N, H, W, 3)
 class AnalysisConfig(FolderConfig):
     """The study to analyse, and the published predictions."""
 
-    device: str = key("auto", "computing device; auto is CUDA if there is one", choices=("auto", "cpu", "cuda"))
+    device: str = device_key()
     published: Path | None = key(None, "CSV file of published predictions of the test tiles: index, probabilities")
     seed: int = key(0, "seed of the choice of tiles", at_least=0, at_most=2**32 - 1)
 
