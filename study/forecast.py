@@ -16,6 +16,7 @@ SCORES = {  # of the selected epoch's weights, by what the page calls them
     "validation loss": ("validate", "validate/loss"),
     "ACC under changed colours": ("validate/shifted_acc",),
 }
+USUAL, SHIFTED = "validation ACC", "ACC under changed colours"  # the page compares these two
 LOWER_IS_BETTER = "validation loss"  # its correlation has the sign turned
 LEAST_RUNS, LEAST_GROUPS = 10, 5
 DRAWS = 2000
@@ -25,12 +26,14 @@ DRAWS = 2000
 class Forecast:
     """The runs that have every score, by configuration, and each score's rank correlation with the test ACC.
 
-    `values` are (runs, 1 + scores): the test ACC and SCORES. Without enough runs there are no correlations.
+    `values` are (runs, 1 + scores): the test ACC and SCORES. `gains` are the differences from the correlation of
+    USUAL. Without enough runs there are neither correlations nor gains.
     """
 
     groups: Sequence[Group]
     values: Sequence[NDArray[np.float64]]
     correlations: Mapping[str, Estimate]
+    gains: Mapping[str, Estimate]
 
     @property
     def n_runs(self) -> int:
@@ -53,17 +56,21 @@ def forecast(groups: Sequence[Group]) -> Forecast:
             values.append(np.array(new))
             seen.update(new)
     if len(values) < LEAST_GROUPS or sum(map(len, values)) < LEAST_RUNS:
-        return Forecast(found, values, {})
+        return Forecast(found, values, {}, {})
     signs = np.array([1, *(-1 if name == LOWER_IS_BETTER else 1 for name in SCORES)])
-    correlations = rank_correlations([runs * signs for runs in values])
-    return Forecast(found, values, dict(zip(SCORES, correlations, strict=True)))
+    correlations, gains = rank_correlations([runs * signs for runs in values], usual=list(SCORES).index(USUAL))
+    return Forecast(found, values, *(dict(zip(SCORES, part, strict=True)) for part in (correlations, gains)))
 
 
-def rank_correlations(groups: Sequence[NDArray[np.float64]]) -> list[Estimate]:
-    """Spearman's correlation of the first column with each other one, with its 95 % bootstrap interval.
+def rank_correlations(
+    groups: Sequence[NDArray[np.float64]], usual: int = 0
+) -> tuple[list[Estimate], list[Estimate]]:
+    """Spearman's correlation of the test score with each other score, and its difference from that of score `usual`.
 
-    A group (runs, columns) holds the runs of one configuration. The bootstrap draws whole groups, because runs
-    that differ in the seed alone resemble one another (Efron and Tibshirani 1993, percentile interval).
+    A group (runs, 1 + scores) holds the runs of one configuration, the test score first. The 95 % intervals are
+    percentiles of a bootstrap (Efron and Tibshirani 1993) that draws whole groups, because runs that differ in the
+    seed alone resemble one another. A difference is taken in each draw: two correlations of the same runs rise and
+    fall together, so their own intervals say little about it.
     """
     from scipy.stats import rankdata  # half a second of import
 
@@ -71,10 +78,13 @@ def rank_correlations(groups: Sequence[NDArray[np.float64]]) -> list[Estimate]:
         ranks = rankdata(np.concatenate([groups[place] for place in chosen]), axis=0)
         return np.asarray(np.corrcoef(ranks, rowvar=False)[0, 1:])
 
+    def estimates(value: NDArray[np.float64], drawn: NDArray[np.float64]) -> list[Estimate]:
+        low, high = np.nanquantile(drawn, (0.025, 0.975), axis=0)
+        return [Estimate(*map(float, ends)) for ends in zip(value, low, high, strict=True)]
+
     draws = np.random.default_rng(0).integers(len(groups), size=(DRAWS, len(groups)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a draw of one group again and again may have no order
-        drawn = [correlations(chosen) for chosen in draws]
-        values = correlations(range(len(groups)))
-    low, high = np.nanquantile(drawn, (0.025, 0.975), axis=0)
-    return [Estimate(*map(float, ends)) for ends in zip(values, low, high, strict=True)]
+        drawn = np.array([correlations(chosen) for chosen in draws])
+        value = correlations(range(len(groups)))
+    return estimates(value, drawn), estimates(value - value[usual], drawn - drawn[:, [usual]])

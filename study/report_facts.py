@@ -15,7 +15,7 @@ from common.pathmnist import COUNTS
 from common.records import Record
 from common.statistics import LEAST_SEEDS, SIGNIFICANT, Comparison, Spread, compare, counted, interval, spread
 from study.ablation import identical_rows
-from study.forecast import LEAST_GROUPS, LEAST_RUNS, LOWER_IS_BETTER, forecast
+from study.forecast import LEAST_GROUPS, LEAST_RUNS, LOWER_IS_BETTER, SHIFTED, USUAL, forecast
 from study.groups import FOUND, NETWORKS, TECHNIQUES, Group, distinct, grouped, nearest, share
 from study.learning_curve import learning_curves, n_tiles
 from study.report_selection import Study, parameters
@@ -193,6 +193,8 @@ def facts(study: Study) -> dict[str, Any]:
         # Of the runs with as many training tiles, where there are enough of several numbers of tiles.
         "forecasts": {n: found for n, found in within.items() if found.correlations},
         "lower_is_better": LOWER_IS_BETTER,
+        "usual_score": USUAL,
+        "shifted_score": SHIFTED,
         "least_seeds": LEAST_SEEDS,
         "least_runs": LEAST_RUNS,
         "least_groups": LEAST_GROUPS,

@@ -14,7 +14,7 @@ GROUPS = [
 
 
 def test_the_correlations_are_spearman_s_and_their_intervals_tell_a_relation_from_none() -> None:
-    related, unrelated = rank_correlations(GROUPS)
+    related, unrelated = rank_correlations(GROUPS)[0]
     runs = np.concatenate(GROUPS)
     assert related.value == pytest.approx(spearmanr(runs[:, 0], runs[:, 1]).statistic)
     assert 0.5 < related.low < related.value < related.high <= 1
@@ -23,14 +23,25 @@ def test_the_correlations_are_spearman_s_and_their_intervals_tell_a_relation_fro
     assert unrelated.high - unrelated.low == pytest.approx(2 * 1.96 / 3, rel=0.25)
 
 
+def test_a_difference_of_two_correlations_is_drawn_together_with_both() -> None:
+    near = [np.append(runs, runs[:, [1]] + 1e-3 * DRAWS.normal(size=(1, 1)), axis=1) for runs in GROUPS]
+    correlations, gains = rank_correlations(near, usual=1)
+    assert gains[1].value == gains[1].low == gains[1].high == 0
+    assert [one.value for one in gains] == [one.value - correlations[1].value for one in correlations]
+    assert gains[0].low > 0  # score 0 is related to the test score, score 1 is not
+    # Scores 0 and 2 are nearly the same: their difference is known better than either of them.
+    between = rank_correlations(near, usual=2)[1][0]
+    assert between.high - between.low < 0.3 * (correlations[0].high - correlations[0].low)
+
+
 def test_a_draw_of_one_configuration_alone_has_no_correlation_and_does_not_count() -> None:
     few = GROUPS[:5]  # about three of 2,000 draws hold one of them five times
-    assert all(np.isfinite(list(vars(one).values())).all() for one in rank_correlations(few))
+    assert all(np.isfinite(list(vars(one).values())).all() for part in rank_correlations(few) for one in part)
 
 
 def test_more_seeds_of_the_same_configurations_do_not_narrow_the_interval() -> None:
-    repeated = rank_correlations([np.repeat(runs, 5, axis=0) for runs in GROUPS])
-    for once, often in zip(rank_correlations(GROUPS), repeated, strict=True):
+    repeated = rank_correlations([np.repeat(runs, 5, axis=0) for runs in GROUPS])[0]
+    for once, often in zip(rank_correlations(GROUPS)[0], repeated, strict=True):
         assert (often.low, often.high) == pytest.approx((once.low, once.high))
 
 
