@@ -219,7 +219,9 @@ def _caption(name: str, runs: Sequence[Record]) -> str:
 
 
 def _titles(runs: Iterable[Record]) -> list[str]:
-    return sorted({run.summary["dataset"] for run in runs})
+    """The data sets' names, that with the fewest training tiles first."""
+    ordered = sorted(runs, key=lambda run: (run.summary["tiles"]["train"], run.summary["dataset"]))
+    return list(dict.fromkeys(run.summary["dataset"] for run in ordered))
 
 
 def _over_views(runs: Collection[Mapping[str, float]], metric: str) -> Spread | None:

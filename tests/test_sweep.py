@@ -738,7 +738,7 @@ def test_the_table_of_a_learning_curve_names_every_number_of_training_tiles(
 ) -> None:
     larger = {"tiles": {"train": 2000, "val": 10, "test": 20}, "dataset": "all data", "data_fingerprint": "all"}
     text = report(write_sweep(THREE_SEEDS), tmp_path, **{f"try-b-{seed}": larger for seed in range(3)})
-    assert text.startswith("**try**: all data / no data; 1,000 / 2,000 training, 10 validation")
+    assert text.startswith("**try**: no data / all data; 1,000 / 2,000 training, 10 validation")
     assert "cannot be compared" not in text
 
 
