@@ -65,7 +65,7 @@ def forecast(groups: Sequence[Group]) -> Forecast:
 def rank_correlations(
     groups: Sequence[NDArray[np.float64]], usual: int = 0
 ) -> tuple[list[Estimate], list[Estimate]]:
-    """Spearman's correlation of the test score with each other score, and its difference from that of score `usual`.
+    """Spearman's correlation of the test score with each other score, and its difference from that of `usual`.
 
     A group (runs, 1 + scores) holds the runs of one configuration, the test score first. The 95 % intervals are
     percentiles of a bootstrap (Efron and Tibshirani 1993) that draws whole groups, because runs that differ in the
