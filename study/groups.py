@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from common.config import TrainingConfig
 from common.errors import UsageError
-from common.metrics import Estimate, recalls, softmax
+from common.metrics import Estimate, accuracy_estimate, recalls, softmax
 from common.pathmnist import COUNTS
 from common.records import Record
 from common.statistics import Comparison, Spread, compare, spread
@@ -132,9 +132,13 @@ class Group:
         """The mean over seeds of the mean probability of the predicted class on test tiles."""
         return fmean(one.max(axis=1).mean() for one in self.probabilities())
 
-    def probabilities(self) -> list[NDArray[np.float64]]:
-        """Each run's probabilities of the test tiles, (N, classes)."""
-        return [softmax(record.arrays()["best_logits"]) for record in self.records]
+    def probabilities(self, scores: str = "best") -> list[NDArray[np.float64]]:
+        """Each run's probabilities of the test tiles, (N, classes); `scores` "tta": over the 8 views."""
+        return [softmax(record.arrays()[f"{scores}_logits"]) for record in self.records]
+
+    def ensemble(self, scores: str = "best") -> Estimate:
+        """The test ACC of the mean of all runs' probabilities, with its interval over the test tiles."""
+        return accuracy_estimate(np.mean(self.probabilities(scores), axis=0), self.first.arrays()["targets"])
 
     def areas(self) -> dict[str, float]:
         """The mean over seeds of each class's AUC against the others; NaN for a class without tiles."""

@@ -388,3 +388,21 @@ def test_a_class_is_taken_for_another_one_and_a_probability_may_be_too_high(
     logits = np.log([[0.7, 0.2, 0.1], [0.05, 0.05, 0.9]])
     monkeypatch.setattr(Record, "arrays", lambda record: {"best_logits": logits})
     assert group.confidence() == pytest.approx(0.8)
+
+
+def test_an_ensemble_is_scored_by_the_mean_of_its_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Probabilities of the first tile's class: their mean is 0.507, but the mean logit speaks for the other class.
+    over_views = {"r0": 0.7, "r1": 0.7, "r2": 0.12}
+    records = [
+        Record(Path(), {"config": {"seed": n}}, {"run_id": run_id}, []) for n, run_id in enumerate(over_views)
+    ]
+
+    def arrays(record: Record) -> dict[str, np.ndarray]:
+        first = over_views[record.run_id]
+        logits = np.log([[first, 1 - first], [0.2, 0.8]])
+        return {"best_logits": logits[:, ::-1], "tta_logits": logits, "targets": np.array([0, 1])}
+
+    monkeypatch.setattr(Record, "arrays", arrays)
+    assert Group(records).ensemble("tta").value == 1
+    assert Group(records).ensemble().value == 0
+    assert 0 < Group(records).ensemble("tta").low < 1
