@@ -86,8 +86,9 @@ def draw_summary(
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("Test ACC")
-        explained = "dot: one view of each tile, with its 95 % interval, or bars for two seeds; hollow: 8 views"
-        explained += "; square: published" if others else ""
+        explained = "dot: one view of each tile, with its 95 % interval; hollow: 8 views"
+        explained += "; bars: the two seeds" if any(np.isnan(acc.low) for _, _, acc, *_ in ours) else ""
+        explained += "; square: others' figures" if others else ""
         points = [acc.value for *_, acc, views, _ in ours for acc in (acc, views or acc)] + [
             acc for _, acc in others
         ]

@@ -35,7 +35,7 @@ SHOWN_TILE, DRAWS = 6, 12  # of the generated tiles, one with a structure that s
 TASK_MARKERS = {"Task 1": "o", "Task 3": "s", "Task 5": "D"}
 CALIBRATION_BINS = 10
 MARKERS = "os^v*PX"  # of the recipes of one colour
-LEAST_TILES = 10  # of a bin: the share of right ones among fewer tiles is mostly chance
+LEAST_TILES = 50  # of a bin: the share of right ones among fewer tiles is mostly chance
 
 
 def draw(folder: Path, content: Mapping[str, Any]) -> None:
@@ -149,7 +149,7 @@ def scatter(path: Path, found: Forecast, title: str) -> None:
         for axes in panels[:, 0]:
             axes.set_ylabel("Test ACC")
         figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center")
-        figure.suptitle(f"One dot per run · {title}", fontsize=10)
+        figure.suptitle(f"One dot per run · hollow: fewer training tiles · {title}", fontsize=10)
         save(figure, path)
 
 
@@ -230,7 +230,8 @@ def calibration(path: Path, scores: Mapping[str, tuple[np.ndarray, np.ndarray]],
             sure, right = (
                 [values[bins == number].mean() for number in filled] for values in (confidence, correct)
             )
-            axes.plot(sure, right, color=COLOURS[task], marker=TASK_MARKERS[task], label=task)
+            label = f"{task} (fine-tuned)" if task == "Task 5" else task
+            axes.plot(sure, right, color=COLOURS[task], marker=TASK_MARKERS[task], label=label)
             axes.scatter(sure, right, s=800 * counts / counts.sum(), color=COLOURS[task], alpha=0.25)
         axes.xaxis.set_major_formatter(PercentFormatter(1))
         axes.yaxis.set_major_formatter(PercentFormatter(1))

@@ -372,7 +372,7 @@ def test_a_baseline_of_two_seeds_has_no_interval_and_gives_no_verdict() -> None:
         beside("Task 1", group(0.9, 0.9, 0.9), group(0.1, 0.1))
         == "Task 1 has 0.9000 and 0.9000 and 0.9000 (3 seeds)"
     )
-    assert beside("Task 1", group(0.9, 0.9, 0.9), group(0.1, 0.1, 0.1)) == "Task 1 is higher than it"
+    assert beside("Task 1", group(0.9, 0.9, 0.9), group(0.1, 0.1, 0.1)) == "Task 1 is higher"
 
 
 @pytest.mark.parametrize(("part", "said"), [("all", True), ("classifier", False)])
@@ -464,7 +464,7 @@ def test_the_page_compares_the_checks_of_saliency_on_several_networks(tmp_path: 
     ]
     assert ", ResNet-18 from scratch with stain augmentation (test ACC 0.8" in line
     methods = "Saliency, SmoothGrad, Integrated Gradients, Grad-CAM, Occlusion"
-    assert f"passed: {methods} ([all numbers](runs/stained/attribution.json)). See [its maps](fig/task2/" in line
+    assert f"Passed: {methods} ([all numbers](runs/stained/attribution.json)). See [its maps](fig/task2/" in line
 
 
 def test_the_page_compares_the_validation_scores_where_there_are_enough_runs(
