@@ -3,10 +3,11 @@
     python task2.py                   # Task 1's network: of the finished runs with most training tiles, the newest
     python task2.py --run_id ID       # the network of that run: of task1.py, train.py or task5.py
 
-It shows ten test tiles (on the full test split, the coursework's ten) and their maps by Captum's Saliency in eval
-mode, and by SmoothGrad, Integrated Gradients, Grad-CAM and Occlusion. Then it checks every method: do its maps
-change when the network is randomised, do its pixels matter more than random pixels, and more than edges?
-About two minutes on two CPU cores at 28 pixels (bench/results/one_offs.md).
+It shows ten test tiles (on the full test split and with seed 0, the coursework's ten) and their maps by Captum's
+Saliency in eval mode, and by SmoothGrad, Integrated Gradients, Grad-CAM and Occlusion. Then it checks every
+method: do its maps change when the network is randomised, do its pixels matter more than random pixels, and more
+than edges? On one core of an AMD EPYC, a ResNet-18 at 28 pixels took three minutes (bench/results/one_offs.md), an
+EfficientNet-Lite0 at 64 pixels thirteen.
 
 Leaves NNNNN-input.png and NNNNN-saliency.png for each tile in fig/task2/<run_id>/, four figures
 fig/task2/<run_id>-*.png, runs/<run_id>/saliency.md and runs/<run_id>/attribution.json.

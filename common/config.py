@@ -203,7 +203,7 @@ class Keys:
 
 @dataclass(frozen=True, kw_only=True)
 class FolderConfig(Keys):
-    """The keys that every command shares: where it reads and writes, and the seed of its random numbers."""
+    """Where a command reads and writes, and the seed of its random numbers."""
 
     data_root: Path = key(
         _data_root,

@@ -34,7 +34,7 @@ class Interruption:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def stopped(self, message: str) -> Stopped:
+    def error(self, message: str) -> Stopped:
         """The error to raise when everything is saved."""
         number = self.came or signal.SIGINT
         return Stopped(f"{number.name}: {message}", number)

@@ -64,6 +64,8 @@ class Run:
         `network` describes the network in titles (default: its name); the records carry the task's own `facts`.
         Raises what `check_startable` does, and UsageError where another process trains the run.
         """
+        if task not in TITLES:
+            raise ValueError(f"unknown task {task}: its name is missing in TITLES of common/tracking.py")
         self.run_id = config.run_id
         self.dataset = dataset
         self.title = f"{TITLES[task]} · {network or config.model_name} · {dataset.title} · seed {config.seed}"

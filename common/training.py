@@ -79,7 +79,7 @@ def build_optimizer(
 class Trainer:
     """One network in training, with everything that training changes and that a checkpoint must hold.
 
-    `model` is the network that steps change. `judged` is the network that is validated and tested: the moving
+    `model` is the network that steps change. `evaluated` is the network that is validated and tested: the moving
     average (EMA) of `model` where the configuration asks for one, else `model` itself. `history` has one row for
     each finished epoch, with the columns of history.csv.
     """
@@ -108,7 +108,7 @@ class Trainer:
         self.steps_per_epoch = len(self.batches())
         n_steps, decay = config.n_epochs * self.steps_per_epoch, config.ema_decay
         self.average = ExponentialMovingAverage(self.model, decay, n_steps) if decay else None
-        self.judged = self.average.model if self.average else self.model
+        self.evaluated = self.average.model if self.average else self.model  # what validation and test score
         self.before_epoch = before_epoch
         self.interruption = Interruption()
         self.history: list[dict[str, float]] = []
@@ -119,7 +119,7 @@ class Trainer:
         self.parallel = distributed.parallel(self.model, changing=before_epoch is not None)
 
     @property
-    def stopped(self) -> str:
+    def end_reason(self) -> str:
         """Why training ended, or an empty string where it is not over."""
         return reason_to_stop(self.history, self.config)
 
@@ -139,7 +139,7 @@ class Trainer:
         n_tiles = len(self.splits.train)
         total, done = self.config.n_epochs * n_tiles, len(self.history) * n_tiles
         with self.interruption, progress_bar(f"run {self.run.run_id}", total, done) as self.run_bar:
-            while not self.stopped:
+            while not self.end_reason:
                 epoch = len(self.history) + 1
                 self.history.append(self.train_and_validate(epoch))
                 self.save_last()
@@ -147,25 +147,25 @@ class Trainer:
                     self.save_best()
                 self.run.log_epoch(self.history)
                 if distributed.any_of_all(self.interruption.came is not None):
-                    raise self.stop(f"after epoch {epoch}")
-        print(f"training ended: {self.stopped}; best epoch {self.best_epoch} by {self.config.select_on}")
+                    raise self.interrupted(f"after epoch {epoch}")
+        print(f"training ended: {self.end_reason}; best epoch {self.best_epoch} by {self.config.select_on}")
 
     def train_and_validate(self, epoch: int) -> dict[str, float]:
         """Train one epoch and validate; returns the epoch's row of the history. Raises what `fit` does."""
         self.epoch_started = time.perf_counter() - (self.begun["seconds"] if self.begun else 0.0)
         if self.before_epoch:
-            for network in {self.model, self.judged}:
+            for network in {self.model, self.evaluated}:
                 self.before_epoch(network, epoch)
         loss = self.train_epoch(epoch)
         seconds = time.perf_counter() - self.epoch_started
         distributed.same_buffers(self.model)
         if self.average or self.config.reestimate_batchnorm:
             with self.compute.autocast():
-                reestimate_batchnorm(self.judged, self.clean_inputs())
+                reestimate_batchnorm(self.evaluated, self.clean_inputs())
         row = {
             "epoch": epoch,
             "train/loss": loss,
-            **evaluate(self.judged, self.splits.val, self.compute).summary("validate"),
+            **evaluate(self.evaluated, self.splits.val, self.compute).summary("validate"),
             "lr": max(group["lr"] for group in self.optimizer.param_groups),
             "tiles_per_second": len(self.splits.train) / seconds,
             "seconds": time.perf_counter() - self.epoch_started,
@@ -220,12 +220,12 @@ class Trainer:
                 if distributed.any_of_all(self.interruption.came is not None):
                     read_loss(distributed.total(total.clone()), epoch)
                     self.save_last(self.epoch_state(number, total, draws))
-                    raise self.stop(f"after epoch {epoch - 1} and {counted(number, 'step')}")
+                    raise self.interrupted(f"after epoch {epoch - 1} and {counted(number, 'step')}")
         return read_loss(distributed.total(total), epoch) / len(tiles)
 
-    def stop(self, where: str) -> Stopped:
+    def interrupted(self, where: str) -> Stopped:
         """End the W&B run; returns the error to raise when everything is saved."""
-        stopped = self.interruption.stopped(f"run {self.run.run_id} is saved {where}")
+        stopped = self.interruption.error(f"run {self.run.run_id} is saved {where}")
         self.run.stop(stopped.number)
         return stopped
 
@@ -233,8 +233,8 @@ class Trainer:
         """Score the test tiles with the last weights and with the best ones, and write scores.npz.
 
         Call it once, after `fit`. The best weights also score the validation tiles, plain and under each shift of
-        common/shift.py; afterwards `judged` has the best weights. Returns the content of summary.json without the
-        facts that `Run` adds. Every score of the test tiles can be computed again from scores.npz, which has
+        common/shift.py; afterwards `evaluated` has the best weights. Returns the content of summary.json without
+        the facts that `Run` adds. Every score of the test tiles can be computed again from scores.npz, which has
         log-probabilities (N, C) float16, targets (N,) uint8, and for each shift the predicted classes (N,) uint8.
         Raises Fault where best.pt cannot be read or is not of the history's best epoch, and Untrainable where
         an output is not finite.
@@ -243,7 +243,7 @@ class Trainer:
         test = self.splits.test()
 
         def score(tiles: Tiles, tta: bool = False) -> Evaluation:
-            return evaluate(self.judged, tiles, self.compute, tta).rounded()
+            return evaluate(self.evaluated, tiles, self.compute, tta).rounded()
 
         scores = {"last": score(test)}
         self.load_best()
@@ -273,7 +273,7 @@ class Trainer:
             "validate/shifted_acc": fmean(shifted_acc.values()),
             "shifted": shifted_acc,
             "select_on": self.config.select_on,
-            "stopped": self.stopped,
+            "stopped": self.end_reason,
             "wall_seconds": sum(row["seconds"] for row in self.history) + time.perf_counter() - started,
         }
 
@@ -297,12 +297,12 @@ class Trainer:
             yield inputs
 
     def save_best(self) -> None:
-        """Write best.pt: the judged weights, and what a reader must know to use them."""
+        """Write best.pt: the evaluated weights, and what a reader must know to use them."""
         if not distributed.is_first():
             return
         dataset = self.run.dataset
         content = {
-            "state_dict": self.judged.state_dict(),
+            "state_dict": self.evaluated.state_dict(),
             "epoch": len(self.history),
             "history": self.history,  # so that these weights are never taken for those of another training
             "model_name": self.config.model_name,
@@ -314,14 +314,14 @@ class Trainer:
         checkpoint.save(self.run.checkpoints / "best.pt", content)
 
     def load_best(self) -> None:
-        """Load best.pt into `judged`; Fault where it cannot be read or is not of the history's best epoch."""
+        """Load best.pt into `evaluated`; Fault where it cannot be read or is not of the history's best epoch."""
         path = self.run.checkpoints / "best.pt"
         saved = checkpoint.load(path)
         if saved.get("history") != self.history[: self.best_epoch]:
             raise Fault(f"{path}: not the weights of epoch {self.best_epoch}; train again with another --run_id")
-        if problem := checkpoint.state_problem(saved.get("state_dict"), self.judged.state_dict()):
+        if problem := checkpoint.state_problem(saved.get("state_dict"), self.evaluated.state_dict()):
             raise Fault(f"{path}: {problem}; train again with another --run_id")
-        self.judged.load_state_dict(saved["state_dict"])
+        self.evaluated.load_state_dict(saved["state_dict"])
 
     def save_last(self, begun: Mapping[str, Any] | None = None) -> None:
         """Write last.pt, to resume the training from; `begun` is the `epoch_state` of an epoch in progress."""
@@ -329,7 +329,7 @@ class Trainer:
             return
         content = {
             "state_dict": self.model.state_dict(),
-            "judged_state_dict": self.judged.state_dict(),
+            "evaluated_state_dict": self.evaluated.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "history": self.history,
             "begun": begun,
@@ -350,7 +350,7 @@ class Trainer:
         problem = (
             history_problem(saved.get("history"))
             or checkpoint.state_problem(saved.get("state_dict"), self.model.state_dict())
-            or checkpoint.state_problem(saved.get("judged_state_dict"), self.judged.state_dict())
+            or checkpoint.state_problem(saved.get("evaluated_state_dict"), self.evaluated.state_dict())
             or checkpoint.optimizer_problem(saved.get("optimizer"), self.optimizer)
             or checkpoint.begun_problem(saved.get("begun"), self.steps_per_epoch)
         )
@@ -360,7 +360,7 @@ class Trainer:
                 "train again with another --run_id"
             )
         self.model.load_state_dict(saved["state_dict"])
-        self.judged.load_state_dict(saved["judged_state_dict"])
+        self.evaluated.load_state_dict(saved["evaluated_state_dict"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.history, self.begun = saved["history"], saved["begun"]
         if self.begun and len(self.begun["processes"]) != distributed.world_size():

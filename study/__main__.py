@@ -4,6 +4,8 @@
     python -m study --size 64             # a GPU box: PathMNIST at 64 pixels, into pathmnist-64/
     python -m study --dataset phantom     # a miniature on generated tiles, into phantom-28/
 
+At 28 pixels it needs the packages of `pip install -e '.[demo]'`.
+
 Every run is a separate process with a fixed run_id. After a kill, the same command skips the finished runs and
 resumes the others from their checkpoints. report.toml names the runs that the report shows: the study writes this
 file where there is none, and never changes it.
@@ -24,6 +26,7 @@ from typing import Any
 
 import yaml
 
+from common import weights
 from common.config import ScriptConfig, key, parse, run_script
 from common.errors import Fault, UsageError
 from common.files import locked, read_text, write_text
@@ -154,10 +157,17 @@ def main(config: StudyConfig) -> None:
 
 
 def run_steps(config: StudyConfig, lock: int) -> None:
-    """Run what is not finished, one step after the other; Fault where one fails."""
-    total = len(list(steps(config)))
+    """Run what is not finished, one step after the other; Fault where one fails.
+
+    Raises UsageError where a package of a later step is missing: not after hours.
+    """
+    planned = list(steps(config))
+    if any(set(LITE0) <= set(step.command) for step in planned if not step.finished):
+        if problem := weights.check_network(weights.LITE0):
+            raise UsageError(f"Task 5: {problem}")
+        weights.load_weights(weights.LITE0_WEIGHTS, weights.LITE0, config.output_dir)
     for number, step in enumerate(steps(config), start=1):
-        line = f"[{number}/{total}] {step.title}"
+        line = f"[{number}/{len(planned)}] {step.title}"
         if step.finished:
             print(f"{line}: finished already", flush=True)
             continue
@@ -181,7 +191,7 @@ def run_step(command: Sequence[str], lock: int) -> int:
                 process.wait()
             time.sleep(BLINK)
     if interruption.came:
-        raise interruption.stopped("the study ended early")
+        raise interruption.error("the study ended early")
     return status
 
 
@@ -233,8 +243,8 @@ def steps(config: StudyConfig) -> Iterator[Step]:
     seeds = [f"--seed={config.seed}", f"--n_seeds={plan.n_seeds}"]
     yield run("Task 5", "task5", "task5", *data, *seeds, last="comparison.json")
     for run_id in explained(config):
-        weights = checkpoint_folder(config.output_dir, run_id) / "best.pt"
-        if weights.exists() or not is_finished(config.output_dir, run_id):  # else the weights are kept elsewhere
+        best = checkpoint_folder(config.output_dir, run_id) / "best.pt"
+        if best.exists() or not is_finished(config.output_dir, run_id):  # else the weights are kept elsewhere
             yield run(f"Task 2, {run_id}", "task2", run_id, last="attribution.json")  # on the data of that run
     for arguments in baseline_arguments(config):
         runs = parse(BaselinesConfig, arguments, "").runs

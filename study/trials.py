@@ -180,7 +180,7 @@ class Workers(ExitStack):
             time.sleep(BLINK)
         ended = [(running, status) for running in self.running if (status := running.status()) is not None]
         if self._interruption.came:
-            raise self._interruption.stopped("the sweep ended early")
+            raise self._interruption.error("the sweep ended early")
         for running, _ in ended:
             self.running.remove(running)
         return ended

@@ -83,19 +83,19 @@ def test_early_steps_follow_fast() -> None:
     assert average.model.weight.item() == pytest.approx(before * 2 / 11, rel=1e-5)
 
 
-def test_the_judged_weights_are_the_averages(tiny: Dataset, tmp_path: Path) -> None:
+def test_the_evaluated_weights_are_the_averages(tiny: Dataset, tmp_path: Path) -> None:
     model = build_model("shufflenet_v2_x0_5", 9, 28)
     initial = model.state_dict()["fc.weight"].clone()
     trainer = trainer_of(tiny, tmp_path, model, model_name="shufflenet_v2_x0_5", n_epochs=2, ema_decay=0.999)
     trainer.fit()
-    trained, last = model.state_dict()["fc.weight"], trainer.judged.state_dict()
+    trained, last = model.state_dict()["fc.weight"], trainer.evaluated.state_dict()
     # The average has left where the weights began, and is not where they are.
     moved, averaged = (trained - initial).norm(), (last["fc.weight"] - initial).norm()
     assert averaged > 0.5 * moved
     assert not torch.equal(last["fc.weight"], trained)
-    judged = build_model("shufflenet_v2_x0_5", 9, 28).eval()
-    judged.load_state_dict(last)
+    network = build_model("shufflenet_v2_x0_5", 9, 28).eval()
+    network.load_state_dict(last)
     with torch.no_grad():
-        logits = judged(normalise(tiny.val.images))
+        logits = network(normalise(tiny.val.images))
     loss = nn.functional.cross_entropy(logits, tiny.val.labels).item()
     assert trainer.history[-1]["validate/loss"] == pytest.approx(loss, rel=1e-3)

@@ -81,7 +81,7 @@ def not_finite(value: torch.Tensor) -> torch.Tensor:
 MOMENT = ("optimizer", "state", 0, "exp_avg")
 LAST: list[tuple[Change, str]] = [
     (without("state_dict"), "no tensors by name"),
-    (without("judged_state_dict"), "no tensors by name"),
+    (without("evaluated_state_dict"), "no tensors by name"),
     (without("optimizer"), "no state of this optimiser"),
     (without("history"), "valid list"),
     (without("config"), "no configuration"),
@@ -96,7 +96,7 @@ LAST: list[tuple[Change, str]] = [
     (put("state_dict", WEIGHT, to=lambda value: value.to_sparse()), "is no dense tensor"),
     (put("state_dict", WEIGHT, to=lambda value: value.to("meta")), "is no dense tensor"),
     (put("state_dict", WEIGHT, to=not_finite), "has values that are not finite"),
-    (put("judged_state_dict", WEIGHT, to=not_finite), "has values that are not finite"),
+    (put("evaluated_state_dict", WEIGHT, to=not_finite), "has values that are not finite"),
     (put("optimizer", to=3), "no state of this optimiser"),
     (put("optimizer", "state", to=[]), "no state of this optimiser"),
     (put("optimizer", "param_groups", to=lambda groups: groups[:1]), "no state of this optimiser"),

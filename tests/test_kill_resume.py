@@ -176,7 +176,7 @@ def test_the_second_signal_stops_the_process_at_once() -> None:
         with pytest.raises(KeyboardInterrupt), training.Interruption() as interruption:
             os.kill(os.getpid(), signal.SIGINT)
             assert interruption.came == signal.SIGINT
-            assert isinstance(interruption.stopped("saved"), Stopped)
+            assert isinstance(interruption.error("saved"), Stopped)
             os.kill(os.getpid(), signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, before)

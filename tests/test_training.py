@@ -56,7 +56,7 @@ def test_training_learns(tiny: Dataset, tmp_path: Path) -> None:
     assert max(row["validate/acc"] for row in history) > 0.5  # chance is 0.11
     assert [row["epoch"] for row in history] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert tuple(history[0]) == COLUMNS
-    assert trainer.stopped == "all epochs done"
+    assert trainer.end_reason == "all epochs done"
 
 
 def test_batchnorm_is_never_measured_on_a_few_leftover_tiles(
@@ -73,7 +73,7 @@ def test_the_same_seed_gives_the_same_history_and_weights(tiny: Dataset, tmp_pat
     two = fitted(tiny, tmp_path / "two", seed=3)
     other = fitted(tiny, tmp_path / "other", seed=4)
     assert without_timings(one.history) == without_timings(two.history)
-    assert_same_weights(one.judged.state_dict(), two.judged.state_dict())
+    assert_same_weights(one.evaluated.state_dict(), two.evaluated.state_dict())
     assert_same_weights(best_weights(one), best_weights(two))
     assert without_timings(one.history) != without_timings(other.history)
 
@@ -95,7 +95,7 @@ def test_resume_after_a_stop_gives_the_same_weights(
     parts = fitted(tiny, tmp_path / "parts", n_epochs=4, resume=True)
     assert without_timings(whole.history) == without_timings(parts.history)
     assert whole.best_epoch == parts.best_epoch
-    assert_same_weights(whole.judged.state_dict(), parts.judged.state_dict())
+    assert_same_weights(whole.evaluated.state_dict(), parts.evaluated.state_dict())
     assert_same_weights(best_weights(whole), best_weights(parts))
 
 
@@ -437,7 +437,7 @@ def test_best_weights_follow_the_last_checkpoint_when_a_kill_came_between_the_tw
     resumed = trainer_of(tiny, tmp_path, select_on="last")
     saved = checkpoint.load(tmp_path / "checkpoints/r/best.pt")
     assert saved["history"] == resumed.history
-    assert_same_weights(saved["state_dict"], resumed.judged.state_dict())
+    assert_same_weights(saved["state_dict"], resumed.evaluated.state_dict())
 
 
 def test_tiles_are_resized_after_augmentation(tiny: Dataset) -> None:
@@ -538,7 +538,7 @@ def test_augmentation_differs_by_seed_and_epoch(
 def test_the_file_of_scores_has_the_validation_tiles_of_the_best_weights(tiny: Dataset, tmp_path: Path) -> None:
     trainer = fitted(tiny, tmp_path)
     trainer.test()
-    expected = evaluate(trainer.judged, DeviceTiles(tiny.val, CPU.device), CPU).rounded()
+    expected = evaluate(trainer.evaluated, DeviceTiles(tiny.val, CPU.device), CPU).rounded()
     with np.load(trainer.run.folder / "scores.npz", allow_pickle=False) as arrays:
         np.testing.assert_array_equal(arrays["validate_logits"], expected.logits)
         np.testing.assert_array_equal(arrays["validate_targets"], expected.targets)
