@@ -102,7 +102,7 @@ def summary_rows(
         if (acc := group.score("best", "acc"))
     ]
     others = [
-        (f"{other.source}: {other.network}, {other.size} px", other.acc)
+        (f"{other.source}: {other.network}, {other.size}\u00a0px", other.acc)
         for task, group in content["tasks"].items()
         if group.full
         for other in content["references"][task]
