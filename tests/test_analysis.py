@@ -132,7 +132,7 @@ def test_the_page_shows_the_analysis_and_the_check_compares_it_with_the_runs(
     run_script(report.main, report.ReportConfig, [f"--output_dir={study}"])
     page = (study / "report.md").read_text()
     assert re.search(
-        r"^- One published run .* on the same 18 tiles of phantom .*\. Task 1 \(one seed\) ",
+        r"^- One published run .* on the same 18 tiles of phantom .*\. Task 1, one seed, ",
         page,
         re.MULTILINE,
     )
