@@ -108,7 +108,7 @@ class Trainer:
         self.steps_per_epoch = len(self.batches())
         n_steps, decay = config.n_epochs * self.steps_per_epoch, config.ema_decay
         self.average = ExponentialMovingAverage(self.model, decay, n_steps) if decay else None
-        self.evaluated = self.average.model if self.average else self.model  # what validation and test score
+        self.evaluated = self.average.model if self.average else self.model
         self.before_epoch = before_epoch
         self.interruption = Interruption()
         self.history: list[dict[str, float]] = []

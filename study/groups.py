@@ -147,6 +147,11 @@ class Group:
         return dict(zip(scores[0], means.tolist(), strict=True))
 
 
+def named(task: str) -> str:
+    """The name of a task; of Task 5's two networks, it is the fine-tuned one that stands for the task."""
+    return f"{task} (fine-tuned)" if task == "Task 5" else task
+
+
 def share(over: Spread) -> Estimate:
     """The mean of scores from 0 to 1 and its interval, cut to these; NaN ends stay."""
     return Estimate(over.mean, *np.clip((over.low, over.high), 0, 1).tolist())

@@ -21,7 +21,7 @@ from common.tracking import TITLES
 from common.weights import SCRATCH
 from study.curves import COLOURS, GREY, draw_curves, draw_summary
 from study.forecast import LOWER_IS_BETTER, Forecast
-from study.groups import NETWORKS, TECHNIQUES, Group
+from study.groups import NETWORKS, TECHNIQUES, Group, named
 from study.learning_curve import Curve, n_tiles
 
 SHOWN = {
@@ -230,8 +230,7 @@ def calibration(path: Path, scores: Mapping[str, tuple[np.ndarray, np.ndarray]],
             sure, right = (
                 [values[bins == number].mean() for number in filled] for values in (confidence, correct)
             )
-            label = f"{task} (fine-tuned)" if task == "Task 5" else task
-            axes.plot(sure, right, color=COLOURS[task], marker=TASK_MARKERS[task], label=label)
+            axes.plot(sure, right, color=COLOURS[task], marker=TASK_MARKERS[task], label=named(task))
             axes.scatter(sure, right, s=800 * counts / counts.sum(), color=COLOURS[task], alpha=0.25)
         axes.xaxis.set_major_formatter(PercentFormatter(1))
         axes.yaxis.set_major_formatter(PercentFormatter(1))

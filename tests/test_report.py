@@ -357,7 +357,7 @@ def parts(**more: Any) -> Any:
     """The macros of report_parts.md.j2."""
     loader = jinja2.FileSystemLoader(ROOT / "study")
     environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True)
-    helpers = {"interval": statistics.interval, "counted": statistics.counted}
+    helpers = {"interval": statistics.interval, "counted": statistics.counted, "named": groups.named}
     return environment.get_template("report_parts.md.j2").make_module({**helpers, **more})
 
 
