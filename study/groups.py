@@ -78,9 +78,12 @@ class Group:
             return f"{network} from scratch, {self.name}"
         row = config.get("ablation", "combined")
         if "ablation" not in config and "weights" not in config:  # of Task 1
-            parts = ["stain augmentation"] * (config["augmentation"] == "stain")
+            used = [one for one in config["augmentation"].split(",") if one != "none"]
+            parts = [f"{' and '.join(used)} augmentation"] * bool(used)
             parts += ["averaged weights"] * bool(config["ema_decay"])
-            return f"{network} from scratch" + (f" with {' and '.join(parts)}" if parts else "")
+            parts += [f"tiles resized to {config['resize_to']} px"] * bool(config["resize_to"])
+            listed = " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
+            return f"{network} from scratch" + (f" with {listed}" if parts else "")
         return f"{network} from scratch" + ("" if row == "combined" else f" {TECHNIQUES.get(row, row)}")
 
     @property

@@ -392,6 +392,23 @@ def test_the_nearest_recipe_has_no_key_that_the_other_lacks() -> None:
     assert groups.nearest(group(seed=3), others) == ("Task 3", {"lr": 0.1})
 
 
+@pytest.mark.parametrize(
+    ("keys", "title"),
+    [
+        ({}, "ResNet-18 from scratch"),
+        ({"ema_decay": 0.99}, "ResNet-18 from scratch with averaged weights"),
+        (
+            {"augmentation": "flip,stain", "ema_decay": 0.99, "resize_to": 56},
+            "ResNet-18 from scratch with flip and stain augmentation, averaged weights and tiles resized to 56 px",
+        ),
+    ],
+)
+def test_a_title_says_what_a_recipe_adds_to_task_1(keys: dict[str, Any], title: str) -> None:
+    config = {"seed": 0, "model_name": "resnet18", "augmentation": "none", "ema_decay": 0.0, "resize_to": None}
+    record: Any = SimpleNamespace(run_id="one", config={**config, **keys})
+    assert groups.Group([record]).title == title
+
+
 def test_the_page_shows_further_networks_and_readme_the_results(
     study: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -745,13 +762,14 @@ def test_the_repository_s_own_report_is_what_its_records_give(capsys: pytest.Cap
     assert "| coursework, one seed: ResNet-18 from scratch | 64 px |" in page
 
 
-def test_the_repository_holds_the_figures_that_its_report_shows_and_stays_small() -> None:
+def test_the_repository_holds_the_figures_that_its_pages_show_and_stays_small() -> None:
     listed = subprocess.run(
         ["git", "ls-files", "runs", "sweeps", "fig"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.splitlines()
     if not listed:
         pytest.skip("not a git checkout")
-    shown = set(re.findall(r"\]\((fig/[^)]+)\)", (ROOT / "report.md").read_text()))
+    pages = [ROOT / "report.md", *(ROOT / path for path in listed if path.endswith("/saliency.md"))]
+    shown = {path for page in pages for path in re.findall(r"\]\((?:../../)?(fig/[^)]+)\)", page.read_text())}
     assert {path for path in listed if path.startswith("fig/")} == shown
     assert sum((ROOT / path).stat().st_size for path in listed) < 96e6
     assert not [path for path in listed if path.endswith((".pt", ".npy"))]
