@@ -78,12 +78,11 @@ class Group:
             return f"{network} from scratch, {self.name}"
         row = config.get("ablation", "combined")
         if "ablation" not in config and "weights" not in config:  # of Task 1
-            used = [one for one in config["augmentation"].split(",") if one != "none"]
-            parts = [f"{' and '.join(used)} augmentation"] * bool(used)
+            augmentation = config["augmentation"].replace(",", " and ")
+            parts = [f"{augmentation} augmentation"] * (augmentation != "none")
             parts += ["averaged weights"] * bool(config["ema_decay"])
-            parts += [f"tiles resized to {config['resize_to']} px"] * bool(config["resize_to"])
-            listed = " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
-            return f"{network} from scratch" + (f" with {listed}" if parts else "")
+            title = f"{network} from scratch" + (f" with {' and '.join(parts)}" if parts else "")
+            return title + (f", resized to {config['resize_to']} px" if config["resize_to"] else "")
         return f"{network} from scratch" + ("" if row == "combined" else f" {TECHNIQUES.get(row, row)}")
 
     @property
@@ -148,6 +147,18 @@ class Group:
         scores = [record.summary["best"]["auc_per_class"] for record in self.records]
         means = np.mean([list(one.values()) for one in scores], axis=0, dtype=float)
         return dict(zip(scores[0], means.tolist(), strict=True))
+
+
+def averaged(groups: Sequence[Group], scores: str = "best") -> Spread:
+    """The test ACC of the mean of the groups' probabilities, seed by seed, over the seeds that they all have."""
+    seeds = [[record.config["seed"] for record in group.records] for group in groups]
+    found = [group.probabilities(scores) for group in groups]
+    targets = groups[0].first.arrays()["targets"]
+    means = [
+        np.mean([runs[of.index(seed)] for runs, of in zip(found, seeds, strict=True)], axis=0)
+        for seed in sorted(set.intersection(*map(set, seeds)))
+    ]
+    return spread([accuracy_estimate(mean, targets).value for mean in means])
 
 
 def named(task: str) -> str:

@@ -16,7 +16,7 @@ from common.records import Record
 from common.statistics import LEAST_SEEDS, SIGNIFICANT, Comparison, Spread, compare, counted, interval, spread
 from study.ablation import identical_rows
 from study.forecast import LEAST_GROUPS, LEAST_RUNS, LOWER_IS_BETTER, SHIFTED, USUAL, forecast
-from study.groups import FOUND, NETWORKS, TECHNIQUES, Group, distinct, grouped, named, nearest, share
+from study.groups import FOUND, NETWORKS, TECHNIQUES, Group, averaged, distinct, grouped, named, nearest, share
 from study.learning_curve import learning_curves, n_tiles
 from study.report_selection import Study, parameters
 
@@ -176,6 +176,7 @@ def facts(study: Study) -> dict[str, Any]:
         "compared": compared,
         "comparison": study.comparison() if compared else None,
         "further": further,
+        "averaged": averaged,
         "named": named,
         "nearest": nearest,
         "counted": counted,

@@ -12,7 +12,7 @@ from matplotlib.ticker import PercentFormatter
 
 from common import phantom
 from common.augment import build_augmentation
-from common.figures import STYLE, confusion, curve, save
+from common.figures import STYLE, confusion, curve, save, wrap
 from common.metrics import Estimate
 from common.pathmnist import CLASS_NAMES
 from common.records import Record
@@ -141,7 +141,7 @@ def scatter(path: Path, found: Forecast, title: str) -> None:
         ):
             for label, (runs, look) in recipes.items():
                 accuracies, scores = np.concatenate(runs)[:, [0, column]].T
-                axes.plot(scores, accuracies, linestyle="", markersize=5, alpha=0.7, label=label, **look)
+                axes.plot(scores, accuracies, linestyle="", markersize=5, alpha=0.7, label=wrap(label, 76), **look)
             sign = " (correlation: sign turned)" if name == LOWER_IS_BETTER else ""
             axes.set_xlabel(name[0].upper() + name[1:] + sign)
             shown = interval(correlation.value, correlation.low, correlation.high, 2)

@@ -399,7 +399,7 @@ def test_the_nearest_recipe_has_no_key_that_the_other_lacks() -> None:
         ({"ema_decay": 0.99}, "ResNet-18 from scratch with averaged weights"),
         (
             {"augmentation": "flip,stain", "ema_decay": 0.99, "resize_to": 56},
-            "ResNet-18 from scratch with flip and stain augmentation, averaged weights and tiles resized to 56 px",
+            "ResNet-18 from scratch with flip and stain augmentation and averaged weights, resized to 56 px",
         ),
     ],
 )
@@ -784,6 +784,21 @@ def test_an_installed_package_has_the_templates(tmp_path: Path) -> None:
     templates = {path.name for path in (ROOT / "study").glob("*.j2")}
     assert {path.name for path in (tmp_path / "built" / "study").glob("*.j2")} == templates
     assert "report.md.j2" in templates
+
+
+def test_networks_are_averaged_seed_by_seed() -> None:
+    def group(**by_seed: list[float]) -> Any:
+        """Groups whose runs give each of two tiles this probability of class 0; the tiles have classes 0 and 1."""
+        runs = [np.array([[one, 1 - one] for one in tiles]) for tiles in by_seed.values()]
+        records = [
+            SimpleNamespace(config={"seed": seed}, arrays=lambda: {"targets": np.array([0, 1])})
+            for seed in by_seed
+        ]
+        return SimpleNamespace(records=records, first=records[0], probabilities=lambda scores: runs)
+
+    one, other = group(a=[0.4, 0.9], b=[0.9, 0.4], c=[0.0, 1.0]), group(b=[0.3, 0.0], a=[0.7, 0.0])
+    found = groups.averaged([one, other])  # seed a: 0.55 and 0.45; seed b: 0.6 and 0.2; all right
+    assert (found.n, found.mean) == (2, 1.0)
 
 
 def test_the_tiles_that_all_runs_of_a_group_get_wrong_and_who_gets_them_right() -> None:
