@@ -149,10 +149,10 @@ class Group:
         return dict(zip(scores[0], means.tolist(), strict=True))
 
 
-def averaged(groups: Sequence[Group], scores: str = "best") -> Spread:
+def averaged(groups: Sequence[Group]) -> Spread:
     """The test ACC of the mean of the groups' probabilities, seed by seed, over the seeds that they all have."""
     seeds = [[record.config["seed"] for record in group.records] for group in groups]
-    found = [group.probabilities(scores) for group in groups]
+    found = [group.probabilities("best") for group in groups]
     targets = groups[0].first.arrays()["targets"]
     means = [
         np.mean([runs[of.index(seed)] for runs, of in zip(found, seeds, strict=True)], axis=0)
