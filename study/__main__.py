@@ -68,7 +68,10 @@ class Plan:
 # For a CPU: 18,000 tiles in batches of 128 give about as many steps as the coursework had.
 AT_28_PIXELS = Plan(
     search_trials=40,
-    task1_rows={"stain": ("--augmentation=stain", "--ema_decay=0.99")},
+    task1_rows={
+        "stain": ("--augmentation=stain", "--ema_decay=0.99"),
+        "stain_56": ("--augmentation=stain", "--ema_decay=0.99", "--resize_to=56"),
+    },
     task3_rows=FEW_ROWS,
     curves=("task1", "with_all", "lite0"),
     curve_tiles=(900, 3000, 9000, 30000),

@@ -95,10 +95,15 @@ def test_closed_streams_lead_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("command", [["task1.py"], ["-m", "study.sweep", "sweep.yaml"]])
 @pytest.mark.parametrize("seconds", [0.15, 0.6])
 def test_ctrl_c_during_the_imports_is_one_line(command: list[str], seconds: float) -> None:
-    process = subprocess.Popen([sys.executable, *command, "--help"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    start = [sys.executable, "-X", "importtime", *command, "--help"]
+    process = subprocess.Popen(start, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert process.stderr
+    while not process.stderr.readline().rstrip().endswith(" common"):  # Ctrl-C before this import is Python's
+        assert process.poll() is None
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    error = "".join(line for line in process.stderr if not line.startswith("import time:"))
+    process.wait()
     if process.returncode != 0:  # a fast machine may have finished before
         assert re.fullmatch(r"(\S+: )?interrupted.*\n", error)
         assert process.returncode == 130

@@ -101,11 +101,16 @@ def test_at_28_pixels_task_3_trains_on_all_tiles_and_the_sweeps_on_a_part(tmp_pa
     assert shown["task3"]["runs"] == [f"combined-{seed}" for seed in range(5, 10)]
     assert "boosting-900-7" in shown["learning_curve"]["runs"]
     assert shown["networks"]["runs"] == [
-        f"{name}-{seed}" for name in ("stain", "with_all", "winner") for seed in range(5, 10)
+        f"{name}-{seed}" for name in ("stain", "stain_56", "with_all", "winner") for seed in range(5, 10)
     ]
-    assert (shown["task2"]["run"], shown["task2"]["also"]) == ("task1-5", ["stain-5", "task5"])
+    assert (shown["task2"]["run"], shown["task2"]["also"]) == ("task1-5", ["stain-5", "stain_56-5", "task5"])
     stained = parse(task1.Task1Config, made["Task 1, stain, seed 6"][1:], "")
     assert (stained.run_id, stained.augmentation, stained.ema_decay) == ("stain-6", "stain", 0.99)
+    resized = parse(task1.Task1Config, made["Task 1, stain_56, seed 6"][1:], "")
+    assert {name for name, value in stained.identity().items() if resized.identity()[name] != value} == {
+        "run_id",
+        "resize_to",
+    }
 
 
 def test_the_study_explains_the_networks_that_report_toml_names(tmp_path: Path) -> None:
