@@ -46,7 +46,7 @@ def main(config: Task1Config) -> None:
         return
     dataset = load_dataset(config.dataset, config.size, config.data_root, config.train_tiles)
     run = Run("task1", config, dataset, compute.name)
-    splits = device_splits(dataset, compute.device, config.augmentation, config.resize_to)
+    splits = device_splits(dataset, compute.device, config.input_size, config.augmentation)
     trainer = Trainer(model, splits, config, compute, run)
     trainer.fit()
     run.finish(trainer.history, trainer.test())

@@ -74,7 +74,7 @@ def main(config: Task2Config) -> None:
     from common.attribution_checks import check_methods
     from common.attribution_figures import draw
 
-    test = DeviceTiles(dataset.test, compute.device, resize_to=size)
+    test = DeviceTiles(dataset.test, compute.device, size)
     probabilities = evaluate(model, test, compute).probabilities
     labels, predicted = dataset.test.labels.numpy(), probabilities.argmax(axis=1)
     targets = torch.from_numpy(predicted) if config.target == "predicted" else dataset.test.labels

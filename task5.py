@@ -6,7 +6,7 @@
 
 Tiles are resized to the side that the weights were trained with (224 pixels for MobileNetV3-Large). With batches
 of 512, the run from scratch then needs about 27 GB of a GPU in bf16, as --dry_run predicts: --batch_size 128 or
---resize_to 64 needs less. The weights are loaded and checked, all layers but the classifier are frozen, and the
+--input_size 64 needs less. The weights are loaded and checked, all layers but the classifier are frozen, and the
 last layer is replaced by one with nine outputs. Then the same network is trained from random weights, with the
 same seed and number of epochs. The coursework reports test AUC 0.989 and test ACC 0.912 for MobileNetV3-Large on
 the full PathMNIST at 64 pixels, one seed, converged at epoch 6; from scratch at epoch 13.
@@ -97,8 +97,8 @@ def main(config: Task5Config) -> None:
         name: load_weights(name, config.model_name, config.output_dir, download=not config.dry_run)
         for name in names
     }
-    if config.resize_to is None:
-        config = dataclasses.replace(config, resize_to=weights[config.weights].preset.size)
+    if config.input_size is None:
+        config = dataclasses.replace(config, input_size=weights[config.weights].preset.size)
     if config.dry_run:
         dataset = planned_dataset(config)
     else:
@@ -162,7 +162,7 @@ def train(config: Task5Config, weights: Weights, dataset: Dataset, compute: Comp
 
     trainer = Trainer(
         model,
-        cached or device_splits(dataset, compute.device, config.augmentation, config.resize_to),
+        cached or device_splits(dataset, compute.device, config.input_size, config.augmentation),
         config,
         compute,
         run,

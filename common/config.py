@@ -265,6 +265,12 @@ class Config(ScriptConfig):
 class TrainingConfig(Config):
     """The keys of the training loop, which every script that trains shares."""
 
+    input_size: int = key(
+        lambda config: max(64, config.size),
+        "side in pixels of the network's inputs; tiles are resized before they are augmented "
+        "(default: 64, or size where that is larger)",
+        at_least=8,
+    )
     model_name: str = key(
         "resnet18",
         "torchvision classification model, or timm:NAME for one of the package timm",
@@ -287,7 +293,7 @@ class TrainingConfig(Config):
     augmentation: str = key(
         "none",
         "augmentation of the training tiles, parts joined by commas: none, auto, ta_wide, ta_wide_scaled, "
-        "dihedral, stain, flip, erase, channel, scale",
+        "dihedral, stain, randstain, randstain_quarter, flip, erase, channel, scale",
         check=_check_augmentation,
     )
     label_smoothing: float = key(
@@ -301,9 +307,8 @@ class TrainingConfig(Config):
     )
     early_stopping_delta: float = key(
         0.0,
-        "smallest fall of the error (1 - ACC, 1 - AUC or loss) that is an improvement, as a share of the error",
+        "smallest rise of ACC or AUC, or fall of the loss, that is an improvement",
         at_least=0,
-        below=1,
     )
     select_on: str = key(
         "validate/acc",
@@ -322,9 +327,7 @@ class TrainingConfig(Config):
         "before scoring, measure BatchNorm statistics again, on training tiles without augmentation; always on "
         "with EMA",
     )
-    resize_to: int | None = key(
-        None, "resize tiles to this side in pixels, after augmentation (default: no resizing)", at_least=8
-    )
+    test: bool = key(True, "score the test tiles at the end; False: a run that serves to choose a recipe")
     tta: bool = key(True, "also score the test tiles averaged over their 8 flips and quarter turns")
     dry_run: bool = key(
         False,
@@ -345,11 +348,6 @@ class TrainingConfig(Config):
         # A batch has at least half of batch_size tiles, and BatchNorm needs two in each process.
         if self.batch_size < 4 * n_processes() > 4:
             raise UsageError(f"--batch_size {self.batch_size}: too small for {n_processes()} processes")
-
-    @property
-    def input_size(self) -> int:
-        """The side in pixels of the network's inputs."""
-        return self.resize_to or self.size
 
 
 def _check_value(field: "dataclasses.Field[Any]", value: Any) -> None:
@@ -513,7 +511,7 @@ def run_script(main: Callable[[C], None], config_class: type[C], arguments: Sequ
     except Exception as error:
         if is_out_of_memory(error):
             # Tiles are scored in batches of a fixed number.
-            names = {"resize_to": "", "batch_size": "(in training) ", "checked_tiles": ""}
+            names = {"input_size": "", "batch_size": "(in training) ", "checked_tiles": ""}
             keys = [f"{when}--{name}" for name, when in names.items() if hasattr(config_class, name)]
             remedy = f"lower {' or '.join(keys)}" if keys else "close other programs"
             message, status = f"out of memory ({first_line(error)}): {remedy}", Untrainable.exit_status

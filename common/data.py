@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import pathmnist, phantom
@@ -82,6 +83,17 @@ class Layout:
     def images(self, split: str) -> tuple[int, ...]:
         """The shape (N, H, W, 3) of a split's images."""
         return self.counts[split], self.size, self.size, 3
+
+
+def resize(images: torch.Tensor, side: int) -> torch.Tensor:
+    """Tiles (N, 3, H, W) uint8 with `side` pixels a side: bilinear, rounded to whole grey levels.
+
+    The memory order (channels_last or contiguous) stays. Equals torchvision's antialiased `resize` of float tiles.
+    """
+    if images.shape[2] == side:
+        return images
+    resized = F.interpolate(images.float(), size=(side, side), mode="bilinear", antialias=side < images.shape[2])
+    return resized.round_().clamp_(0, 255).to(torch.uint8)
 
 
 def load_dataset(name: str, size: int, data_root: Path, train_tiles: int | None = None) -> Dataset:

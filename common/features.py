@@ -19,7 +19,7 @@ from common.pretrained import FineTunedNetwork
 from common.progress import progress_bar
 from common.records import read_json, run_folder
 from common.shift import SHIFTS, shifted
-from common.tiles import RESIDENT_SHARE, Batch, DeviceTiles, Splits
+from common.tiles import RESIDENT_SHARE, Batch, DeviceTiles, Splits, normalise
 from common.training import generator
 
 C = TypeVar("C", bound=FineTuningConfig)
@@ -70,7 +70,7 @@ def cache_features(
         for part in torch.split(torch.arange(len(tiles)), CACHING_BATCH):
             images, labels[part] = tiles.batch(part.to(tiles.index_device))
             for number, view in enumerate(views):
-                inputs = tiles.prepared(view(images))  # outside autocast, which would round the augmentation
+                inputs = normalise(view(images))  # outside autocast, which would round the augmentation
                 with compute.autocast():
                     features[number, part] = model.features(inputs).float()
                 bar.update(len(part))
@@ -92,7 +92,7 @@ def cached_splits(model: FineTunedNetwork, dataset: Dataset, config: FineTuningC
         return lambda images: augment(images, stream)
 
     def cached(split: Split, views: Sequence[View]) -> CachedFeatures:
-        tiles = DeviceTiles(split, compute.device, resize_to=config.resize_to)
+        tiles = DeviceTiles(split, compute.device, config.input_size)
         return cache_features(model, tiles, views, compute)
 
     print("computing the features of all tiles, once for all epochs", flush=True)
@@ -100,7 +100,7 @@ def cached_splits(model: FineTunedNetwork, dataset: Dataset, config: FineTuningC
     train = cached(dataset.train, turned if config.augmentation == "dihedral" else random)
     val = cached(dataset.val, plain)
     test = cached(dataset.test, turned if config.tta else plain)
-    foreign = [(name, cached(split, plain)) for name, split in shifted(dataset.val)]
+    foreign = [(name, cached(split, plain)) for name, split in shifted(dataset.val, config.input_size)]
     model.takes_features = True
     return Splits(train, val, lambda: test, lambda: iter(foreign))
 
@@ -119,7 +119,7 @@ def decide_caching(config: C, feature_shape: Sequence[int], dataset: Dataset, de
     same command can resume it although the free memory has changed. Where the features do not fit, one line is
     printed; it is a UsageError where `cache_features` is True, or was in that run.
     """
-    wanted, remedy = config.cache_features, "lower --resize_to or --feature_views, or use --cache_features=False"
+    wanted, remedy = config.cache_features, "lower --input_size or --feature_views, or use --cache_features=False"
     record = run_folder(config.output_dir, config.run_id) / "config.json"
     if wanted is None and record.exists():
         wanted = read_json(record)["config"].get("cache_features")

@@ -29,21 +29,20 @@ FROM_SCRATCH: dict[str, Any] = {
 # Validation loss and ACC at 64 pixels: 0.286 and 0.926 after 4 epochs (with lr 1e-3: 0.353 and 0.902), 0.231 and
 # 0.947 after 8 epochs. 80 pixels give 0.262 and 0.938 after three of 4 epochs, but in the same time, twice as many
 # epochs gain more.
-RECIPES: dict[str, dict[str, Any]] = {
-    weights.LITE0: {
-        "augmentation": "stain",
-        "batch_size": 64,
-        "ema_decay": 0.99,
-        "lr": 3e-3,
-        "lr_min": 0.0,
-        "lr_warmup_epochs": 1,
-        "n_epochs": 8,
-        "resize_to": 64,
-        "select_on": "validate/loss",
-        "train_part": "all",
-        "weight_decay": 0.01,
-    },
+LITE_RECIPE: dict[str, Any] = {
+    "augmentation": "stain",
+    "batch_size": 64,
+    "ema_decay": 0.99,
+    "input_size": 64,
+    "lr": 3e-3,
+    "lr_min": 0.0,
+    "lr_warmup_epochs": 1,
+    "n_epochs": 8,
+    "select_on": "validate/loss",
+    "train_part": "all",
+    "weight_decay": 0.01,
 }
+RECIPES = dict.fromkeys(weights.PACKAGED, LITE_RECIPE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +81,9 @@ class FineTuningConfig(TrainingConfig):
     unfreeze_epoch: int = key(
         1, "with train_part=all: the epoch from which more than the classifier is trained", at_least=1
     )
-    resize_to: int | None = key(
+    input_size: int = key(
         None,
-        "side in pixels that tiles are resized to, after augmentation (default: what the weights were trained on)",
+        "side in pixels of the network's inputs (default: what the weights were trained on)",
         at_least=8,
     )
     cache_features: bool | None = key(

@@ -33,10 +33,10 @@ def check_model_name(name: str) -> str | None:
 
 
 def build_model(model_name: str, num_classes: int, size: int) -> nn.Module:
-    """A network for `size`-pixel tiles, randomly initialised by torch's global generator, which the caller seeds.
+    """A network for inputs of `size` pixels; its random weights come from torch's global generator.
 
     It takes (N, 3, size, size) float32 and returns logits (N, num_classes). Raises UsageError where the network
-    cannot take tiles of this size.
+    cannot take inputs of this size.
     """
     from torchvision import models
 
@@ -61,7 +61,7 @@ def build_model(model_name: str, num_classes: int, size: int) -> nn.Module:
         if is_out_of_memory(error):
             raise
         raise UsageError(
-            f"--model_name {model_name} cannot take tiles of {size} pixels ({first_line(error)}): "
-            "choose a larger --size or --resize_to, or another model"
+            f"--model_name {model_name} cannot take inputs of {size} pixels ({first_line(error)}): "
+            "choose a larger --input_size, or another model"
         ) from error
     return use_small_map_convolutions(model).train()

@@ -68,7 +68,8 @@ class Config(TypedDict):
     train_tiles: PositiveInt | None
     model_name: NotRequired[str]
     select_on: NotRequired[str]
-    resize_to: NotRequired[PositiveInt | None]
+    input_size: NotRequired[PositiveInt]
+    resize_to: NotRequired[PositiveInt | None]  # of older records
     cache_features: NotRequired[bool | None]
 
 

@@ -19,9 +19,9 @@ def best_epoch(history: History, select_on: str) -> int:
 def reason_to_stop(history: History, config: TrainingConfig) -> str:
     """Why training ends after these epochs, or an empty string where it continues.
 
-    Early stopping counts the epochs since the error last fell by the fraction `early_stopping_delta`. It is a
-    fraction because ACC cannot exceed 1: from 0.98 on, it cannot rise by 0.01 three times. Epochs of the warm-up
-    do not count. With `select_on=last` the error is the validation loss.
+    Early stopping counts the epochs since the score last improved by more than `early_stopping_delta` over the
+    last improvement, as in Keras and Lightning. Epochs of the warm-up do not count. With `select_on=last` the
+    score is the validation loss.
     """
     if len(history) >= config.n_epochs:
         return "all epochs done"
@@ -31,13 +31,13 @@ def reason_to_stop(history: History, config: TrainingConfig) -> str:
     reference, reference_epoch = math.inf, config.lr_warmup_epochs
     for epoch, row in enumerate(history, start=1):
         error = _error(row, metric)
-        if error < reference * (1 - config.early_stopping_delta):
+        if error < reference - config.early_stopping_delta:
             reference, reference_epoch = error, max(epoch, config.lr_warmup_epochs)
     if len(history) - reference_epoch < config.early_stopping_patience:
         return ""
     return (
         f"early stopping after epoch {len(history)}: since epoch {reference_epoch} no epoch has "
-        f"lowered the error ({metric}) by {100 * config.early_stopping_delta:g} %"
+        f"improved {metric} by more than {config.early_stopping_delta:g}"
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from common.data import Split
+from common.data import Split, resize
 
 SEED = 0
 CHUNK = 2048  # tiles that are changed at the same time: limits the memory of their float copies
@@ -67,12 +67,12 @@ SHIFTS: dict[str, Callable[[Tiles, np.random.Generator], Tiles]] = {
 }
 
 
-def shifted(split: Split) -> Iterator[tuple[str, Split]]:
-    """Yield the name of each shift and the shifted split, with images (N, 3, H, W) uint8 as in `split`."""
+def shifted(split: Split, side: int) -> Iterator[tuple[str, Split]]:
+    """Yield the name of each shift and the split, first resized and then shifted: (N, 3, side, side) uint8."""
     for name, change in SHIFTS.items():
-        images = torch.empty_like(split.images)
+        images = torch.empty(len(split), 3, side, side, dtype=torch.uint8).to(memory_format=torch.channels_last)
         for start in range(0, len(split), CHUNK):
-            tiles = (split.images[start : start + CHUNK].permute(0, 2, 3, 1) / 255).numpy()
+            tiles = (resize(split.images[start : start + CHUNK], side).permute(0, 2, 3, 1) / 255).numpy()
             draws = np.random.default_rng([SEED, start, *name.encode()])
             changed = np.rint(change(tiles, draws).clip(0, 1) * 255).astype(np.uint8)
             images[start : start + CHUNK] = torch.from_numpy(changed).permute(0, 3, 1, 2)

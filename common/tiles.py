@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 
 from common.augment import build_augmentation, dihedral_views
-from common.data import Dataset, Split
+from common.data import Dataset, Split, resize
 from common.shift import shifted
 
 RESIDENT_SHARE = 0.6  # the share of a GPU's free memory that tiles may take; the network needs the rest
@@ -53,15 +52,13 @@ class Splits:
 class DeviceTiles:
     """`Tiles` on the computing device or, where they do not fit there, in pinned memory of the host.
 
-    Inputs are (B, 3, H, W) in -1..1, or (B, 3, resize_to, resize_to) where `resize_to` is given. Tiles are
-    augmented before they are resized. Raises ValueError for an augmentation that `build_augmentation` does not
-    know.
+    Inputs are (B, 3, input_size, input_size) in -1..1. A tile is resized before anything else happens to it: an
+    augmentation sees tiles of `input_size`. Raises ValueError for an augmentation that `build_augmentation` does
+    not know.
     """
 
-    def __init__(
-        self, split: Split, device: torch.device, augmentation: str = "none", resize_to: int | None = None
-    ) -> None:
-        self.device, self.augment, self.resize_to = device, build_augmentation(augmentation), resize_to
+    def __init__(self, split: Split, device: torch.device, input_size: int, augmentation: str = "none") -> None:
+        self.device, self.augment, self.input_size = device, build_augmentation(augmentation), input_size
         images, labels = split.images, split.labels
         self.index_device = torch.device("cpu")
         if device.type == "cuda":
@@ -75,55 +72,38 @@ class DeviceTiles:
         return len(self.labels)
 
     def batch(self, indices: torch.Tensor) -> Batch:
-        """Tiles (B, 3, H, W) uint8 in channels_last order and labels (B,) int64, on the device."""
+        """Tiles (B, 3, input_size, input_size) uint8 in channels_last order, labels (B,) int64, on the device."""
         # Copies whole rows of the (N, H, W, 3) file: on a CPU ten times as fast as images[indices].
         images = self.tiles.index_select(0, indices).permute(0, 3, 1, 2)
         labels = self.labels.index_select(0, indices)
         if self.index_device != self.device:
             images, labels = images.pin_memory(), labels.pin_memory()
-        return (
-            images.to(self.device, non_blocking=True, memory_format=torch.channels_last),
-            labels.to(self.device, non_blocking=True),
-        )
+        images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
+        return resize(images, self.input_size), labels.to(self.device, non_blocking=True)
 
     def inputs(self, indices: torch.Tensor, draws: torch.Generator | None = None) -> Batch:
         """Inputs and labels of these tiles; see `Tiles`."""
         images, labels = self.batch(indices)
-        return self.prepared(self.augment(images, draws) if draws else images), labels
+        return normalise(self.augment(images, draws) if draws else images), labels
 
     def views(self, indices: torch.Tensor) -> tuple[Iterable[torch.Tensor], torch.Tensor]:
         """Inputs of the 8 dihedral views of these tiles, and labels; see `Tiles`."""
         images, labels = self.batch(indices)
-        return map(self.prepared, dihedral_views(images)), labels
-
-    def prepared(self, images: torch.Tensor) -> torch.Tensor:
-        """Tiles (B, 3, H, W) uint8 as the network takes them; see `network_inputs`."""
-        return network_inputs(images, self.resize_to)
+        return map(normalise, dihedral_views(images)), labels
 
 
-def device_splits(
-    dataset: Dataset, device: torch.device, augmentation: str = "none", resize_to: int | None = None
-) -> Splits:
+def device_splits(dataset: Dataset, device: torch.device, input_size: int, augmentation: str = "none") -> Splits:
     """A data set's splits as `DeviceTiles`; only training tiles are augmented. Raises the same ValueError."""
 
     def plain(split: Split) -> DeviceTiles:
-        return DeviceTiles(split, device, resize_to=resize_to)
+        return DeviceTiles(split, device, input_size)
 
     return Splits(
-        train=DeviceTiles(dataset.train, device, augmentation, resize_to),
+        train=DeviceTiles(dataset.train, device, input_size, augmentation),
         val=plain(dataset.val),
         test=lambda: plain(dataset.test),
-        shifted=lambda: ((name, plain(split)) for name, split in shifted(dataset.val)),
+        shifted=lambda: ((name, plain(split)) for name, split in shifted(dataset.val, input_size)),
     )
-
-
-def network_inputs(images: torch.Tensor, resize_to: int | None) -> torch.Tensor:
-    """Tiles (B, 3, H, W) uint8 as a network takes them: float32 in -1..1, resized bilinearly to `resize_to`."""
-    inputs = normalise(images)
-    side = images.shape[2]
-    if resize_to is None or resize_to == side:
-        return inputs
-    return F.interpolate(inputs, size=(resize_to, resize_to), mode="bilinear", antialias=resize_to < side)
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:

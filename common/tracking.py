@@ -68,7 +68,8 @@ class Run:
             raise ValueError(f"unknown task {task}: its name is missing in TITLES of common/tracking.py")
         self.run_id = config.run_id
         self.dataset = dataset
-        self.title = f"{TITLES[task]} · {network or config.model_name} · {dataset.title} · seed {config.seed}"
+        self.title = f"{TITLES[task]} · {network or config.model_name} · {dataset.title}"
+        self.title += f" · {config.input_size} px inputs · seed {config.seed}"
         self.folder = run_folder(config.output_dir, config.run_id)
         self.checkpoints = checkpoint_folder(config.output_dir, config.run_id)
         self.upload_model = config.wandb_model
@@ -167,7 +168,7 @@ class Run:
             path.unlink(missing_ok=True)
         self._send(lambda run: self._send_results(run, summary, figures))
         self._send(lambda run: run.finish())
-        for weights in ("best", "last"):
+        for weights in ("best", "last") if "best" in summary else ():
             auc, acc = summary[weights]["auc"], summary[weights]["acc"]
             print(
                 f"{weights} weights (epoch {summary[weights]['epoch']}), {summary[weights]['n']:,} test tiles: "
@@ -189,8 +190,10 @@ class Run:
                 [row[column] for row in history],
                 ylabel=ylabel,
                 title=self.title,
-                best_epoch=summary["best"]["epoch"],
+                best_epoch=int(summary["validate"]["epoch"]),
             )
+        if "best" not in summary:
+            return paths
         paths["test/confusion"] = self.figures / f"{self.run_id}-confusion.png"
         figures.confusion(
             paths["test/confusion"],
@@ -203,13 +206,14 @@ class Run:
     def _send_results(self, run: Any, summary: Mapping[str, Any], figures: Mapping[str, Path]) -> None:
         import wandb
 
-        run.summary.update({name: summary[name] for name in ("test/auc", "test/acc")})
+        run.summary.update({name: summary[name] for name in ("test/auc", "test/acc") if name in summary})
         names = list(self.dataset.class_names)
-        matrix = summary["best"]["confusion_matrix"]
-        rows = [[name, *counts] for name, counts in zip(names, matrix, strict=True)]
         # Not under the names of the scores: there an image would replace the sweep's metric in the summary.
         run.log({f"figures/{name.replace('/', '-')}": wandb.Image(str(path)) for name, path in figures.items()})
-        run.log({"test/confusion": wandb.Table(columns=["true \\ predicted", *names], data=rows)})
+        if "best" in summary:
+            matrix = summary["best"]["confusion_matrix"]
+            rows = [[name, *counts] for name, counts in zip(names, matrix, strict=True)]
+            run.log({"test/confusion": wandb.Table(columns=["true \\ predicted", *names], data=rows)})
         if self.upload_model:
             run.log_model(str(self.checkpoints / "best.pt"), name=self.run_id)
 

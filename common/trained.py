@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from common import checkpoint
+from common.data import resize
 from common.errors import Fault, UsageError
 from common.models import build_model, check_model_name
 from common.pretrained import FineTunedNetwork, build_fine_tuned
-from common.tiles import network_inputs
+from common.tiles import normalise
 from common.weights import Preset, Weights, library_name
 
 
@@ -47,7 +48,7 @@ class Trained(nn.Module):
 
     def inputs(self, images: torch.Tensor) -> torch.Tensor:
         """The network's inputs (N, 3, input_size, input_size) float32, normalised to -1..1."""
-        return network_inputs(images, self.input_size)
+        return normalise(resize(images, self.input_size))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Probabilities (N, C) float32 of tiles (N, 3, size, size) uint8."""
@@ -63,7 +64,7 @@ def load_trained(path: Path | str, device: torch.device | str = "cpu") -> Traine
     try:
         name, class_names, config = saved["model_name"], tuple(saved["class_names"]), saved["config"]
         size = config["size"]
-        side = config.get("resize_to") or size
+        side = config["input_size"] if "input_size" in config else config.get("resize_to") or size
     except KeyError as error:
         raise Fault(f"{path}: has no {error}: not a best.pt of this project") from None
     except (AttributeError, TypeError):

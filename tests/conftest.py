@@ -92,7 +92,7 @@ def trainer_of(
     if model is None:
         torch.manual_seed(config.seed)
         model = build_model(config.model_name, 9, config.input_size)
-    splits = device_splits(dataset, compute.device, config.augmentation, config.resize_to)
+    splits = device_splits(dataset, compute.device, config.input_size, config.augmentation)
     if train is not None:
         splits = dataclasses.replace(splits, train=train)
     run = Run("task1", config, dataset, compute.name)
