@@ -19,15 +19,15 @@ from dataclasses import dataclass
 
 import torch
 
-from common.compute import Compute
+from common.training.device import Compute
 from common.config import TrainingConfig, run_script
-from common.data import load_dataset
-from common.dry_run import describe
-from common.models import build_model
-from common.pathmnist import CLASS_NAMES
-from common.tiles import device_splits
-from common.tracking import Run
-from common.training import Trainer
+from common.data.dataset import load_dataset
+from common.training.dry_run import describe
+from common.training.models import build_model
+from common.data.pathmnist import CLASS_NAMES
+from common.data.batches import device_splits
+from common.records.run import Run
+from common.training.loop import Trainer
 
 
 @dataclass(frozen=True, kw_only=True)

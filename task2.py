@@ -20,18 +20,18 @@ from dataclasses import dataclass
 
 import torch
 
-from common.attribution_records import write_records
-from common.compute import Compute
+from common.explain.records import write_records
+from common.training.device import Compute
 from common.config import ScriptConfig, check_run_id, key, run_script
-from common.data import load_dataset
+from common.data.dataset import load_dataset
 from common.errors import Fault
-from common.evaluation import evaluate
-from common.explained import TARGETS, choose_tiles, explained_tiles, find_run, one_of_each_class, origin
-from common.records import checkpoint_folder, run_folder
-from common.stages import grad_cam_layer
-from common.tiles import DeviceTiles
-from common.trained import load_trained
-from common.training import derived_seed
+from common.training.evaluation import evaluate
+from common.explain.tiles import TARGETS, choose_tiles, explained_tiles, find_run, one_of_each_class, origin
+from common.records.read import checkpoint_folder, run_folder
+from common.explain.stages import grad_cam_layer
+from common.data.batches import DeviceTiles
+from common.finetune.trained import load_trained
+from common.training.loop import derived_seed
 
 SHOWN = 10
 
@@ -70,9 +70,9 @@ def main(config: Task2Config) -> None:
     network = f"{loaded.model_name}, {origin(trained)} on {dataset.title}, seed {trained['seed']}"
     print(f"explaining run {run_id}: {network}; test tiles, on {compute.name}")
 
-    from common.attribution import METHODS  # Captum and matplotlib: seconds of import, so after a user's errors
-    from common.attribution_checks import check_methods
-    from common.attribution_figures import draw
+    from common.explain.checks import check_methods
+    from common.explain.figures import draw
+    from common.explain.maps import METHODS  # Captum and matplotlib: seconds of import, so after a user's errors
 
     test = DeviceTiles(dataset.test, compute.device, size)
     probabilities = evaluate(model, test, compute).probabilities

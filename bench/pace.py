@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from bench.shared import save, spread
-from common.compute import Compute
-from common.records import read_history
+from common.records.read import read_history
+from common.training.device import Compute
 
 HERE = Path(__file__).resolve().parent.parent
 TURNS = 3

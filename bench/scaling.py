@@ -25,10 +25,10 @@ from typing import Any
 import torch
 
 from bench.shared import save, separate_process, trainer_of
-from common import data
-from common import tiles as tiles_on_device
-from common.compute import Compute
-from common.dry_run import peak, saved_bytes
+from common.data import batches as tiles_on_device
+from common.data import dataset
+from common.training.device import Compute
+from common.training.dry_run import peak, saved_bytes
 from task1 import Task1Config
 
 CASES = ((1_000, 28), (4_000, 28), (16_000, 28), (89_996, 28), (1_000, 64), (1_000, 128), (1_000, 224))
@@ -40,7 +40,7 @@ def case(n_tiles: int, size: int, root: Path, on_host: bool) -> dict[str, Any]:
     """One row, measured in this process. The arrays of the phantom must be in `root` already."""
     compute = Compute.of("auto", "auto")
     config = Task1Config(dataset="phantom", size=size, train_tiles=n_tiles, data_root=root, run_id="bench")
-    split = data.load_dataset("phantom", size, root, n_tiles).train
+    split = dataset.load_dataset("phantom", size, root, n_tiles).train
     tiny = torch.nn.Conv2d(3, 3, 3).to(compute.device)
     tiny(torch.rand(2, 3, 8, 8, device=compute.device)).sum().backward()
     torch.optim.Adam(tiny.parameters(), fused=True).step()
@@ -52,7 +52,7 @@ def case(n_tiles: int, size: int, root: Path, on_host: bool) -> dict[str, Any]:
     if on_host:
         tiles_on_device.RESIDENT_SHARE = 0.0
     with tempfile.TemporaryDirectory() as folder:
-        first_tiles = data.Split(split.images[:256], split.labels[:256])
+        first_tiles = dataset.Split(split.images[:256], split.labels[:256])
         trainer_of(config, first_tiles, Path(folder, "warm-up")).train_epoch(1)
         trainer = trainer_of(config, split, Path(folder))
     model, tiles = trainer.model, trainer.splits.train
@@ -92,7 +92,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for n_tiles, size in CASES:
-            data.load_dataset("phantom", size, Path(folder), n_tiles)
+            dataset.load_dataset("phantom", size, Path(folder), n_tiles)
             for place in places:
                 with separate_process() as process:
                     row = process.submit(case, n_tiles, size, Path(folder), place == "host").result()

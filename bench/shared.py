@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
-from common.compute import Compute
 from common.config import TrainingConfig
-from common.data import Dataset, Split
+from common.data.batches import DeviceTiles, Splits
+from common.data.dataset import Dataset, Split
+from common.data.pathmnist import CLASS_NAMES
 from common.files import write_json
-from common.models import build_model
-from common.pathmnist import CLASS_NAMES
-from common.tiles import DeviceTiles, Splits
-from common.tracking import Run, provenance
-from common.training import Trainer
+from common.records.run import Run, provenance
+from common.training.device import Compute
+from common.training.loop import Trainer
+from common.training.models import build_model
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "torchvision", "medmnist", "numpy")

@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 
 from bench.shared import save, spread
-from common.compute import Compute
-from common.data import load_dataset
-from common.pathmnist import official_file
+from common.data.dataset import load_dataset
+from common.data.pathmnist import official_file
+from common.training.device import Compute
 from task1 import Task1Config
 
 REPEATS = 5

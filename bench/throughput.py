@@ -32,11 +32,11 @@ from torchvision.transforms import v2
 import task1
 import train
 from bench.shared import save, separate_process, spread, trainer_of
-from common import phantom
-from common.compute import Compute
 from common.config import TrainingConfig
-from common.data import Split
-from common.pathmnist import official_file
+from common.data import phantom
+from common.data.dataset import Split
+from common.data.pathmnist import official_file
+from common.training.device import Compute
 
 REPEATS = 5
 SIZES = (28, 64)

@@ -24,7 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from common import pathmnist
+from common.data import pathmnist
 from common.errors import (
     Fault,
     Stopped,
@@ -89,13 +89,13 @@ def check_run_id(run_id: str) -> str | None:
 
 
 def _check_model_name(name: str) -> str | None:
-    from common.models import check_model_name  # imports torchvision, which --help does not need
+    from common.training.models import check_model_name  # imports torchvision, which --help does not need
 
     return check_model_name(name)
 
 
 def _check_augmentation(names: str) -> str | None:
-    from common.augment import build_augmentation  # imports torch, which --help does not need
+    from common.data.augment import build_augmentation  # imports torch, which --help does not need
 
     try:
         build_augmentation(names)

@@ -26,12 +26,12 @@ from typing import Any
 
 import yaml
 
-from common import weights
 from common.config import ScriptConfig, key, parse, run_script
 from common.errors import Fault, UsageError
 from common.files import locked, read_text, write_text
+from common.finetune import weights
 from common.interruption import Interruption
-from common.records import checkpoint_folder, is_finished, read_json, read_table, run_folder
+from common.records.read import checkpoint_folder, is_finished, read_json, read_table, run_folder
 from study import report
 from study.baselines import BaselinesConfig
 from study.report_selection import Study, parameters

@@ -13,7 +13,7 @@ from common.errors import UsageError
 from common.figures import STYLE, VERMILLION, save, wrap
 from common.files import write_csv, write_text
 from common.markdown import markdown_table
-from common.records import Record
+from common.records.read import Record
 from common.statistics import LEAST_SEEDS, SIGNIFICANT, Comparison, Spread, compare, interval, mean_sd, spread
 from study.groups import TECHNIQUES
 from study.trials import Trial, TrialRecords

@@ -24,17 +24,17 @@ from numpy.typing import NDArray
 from skimage.color import lab2rgb, rgb2lab
 from skimage.exposure import match_histograms
 
-from common.compute import Compute
 from common.config import FolderConfig, device_key, key, run_script
-from common.data import Dataset, Split, load_dataset
+from common.data.batches import DeviceTiles
+from common.data.dataset import Dataset, Split, load_dataset
 from common.errors import UsageError, first_line
-from common.evaluation import Evaluation, evaluate
 from common.files import digest, open_regular, write_json
-from common.metrics import accuracy, balanced_accuracy
-from common.records import Record, checkpoint_folder, read_json
-from common.tiles import DeviceTiles
-from common.tracking import provenance
-from common.trained import load_trained
+from common.finetune.trained import load_trained
+from common.records.read import Record, checkpoint_folder, read_json
+from common.records.run import provenance
+from common.training.device import Compute
+from common.training.evaluation import Evaluation, evaluate
+from common.training.metrics import accuracy, balanced_accuracy
 from study.report_selection import Study
 
 FIGURE = "fig/analysis/hard-tiles.png"

@@ -27,17 +27,17 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from common import pathmnist
-from common.compute import Compute
 from common.config import PHANTOM_TRAIN_TILES, FolderConfig, key, run_script
-from common.data import SPLITS, Split, load_dataset
+from common.data import pathmnist
+from common.data.dataset import SPLITS, Split, load_dataset
+from common.data.shift import CHUNK, SHIFTS, shifted
 from common.errors import UsageError
-from common.evaluation import Evaluation
 from common.files import atomic_path, write_json, write_text
-from common.metrics import accuracy
-from common.records import COLUMNS, is_finished, read_json, run_folder
-from common.shift import CHUNK, SHIFTS, shifted
-from common.tracking import provenance
+from common.records.read import COLUMNS, is_finished, read_json, run_folder
+from common.records.run import provenance
+from common.training.device import Compute
+from common.training.evaluation import Evaluation
+from common.training.metrics import accuracy
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 SMALLEST = 1e-12  # a probability of 0 has no logarithm

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files import write_json
-from common.records import Record, run_folder
+from common.records.read import Record, run_folder
 from common.statistics import Spread, compare, spread
 from study.curves import draw_curves
 

@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from common.figures import BLUE, GREEN, PURPLE, STYLE, VERMILLION, save, wrap
-from common.metrics import Estimate
-from common.records import Record
-from common.tracking import AXIS_LABELS
+from common.records.read import Record
+from common.records.run import AXIS_LABELS
+from common.training.metrics import Estimate
 
 COLUMNS = ("train/loss", "validate/auc", "validate/acc")
 COLOURS = {  # a network has the same colour in every figure

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from common.metrics import Estimate
+from common.training.metrics import Estimate
 from study.groups import Group
 
 SCORES = {  # of the selected epoch's weights, by what the page calls them

@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.config import TrainingConfig
+from common.data.pathmnist import COUNTS
 from common.errors import UsageError
-from common.metrics import Estimate, accuracy_estimate, recalls, softmax
-from common.pathmnist import COUNTS
-from common.records import Record
+from common.finetune.weights import SCRATCH
+from common.records.read import Record
 from common.statistics import Comparison, Spread, compare, spread
-from common.weights import SCRATCH
+from common.training.metrics import Estimate, accuracy_estimate, recalls, softmax
 
 NETWORKS = {
     "resnet18": "ResNet-18",

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from common.records import Record
+from common.records.read import Record
 from common.statistics import Spread, spread
 from study.groups import APART, Group, alike, distinct
 

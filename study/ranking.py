@@ -17,7 +17,7 @@ from common.errors import UsageError
 from common.figures import BLUE, STYLE, save
 from common.files import write_csv, write_text
 from common.markdown import markdown_table
-from common.records import read_json, run_folder
+from common.records.read import read_json, run_folder
 from study.search import Search
 from study.sweep_file import Range, Sweep
 

@@ -21,7 +21,7 @@ import yaml
 from common.config import FolderConfig, key, run_script
 from common.files import read_text
 from common.markdown import markdown_table
-from common.records import is_finished, read_json, run_folder
+from common.records.read import is_finished, read_json, run_folder
 
 FILE = Path(__file__).resolve().parent.parent / "recipes.yaml"
 

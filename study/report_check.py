@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from common.errors import Fault
-from common.evaluation import Evaluation
 from common.files import digest
-from common.records import METRICS, Record, read_history, run_folder
-from common.selection import best_epoch
+from common.records.read import METRICS, Record, read_history, run_folder
+from common.training.evaluation import Evaluation
+from common.training.selection import best_epoch
 from study.comparison import comparison
 from study.report_selection import Study
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from common.errors import Fault, UsageError
 from common.files import write_text
-from common.records import Record, is_finished, read_json, read_table
+from common.records.read import Record, is_finished, read_json, read_table
 from study.groups import APART, alike
 from study.report_facts import facts
 from study.report_selection import Study

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from common.attribution_checks import judge
+from common.data.pathmnist import COUNTS
 from common.errors import UsageError
-from common.metrics import Estimate, recalls
-from common.pathmnist import COUNTS
-from common.records import Record
+from common.explain.checks import judge
+from common.records.read import Record
 from common.statistics import LEAST_SEEDS, SIGNIFICANT, Comparison, Spread, compare, counted, interval, spread
+from common.training.metrics import Estimate, recalls
 from study.ablation import identical_rows
 from study.forecast import LEAST_GROUPS, LEAST_RUNS, LOWER_IS_BETTER, SHIFTED, USUAL, forecast
 from study.groups import FOUND, NETWORKS, TECHNIQUES, Group, averaged, distinct, grouped, named, nearest, share

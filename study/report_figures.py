@@ -10,15 +10,15 @@ from matplotlib import style
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from common import phantom
-from common.augment import build_augmentation
+from common.data import phantom
+from common.data.augment import build_augmentation
+from common.data.pathmnist import CLASS_NAMES
 from common.figures import STYLE, confusion, curve, save, wrap
-from common.metrics import Estimate
-from common.pathmnist import CLASS_NAMES
-from common.records import Record
+from common.finetune.weights import SCRATCH
+from common.records.read import Record
+from common.records.run import TITLES
 from common.statistics import interval
-from common.tracking import TITLES
-from common.weights import SCRATCH
+from common.training.metrics import Estimate
 from study.curves import COLOURS, GREY, draw_curves, draw_summary
 from study.forecast import LOWER_IS_BETTER, Forecast
 from study.groups import NETWORKS, TECHNIQUES, Group, named

@@ -7,7 +7,7 @@ from typing import Any
 
 from common.errors import Fault, UsageError, closest, first_line
 from common.files import read_text
-from common.records import Record, is_finished, read_json, read_table, run_folder
+from common.records.read import Record, is_finished, read_json, read_table, run_folder
 
 SECTIONS: dict[str, dict[str, type]] = {  # the keys of each section
     "task1": {"runs": list},

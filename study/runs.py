@@ -13,7 +13,7 @@ from pathlib import Path
 from common.config import Keys, key, run_script
 from common.errors import Fault, UsageError
 from common.files import process_lock
-from common.records import checkpoint_folder, is_finished, read_history, read_json, run_folder
+from common.records.read import checkpoint_folder, is_finished, read_history, read_json, run_folder
 
 COLUMNS = ("run", "task", "network", "data", "seed", "state", "validation ACC", "test ACC", "age")
 COLOURS = {"finished": "32", "running": "36", "stopped": "33", "damaged": "31"}  # ANSI: green, cyan, yellow, red

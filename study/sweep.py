@@ -28,10 +28,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.compute import physical_cores
 from common.config import Keys, key, run_script
 from common.errors import UsageError
 from common.files import locked
+from common.training.device import physical_cores
 from study.sweep_file import Range, Sweep, read_sweep
 from study.trials import Running, Trial, TrialRecords, Workers, failed_runs
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import yaml
 
-from common.compute import Compute
 from common.config import Config, TrainingConfig, check_run_id, parse
 from common.errors import UsageError, closest, first_line
 from common.files import read_text
-from common.records import METRICS
+from common.records.read import METRICS
+from common.training.device import Compute
 
 METHODS = ("grid", "random", "bayes")
 # The forms of a parameter, each with the distributions that W&B allows for it; the first one is the default.

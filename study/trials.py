@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from common.errors import Fault
 from common.interruption import Interruption
-from common.records import is_finished, read_history, read_json, run_folder
-from common.tracking import check_same
+from common.records.read import is_finished, read_history, read_json, run_folder
+from common.records.run import check_same
 from study.sweep_file import Sweep
 
 POLL = 0.5  # seconds after which `Workers.wait` returns even if no trial has ended

@@ -13,16 +13,16 @@ import torch
 import yaml
 from processes import mount
 
-from common import pathmnist
-from common.compute import Compute
 from common.config import TrainingConfig
-from common.data import Dataset, Split
+from common.data import pathmnist
+from common.data.batches import Tiles, device_splits
+from common.data.dataset import Dataset, Split
+from common.data.pathmnist import OfficialFile
 from common.files import digest
-from common.models import build_model
-from common.pathmnist import OfficialFile
-from common.tiles import Tiles, device_splits
-from common.tracking import Run
-from common.training import Trainer
+from common.records.run import Run
+from common.training.device import Compute
+from common.training.loop import Trainer
+from common.training.models import build_model
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = Compute(torch.device("cpu"), torch.float32)

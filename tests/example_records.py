@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from common.data.pathmnist import CLASS_NAMES
 from common.files import write_csv, write_json
-from common.pathmnist import CLASS_NAMES
 
 TILES = {"train": 90, "val": 10, "test": 18}
 CONFIG = {

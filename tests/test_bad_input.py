@@ -16,11 +16,12 @@ from conftest import COUNTS, official_arrays, write_official
 from example_records import CONFIG, write_run
 
 import task1
-from common import checkpoint, pathmnist
 from common.config import parse
+from common.data import pathmnist
+from common.data.pathmnist import OfficialFile
 from common.files import digest
-from common.models import build_model
-from common.pathmnist import OfficialFile
+from common.records import checkpoint
+from common.training.models import build_model
 
 Make = Callable[[Path, pytest.MonkeyPatch], Any]  # puts a file into the folder of a case
 
@@ -368,8 +369,8 @@ FILES: list[tuple[Make, str, int, str]] = [
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     missing = OfficialFile("pathmnist.npz", "http://127.0.0.1:9/none.npz", "0" * 32)
-    monkeypatch.setattr("common.pathmnist.official_file", lambda size: missing)
-    monkeypatch.setattr("common.download.TRIES", 1)
+    monkeypatch.setattr("common.data.pathmnist.official_file", lambda size: missing)
+    monkeypatch.setattr("common.data.download.TRIES", 1)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
 
 

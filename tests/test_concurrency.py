@@ -8,7 +8,7 @@ from processes import end, records, start
 
 import task1
 from common.config import run_script
-from common.records import read_history
+from common.records.read import read_history
 
 RUNS = 8
 

@@ -267,7 +267,11 @@ def test_help_explains_every_key_with_its_default() -> None:
 
 @pytest.mark.parametrize(
     ("command", "name"),
-    [(["task1.py"], "task1.py"), (["-m", "common.predict"], "common.predict"), (["-m", "study"], "study")],
+    [
+        (["task1.py"], "task1.py"),
+        (["-m", "common.finetune.predict"], "common.finetune.predict"),
+        (["-m", "study"], "study"),
+    ],
 )
 def test_help_and_errors_name_the_command_as_it_is_typed(command: list[str], name: str) -> None:
     def start(key: str) -> subprocess.CompletedProcess[str]:

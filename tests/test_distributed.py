@@ -15,13 +15,13 @@ from conftest import CPU, ROOT
 from processes import assert_same
 
 import task1
-from common import checkpoint
 from common.config import run_script
-from common.data import load_dataset
-from common.evaluation import evaluate
-from common.models import build_model
-from common.records import read_history
-from common.tiles import DeviceTiles
+from common.data.batches import DeviceTiles
+from common.data.dataset import load_dataset
+from common.records import checkpoint
+from common.records.read import read_history
+from common.training.evaluation import evaluate
+from common.training.models import build_model
 
 # 99 training, 11 validation and 19 test tiles: no two processes can share these equally.
 DATA = ("--dataset=phantom", "--size=64", "--train_tiles=99", "--device=cpu", "--wandb=disabled", "--run_id=r")
@@ -32,13 +32,13 @@ import os, signal, sys, time
 sys.path.insert(0, os.getcwd())
 import torch
 import task1
-from common import training
+from common.training import loop
 from common.config import run_script
-from common.training import Trainer
+from common.training.loop import Trainer
 
 torch.nn.functional.dropout = lambda inputs, *_: inputs
 epoch_of = Trainer.train_epoch
-mix = training.mix
+mix = loop.mix
 
 def train_epoch(trainer, epoch):
     if epoch == 2 and os.environ["RANK"] == "1":
@@ -57,7 +57,7 @@ def noted(inputs, draws, *alphas):
     return mix(inputs, draws, *alphas)
 
 Trainer.train_epoch = train_epoch
-training.mix = noted
+loop.mix = noted
 run_script(task1.main, task1.Task1Config)
 """
 

@@ -15,9 +15,9 @@ import torch.distributed
 from bad_input import RUN, assert_refused
 from conftest import ROOT
 
-from common.compute import Compute
 from common.config import TrainingConfig, run_script
-from common.data import load_dataset
+from common.data.dataset import load_dataset
+from common.training.device import Compute
 
 
 def say(config: TrainingConfig) -> None:

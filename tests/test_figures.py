@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from common import figures
-from common.attribution_figures import tile_and_saliency
-from common.explained import Explained
-from common.pathmnist import CLASS_NAMES
+from common.data.pathmnist import CLASS_NAMES
+from common.explain.figures import tile_and_saliency
+from common.explain.tiles import Explained
 
 TITLE = "Task 1 · ResNet-18 · phantom (9,000 training tiles, 28 px) · seed 0"
 NAMES = list(CLASS_NAMES)

@@ -12,9 +12,9 @@ import pytest
 import torch
 from bad_input import special_file
 
-from common import checkpoint
 from common.errors import Fault
 from common.files import atomic_path, locked, open_regular, process_lock, sweep_up, write_csv, write_json
+from common.records import checkpoint
 
 
 def test_a_failed_write_leaves_the_file_before_it(tmp_path: Path) -> None:

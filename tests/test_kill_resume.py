@@ -19,9 +19,10 @@ from sweep_runs import wait_for
 import task1
 import task5
 import train
-from common import checkpoint, training
 from common.config import run_script
 from common.errors import Stopped
+from common.records import checkpoint
+from common.training import loop
 from study import sweep
 
 KILLS = 20  # per script
@@ -130,7 +131,7 @@ def test_a_signal_ends_the_run_after_its_step_and_the_run_can_be_continued(
     six_steps: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    original, steps = training.mix, 0
+    original, steps = loop.mix, 0
 
     def signalled(*arguments: Any) -> Any:
         nonlocal steps
@@ -140,7 +141,7 @@ def test_a_signal_ends_the_run_after_its_step_and_the_run_can_be_continued(
         return original(*arguments)
 
     with monkeypatch.context() as patched, pytest.raises(SystemExit) as ended:
-        patched.setattr(training, "mix", signalled)
+        patched.setattr(loop, "mix", signalled)
         run_six_steps(tmp_path, phantom_root)
     assert ended.value.code == 128 + signal_number
     assert steps == step  # no step came after it
@@ -152,13 +153,13 @@ def test_a_signal_ends_the_run_after_its_step_and_the_run_can_be_continued(
 def test_a_signal_during_validation_ends_the_run_after_the_epoch(
     tmp_path: Path, phantom_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original = training.evaluate
+    original = loop.evaluate
 
     def signalled(*arguments: Any, **keys: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         return original(*arguments, **keys)
 
-    monkeypatch.setattr(training, "evaluate", signalled)
+    monkeypatch.setattr(loop, "evaluate", signalled)
     keys = [*DATA, "--n_epochs=1", f"--data_root={phantom_root}", f"--output_dir={tmp_path}"]
     with pytest.raises(SystemExit) as ended:
         run_script(task1.main, task1.Task1Config, keys)
@@ -173,7 +174,7 @@ def test_a_signal_during_validation_ends_the_run_after_the_epoch(
 def test_the_second_signal_stops_the_process_at_once() -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets background jobs ignore it
     try:
-        with pytest.raises(KeyboardInterrupt), training.Interruption() as interruption:
+        with pytest.raises(KeyboardInterrupt), loop.Interruption() as interruption:
             os.kill(os.getpid(), signal.SIGINT)
             assert interruption.came == signal.SIGINT
             assert isinstance(interruption.error("saved"), Stopped)
@@ -186,7 +187,7 @@ def test_outside_the_main_thread_no_signal_is_handled() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
     def enter() -> list[Any]:
-        with training.Interruption() as interruption:
+        with loop.Interruption() as interruption:
             return [interruption.came, *(signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM))]
 
     with ThreadPoolExecutor(1) as thread:
@@ -202,15 +203,15 @@ def test_a_damaged_checkpoint_is_replaced_by_the_previous_one(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    original = training.Trainer.train_epoch
+    original = loop.Trainer.train_epoch
 
-    def stopped(trainer: training.Trainer, epoch: int) -> float:
+    def stopped(trainer: loop.Trainer, epoch: int) -> float:
         if epoch == 4:
             raise KeyboardInterrupt
         return original(trainer, epoch)
 
     with monkeypatch.context() as patched, pytest.raises(SystemExit):
-        patched.setattr(training.Trainer, "train_epoch", stopped)
+        patched.setattr(loop.Trainer, "train_epoch", stopped)
         script("task1.py", tmp_path, phantom_root)()
     last = tmp_path / "checkpoints/r/last.pt"
     content = last.read_bytes()
@@ -229,15 +230,15 @@ def test_a_damaged_checkpoint_is_replaced_by_the_previous_one(
 def test_a_kill_between_last_checkpoint_and_history_loses_no_row(
     tmp_path: Path, phantom_root: Path, whole_task1: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = training.Run.log_epoch
+    original = loop.Run.log_epoch
 
-    def killed(run: training.Run, history: list[dict[str, float]]) -> None:
+    def killed(run: loop.Run, history: list[dict[str, float]]) -> None:
         if len(history) == 4:
             raise KeyboardInterrupt
         original(run, history)
 
     with monkeypatch.context() as patched, pytest.raises(SystemExit):
-        patched.setattr(training.Run, "log_epoch", killed)
+        patched.setattr(loop.Run, "log_epoch", killed)
         script("task1.py", tmp_path, phantom_root)()
     script("task1.py", tmp_path, phantom_root)()
     assert_same(tmp_path, whole_task1)
@@ -266,7 +267,7 @@ def test_a_checkpoint_of_another_configuration_is_refused_without_its_record_too
 
     keys = [*DATA, f"--data_root={phantom_root}", f"--output_dir={tmp_path}"]
     with monkeypatch.context() as patched, pytest.raises(SystemExit):
-        patched.setattr(training.Run, "finish", killed)  # a finished run has no last.pt
+        patched.setattr(loop.Run, "finish", killed)  # a finished run has no last.pt
         run_script(task1.main, task1.Task1Config, [*keys, "--n_epochs=1", "--lr=0.01"])
     for path in (tmp_path / "runs" / "r").iterdir():
         path.unlink()

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import trainer_of
 
-from common.data import Dataset
+from common.data.dataset import Dataset
 from common.progress import end_time, progress_bar
 
 
@@ -43,7 +43,9 @@ def test_a_run_has_a_bar_with_its_end_time_beside_that_of_the_epoch(
 ) -> None:
     trainer = trainer_of(tiny, tmp_path, n_epochs=2)
     clock = iter(range(0, 1000, 2))
-    monkeypatch.setattr("common.training.time.monotonic", lambda: next(clock))  # as if each step took two seconds
+    monkeypatch.setattr(  # as if each step took two seconds
+        "common.training.loop.time.monotonic", lambda: next(clock)
+    )
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stderr", Terminal())
     trainer.fit()

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.config import TrainingConfig
-from common.tiles import batches
-from common.training import learning_rate_factor
+from common.data.batches import batches
+from common.training.loop import learning_rate_factor
 
 settings.register_profile("no deadline", deadline=None)  # a slow machine must not fail a test
 settings.load_profile("no deadline")

@@ -15,10 +15,10 @@ import torch
 
 import task1
 import train
-from common import data
 from common.config import parse
-from common.data import Dataset, load_dataset, stratified_part
-from common.metrics import accuracy, auc
+from common.data import dataset as module
+from common.data.dataset import Dataset, load_dataset, stratified_part
+from common.training.metrics import accuracy, auc
 
 FILE = Path(os.environ.get("PATHMNIST_ROOT", "/nowhere"), "pathmnist.npz")
 PUBLISHED = Path(os.environ.get("PATHMNIST_PUBLISHED", "/nowhere"), "resnet18_28_3_test.csv")
@@ -98,7 +98,9 @@ def test_a_short_training_learns_real_tissue(
 
     def with_fewer_tiles_to_score(*arguments: Any) -> Dataset:
         dataset = load_dataset(*arguments)
-        return dataclasses.replace(dataset, val=data._part(dataset.val, 2000), test=data._part(dataset.test, 500))
+        return dataclasses.replace(
+            dataset, val=module._part(dataset.val, 2000), test=module._part(dataset.test, 500)
+        )
 
     monkeypatch.setattr(script, "load_dataset", with_fewer_tiles_to_score)
     config_class = task1.Task1Config if script is task1 else train.TrainConfig

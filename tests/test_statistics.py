@@ -5,7 +5,7 @@ import example_records
 import pytest
 from scipy import stats
 
-from common.records import Record
+from common.records.read import Record
 from common.statistics import SIGNIFICANT, compare, counted, holm, interval, paired_p, spread
 from study.comparison import comparison, convergence_epoch
 

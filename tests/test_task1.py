@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 import task1
-from common import checkpoint
 from common.config import parse
-from common.data import load_dataset
+from common.data.dataset import load_dataset
 from common.errors import UsageError
-from common.metrics import accuracy, auc, softmax
-from common.models import build_model
-from common.trained import load_trained
+from common.finetune.trained import load_trained
+from common.records import checkpoint
+from common.training.metrics import accuracy, auc, softmax
+from common.training.models import build_model
 
 
 def run_task1(*arguments: str) -> None:

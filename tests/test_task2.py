@@ -16,11 +16,12 @@ from matplotlib.image import imread
 import task1
 import task2
 import task5
-from common import attribution_checks, checkpoint
 from common.config import run_script
 from common.errors import UsageError
-from common.explained import TARGETS, choose_tiles, find_run, one_of_each_class, origin
-from common.models import build_model
+from common.explain import checks
+from common.explain.tiles import TARGETS, choose_tiles, find_run, one_of_each_class, origin
+from common.records import checkpoint
+from common.training.models import build_model
 
 PHANTOM = ["--dataset", "phantom", "--size", "28", "--train_tiles", "900"]
 
@@ -43,7 +44,7 @@ def explain(folder: Path, phantom_root: Path, *more: str) -> None:
 def explained(trained: Path, phantom_root: Path) -> Path:
     """The same folder after task2.py, with fewer tiles for the checks that make many maps a tile."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attribution_checks, "COSTLY", dict.fromkeys(attribution_checks.COSTLY, 4))
+        patch.setattr(checks, "COSTLY", dict.fromkeys(checks.COSTLY, 4))
         explain(trained, phantom_root, "--checked_tiles", "64")
     return trained
 
@@ -142,7 +143,7 @@ def test_the_class_explained_is_the_predicted_one_or_the_label(
             asked[name] = targets.tolist()
             raise Stopped
 
-        monkeypatch.setattr(attribution_checks, "check_methods", spy)
+        monkeypatch.setattr(checks, "check_methods", spy)
         with pytest.raises(SystemExit):
             explain(trained, phantom_root, "--target", target, "--checked_tiles", "180")
     scores = np.load(trained / "runs" / "first" / "scores.npz")
@@ -195,7 +196,7 @@ def test_a_fine_tuned_network_of_another_kind_is_explained(phantom_root: Path, t
     keys = [*PHANTOM, "--run_id", "tuned", "--weights", "start", "--model_name", MODEL, "--n_epochs", "1"]
     run_script(task5.main, task5.Task5Config, [*keys, *where, "--scratch", "false", "--resize_to", "32"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attribution_checks, "COSTLY", dict.fromkeys(attribution_checks.COSTLY, 4))
+        patch.setattr(checks, "COSTLY", dict.fromkeys(checks.COSTLY, 4))
         explain(tmp_path, phantom_root, "--run_id", "tuned", "--checked_tiles", "6")
     content = json.loads((tmp_path / "runs/tuned/attribution.json").read_text())
     assert content["network"].startswith(f"{MODEL}, from start, fine-tuned on phantom")

@@ -12,17 +12,18 @@ import torch
 from conftest import CPU
 
 import task5
-from common import checkpoint, features, pretrained
 from common.config import parse
-from common.data import load_dataset
+from common.data.batches import DeviceTiles, normalise
+from common.data.dataset import load_dataset
 from common.errors import UsageError
-from common.evaluation import evaluate
-from common.fine_tuning import FROM_SCRATCH, RANDOM_VIEWS, RECIPES
-from common.metrics import softmax
-from common.models import build_model
-from common.pretrained import FineTunedNetwork
-from common.tiles import DeviceTiles, normalise
-from common.weights import load_weights
+from common.finetune import features, network
+from common.finetune.keys import FROM_SCRATCH, RANDOM_VIEWS, RECIPES
+from common.finetune.network import FineTunedNetwork
+from common.finetune.weights import load_weights
+from common.records import checkpoint
+from common.training.evaluation import evaluate
+from common.training.metrics import softmax
+from common.training.models import build_model
 from study.comparison import compare_runs, convergence_epoch
 
 SMALL = "mobilenet_v3_small"
@@ -174,7 +175,7 @@ def test_the_records_name_the_weights_and_where_they_came_from(finished: Path, w
 def test_the_best_checkpoint_is_the_network_that_was_scored(finished: Path, phantom_root: Path) -> None:
     test = DeviceTiles(load_dataset("phantom", 28, phantom_root, 90).test, CPU.device, resize_to=32)
     for run_id in ("r", "r-scratch"):
-        model = pretrained.build_fine_tuned(SMALL, 9, load_weights("none", SMALL, finished), 32)
+        model = network.build_fine_tuned(SMALL, 9, load_weights("none", SMALL, finished), 32)
         model.load_state_dict(checkpoint.load(finished / f"checkpoints/{run_id}/best.pt")["state_dict"])
         with np.load(finished / f"runs/{run_id}/scores.npz", allow_pickle=False) as scores:
             scored = evaluate(model, test, CPU)
@@ -409,7 +410,7 @@ def test_cached_splits_have_the_views_that_training_and_test_time_augmentation_n
     config = read("--dataset=phantom", f"--model_name={SMALL}", "--resize_to=32", f"--augmentation={augmentation}")
     config = dataclasses.replace(config, tta=tta)
     untrained = load_weights("none", SMALL, tmp_path)
-    model = pretrained.build_fine_tuned(SMALL, 9, untrained, 32)
+    model = network.build_fine_tuned(SMALL, 9, untrained, 32)
     splits = features.cached_splits(model, load_dataset("phantom", 28, phantom_root, 90), config, CPU)
     first = torch.arange(5)
     shown = capsys.readouterr()
@@ -513,9 +514,9 @@ def test_a_run_has_converged_where_its_accuracy_first_comes_within_half_a_point_
 def test_networks_share_everything_but_their_start(tmp_path: Path, weights: Path) -> None:
     torch.manual_seed(0)
     found = load_weights(str(weights), SMALL, tmp_path)
-    tuned = pretrained.build_fine_tuned(SMALL, 9, found, 32)
+    tuned = network.build_fine_tuned(SMALL, 9, found, 32)
     torch.manual_seed(0)
-    scratch = pretrained.build_fine_tuned(SMALL, 9, load_weights("none", SMALL, tmp_path), 32, "all")
+    scratch = network.build_fine_tuned(SMALL, 9, load_weights("none", SMALL, tmp_path), 32, "all")
     assert isinstance(tuned, FineTunedNetwork)
     assert torch.equal(tuned.mean, scratch.mean)
     images = normalise(torch.randint(0, 256, (2, 3, 28, 28), dtype=torch.uint8))

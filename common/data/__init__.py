@@ -1,0 +1,1 @@
+"""The tiles: the two data sets, batches of them on the device, augmentation and shifts of colour."""

@@ -1,0 +1,124 @@
+"""Tiles on the computing device: batches of indices, augmentation, and the network's inputs."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from common.data.augment import build_augmentation, dihedral_views
+from common.data.dataset import Dataset, Split, resize
+from common.data.shift import shifted
+
+RESIDENT_SHARE = 0.6  # the share of a GPU's free memory that tiles may take; the network needs the rest
+
+Batch = tuple[torch.Tensor, torch.Tensor]  # tiles or inputs, and labels
+
+
+class Tiles(Protocol):
+    """A split as training and evaluation use it: tiles, or features that were computed from them.
+
+    Indices (B,) int64 on `index_device` choose tiles. The network's inputs are float32 (B, …), the labels are (B,)
+    int64. Both are on the computing device.
+    """
+
+    index_device: torch.device
+
+    def __len__(self) -> int:
+        """The number of tiles."""
+
+    def inputs(self, indices: torch.Tensor, draws: torch.Generator | None = None) -> Batch:
+        """Inputs and labels of these tiles. With `draws`, a CPU generator, each tile is augmented at random."""
+
+    def views(self, indices: torch.Tensor) -> tuple[Iterable[torch.Tensor], torch.Tensor]:
+        """Inputs of the 8 dihedral views of these tiles, one view after the other, and the tiles' labels."""
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The tiles of a run: it trains on `train`, validates on `val`, and scores the others at its end.
+
+    `shifted` gives the name of each shift of common/data/shift.py and the validation tiles under it. `test` and
+    `shifted` are functions, so that these tiles take no memory of a GPU before they are scored.
+    """
+
+    train: Tiles
+    val: Tiles
+    test: Callable[[], Tiles]
+    shifted: Callable[[], Iterator[tuple[str, Tiles]]]
+
+
+class DeviceTiles:
+    """`Tiles` on the computing device or, where they do not fit there, in pinned memory of the host.
+
+    Inputs are (B, 3, input_size, input_size) in -1..1. A tile is resized before anything else happens to it: an
+    augmentation sees tiles of `input_size`. Raises ValueError for an augmentation that `build_augmentation` does
+    not know.
+    """
+
+    def __init__(self, split: Split, device: torch.device, input_size: int, augmentation: str = "none") -> None:
+        self.device, self.augment, self.input_size = device, build_augmentation(augmentation), input_size
+        images, labels = split.images, split.labels
+        self.index_device = torch.device("cpu")
+        if device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+            if images.nbytes <= RESIDENT_SHARE * free:
+                self.index_device = device
+                images, labels = images.to(device), labels.to(device)
+        self.tiles, self.labels = images.permute(0, 2, 3, 1), labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, indices: torch.Tensor) -> Batch:
+        """Tiles (B, 3, input_size, input_size) uint8 in channels_last order, labels (B,) int64, on the device."""
+        # Copies whole rows of the (N, H, W, 3) file: on a CPU ten times as fast as images[indices].
+        images = self.tiles.index_select(0, indices).permute(0, 3, 1, 2)
+        labels = self.labels.index_select(0, indices)
+        if self.index_device != self.device:
+            images, labels = images.pin_memory(), labels.pin_memory()
+        images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
+        return resize(images, self.input_size), labels.to(self.device, non_blocking=True)
+
+    def inputs(self, indices: torch.Tensor, draws: torch.Generator | None = None) -> Batch:
+        """Inputs and labels of these tiles; see `Tiles`."""
+        images, labels = self.batch(indices)
+        return normalise(self.augment(images, draws) if draws else images), labels
+
+    def views(self, indices: torch.Tensor) -> tuple[Iterable[torch.Tensor], torch.Tensor]:
+        """Inputs of the 8 dihedral views of these tiles, and labels; see `Tiles`."""
+        images, labels = self.batch(indices)
+        return map(normalise, dihedral_views(images)), labels
+
+
+def device_splits(dataset: Dataset, device: torch.device, input_size: int, augmentation: str = "none") -> Splits:
+    """A data set's splits as `DeviceTiles`; only training tiles are augmented. Raises the same ValueError."""
+
+    def plain(split: Split) -> DeviceTiles:
+        return DeviceTiles(split, device, input_size)
+
+    return Splits(
+        train=DeviceTiles(dataset.train, device, input_size, augmentation),
+        val=plain(dataset.val),
+        test=lambda: plain(dataset.test),
+        shifted=lambda: ((name, plain(split)) for name, split in shifted(dataset.val, input_size)),
+    )
+
+
+def normalise(images: torch.Tensor) -> torch.Tensor:
+    """Change uint8 (N, 3, H, W) in 0..255 to float32 in -1..1: the coursework's mean .5 and std .5."""
+    return images.float().div_(127.5).sub_(1.0)
+
+
+def batches(
+    n_tiles: int, batch_size: int, device: torch.device, shuffle: torch.Generator | None = None
+) -> list[torch.Tensor]:
+    """Cut 0..n_tiles-1 into batches of int64 indices on `device`, each index once, shuffled if asked.
+
+    There are as few batches as `batch_size` allows, and their sizes differ by at most one tile: a last batch of
+    few tiles would make BatchNorm's running statistics worse, and a batch of one tile cannot train BatchNorm.
+    """
+    order = torch.randperm(n_tiles, generator=shuffle) if shuffle else torch.arange(n_tiles)
+    n_batches = max(1, min(math.ceil(n_tiles / batch_size), n_tiles // 2))
+    return list(order.to(device).tensor_split(n_batches))

@@ -1,0 +1,79 @@
+"""Shifted validation tiles: their colours change as in another laboratory or with another scanner.
+
+PathMNIST's validation tiles come from the slides of its training tiles, its test tiles from other patients. A
+shift changes the colours of the validation tiles, by other methods than the augmentations here; stain augmentation
+has effects like those of the first two shifts, none adds noise. So a network can be scored on foreign-looking
+tiles without the test split. Each tile gets a different change, which is the same in every run.
+
+The strengths below were fixed before any network was scored on shifted tiles.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from common.data.dataset import Split, resize
+
+SEED = 0
+CHUNK = 2048  # tiles that are changed at the same time: limits the memory of their float copies
+Tiles = NDArray[np.float32]
+
+
+def lab_statistics(tiles: Tiles, draws: np.random.Generator) -> Tiles:
+    """Change each tile's mean and spread in CIELAB, as RandStainNA does (Shen et al. 2022): another staining.
+
+    The means move by normal draws with standard deviation 6 for lightness and 5 for both colour axes. The spreads
+    are multiplied by 0.7 to 1.4.
+    """
+    from skimage.color import lab2rgb, rgb2lab
+
+    lab = rgb2lab(tiles)
+    means = lab.mean((1, 2), keepdims=True)
+    moved = means + draws.normal(0.0, (6.0, 5.0, 5.0), means.shape)
+    factors = np.exp(draws.uniform(np.log(0.7), np.log(1.4), means.shape))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # some colours lie outside sRGB; they are clipped
+        changed: Tiles = lab2rgb((lab - means) * factors + moved).astype(np.float32)
+    return changed
+
+
+def gamma(tiles: Tiles, draws: np.random.Generator) -> Tiles:
+    """Raise each tile to a power of 0.7 to 1.4 and each of its colour channels to one of 0.9 to 1.1.
+
+    Another scanner's response curve has this effect.
+    """
+    powers = np.exp(draws.uniform(np.log(0.7), np.log(1.4), (len(tiles), 1, 1, 1)))
+    powers = powers * np.exp(draws.uniform(np.log(0.9), np.log(1.1), (len(tiles), 1, 1, 3)))
+    return tiles ** powers.astype(np.float32)
+
+
+def chromatic_noise(tiles: Tiles, draws: np.random.Generator) -> Tiles:
+    """Add noise that changes the colour of each pixel but not its brightness: another camera at low light.
+
+    Each tile's noise has another strength: a channel's standard deviation is 0.016 to 0.065 of the full range.
+    """
+    noise = draws.standard_normal(tiles.shape, np.float32)
+    noise -= noise.mean(3, keepdims=True)
+    return tiles + noise * draws.uniform(0.02, 0.08, (len(tiles), 1, 1, 1)).astype(np.float32)
+
+
+SHIFTS: dict[str, Callable[[Tiles, np.random.Generator], Tiles]] = {
+    "lab_statistics": lab_statistics,
+    "gamma": gamma,
+    "chromatic_noise": chromatic_noise,
+}
+
+
+def shifted(split: Split, side: int) -> Iterator[tuple[str, Split]]:
+    """Yield the name of each shift and the split, first resized and then shifted: (N, 3, side, side) uint8."""
+    for name, change in SHIFTS.items():
+        images = torch.empty(len(split), 3, side, side, dtype=torch.uint8).to(memory_format=torch.channels_last)
+        for start in range(0, len(split), CHUNK):
+            tiles = (resize(split.images[start : start + CHUNK], side).permute(0, 2, 3, 1) / 255).numpy()
+            draws = np.random.default_rng([SEED, start, *name.encode()])
+            changed = np.rint(change(tiles, draws).clip(0, 1) * 255).astype(np.uint8)
+            images[start : start + CHUNK] = torch.from_numpy(changed).permute(0, 3, 1, 2)
+        yield name, Split(images, split.labels)

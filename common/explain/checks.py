@@ -1,0 +1,317 @@
+"""Can attribution maps be trusted? Every method is checked in four ways.
+
+- Randomisation (Adebayo et al. 2018): the network's layers are initialised again, one after the other from the
+  last to the first. A map of what the network learnt must lose its order of pixels.
+- Deletion and insertion (Petsiuk et al. 2018): pixels are blurred, or restored, in the map's order. In a faithful
+  order the target's probability falls, or rises, sooner than in a random order or in the order of the edges.
+- Infidelity and maximum sensitivity (Yeh et al. 2019), by Captum.
+- Maps of different tiles: if they are alike, they show the network more than the tile.
+
+Inputs are (N, 3, H, W) float32 in -1..1, targets (N,) int64, maps (N, H, W) float32, as in common/explain/maps.py.
+"""
+
+import copy
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from captum.metrics import infidelity as captum_infidelity
+from captum.metrics import sensitivity_max as captum_sensitivity_max
+from numpy.typing import NDArray
+from scipy import stats
+from torch import nn
+from torchvision.transforms.v2.functional import gaussian_blur
+from tqdm import tqdm
+
+from common.explain.maps import FORWARD_BATCH, INPUT_RANGE, METHODS, convergence_error, edge_map
+from common.explain.stages import stages
+from common.statistics import spread
+
+FRACTIONS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+CONTROLS = {"random": "Random order", "sobel": "Sobel edges"}
+# A method fails if its maps keep more than this rank correlation when the whole network is random.
+RANDOMISATION_LIMIT = 0.5
+COSTLY = {"randomisation": 32, "infidelity": 64, "max_sensitivity": 16}  # at most so many tiles for these checks
+SENSITIVITY_RADIUS = 0.02 * INPUT_RANGE
+SENSITIVITY_SAMPLES = 4
+INFIDELITY_SAMPLES = 16
+
+Array = NDArray[np.float64]
+
+
+def area(curves: Array) -> Array:
+    """The area under each tile's deletion or insertion curve: (N, F) to (N,)."""
+    return np.asarray(np.trapezoid(curves, FRACTIONS, axis=1))
+
+
+def mean_estimate(values: Array) -> dict[str, float]:
+    """The mean of one value per tile, and the ends of its 95 % t interval: `value`, `low`, `high`."""
+    over_tiles = spread(values.tolist())
+    return {"value": over_tiles.mean, "low": over_tiles.low, "high": over_tiles.high}
+
+
+def rank_correlation(first: torch.Tensor, second: torch.Tensor) -> Array:
+    """Each tile's Spearman correlation of two maps' absolute values, (N,); 0 where a map is constant."""
+    ranks = [stats.rankdata(maps.abs().flatten(1).cpu().numpy(), axis=1) for maps in (first, second)]
+    a, b = (rank - rank.mean(axis=1, keepdims=True) for rank in ranks)
+    scale = np.sqrt((a**2).sum(axis=1) * (b**2).sum(axis=1))
+    return np.asarray(np.divide((a * b).sum(axis=1), scale, out=np.zeros(len(a)), where=scale > 0))
+
+
+def randomised(model: nn.Module, fresh: nn.Module, image: torch.Tensor) -> dict[str, nn.Module]:
+    """For each of the network's `stages`, a copy of `model` that has the weights of `fresh` from this stage on."""
+    networks, network, random = {}, model, fresh.state_dict()
+    for stage, names in stages(model, image).items():
+        network = copy.deepcopy(network)
+        network.load_state_dict({name: random[name] for name in names}, strict=False)
+        networks[stage] = network
+    return networks
+
+
+def blurred(inputs: torch.Tensor) -> torch.Tensor:
+    """The tile after a Gaussian blur of an eighth of its side; removed pixels get its values."""
+    sigma = inputs.shape[-1] / 8
+    radius = round(3 * sigma)
+    output: torch.Tensor = gaussian_blur(inputs, [2 * radius + 1] * 2, [sigma, sigma])
+    return output
+
+
+@torch.no_grad()
+def removal(
+    model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, maps: torch.Tensor, seed: int
+) -> dict[str, Array]:
+    """Blur pixels in the map's order, highest first (`deletion`), or restore them in a blurred tile (`insertion`).
+
+    Each curve is the target's probability at each of `FRACTIONS`, (N, F). Pixels of equal value, of which a
+    rectified map has many, are in random order.
+    """
+    n_pixels = maps[0].numel()
+    shuffle = torch.randperm(n_pixels, generator=torch.Generator().manual_seed(seed)).to(maps.device)
+    order = shuffle[maps.flatten(1)[:, shuffle].argsort(dim=1, descending=True, stable=True)]
+    rank = order.argsort(dim=1).view_as(maps)[:, None]
+    without = blurred(inputs)
+
+    def curve(start: torch.Tensor, end: torch.Tensor) -> Array:
+        steps = [torch.where(rank < round(share * n_pixels), end, start) for share in FRACTIONS]
+        columns = [_probability(model, step, targets) for step in steps]
+        return np.asarray(torch.stack(columns, 1).double().cpu())
+
+    return {"deletion": curve(inputs, without), "insertion": curve(without, inputs)}
+
+
+def infidelity(
+    model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, maps: torch.Tensor, seed: int
+) -> Array:
+    """How badly the map's sum over a square predicts the logit's fall when the square is blurred, (N,), logit².
+
+    Captum's normalised infidelity, so that a map's scale does not matter: the mean squared error over
+    `INFIDELITY_SAMPLES` random squares, a quarter to half of the tile wide, the same for every method.
+    """
+    random = np.random.default_rng(seed)
+    size = inputs.shape[-1]
+
+    def remove_squares(batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mask = torch.zeros(len(batch), 1, size, size)
+        for square in mask:
+            width = int(random.integers(size // 4, size // 2 + 1))
+            top, left = random.integers(0, size - width + 1, 2)
+            square[:, top : top + width, left : left + width] = 1
+        mask = mask.to(batch.device)
+        return mask.expand_as(batch), torch.where(mask > 0, blurred(batch), batch)
+
+    attributions = maps[:, None].expand_as(inputs)  # their scale does not matter
+    with torch.no_grad():
+        errors = captum_infidelity(
+            model,
+            remove_squares,
+            inputs,
+            attributions,
+            target=targets,
+            n_perturb_samples=INFIDELITY_SAMPLES,
+            normalize=True,
+        )
+    return np.asarray(errors.double().cpu())
+
+
+def max_sensitivity(
+    model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, method: str, seed: int
+) -> Array:
+    """The largest change of a map, as a share of its norm, under small random changes of the tile, (N,).
+
+    Captum's measure, over `SENSITIVITY_SAMPLES` changes of at most `SENSITIVITY_RADIUS` per value.
+    """
+
+    def explain(batch: tuple[torch.Tensor], target: torch.Tensor) -> tuple[torch.Tensor]:
+        return (METHODS[method].maps(model, batch[0], target, seed),)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        changes = captum_sensitivity_max(
+            explain,
+            inputs,
+            perturb_radius=SENSITIVITY_RADIUS,
+            n_perturb_samples=SENSITIVITY_SAMPLES,
+            target=targets,
+        )
+    return np.asarray(changes.double().cpu())
+
+
+def control_maps(inputs: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
+    """Maps that do not depend on a network: random values, and the tile's edges."""
+    random = torch.Generator().manual_seed(seed)
+    chance = torch.rand(len(inputs), *inputs.shape[2:], generator=random).to(inputs.device)
+    return {"random": chance, "sobel": edge_map(inputs)}
+
+
+def tile_correlation(maps: torch.Tensor) -> dict[str, float]:
+    """The mean rank correlation of the maps of two different tiles, over pairs that share no tile."""
+    pairs = len(maps) // 2
+    return mean_estimate(rank_correlation(maps[:pairs], maps[pairs : 2 * pairs]))
+
+
+def removal_report(removals: Mapping[str, Mapping[str, Array]]) -> dict[str, Any]:
+    """The curves and areas of each map's order, and its lead over the controls: means over tiles with intervals.
+
+    `margin` is insertion area minus deletion area; `margin_over_random` and `margin_over_sobel` are the paired
+    differences, tile by tile.
+    """
+    margins = {name: area(curves["insertion"]) - area(curves["deletion"]) for name, curves in removals.items()}
+    report: dict[str, Any] = {}
+    for name, curves in removals.items():
+        report[name] = {
+            **{kind: mean_estimate(area(curve)) for kind, curve in curves.items()},
+            "margin": mean_estimate(margins[name]),
+            **{f"{kind}_curve": [mean_estimate(column) for column in curve.T] for kind, curve in curves.items()},
+        }
+        if name not in CONTROLS:
+            for control in CONTROLS:
+                report[name][f"margin_over_{control}"] = mean_estimate(margins[name] - margins[control])
+    return report
+
+
+def judge(
+    title: str, randomisation: Mapping[str, Mapping[str, float]], faithful: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Whether a method passes, and the reasons in words; where it does not pass, what failed stands first.
+
+    It passes if its maps lose their order when the whole network is random (the interval of the mean rank
+    correlation ends below `RANDOMISATION_LIMIT`), and its order beats both controls at deletion and insertion
+    (the interval of the paired margin starts above 0).
+    """
+    *_, last = randomisation.values()
+    forgets = last["high"] < RANDOMISATION_LIMIT
+    order = "lose" if forgets else "keep much of" if last["low"] >= RANDOMISATION_LIMIT else "do not clearly lose"
+    reasons = [
+        (forgets, f"its maps {order} their order when the weights are random (rank correlation {_words(last)})")
+    ]
+    for control, words in (("random", "a random order"), ("sobel", "plain edges")):
+        margin = faithful[f"margin_over_{control}"]
+        beats = margin["low"] > 0
+        verb = "are better" if beats else "are not clearly better"
+        reasons.append((beats, f"its pixels {verb} than {words} (margin {_words(margin, signed=True)})"))
+    held, failed = ("; ".join(reason for holds, reason in reasons if holds == which) for which in (True, False))
+    if not failed:
+        return {"passes": True, "verdict": f"{title} passes: {held}."}
+    return {
+        "passes": False,
+        "verdict": f"{title} does not pass: {failed}." + (f" What holds: {held}." if held else ""),
+    }
+
+
+def check_methods(
+    model: nn.Module, fresh: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, seed: int
+) -> dict[str, Any]:
+    """Every check of every method, as a record: `methods` and `controls` by name, `n` tiles per check, `seconds`.
+
+    The `COSTLY` checks take only the first tiles.
+    """
+    n = {"removal": len(inputs), **{check: min(most, len(inputs)) for check, most in COSTLY.items()}}
+    maps: dict[str, torch.Tensor] = {}
+    sensitivity: dict[str, Any] = {}
+    correlations: dict[str, dict[str, Any]] = {name: {} for name in METHODS}
+    removals: dict[str, Any] = {}
+    errors: dict[str, Any] = {}
+    seconds: dict[str, float] = defaultdict(float)
+    networks = randomised(model, fresh, inputs[:1])
+    n_parts = len(METHODS) * (len(networks) + 4) + len(CONTROLS) * 2
+    with tqdm(total=n_parts, unit=" parts", leave=False, disable=None, dynamic_ncols=True) as bar:
+
+        @contextmanager
+        def part(name: str) -> Iterator[None]:
+            bar.set_description(name)
+            started = time.perf_counter()
+            yield
+            seconds[name] += time.perf_counter() - started
+            bar.update()
+
+        def some(check: str) -> tuple[torch.Tensor, torch.Tensor]:
+            return inputs[: n[check]], targets[: n[check]]
+
+        for name, method in METHODS.items():
+            with part(f"maps: {method.title}"):
+                maps[name] = method.maps(model, inputs, targets, seed)
+            with part(f"sensitivity: {method.title}"):
+                changes = max_sensitivity(model, *some("max_sensitivity"), name, seed)
+                sensitivity[name] = mean_estimate(changes)
+            for stage, network in networks.items():
+                with part(f"randomisation: {method.title}"):
+                    random_maps = method.maps(network, *some("randomisation"), seed)
+                    ranks = rank_correlation(maps[name][: len(random_maps)], random_maps)
+                    correlations[name][stage] = mean_estimate(ranks)
+        maps.update(control_maps(inputs, seed))
+        for name, values in maps.items():
+            with part("deletion and insertion"):
+                removals[name] = removal(model, inputs, targets, values, seed)
+            with part("infidelity"):
+                squared = infidelity(model, *some("infidelity"), values[: n["infidelity"]], seed)
+                errors[name] = mean_estimate(squared)
+        relative_error = convergence_error(model, *some("infidelity"))
+    faithful = removal_report(removals)
+    return {
+        "n": n,
+        "fractions": FRACTIONS,
+        "randomisation_limit": RANDOMISATION_LIMIT,
+        "methods": {
+            name: {
+                "title": method.title,
+                "description": method.description,
+                **judge(method.title, correlations[name], faithful[name]),
+                "randomisation": correlations[name],
+                "tile_correlation": tile_correlation(maps[name]),
+                "edge_correlation": mean_estimate(rank_correlation(maps[name], maps["sobel"])),
+                "infidelity": errors[name],
+                "max_sensitivity": sensitivity[name],
+                **faithful[name],
+            }
+            for name, method in METHODS.items()
+        },
+        "controls": {
+            name: {
+                "title": title,
+                "tile_correlation": tile_correlation(maps[name]),
+                "infidelity": errors[name],
+                **faithful[name],
+            }
+            for name, title in CONTROLS.items()
+        },
+        "integrated_gradients_error": {
+            "median": relative_error.median().item(),
+            "percentile_90": relative_error.quantile(0.9).item(),
+            "n": len(relative_error),
+        },
+        "seconds": seconds,
+    }
+
+
+def _probability(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    probabilities = torch.cat([model(part).float().softmax(1) for part in torch.split(inputs, FORWARD_BATCH)])
+    return probabilities.gather(1, targets[:, None])[:, 0]
+
+
+def _words(estimate: Mapping[str, float], signed: bool = False) -> str:
+    value, low, high = (f"{estimate[end]:{'+' if signed else ''}.2f}" for end in ("value", "low", "high"))
+    return f"{value}, 95 % {low} to {high}"

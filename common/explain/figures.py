@@ -1,0 +1,239 @@
+"""The figures of Task 2: tiles and maps enlarged without smoothing, panels of methods, curves of the checks.
+
+Tiles are (H, W, 3) uint8, maps (H, W) float32. Importing this module loads matplotlib, as common/figures.py does.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+import numpy as np
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.ticker import PercentFormatter
+from numpy.typing import NDArray
+
+from common.explain.checks import CONTROLS, FRACTIONS
+from common.explain.maps import METHODS
+from common.explain.tiles import TARGETS, Explained
+from common.figures import PALETTE, STYLE, VERMILLION, save, wrap
+
+# Okabe and Ito's colours, as in common/figures.py, one per method; the controls are grey and black.
+COLOURS = dict(zip(METHODS, PALETTE, strict=False))
+CONTROL_LINES = {"random": ("#777777", "--"), "sobel": ("black", ":")}
+MARKERS = dict(zip(METHODS, "osD^v", strict=True))
+POSITIVE_MAP, SIGNED_MAP = "inferno", "PuOr_r"
+ROBUST_PERCENTILE = 99.0  # a map's colour scale ends here, so that one extreme pixel does not darken the rest
+
+
+def draw(
+    output_dir: Path,
+    facts: Mapping[str, Any],
+    class_names: Sequence[str],
+    shown: Sequence[Explained],
+    right: Sequence[Explained],
+    wrong: Sequence[Explained],
+    checks: Mapping[str, Any],
+) -> dict[str, Path]:
+    """Draw two figures for each tile in `shown` and four of the run, and return the run's figures by name.
+
+    `right` and `wrong` hold at most one tile per class; `facts` are those of task2.py, `checks` those of
+    `check_methods`.
+    """
+    for one in shown:
+        tile_and_saliency(output_dir, one, one.label if facts["target"] == "label" else one.predicted)
+    names = ("methods", "classes", "randomisation", "removal")
+    figures = {name: output_dir / "fig" / "task2" / f"{facts['run_id']}-{name}.png" for name in names}
+    network, n = facts["network"], checks["n"]
+    title = f"{network}; test tiles; class explained: {TARGETS[facts['target']]}"
+    methods_panel(figures["methods"], shown, title=title)
+    class_grid(figures["classes"], class_names, right, wrong, title=title)
+    title = f"{network}; {n['randomisation']} test tiles"
+    randomisation(figures["randomisation"], checks["methods"], title=title)
+    orders = {**checks["methods"], **checks["controls"]}
+    removal_curves(figures["removal"], orders, title=f"{network}; {n['removal']} test tiles")
+    return figures
+
+
+def tile_and_saliency(output_dir: Path, explained: Explained, target: str) -> None:
+    """Draw a tile and its saliency map as two PNG files of the same layout; `target` is the class explained."""
+    for part in ("input", "saliency"):
+        with style.context(["default", STYLE, {"axes.grid": False, "figure.constrained_layout.use": False}]):
+            figure = Figure(figsize=(2.4, 2.9))
+            axes = figure.add_axes((0.04, 0.22, 0.92, 0.76))
+            _bare(axes)
+            if part == "input":
+                axes.imshow(explained.tile, interpolation="nearest")
+                words = f"predicted: {explained.predicted} ({explained.probability:.2f})"
+                words = f"true: {explained.label}\n{wrap(words, 42)}"
+                figure.text(0.5, 0.1, words, ha="center", va="center", fontsize=7)
+            else:
+                image = _heat(axes, explained.maps["saliency"], signed=False)
+                bar = figure.colorbar(
+                    image, cax=figure.add_axes((0.1, 0.15, 0.8, 0.035)), orientation="horizontal", extend="max"
+                )
+                bar.ax.tick_params(labelsize=6)
+                bar.set_label(wrap(f"|∂ logit of {target} / ∂ input|", 45), fontsize=6, linespacing=0.9)
+            save(figure, output_dir / explained.row[part])
+
+
+def methods_panel(path: Path, rows: Sequence[Explained], *, title: str) -> None:
+    """Draw one row per tile: the tile, then its map by every method. Each map has a separate colour scale."""
+    with style.context(["default", STYLE, {"axes.grid": False}]):
+        figure = Figure(figsize=(8, 1.12 * len(rows) + 0.9))
+        grid = _grid(figure, len(rows), ["Input", *(method.title for method in METHODS.values())])
+        for line, row in zip(grid, rows, strict=True):
+            _tile(line[0], row)
+            result = f"p = {row.probability:.2f}" if row.correct else f"→ {row.predicted} {row.probability:.2f}"
+            words = [wrap(part, 20) for part in (f"{row.index:05d}", row.label, result)]
+            line[0].set_ylabel("\n".join(words), fontsize=6.5, rotation=0, ha="right", va="center")
+            for axes, (name, method) in zip(line[1:], METHODS.items(), strict=True):
+                _heat(axes, row.maps[name], method.signed)
+        figure.suptitle(wrap(title, 105), fontsize=9)
+        figure.supxlabel(
+            "Bright, or orange: the pixel speaks for the class (Saliency and SmoothGrad: for or against it); "
+            f"purple: against it.\nEach map's scale ends at its {ROBUST_PERCENTILE:.0f}th percentile. "
+            "A tile in a frame is classified wrongly.",
+            fontsize=8,
+        )
+        save(figure, path)
+
+
+def class_grid(
+    path: Path, names: Sequence[str], right: Sequence[Explained], wrong: Sequence[Explained], *, title: str
+) -> None:
+    """Draw one row per class: a tile that is classified correctly and one that is not, each with its map."""
+    sides = [{row.label: row for row in side} for side in (right, wrong)]
+    with style.context(["default", STYLE, {"axes.grid": False}]):
+        figure = Figure(figsize=(6.4, 1.12 * len(names) + 0.9))
+        grid = _grid(figure, len(names), ["right", "saliency", "wrong", "saliency"])
+        for line, name in zip(grid, names, strict=True):
+            for left, heat, side in zip(line[::2], line[1::2], sides, strict=True):
+                if name not in side:
+                    left.text(0.5, 0.5, "none", ha="center", va="center", fontsize=8, transform=left.transAxes)
+                    continue
+                row = side[name]
+                _tile(left, row)
+                _heat(heat, row.maps["saliency"], signed=False)
+                if not row.correct:
+                    words = wrap(f"taken for {row.predicted}", 16)
+                    left.set_ylabel(words, fontsize=7, rotation=0, ha="right", va="center")
+            line[0].set_ylabel(wrap(name, 16), fontsize=8, rotation=0, ha="right", va="center")
+        figure.suptitle(wrap(title, 90), fontsize=9)
+        save(figure, path)
+
+
+def contact_sheet(
+    path: Path, tiles: NDArray[np.uint8], maps: NDArray[Any], words: Sequence[str], *, title: str
+) -> None:
+    """Draw tiles (N, H, W, 3), each with `words` above it and its saliency map (N, H', W') on its right."""
+    pairs = min(4, len(tiles))
+    n_rows = -(-len(tiles) // pairs)
+    with style.context(["default", STYLE, {"axes.grid": False}]):
+        figure = Figure(figsize=(2.6 * pairs, 1.85 * n_rows + 0.4))
+        panels = figure.subplots(n_rows, 2 * pairs, squeeze=False).reshape(-1, 2)
+        for axes in panels.flat:
+            _bare(axes)
+        for (left, right), tile, map_, text in zip(panels, tiles, maps, words, strict=False):
+            left.imshow(tile, interpolation="nearest")
+            left.set_title("\n".join(fill(line, 30) for line in text.splitlines()), fontsize=6.5, loc="left")
+            _heat(right, map_, signed=False)
+        figure.suptitle(wrap(title, 40 * pairs), fontsize=9)
+        save(figure, path)
+
+
+def randomisation(path: Path, results: Mapping[str, Mapping[str, Any]], *, title: str) -> None:
+    """Draw each method's mean rank correlation with the trained network's maps, while more layers are random.
+
+    `results[method]["randomisation"][stage]` holds value, low and high. Edges do not depend on the network: they
+    stay at 1.
+    """
+    trained = {"value": 1.0, "low": 1.0, "high": 1.0}
+    with style.context(["default", STYLE]):
+        figure = Figure(figsize=(6.4, 4.4))
+        axes = figure.add_subplot()
+        for name, result in results.items():
+            estimates = [trained, *result["randomisation"].values()]
+            colour = _line(axes, range(len(estimates)), estimates, name)
+            low, high = ([estimate[end] for estimate in estimates] for end in ("low", "high"))
+            axes.fill_between(range(len(estimates)), low, high, color=colour, alpha=0.15, linewidth=0)
+        colour, line = CONTROL_LINES["sobel"]
+        axes.axhline(1, color=colour, linestyle=line, label=f"{CONTROLS['sobel']} (no network)")
+        axes.set_xticks(range(len(estimates)), ["none", *result["randomisation"]])
+        axes.set(
+            xlabel="Layers with random weights: from the head back to maps with a side of … pixels",
+            ylabel="Rank correlation with the trained map",
+            ylim=(-0.3, 1.05),
+        )
+        axes.set_title(wrap(title, 90), fontsize=9)
+        figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+        save(figure, path)
+
+
+def removal_curves(path: Path, report: Mapping[str, Mapping[str, Any]], *, title: str) -> None:
+    """Draw the mean deletion and insertion curves of every method and both controls.
+
+    They have no bands: the checks use the area between the two curves of a tile, whose interval is narrower.
+    """
+    with style.context(["default", STYLE]):
+        figure = Figure(figsize=(8, 4.4))
+        panels = figure.subplots(1, 2, sharey=True)
+        for axes, kind, better in zip(panels, ("deletion", "insertion"), ("lower", "higher"), strict=True):
+            for name, order in report.items():
+                _line(axes, FRACTIONS, order[f"{kind}_curve"], name)
+            axes.set(title=f"{kind.capitalize()} ({better} is better)", ylim=(0, 1))
+            axes.xaxis.set_major_formatter(PercentFormatter(1))
+            axes.set_xlabel("Pixels blurred away" if kind == "deletion" else "Pixels brought back")
+        panels[0].set_ylabel("Probability of the explained class")
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+        figure.suptitle(wrap(title, 110), fontsize=9)
+        save(figure, path)
+
+
+def _line(axes: Axes, places: Sequence[float], estimates: Sequence[Mapping[str, float]], name: str) -> str:
+    """Draw the means of a method or a control; the colour of the line."""
+    middle = [estimate["value"] for estimate in estimates]
+    if name in CONTROLS:
+        colour, line = CONTROL_LINES[name]
+        axes.plot(places, middle, color=colour, linestyle=line, label=CONTROLS[name])
+    else:
+        colour = COLOURS[name]
+        axes.plot(places, middle, color=colour, marker=MARKERS[name], markersize=4, label=METHODS[name].title)
+    return colour
+
+
+def _grid(figure: Figure, n_rows: int, titles: Sequence[str]) -> NDArray[Any]:
+    """Axes for pictures, (n_rows, len(titles)), with a title above each column."""
+    grid: NDArray[Any] = figure.subplots(n_rows, len(titles), squeeze=False)
+    for axes in grid.flat:
+        _bare(axes)
+    for axes, title in zip(grid[0], titles, strict=True):
+        axes.set_title(wrap(title, 12), fontsize=9)
+    return grid
+
+
+def _tile(axes: Axes, row: Explained) -> None:
+    axes.imshow(row.tile, interpolation="nearest")
+    if not row.correct:
+        axes.spines[:].set(visible=True, color=VERMILLION, linewidth=2)
+
+
+def _heat(axes: Axes, map_: NDArray[Any], signed: bool) -> AxesImage:
+    limit = float(np.percentile(np.abs(map_), ROBUST_PERCENTILE)) or float(np.abs(map_).max()) or 1.0
+    return axes.imshow(
+        map_,
+        cmap=SIGNED_MAP if signed else POSITIVE_MAP,
+        vmin=-limit if signed else 0,
+        vmax=limit,
+        interpolation="nearest",
+    )
+
+
+def _bare(axes: Axes) -> None:
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)

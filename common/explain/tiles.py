@@ -1,0 +1,128 @@
+"""What Task 2 explains: a trained network, and the test tiles that it shows."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.data.dataset import Dataset
+from common.errors import UsageError
+from common.finetune.weights import SCRATCH
+from common.records.read import checkpoint_folder, is_finished, read_json, run_folder
+from common.records.run import TITLES
+
+TARGETS = {"predicted": "the predicted one", "label": "the true one"}  # the class explained, for keys and titles
+
+
+@dataclass(frozen=True)
+class Explained:
+    """A test tile, (H, W, 3) uint8, with the names of its classes and its maps by method, (H, W) float32.
+
+    `run_id` is the run whose network is explained.
+    """
+
+    run_id: str
+    index: int
+    tile: NDArray[np.uint8]
+    label: str
+    predicted: str
+    probability: float  # of the predicted class
+    maps: Mapping[str, NDArray[Any]]
+
+    @property
+    def correct(self) -> bool:
+        """Whether the prediction is the label."""
+        return self.label == self.predicted
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """The tile's row of the table; `input` and `saliency` are the figures, relative to the output folder."""
+        return {
+            "index": self.index,
+            "label": self.label,
+            "predicted": self.predicted,
+            "probability": self.probability,
+            **{part: f"fig/task2/{self.run_id}/{self.index:05d}-{part}.png" for part in ("input", "saliency")},
+        }
+
+
+def find_run(output_dir: Path, run_id: str | None) -> Mapping[str, Any]:
+    """The config.json of the run to explain.
+
+    Without a name it is a finished Task 1 run with its best.pt: the one with most training tiles, of several the
+    newest. Raises UsageError if there is none, or if the named run is not finished.
+    """
+    runs = output_dir / "runs"
+    if run_id is None:
+        finished = [read_json(path.with_name("config.json")) for path in runs.glob("*/summary.json")]
+        ours = [run for run in finished if run.get("task") == "task1"]
+        with_weights = [run for run in ours if (checkpoint_folder(output_dir, run["run_id"]) / "best.pt").exists()]
+        if with_weights:
+            return max(with_weights, key=lambda run: (run["tiles"]["train"], run["started"], run["run_id"]))
+        problem = f"no finished Task 1 run in {runs}"
+        if ours:
+            weights = output_dir / "checkpoints"
+            problem = f"none of the {len(ours)} finished Task 1 runs in {runs} has its weights in {weights}"
+        raise UsageError(f"{problem}: run python task1.py first, or name its --output_dir")
+    path = run_folder(output_dir, run_id) / "config.json"
+    if not path.exists():
+        raise UsageError(f"--run_id {run_id}: no such run in {runs}; python task1.py makes one")
+    run: Mapping[str, Any] = read_json(path)
+    if run.get("task") not in TITLES:
+        raise UsageError(f"--run_id {run_id}: no network; Task 2 explains runs of task1.py, train.py and task5.py")
+    if not is_finished(output_dir, run_id):
+        raise UsageError(f"--run_id {run_id}: not finished; its command with this --run_id continues it")
+    return run
+
+
+def origin(trained: Mapping[str, Any]) -> str:
+    """How the network of this configuration was trained, in words."""
+    weights = trained.get("weights", SCRATCH)
+    return "trained from scratch" if weights == SCRATCH else f"from {Path(weights).name}, fine-tuned"
+
+
+def choose_tiles(n_tiles: int, count: int, seed: int) -> list[int]:
+    """`count` different tiles in random order, or all if there are fewer. Seed 0, ten tiles: the coursework's."""
+    chosen: list[int] = np.random.default_rng(seed).choice(n_tiles, min(count, n_tiles), replace=False).tolist()
+    return chosen
+
+
+def one_of_each_class(labels: NDArray[Any], candidates: NDArray[np.bool_], seed: int) -> list[int]:
+    """A random tile of each class among the candidates, by class; none of a class without a candidate.
+
+    `labels` are (N,) integers, `candidates` (N,) bool.
+    """
+    order = np.random.default_rng(seed).permutation(len(labels))
+    order = order[candidates[order]]
+    _, first_places = np.unique(labels[order], return_index=True)
+    chosen: list[int] = order[first_places].tolist()
+    return chosen
+
+
+def explained_tiles(
+    run_id: str,
+    dataset: Dataset,
+    probabilities: NDArray[np.float64],
+    indices: Sequence[int],
+    maps: Mapping[str, NDArray[np.float32]],
+) -> dict[int, Explained]:
+    """The test tiles `indices` by index; `maps` (len(indices), H, W) are theirs by method.
+
+    `probabilities` are (N, C), of the whole test split.
+    """
+    names, labels = dataset.class_names, dataset.test.labels
+    return {
+        index: Explained(
+            run_id,
+            index,
+            dataset.test.images[index].permute(1, 2, 0).numpy(),
+            names[labels[index]],
+            names[probabilities[index].argmax()],
+            float(probabilities[index].max()),
+            {name: values[place] for name, values in maps.items()},
+        )
+        for place, index in enumerate(indices)
+    }

@@ -1,0 +1,151 @@
+"""The features of a frozen network, computed once for every tile and kept in memory to train the head on them."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeVar
+
+import torch
+
+from common import distributed
+from common.data.augment import build_augmentation, dihedral_view
+from common.data.batches import RESIDENT_SHARE, Batch, DeviceTiles, Splits, normalise
+from common.data.dataset import Dataset, Split
+from common.data.shift import SHIFTS, shifted
+from common.errors import UsageError
+from common.finetune.keys import FineTuningConfig
+from common.finetune.network import FineTunedNetwork
+from common.progress import progress_bar
+from common.records.read import read_json, run_folder
+from common.training.device import Compute
+from common.training.loop import generator
+
+C = TypeVar("C", bound=FineTuningConfig)
+
+CACHING_BATCH = 256
+View = Callable[[torch.Tensor], torch.Tensor]  # uint8 (B, 3, H, W) to the same
+
+
+class CachedFeatures:
+    """`Tiles` of which only the features are kept, on the device that trains.
+
+    `features` (views, N, …) float32 hold one or more views of every tile, the first of them not augmented;
+    `labels` are (N,) int64.
+    """
+
+    def __init__(self, features: torch.Tensor, labels: torch.Tensor) -> None:
+        self.features, self.labels = features, labels
+        self.index_device = features.device
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def inputs(self, indices: torch.Tensor, draws: torch.Generator | None = None) -> Batch:
+        """Features (B, …) of the first view, or with `draws` of a random view of each tile, and labels (B,)."""
+        n_views = len(self.features)
+        labels = self.labels.index_select(0, indices)
+        if draws is None or n_views == 1:
+            return self.features[0].index_select(0, indices), labels
+        # The augmentation `dihedral` samples its 8 views in the same way: both use the same view of a tile.
+        view = torch.randint(n_views, (len(indices),), generator=draws).to(self.index_device)
+        return self.features[view, indices], labels
+
+    def views(self, indices: torch.Tensor) -> Batch:
+        """Features (views, B, …) of every view, and labels (B,)."""
+        return self.features.index_select(1, indices), self.labels.index_select(0, indices)
+
+
+@torch.no_grad()
+def cache_features(
+    model: FineTunedNetwork, tiles: DeviceTiles, views: Sequence[View], compute: Compute
+) -> CachedFeatures:
+    """Run every view of every tile through the frozen part of the network once."""
+    model.eval()
+    device = compute.device
+    features = torch.empty(len(views), len(tiles), *model.feature_shape, device=device)
+    labels = torch.empty(len(tiles), dtype=torch.int64, device=device)
+    with progress_bar("features", len(views) * len(tiles)) as bar:
+        for part in torch.split(torch.arange(len(tiles)), CACHING_BATCH):
+            images, labels[part] = tiles.batch(part.to(tiles.index_device))
+            for number, view in enumerate(views):
+                inputs = normalise(view(images))  # outside autocast, which would round the augmentation
+                with compute.autocast():
+                    features[number, part] = model.features(inputs).float()
+                bar.update(len(part))
+    return CachedFeatures(features, labels)
+
+
+def cached_splits(model: FineTunedNetwork, dataset: Dataset, config: FineTuningConfig, compute: Compute) -> Splits:
+    """The features of all splits; from then on the model takes features instead of tiles.
+
+    Training tiles have `feature_views` views, test tiles all 8 dihedral views where `tta` needs them; all other
+    tiles have one view, which is not augmented.
+    """
+    model.to(compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    turned: list[View] = [partial(dihedral_view, view=number) for number in range(8)]
+    plain = turned[:1]
+
+    def augmented(number: int) -> View:
+        augment, stream = build_augmentation(config.augmentation), generator(config.seed, number, "views")
+        return lambda images: augment(images, stream)
+
+    def cached(split: Split, views: Sequence[View]) -> CachedFeatures:
+        tiles = DeviceTiles(split, compute.device, config.input_size)
+        return cache_features(model, tiles, views, compute)
+
+    print("computing the features of all tiles, once for all epochs", flush=True)
+    random = [*plain, *(augmented(number) for number in range(1, config.feature_views or 1))]
+    train = cached(dataset.train, turned if config.augmentation == "dihedral" else random)
+    val = cached(dataset.val, plain)
+    test = cached(dataset.test, turned if config.tta else plain)
+    foreign = [(name, cached(split, plain)) for name, split in shifted(dataset.val, config.input_size)]
+    model.takes_features = True
+    return Splits(train, val, lambda: test, lambda: iter(foreign))
+
+
+def feature_bytes(config: FineTuningConfig, feature_shape: Sequence[int], dataset: Dataset) -> int:
+    """The size of the cached features of all tiles; `feature_shape` is that of one view of one tile."""
+    views = (config.feature_views or 1) * len(dataset.train) + (1 + len(SHIFTS)) * len(dataset.val)
+    views += (8 if config.tta else 1) * len(dataset.test)
+    return 4 * views * math.prod(feature_shape)
+
+
+def decide_caching(config: C, feature_shape: Sequence[int], dataset: Dataset, device: torch.device) -> C:
+    """Set `cache_features`, for all runs of a command: True unless the features do not fit into memory.
+
+    `feature_shape` is that of one view of one tile. A run that was started before keeps its decision, so that the
+    same command can resume it although the free memory has changed. Where the features do not fit, one line is
+    printed; it is a UsageError where `cache_features` is True, or was in that run.
+    """
+    wanted, remedy = config.cache_features, "lower --input_size or --feature_views, or use --cache_features=False"
+    record = run_folder(config.output_dir, config.run_id) / "config.json"
+    if wanted is None and record.exists():
+        wanted = read_json(record)["config"].get("cache_features")
+        remedy = f"run {config.run_id} was started with them: close other programs, or use another --run_id"
+    if wanted is not False:
+        size, free = feature_bytes(config, feature_shape, dataset), free_memory(device)
+        if distributed.any_of_all(size > RESIDENT_SHARE * free):
+            problem = (
+                f"the features of all tiles take {size / 1e9:.1f} GB, "
+                f"more than {RESIDENT_SHARE:.0%} of the {free / 1e9:.1f} GB of free memory"
+            )
+            if wanted:
+                raise UsageError(f"--cache_features: {problem}; {remedy}")
+            print(f"features are not cached: {problem}")
+            wanted = False
+    views_if_cached = None if wanted is False else config.feature_views
+    return dataclasses.replace(config, cache_features=wanted is not False, feature_views=views_if_cached)
+
+
+def free_memory(device: torch.device) -> int:
+    """The bytes of memory that the device has left; for a CPU those that the system can give without swapping."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            kilobytes = dict(line.split(":") for line in file)["MemAvailable"].split()[0]
+        return int(kilobytes) * 1024
+    except (OSError, KeyError):  # only Linux has it; elsewhere all memory is the best estimate
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

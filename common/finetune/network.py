@@ -1,0 +1,142 @@
+"""Networks that start from weights trained elsewhere: their inputs, and which part of them is trained."""
+
+import torch
+from torch import nn
+
+from common.errors import UsageError
+from common.finetune.weights import Preset, Weights, library_name
+from common.records import checkpoint
+from common.training.models import build_model
+
+TRAIN_PARTS = ("head", "classifier", "all")
+
+
+def last_layer(network: nn.Module) -> tuple[str, nn.Linear]:
+    """The name of the layer that gives the logits, which is the last linear one, and the layer."""
+    layers = [(name, module) for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    if not layers:
+        raise UsageError(
+            f"--model_name: {type(network).__name__} has no linear last layer to replace; choose another"
+        )
+    return layers[-1]
+
+
+class FineTunedNetwork(nn.Module):
+    """A pretrained network, frozen in part, that takes this project's inputs.
+
+    Inputs are (N, 3, size, size) float32 in -1..1; they are changed to the mean and std that the weights expect.
+    Where `takes_features` is set, `forward` takes the results of `features` instead of images.
+
+    The trained part is `head` (the last linear layer), `classifier` (the outermost module around it, which is all
+    that is not convolutional) or `all`. The rest is frozen: it has no gradients and stays in eval mode, without
+    dropout and with constant BatchNorm statistics. With `adapt_batchnorm` the statistics follow the tiles.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        preset: Preset,
+        size: int,
+        train_part: str = "classifier",
+        adapt_batchnorm: bool = False,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.takes_features = False
+        self.adapt_batchnorm = adapt_batchnorm
+        self.register_buffer("mean", torch.tensor(preset.mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(preset.std).view(3, 1, 1))
+        last, _ = last_layer(network)
+        self.head_name = last if train_part == "head" else last.partition(".")[0]
+        with torch.no_grad():
+            self.feature_shape = self.eval().features(torch.zeros(1, 3, size, size)).shape[1:]
+        self.freeze(train_part != "all")
+
+    @property
+    def head(self) -> nn.Module:
+        """The part after the frozen one."""
+        return self.network.get_submodule(self.head_name)
+
+    def freeze(self, frozen: bool) -> None:
+        """Freeze all but the head, or train everything from now on."""
+        self.frozen = frozen
+        self.network.requires_grad_(not frozen)
+        self.head.requires_grad_(True)
+        self.train()
+
+    def train(self, mode: bool = True) -> "FineTunedNetwork":
+        """As nn.Module.train, except that the frozen part stays in eval mode."""
+        super().train(mode)
+        if mode and self.frozen:
+            self.network.eval()
+            self.head.train()
+            for module in self.network.modules():
+                if self.adapt_batchnorm and isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.train()
+        return self
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Logits (N, C) of images (N, 3, size, size) in -1..1, or of their features (N, *feature_shape)."""
+        if self.takes_features:
+            return self.head(inputs)  # type: ignore[no-any-return]
+        return self.network(self._prepared(inputs))  # type: ignore[no-any-return]
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """The inputs of the head for `images` (N, 3, size, size) in -1..1: (N, *feature_shape)."""
+        seen: list[torch.Tensor] = []
+        hook = self.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            self.network(self._prepared(images))
+        finally:
+            hook.remove()
+        return seen[0]
+
+    def _prepared(self, images: torch.Tensor) -> torch.Tensor:
+        return (images * 0.5 + 0.5 - self.mean) / self.std
+
+
+def build_fine_tuned(
+    model_name: str,
+    num_classes: int,
+    weights: Weights,
+    size: int,
+    train_part: str = "classifier",
+    adapt_batchnorm: bool = False,
+) -> FineTunedNetwork:
+    """The network with its weights and a new last layer for `num_classes`, from torch's global generator.
+
+    Raises UsageError, with the first tensor that differs, where the weights belong to another network.
+    """
+    network = build_model(library_name(model_name), num_classes, size)
+    last, layer = last_layer(network)
+    # PyTorch's initialisation: timm's is twelve times as wide, and undoing it takes hundreds of steps.
+    layer.reset_parameters()
+    if weights.state_dict is not None:
+        given = weights.state_dict | {f"{last}.{name}": value for name, value in layer.state_dict().items()}
+        if problem := checkpoint.state_problem(given, network.state_dict()):
+            remedy = (
+                f"name the network of these weights with --model_name instead of {model_name}, or other weights"
+            )
+            raise UsageError(f"--weights {weights.name}: {problem}: {remedy}")
+        network.load_state_dict(given)
+    return FineTunedNetwork(network, weights.preset, size, train_part, adapt_batchnorm)
+
+
+def lr_factors(model: FineTunedNetwork, first: float) -> dict[str, float]:
+    """The factor of each parameter's learning rate, by name: `first` in the first block, 1 in the head.
+
+    In between it grows geometrically from block to block, which is layer-wise decay (Howard & Ruder 2018,
+    "Universal Language Model Fine-tuning", arXiv:1801.06146). Blocks are the network's modules two levels deep.
+    """
+    prefix = "network."
+    head = f"{prefix}{model.head_name}."
+    block = {
+        name: ".".join(name.removeprefix(prefix).split(".")[:-1][:2])
+        for name, _ in model.named_parameters()
+        if not name.startswith(head)
+    }
+    order = list(dict.fromkeys(block.values()))
+    return {name: float(first ** (1 - order.index(place) / len(order))) for name, place in block.items()}

@@ -1,0 +1,390 @@
+"""The records of one run: files under runs/<run_id>/, and the same numbers sent to W&B."""
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import netrc
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import urllib.parse
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from common import distributed
+from common.config import Config, ScriptConfig, TrainingConfig, program
+from common.data.dataset import Dataset
+from common.errors import UsageError, first_line
+from common.files import atomic_path, digest, process_lock, public, sweep_up, write_csv, write_json
+from common.records.read import checkpoint_folder, is_finished, read_json, run_folder
+
+WANDB_PROJECT = "hw1"  # the coursework's; $WANDB_PROJECT takes its place
+WANDB_PATIENCE = 60.0  # seconds to wait for its server at the start and at the end of a run
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+CODE = ("*.py", ":(glob)*.yaml", "constraints.txt")  # as git takes paths: what a result depends on
+TITLES = {"task1": "Task 1", "task3": "Task 3", "task5": "Task 5"}
+RESUMABLE = ("last.pt", "previous.pt")  # the checkpoints to continue from, the newer one first
+AXIS_LABELS = {
+    "train/loss": "Training loss (cross-entropy, nats)",
+    "validate/auc": "Validation AUC (mean over classes, one vs rest)",
+    "validate/acc": "Validation ACC (share of tiles)",
+}
+UNDER_AGENT = "WANDB_SWEEP_ID" in os.environ
+PARENT = os.getppid()
+VERSIONED = ("torch", "torchvision", "numpy", "medmnist", "wandb", "matplotlib")
+
+
+class Run:
+    """One run's folders, and its W&B run.
+
+    `folder` is output_dir/runs/<run_id>, `checkpoints` is output_dir/checkpoints/<run_id>. summary.json is
+    written last: a folder that has one is a finished run. Of several processes the first one writes.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        config: TrainingConfig,
+        dataset: Dataset,
+        device_name: str,
+        network: str | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Open the run and write config.json.
+
+        `network` describes the network in titles (default: its name); the records carry the task's own `facts`.
+        Raises what `check_startable` does, and UsageError where another process trains the run.
+        """
+        if task not in TITLES:
+            raise ValueError(f"unknown task {task}: its name is missing in TITLES of common/records/run.py")
+        self.run_id = config.run_id
+        self.dataset = dataset
+        self.title = f"{TITLES[task]} · {network or config.model_name} · {dataset.title}"
+        self.title += f" · {config.input_size} px inputs · seed {config.seed}"
+        self.folder = run_folder(config.output_dir, config.run_id)
+        self.checkpoints = checkpoint_folder(config.output_dir, config.run_id)
+        self.upload_model = config.wandb_model
+        self.figures = config.output_dir / "fig" / task
+        self.facts = {
+            "task": task,
+            "run_id": config.run_id,
+            "dataset": dataset.title,
+            "synthetic": dataset.name == "phantom",
+            "data_fingerprint": dataset.fingerprint,
+            "tiles": {split: len(getattr(dataset, split)) for split in ("train", "val", "test")},
+            "device": device_name,
+            **(facts or {}),
+        }
+        check_startable(config, self.facts)
+        self._wandb: Any = None
+        self.url: str | None = None
+        if not distributed.is_first():
+            return
+        self._lock = process_lock(self.folder / ".lock")
+        if self._lock is None:
+            raise UsageError(
+                f"run {config.run_id} is running in another process: wait for its end, or use another --run_id"
+            )
+        # Another process may have started the run, or ended it, since the first check.
+        check_startable(config, self.facts)
+        for folder in (self.folder, self.checkpoints):
+            sweep_up(folder)
+        if not (self.folder / "config.json").exists():
+            write_json(
+                self.folder / "config.json",
+                {
+                    "config": config.as_dict(),
+                    **self.facts,
+                    **provenance((*VERSIONED, "timm") if "timm" in sys.modules else VERSIONED),
+                },
+            )
+        self._wandb = start_wandb(task, config.run_id, config, self.facts)
+        self.url = address(self._wandb) if self._wandb else None
+        print(f"run {config.run_id}: {dataset.title} on {device_name}; records in {self.folder}", flush=True)
+
+    @property
+    def resumable(self) -> tuple[Path, Path]:
+        """The checkpoints from which the run can be resumed; see RESUMABLE."""
+        return self.checkpoints / RESUMABLE[0], self.checkpoints / RESUMABLE[1]
+
+    def write_history(self, history: Sequence[Mapping[str, float]]) -> None:
+        """Write history.csv whole."""
+        if distributed.is_first():
+            write_csv(self.folder / "history.csv", history)
+
+    def continue_from(self, history: Sequence[Mapping[str, float]]) -> None:
+        """Write history.csv and send W&B all its rows: the run may have been killed before it did this."""
+        self.write_history(history)
+        for row in history:
+            self._send_row(row)
+
+    def log_epoch(self, history: Sequence[Mapping[str, float]]) -> None:
+        """Write history.csv, and pass its last row on to W&B and to the terminal."""
+        self.write_history(history)
+        row = history[-1]
+        self._send_row(row)
+        tqdm.write(  # print would tear the bar
+            f"epoch {row['epoch']:3.0f}  train/loss {row['train/loss']:.4f}  "
+            + "  ".join(f"{name} {row[name]:.4f}" for name in row if name.startswith("validate/"))
+            + f"  {row['tiles_per_second']:,.0f} tiles/s  {row['seconds']:.1f} s"
+        )
+        sys.stdout.flush()
+
+    def stop(self, number: signal.Signals) -> None:
+        """End the W&B run of a training that a signal has stopped; mark it where a machine was taken away.
+
+        W&B starts a marked run of a sweep again on another machine.
+        """
+        if number == signal.SIGTERM and not (UNDER_AGENT and os.getppid() == PARENT):
+            self._send(lambda run: run.mark_preempting())
+        self._send(lambda run: run.finish(exit_code=128 + number))
+
+    def save_scores(self, **arrays: np.ndarray) -> None:
+        """Write scores.npz: logits (N, C) and targets (N,) of the scored splits; see `Trainer.test`."""
+        if not distributed.is_first():
+            return
+        with atomic_path(self.folder / "scores.npz") as temporary:
+            np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
+
+    def finish(self, history: Sequence[Mapping[str, float]], summary: Mapping[str, Any]) -> None:
+        """Draw the figures, write summary.json, delete last.pt, send the results to W&B, and print them."""
+        if not distributed.is_first():
+            return
+        figures = self._draw(history, summary)
+        names = {name: path.name for name, path in figures.items()}
+        hashes = {name: digest(path) for name, path in figures.items()}
+        drawn = {"figures": names, "figure_sha256": hashes}
+        write_json(self.folder / "summary.json", {**self.facts, "wandb": self.url, **summary, **drawn})
+        for path in (*self.resumable, self.folder / ".lock"):  # a finished run is not continued
+            path.unlink(missing_ok=True)
+        self._send(lambda run: self._send_results(run, summary, figures))
+        self._send(lambda run: run.finish())
+        for weights in ("best", "last") if "best" in summary else ():
+            auc, acc = summary[weights]["auc"], summary[weights]["acc"]
+            print(
+                f"{weights} weights (epoch {summary[weights]['epoch']}), {summary[weights]['n']:,} test tiles: "
+                f"test/auc {auc['value']:.4f} (95 % {auc['low']:.4f} to {auc['high']:.4f})  "
+                f"test/acc {acc['value']:.4f} (95 % {acc['low']:.4f} to {acc['high']:.4f})"
+            )
+        print(f"{self.title}; records in {self.folder}, figures:")
+        for path in figures.values():
+            print(f"  {path}")
+
+    def _draw(self, history: Sequence[Mapping[str, float]], summary: Mapping[str, Any]) -> dict[str, Path]:
+        from common import figures  # matplotlib: half a second that training need not wait for
+
+        paths = {}
+        for column, ylabel in AXIS_LABELS.items():
+            paths[column] = self.figures / f"{self.run_id}-{column.replace('/', '-')}.png"
+            figures.curve(
+                paths[column],
+                [row[column] for row in history],
+                ylabel=ylabel,
+                title=self.title,
+                best_epoch=int(summary["validate"]["epoch"]),
+            )
+        if "best" not in summary:
+            return paths
+        paths["test/confusion"] = self.figures / f"{self.run_id}-confusion.png"
+        figures.confusion(
+            paths["test/confusion"],
+            np.array(summary["best"]["confusion_matrix"]),
+            self.dataset.class_names,
+            title=self.title,
+        )
+        return paths
+
+    def _send_results(self, run: Any, summary: Mapping[str, Any], figures: Mapping[str, Path]) -> None:
+        import wandb
+
+        run.summary.update({name: summary[name] for name in ("test/auc", "test/acc") if name in summary})
+        names = list(self.dataset.class_names)
+        # Not under the names of the scores: there an image would replace the sweep's metric in the summary.
+        run.log({f"figures/{name.replace('/', '-')}": wandb.Image(str(path)) for name, path in figures.items()})
+        if "best" in summary:
+            matrix = summary["best"]["confusion_matrix"]
+            rows = [[name, *counts] for name, counts in zip(names, matrix, strict=True)]
+            run.log({"test/confusion": wandb.Table(columns=["true \\ predicted", *names], data=rows)})
+        if self.upload_model:
+            run.log_model(str(self.checkpoints / "best.pt"), name=self.run_id)
+
+    def _send_row(self, row: Mapping[str, float]) -> None:
+        """Send an epoch's row; W&B drops a row of a step that it has."""
+        self._send(lambda run: run.log(dict(row), step=int(row["epoch"])))
+
+    def _send(self, action: Callable[[Any], None]) -> None:
+        self._wandb = send(self._wandb, action)
+
+
+def check_startable(config: TrainingConfig, facts: Mapping[str, Any] | None = None) -> None:
+    """Raise UsageError if the run is finished, if `resume` finds no checkpoint, or if `check_record` does."""
+    where = config.output_dir, config.run_id
+    folder, checkpoints = run_folder(*where), checkpoint_folder(*where)
+    if is_finished(*where):
+        raise UsageError(f"run {config.run_id} is finished already ({folder}): use another --run_id")
+    if config.resume and not any((checkpoints / name).exists() for name in RESUMABLE):
+        raise UsageError(f"--resume: run {config.run_id} has no checkpoint in {checkpoints}")
+    if (folder / "config.json").exists():
+        check_record(config, read_json(folder / "config.json"), facts)
+
+
+def check_record(config: Config, before: Mapping[str, Any], facts: Mapping[str, Any] | None) -> None:
+    """Raise UsageError where `before`, the run's config.json, has another configuration.
+
+    With `facts`, those of this start, also where it has another task, other data, or other weights to start from.
+    """
+    if facts and before["task"] != facts["task"]:
+        raise UsageError(f"run {config.run_id} is a run of {before['task']}: use another --run_id")
+    check_same(config, before["config"])
+    if facts is None:
+        return
+    if before["data_fingerprint"] != facts["data_fingerprint"]:
+        raise UsageError(
+            f"run {config.run_id} was started on other data (its fingerprint was {before['data_fingerprint']}): "
+            "use that data or another --run_id"
+        )
+    # The source of weights may hold the version of a package, so only their content is compared.
+    old, new = (content.get("weights", {}).get("sha256") for content in (before, facts))
+    if old != new:
+        raise UsageError(
+            f"run {config.run_id} was started from other weights (their sha256 was {old}): "
+            "use those or another --run_id"
+        )
+
+
+def check_same(
+    config: Config, before: Mapping[str, Any], remedy: str = "use that one or another --run_id"
+) -> None:
+    """Raise UsageError, naming the differing keys, where the run was started with another configuration."""
+    now, before = config.identity(), public(before)
+    differing = [f"{name} was {before.get(name)}" for name in now if before.get(name) != now[name]]
+    if differing:
+        raise UsageError(
+            f"run {config.run_id} was started with another configuration ({', '.join(differing)}): {remedy}"
+        )
+
+
+def send(run: Any, action: Callable[[Any], None]) -> Any:
+    """Do something with W&B's run, if there is one. An error there ends W&B's run, never ours.
+
+    Returns the run, or None after an error.
+    """
+    if run is None:
+        return None
+    try:
+        action(run)
+    except Exception as error:  # W&B raises many types, and none of them may end a training run
+        print(f"W&B stopped ({public(first_line(error))}); the local records continue", file=sys.stderr)
+        return None
+    return run
+
+
+def wandb_mode(asked: str) -> str:
+    """Resolve `auto`: $WANDB_MODE, else online where an API key is configured, else offline."""
+    if asked != "auto":
+        return asked
+    if os.environ.get("WANDB_MODE"):
+        return os.environ["WANDB_MODE"]
+    return "online" if _has_wandb_key() else "offline"
+
+
+def _has_wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:  # where `wandb login` keeps the key
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host or "") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def start_wandb(task: str, run_id: str, config: ScriptConfig, facts: Mapping[str, Any]) -> Any:
+    """A W&B run, or None where W&B is disabled or cannot start."""
+    mode = wandb_mode(config.wandb)
+    if mode == "disabled":
+        return None
+    import wandb  # a second of import that a disabled run does not pay for
+
+    logging.raiseExceptions = False  # else W&B's log on a full disk prints a traceback for each of its lines
+    settings = wandb.Settings(
+        silent=True,
+        console="off",
+        save_code=False,
+        x_disable_meta=True,  # it holds the paths of this machine; config.json has the command and the commit
+        x_disable_stats=os.environ.get("WANDB_X_DISABLE_STATS", "true").lower() != "false",
+        init_timeout=WANDB_PATIENCE,
+        finish_timeout=WANDB_PATIENCE,
+        finish_timeout_raises=False,
+    )
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    project = os.environ.get("WANDB_PROJECT") or WANDB_PROJECT
+    for attempt in (mode, "offline"):
+        try:
+            run = wandb.init(
+                project=project,
+                id=run_id,
+                group=os.environ.get("WANDB_RUN_GROUP") or group(task, config),
+                job_type=task,
+                config={**config.as_dict(), "facts": public(facts)},
+                dir=str(config.output_dir),
+                mode=attempt,  # type: ignore[arg-type]
+                resume="allow",
+                settings=settings,
+            )
+        except Exception as error:  # W&B raises many types, and none of them may end a training run
+            print(f"W&B {attempt} failed ({public(first_line(error))})", file=sys.stderr)
+            wandb.teardown()  # else its service holds the run's id, and the second attempt is refused
+            continue
+        run.define_metric("*", step_metric="epoch")
+        print(public(f"W&B: {attempt}, project {project}, run {address(run) or run.dir}"))
+        return run
+    return None
+
+
+def address(run: Any) -> str | None:
+    """The address of W&B's run; None offline, where W&B would print a warning if it were asked."""
+    return None if run.offline else public(run.url)
+
+
+def group(task: str, config: ScriptConfig) -> str:
+    """The W&B group of a run: runs that differ in the seed alone share it."""
+    same = {name: value for name, value in config.identity().items() if name not in ("seed", "run_id")}
+    return f"{task}-{hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:8]}"
+
+
+def provenance(packages: Sequence[str]) -> dict[str, Any]:
+    """Where a record comes from: command, commit, time, Python, platform and the packages' versions."""
+    return {
+        "command": shlex.join([*program(), *sys.argv[1:]]),
+        "commit": _commit(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def _commit() -> str | None:
+    """The repository's commit, with `-dirty` where tracked code differs from it; None outside a checkout.
+
+    Records, figures and tables may differ: the files that one run writes do not make the next run's commit dirty.
+    """
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(REPOSITORY), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", *CODE)
+        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,100 @@
+"""Score a split: the logits of every tile, and the measures that follow from them."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import distributed
+from common.data.batches import Tiles, batches
+from common.errors import Untrainable
+from common.progress import progress_bar
+from common.training import metrics
+from common.training.device import Compute
+
+EVALUATION_BATCH = 512
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The logits (N, C), float32 or rounded to float16, and the targets (N,) int64 of a split, in its order."""
+
+    logits: np.ndarray
+    targets: np.ndarray
+
+    def rounded(self) -> "Evaluation":
+        """The same as scores.npz keeps it: the logits are log-probabilities in float16, three digits of each.
+
+        This halves the file. A tile whose two best classes are equal in three digits may change its class.
+        """
+        logarithms = torch.from_numpy(self.logits).double().log_softmax(1)
+        lowest = float(np.finfo(np.float16).min)
+        return Evaluation(logarithms.clamp(min=lowest).numpy().astype(np.float16), self.targets)
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """Softmax of the logits, (N, C) float64."""
+        return metrics.softmax(self.logits)
+
+    def summary(self, split: str) -> dict[str, float]:
+        """Loss (mean cross-entropy), AUC and ACC under the coursework's keys, such as `validate/auc`."""
+        loss = F.cross_entropy(torch.from_numpy(self.logits).float(), torch.from_numpy(self.targets)).item()
+        probabilities = self.probabilities
+        return {
+            f"{split}/loss": loss,
+            f"{split}/auc": metrics.auc(probabilities, self.targets),
+            f"{split}/acc": metrics.accuracy(probabilities, self.targets),
+            f"{split}/balanced_acc": metrics.balanced_accuracy(probabilities, self.targets),
+        }
+
+    def described(self, class_names: tuple[str, ...]) -> dict[str, Any]:
+        """All measures of the test split, AUC and ACC with their intervals, ready for JSON."""
+        probabilities, targets = self.probabilities, self.targets
+        per_class = metrics.auc_per_class(probabilities, targets)
+        return {
+            "n": len(targets),
+            "auc": vars(metrics.auc_estimate(probabilities, targets)),
+            "acc": vars(metrics.accuracy_estimate(probabilities, targets)),
+            "balanced_acc": vars(metrics.balanced_accuracy_estimate(probabilities, targets)),
+            "expected_calibration_error": metrics.expected_calibration_error(probabilities, targets),
+            "auc_per_class": {
+                name: None if math.isnan(value) else value
+                for name, value in zip(class_names, per_class.tolist(), strict=True)
+            },
+            "confusion_matrix": metrics.confusion_matrix(probabilities, targets).tolist(),
+        }
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, tiles: Tiles, compute: Compute, tta: bool = False) -> Evaluation:
+    """The logits of every tile, in order; the model is put into eval mode.
+
+    With `tta` the logits are the logarithm of the mean probability over the 8 dihedral views of the tile.
+    Several processes share the work, and each of them gets all logits. Raises Untrainable where a logit is not
+    finite.
+    """
+    model.eval()
+    logits, targets = [], []
+    share = distributed.share(torch.arange(len(tiles), device=tiles.index_device))
+    with progress_bar("evaluate", len(share)) as bar:
+        for places in batches(len(share), EVALUATION_BATCH, tiles.index_device):
+            batch = share[places]
+            with compute.autocast():
+                if tta:
+                    inputs, labels = tiles.views(batch)
+                    views = [model(view).float().log_softmax(1) for view in inputs]
+                    logits.append(torch.stack(views).logsumexp(0) - math.log(len(views)))
+                else:
+                    images, labels = tiles.inputs(batch)
+                    logits.append(model(images).float())
+            targets.append(labels)
+            bar.update(len(batch))
+    scores = distributed.gathered(torch.cat(logits), len(tiles))
+    if not scores.isfinite().all():
+        raise Untrainable("the network's outputs are no longer finite; start a new run with a lower --lr")
+    labels = distributed.gathered(torch.cat(targets), len(tiles))
+    return Evaluation(scores.cpu().numpy(), labels.cpu().numpy())

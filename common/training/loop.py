@@ -1,0 +1,416 @@
+"""The one training loop: train an epoch, validate, keep the best weights; at the end score the test split."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from common import distributed
+from common.config import TrainingConfig
+from common.data.batches import Splits, Tiles, batches
+from common.errors import Fault, Stopped, Untrainable, UsageError
+from common.interruption import Interruption
+from common.progress import end_time, no_bar, progress_bar
+from common.records import checkpoint
+from common.records.read import history_problem
+from common.records.run import Run, check_same
+from common.statistics import counted
+from common.training import metrics
+from common.training.averaging import ExponentialMovingAverage, reestimate_batchnorm
+from common.training.device import Compute
+from common.training.evaluation import EVALUATION_BATCH, Evaluation, evaluate
+from common.training.loss import cross_entropy, mix
+from common.training.selection import best_epoch, reason_to_stop
+
+BATCHNORM_TILES = 2048  # enough for an error of a few percent, in a small part of an epoch's time
+
+
+def derived_seed(seed: int, epoch: int, purpose: str) -> int:
+    """A different seed for each epoch and purpose, so that a run can be resumed at any epoch."""
+    entropy = [seed, epoch, *purpose.encode()]
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def generator(seed: int, epoch: int, purpose: str) -> torch.Generator:
+    """A CPU generator seeded by `derived_seed`: a GPU run shuffles and augments as a CPU run does."""
+    return torch.Generator().manual_seed(derived_seed(seed, epoch, purpose))
+
+
+def learning_rate_factor(step: int, steps_per_epoch: int, config: TrainingConfig) -> float:
+    """The factor of lr at `step`: a linear warm-up to 1, then half a cosine to `lr_min` at the last step.
+
+    Warm-up after Goyal et al. 2017, cosine after Loshchilov & Hutter 2017, both by the step.
+    """
+    warmup = config.lr_warmup_epochs * steps_per_epoch
+    if step < warmup:
+        return config.lr_warmup_decay + (1 - config.lr_warmup_decay) * step / warmup
+    progress = (step - warmup) / max(1, config.n_epochs * steps_per_epoch - 1 - warmup)
+    return config.lr_min + (1 - config.lr_min) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def build_optimizer(
+    model: nn.Module, config: TrainingConfig, lr_factors: Mapping[str, float] | None = None
+) -> torch.optim.Optimizer:
+    """The fused optimiser that the configuration names, over every trainable parameter.
+
+    Parameters of one dimension (of norm layers, and biases) are a separate group with `norm_weight_decay`.
+    `lr_factors` multiply the learning rate of the parameters that they name; each factor has its groups.
+    """
+    norm_decay = config.weight_decay if config.norm_weight_decay is None else config.norm_weight_decay
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    factors = {name: (lr_factors or {}).get(name, 1.0) for name, _ in trainable}
+    groups = []
+    for factor in dict.fromkeys(factors.values()):
+        members = [parameter for name, parameter in trainable if factors[name] == factor]
+        shared = {} if factor == 1 else {"lr_factor": factor}
+        groups += [
+            {"params": [p for p in members if p.ndim > 1], "weight_decay": config.weight_decay, **shared},
+            {"params": [p for p in members if p.ndim <= 1], "weight_decay": norm_decay, **shared},
+        ]
+    optimizers: dict[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    optimizer: torch.optim.Optimizer
+    optimizer = optimizers[config.optimizer](groups, lr=config.lr, amsgrad=config.amsgrad, fused=True)
+    return optimizer
+
+
+class Trainer:
+    """One network in training, with everything that training changes and that a checkpoint must hold.
+
+    `model` is the network that steps change. `evaluated` is the network that is validated and tested: the moving
+    average (EMA) of `model` where the configuration asks for one, else `model` itself. `history` has one row for
+    each finished epoch, with the columns of history.csv.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        splits: Splits,
+        config: TrainingConfig,
+        compute: Compute,
+        run: Run,
+        *,
+        lr_factors: Mapping[str, float] | None = None,
+        before_epoch: Callable[[nn.Module, int], None] | None = None,
+    ) -> None:
+        """Move the model to the device, build its optimiser, and load the run's last checkpoint if there is one.
+
+        `lr_factors` are those of `build_optimizer`. `before_epoch` is called with the network, and again with its
+        average, and the number of the epoch that is about to start. Raises Fault where there are checkpoints and
+        none can be read, UsageError where they are of another configuration.
+        """
+        self.splits, self.config, self.compute, self.run = splits, config, compute, run
+        model.to(compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = distributed.synchronised(model, compute.device)
+        self.optimizer = build_optimizer(self.model, config, lr_factors)
+        self.steps_per_epoch = len(self.batches())
+        n_steps, decay = config.n_epochs * self.steps_per_epoch, config.ema_decay
+        self.average = ExponentialMovingAverage(self.model, decay, n_steps) if decay else None
+        self.evaluated = self.average.model if self.average else self.model
+        self.before_epoch = before_epoch
+        self.interruption = Interruption()
+        self.history: list[dict[str, float]] = []
+        self.begun: Mapping[str, Any] | None = None  # the `epoch_state` of an epoch that was stopped
+        self.epoch_started = time.perf_counter()
+        self.run_bar = no_bar()
+        self.restore()
+        self.parallel = distributed.parallel(self.model, changing=before_epoch is not None)
+
+    @property
+    def end_reason(self) -> str:
+        """Why training ended, or an empty string where it is not over."""
+        return reason_to_stop(self.history, self.config)
+
+    @property
+    def best_epoch(self) -> int:
+        """The number of the best epoch so far."""
+        return best_epoch(self.history, self.config.select_on)
+
+    def fit(self) -> None:
+        """Train until there is a reason to stop; the best weights are then in best.pt.
+
+        After each epoch last.pt, best.pt (if this epoch is the best so far) and history.csv are written whole: a
+        kill loses the epoch in progress and no more. The former last.pt stays as previous.pt, in case last.pt is
+        damaged. Ctrl-C and SIGTERM lose nothing: the step in progress ends, last.pt is written, and Stopped is
+        raised. Raises Untrainable where the loss or the network's outputs are not finite.
+        """
+        n_tiles = len(self.splits.train)
+        total, done = self.config.n_epochs * n_tiles, len(self.history) * n_tiles
+        with self.interruption, progress_bar(f"run {self.run.run_id}", total, done) as self.run_bar:
+            while not self.end_reason:
+                epoch = len(self.history) + 1
+                self.history.append(self.train_and_validate(epoch))
+                self.save_last()
+                if self.best_epoch == epoch:
+                    self.save_best()
+                self.run.log_epoch(self.history)
+                if distributed.any_of_all(self.interruption.came is not None):
+                    raise self.interrupted(f"after epoch {epoch}")
+        print(f"training ended: {self.end_reason}; best epoch {self.best_epoch} by {self.config.select_on}")
+
+    def train_and_validate(self, epoch: int) -> dict[str, float]:
+        """Train one epoch and validate; returns the epoch's row of the history. Raises what `fit` does."""
+        self.epoch_started = time.perf_counter() - (self.begun["seconds"] if self.begun else 0.0)
+        if self.before_epoch:
+            for network in {self.model, self.evaluated}:
+                self.before_epoch(network, epoch)
+        loss = self.train_epoch(epoch)
+        seconds = time.perf_counter() - self.epoch_started
+        distributed.same_buffers(self.model)
+        if self.average or self.config.reestimate_batchnorm:
+            with self.compute.autocast():
+                reestimate_batchnorm(self.evaluated, self.clean_inputs())
+        row = {
+            "epoch": epoch,
+            "train/loss": loss,
+            **evaluate(self.evaluated, self.splits.val, self.compute).summary("validate"),
+            "lr": max(group["lr"] for group in self.optimizer.param_groups),
+            "tiles_per_second": len(self.splits.train) / seconds,
+            "seconds": time.perf_counter() - self.epoch_started,
+        }
+        first: dict[str, float] = distributed.of_all(row)[0]  # each process has measured other seconds
+        return first
+
+    def train_epoch(self, epoch: int) -> float:
+        """Pass once over the training tiles; returns the mean loss of a tile. `epoch` counts from 1.
+
+        An epoch that was stopped is continued after its last step. Each process trains on its share of a batch
+        with its own random stream; the gradients are those of the whole batch.
+
+        The loss is read once a second and at the end, because a GPU waits while a value is read. Raises
+        Untrainable where the loss is not finite. Ctrl-C or SIGTERM in any process ends the epoch after the step:
+        last.pt is written and Stopped is raised.
+        """
+        config, tiles = self.config, self.splits.train
+        self.parallel.train()
+        process = f"-{distributed.rank()}" if distributed.rank() else ""
+        draws = generator(config.seed, epoch, f"augment{process}")
+        torch.manual_seed(derived_seed(config.seed, epoch, f"dropout{process}"))
+        order = self.batches(generator(config.seed, epoch, "shuffle"))
+        done, total = self.continue_epoch(draws)
+        tiles_done = sum(map(len, order[:done]))
+        seen = sum(len(distributed.share(batch)) for batch in order[:done])  # by this process, as `total` is
+        self.run_bar.update(tiles_done)
+        read = time.monotonic()
+        with progress_bar(f"epoch {epoch}/{config.n_epochs}", len(tiles), tiles_done) as bar:
+            for number, batch in enumerate(order[done:], start=done + 1):
+                step = (epoch - 1) * self.steps_per_epoch + number - 1
+                self.set_learning_rate(step)
+                share = distributed.share(batch)
+                inputs, labels = tiles.inputs(share, draws)
+                mixed = mix(inputs, draws, config.mixup_alpha, config.cutmix_alpha)
+                with self.compute.autocast():
+                    loss = cross_entropy(self.parallel(mixed.inputs), labels, mixed, config.label_smoothing)
+                self.optimizer.zero_grad(set_to_none=True)
+                distributed.weighted(loss, share, batch).backward()  # type: ignore[no-untyped-call]
+                self.optimizer.step()
+                if self.average:
+                    self.average.update(self.model, step)
+                total += loss.detach() * len(share)
+                seen += len(share)
+                bar.update(len(batch))
+                self.run_bar.update(len(batch))
+                if time.monotonic() - read > 1:
+                    bar.set_postfix(loss=f"{read_loss(total, epoch) / seen:.3f}")
+                    if not self.run_bar.disable:
+                        self.run_bar.set_postfix(ends=end_time(self.run_bar))
+                    read = time.monotonic()
+                if distributed.any_of_all(self.interruption.came is not None):
+                    read_loss(distributed.total(total.clone()), epoch)
+                    self.save_last(self.epoch_state(number, total, draws))
+                    raise self.interrupted(f"after epoch {epoch - 1} and {counted(number, 'step')}")
+        return read_loss(distributed.total(total), epoch) / len(tiles)
+
+    def interrupted(self, where: str) -> Stopped:
+        """End the W&B run; returns the error to raise when everything is saved."""
+        stopped = self.interruption.error(f"run {self.run.run_id} is saved {where}")
+        self.run.stop(stopped.number)
+        return stopped
+
+    def test(self) -> dict[str, Any]:
+        """Score the test tiles, unless `test` is off, with the last weights and the best ones; write scores.npz.
+
+        Call it once, after `fit`. The best weights also score the validation tiles, plain and under each shift of
+        common/data/shift.py; afterwards `evaluated` has the best weights. Returns the content of summary.json
+        without the facts that `Run` adds. Every score of the test tiles can be computed again from scores.npz,
+        which has log-probabilities (N, C) float16, targets (N,) uint8, and for each shift the predicted classes
+        (N,) uint8.
+        Raises Fault where best.pt cannot be read or is not of the history's best epoch, and Untrainable where
+        an output is not finite.
+        """
+        started = time.perf_counter()
+
+        def score(tiles: Tiles, tta: bool = False) -> Evaluation:
+            return evaluate(self.evaluated, tiles, self.compute, tta).rounded()
+
+        test = self.splits.test() if self.config.test else None
+        scores = {"last": score(test)} if test else {}
+        self.load_best()
+        if test:
+            scores["best"] = score(test)
+        if test and self.config.tta:
+            scores["tta"] = score(test, tta=True)
+        validation = score(self.splits.val)
+        foreign = {name: score(tiles) for name, tiles in self.splits.shifted()}
+        self.run.save_scores(
+            **{f"{name}_logits": evaluation.logits for name, evaluation in scores.items()},
+            **({"targets": scores["best"].targets.astype(np.uint8)} if test else {}),
+            validate_logits=validation.logits,
+            validate_targets=validation.targets.astype(np.uint8),
+            **{f"shifted_{name}": one.logits.argmax(1).astype(np.uint8) for name, one in foreign.items()},
+        )
+        epochs = {"best": self.best_epoch, "tta": self.best_epoch, "last": len(self.history)}
+        described = {
+            name: {"epoch": epochs[name], **evaluation.described(self.run.dataset.class_names)}
+            for name, evaluation in scores.items()
+        }
+        shifted_acc = {name: metrics.accuracy(one.probabilities, one.targets) for name, one in foreign.items()}
+        return {
+            **({f"test/{name}": described["best"][name]["value"] for name in ("auc", "acc")} if test else {}),
+            **described,
+            "validate": self.history[self.best_epoch - 1],
+            "validate/shifted_acc": fmean(shifted_acc.values()),
+            "shifted": shifted_acc,
+            "select_on": self.config.select_on,
+            "stopped": self.end_reason,
+            "wall_seconds": sum(row["seconds"] for row in self.history) + time.perf_counter() - started,
+        }
+
+    def batches(self, shuffle: torch.Generator | None = None) -> list[torch.Tensor]:
+        """The indices of the training tiles, batch by batch; see `common.data.batches.batches`."""
+        tiles = self.splits.train
+        return batches(len(tiles), self.config.batch_size, tiles.index_device, shuffle)
+
+    def set_learning_rate(self, step: int) -> None:
+        """Set the learning rate of every group to that of `step`, which counts from 0 over the whole run."""
+        factor = learning_rate_factor(step, self.steps_per_epoch, self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * group.get("lr_factor", 1.0) * factor
+
+    def clean_inputs(self) -> Iterator[torch.Tensor]:
+        """Tiles to measure BatchNorm's statistics on: random training tiles, the same each time, not augmented."""
+        tiles = self.splits.train
+        order = torch.randperm(len(tiles), generator=generator(self.config.seed, 0, "batchnorm"))[:BATCHNORM_TILES]
+        for places in batches(len(order), EVALUATION_BATCH, order.device):
+            inputs, _ = tiles.inputs(order[places].to(tiles.index_device))
+            yield inputs
+
+    def save_best(self) -> None:
+        """Write best.pt: the evaluated weights, and what a reader must know to use them."""
+        if not distributed.is_first():
+            return
+        dataset = self.run.dataset
+        content = {
+            "state_dict": self.evaluated.state_dict(),
+            "epoch": len(self.history),
+            "history": self.history,  # so that these weights are never taken for those of another training
+            "model_name": self.config.model_name,
+            "class_names": list(dataset.class_names),
+            "dataset": dataset.title,
+            "size": dataset.size,
+            "config": self.config.as_dict(),
+        }
+        checkpoint.save(self.run.checkpoints / "best.pt", content)
+
+    def load_best(self) -> None:
+        """Load best.pt into `evaluated`; Fault where it cannot be read or is not of the history's best epoch."""
+        path = self.run.checkpoints / "best.pt"
+        saved = checkpoint.load(path)
+        if saved.get("history") != self.history[: self.best_epoch]:
+            raise Fault(f"{path}: not the weights of epoch {self.best_epoch}; train again with another --run_id")
+        if problem := checkpoint.state_problem(saved.get("state_dict"), self.evaluated.state_dict()):
+            raise Fault(f"{path}: {problem}; train again with another --run_id")
+        self.evaluated.load_state_dict(saved["state_dict"])
+
+    def save_last(self, begun: Mapping[str, Any] | None = None) -> None:
+        """Write last.pt, to resume the training from; `begun` is the `epoch_state` of an epoch in progress."""
+        if not distributed.is_first():
+            return
+        content = {
+            "state_dict": self.model.state_dict(),
+            "evaluated_state_dict": self.evaluated.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "history": self.history,
+            "begun": begun,
+            "config": self.config.as_dict(),
+        }
+        last, previous = self.run.resumable
+        checkpoint.save(last, content, previous)
+
+    def restore(self) -> None:
+        """Load the run's last checkpoint, if there is one; raises what the constructor does."""
+        newest = checkpoint.load_newest(*self.run.resumable)
+        if newest is None:
+            return
+        path, saved = newest
+        before = saved.get("config")
+        if isinstance(before, Mapping):
+            check_same(self.config, before)
+        problem = (
+            history_problem(saved.get("history"))
+            or checkpoint.state_problem(saved.get("state_dict"), self.model.state_dict())
+            or checkpoint.state_problem(saved.get("evaluated_state_dict"), self.evaluated.state_dict())
+            or checkpoint.optimizer_problem(saved.get("optimizer"), self.optimizer)
+            or checkpoint.begun_problem(saved.get("begun"), self.steps_per_epoch)
+        )
+        if problem or not isinstance(before, Mapping):
+            raise Fault(
+                f"{path}: the run cannot be continued from this checkpoint ({problem or 'no configuration'}); "
+                "train again with another --run_id"
+            )
+        self.model.load_state_dict(saved["state_dict"])
+        self.evaluated.load_state_dict(saved["evaluated_state_dict"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.history, self.begun = saved["history"], saved["begun"]
+        if self.begun and len(self.begun["processes"]) != distributed.world_size():
+            raise UsageError(
+                f"run {self.run.run_id} was stopped within an epoch; its number of processes was "
+                f"{len(self.begun['processes'])}: continue it with the same number"
+            )
+        device = "cuda" if self.begun and "cuda" in self.begun["processes"][0] else "cpu"
+        if self.begun and device != self.compute.device.type:
+            raise UsageError(
+                f"run {self.run.run_id} was stopped within an epoch on another kind of device: continue it with "
+                f"--device {device}"
+            )
+        steps = f" and {counted(self.begun['steps'], 'step')}" if self.begun else ""
+        print(f"continuing run {self.run.run_id} after epoch {len(self.history)}{steps}")
+        if self.history:  # a kill may have come after last.pt and before the other two
+            if self.best_epoch == len(self.history) and not self.begun:
+                self.save_best()
+            self.run.continue_from(self.history)
+
+    def epoch_state(self, steps: int, total: torch.Tensor, draws: torch.Generator) -> dict[str, Any]:
+        """An epoch in progress: finished steps, seconds, and each process's sum of losses and random streams."""
+        process = {"total": total.cpu(), "augment": draws.get_state(), "cpu": torch.get_rng_state()}
+        if self.compute.device.type == "cuda":
+            process["cuda"] = torch.cuda.get_rng_state(self.compute.device)
+        seconds = time.perf_counter() - self.epoch_started
+        return {"steps": steps, "seconds": seconds, "processes": distributed.of_all(process)}
+
+    def continue_epoch(self, draws: torch.Generator) -> tuple[int, torch.Tensor]:
+        """The finished steps and the sum of losses () of an epoch that was stopped, or two zeros.
+
+        `draws` and PyTorch's generators are set to where that epoch left them.
+        """
+        begun, self.begun = self.begun, None
+        if begun is None:
+            return 0, torch.zeros((), device=self.compute.device)
+        process = begun["processes"][distributed.rank()]
+        draws.set_state(process["augment"])
+        torch.set_rng_state(process["cpu"])
+        if "cuda" in process:
+            torch.cuda.set_rng_state(process["cuda"], self.compute.device)
+        return begun["steps"], process["total"].to(self.compute.device)
+
+
+def read_loss(total: torch.Tensor, epoch: int) -> float:
+    """An epoch's sum of losses () as a number; raises Untrainable where it is not finite."""
+    loss = float(total)
+    if not math.isfinite(loss):
+        raise Untrainable(f"the loss became {loss} in epoch {epoch}; start a new run with a lower --lr")
+    return loss

@@ -1,0 +1,67 @@
+"""The networks: torchvision's classification models by name, timm's as `timm:NAME`, for tiles of any size."""
+
+import importlib.util
+from functools import cache
+
+import torch
+from torch import nn
+
+from common.errors import UsageError, closest, first_line, is_out_of_memory
+from common.training.convolutions import use_small_map_convolutions
+
+TIMM = "timm:"  # the names of timm's networks begin with it
+
+
+@cache
+def model_names() -> list[str]:
+    """Torchvision's classification models without the quantised ones."""
+    from torchvision import models
+
+    return list(models.list_models(module=models))
+
+
+def check_model_name(name: str) -> str | None:
+    """The problem with a name for `build_model`, or None."""
+    library, names = "torchvision", model_names()
+    if name.startswith(TIMM):
+        if importlib.util.find_spec("timm") is None:
+            return "needs the package timm; python -m pip install timm"
+        import timm  # takes seconds, and torchvision's networks do not need it
+
+        library, names = "timm", [f"{TIMM}{known}" for known in timm.list_models()]
+    return None if name in names else f"{library} has no classification model of this name{closest(name, names)}"
+
+
+def build_model(model_name: str, num_classes: int, size: int) -> nn.Module:
+    """A network for inputs of `size` pixels; its random weights come from torch's global generator.
+
+    It takes (N, 3, size, size) float32 and returns logits (N, num_classes). Raises UsageError where the network
+    cannot take inputs of this size.
+    """
+    from torchvision import models
+
+    options: dict[str, object] = {}
+    if model_name in ("googlenet", "inception_v3"):
+        # Their auxiliary heads need tiles of 224 or 299 pixels.
+        options = {"aux_logits": False, "init_weights": True}
+    elif model_name.startswith("vit_"):
+        # Its position embeddings have one size.
+        options = {"image_size": size}
+    try:
+        model: nn.Module
+        if model_name.startswith(TIMM):
+            import timm
+
+            model = timm.create_model(model_name.removeprefix(TIMM), num_classes=num_classes)
+        else:
+            model = models.get_model(model_name, weights=None, num_classes=num_classes, **options)
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, size, size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise UsageError(
+            f"--model_name {model_name} cannot take inputs of {size} pixels ({first_line(error)}): "
+            "choose a larger --input_size, or another model"
+        ) from error
+    return use_small_map_convolutions(model).train()

@@ -1,0 +1,347 @@
+"""The attribution methods and their checks, on networks for which the right answer is known."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from common.explain import checks
+from common.explain.checks import (
+    FRACTIONS,
+    SENSITIVITY_RADIUS,
+    area,
+    blurred,
+    check_methods,
+    control_maps,
+    infidelity,
+    judge,
+    max_sensitivity,
+    mean_estimate,
+    randomised,
+    rank_correlation,
+    removal,
+    removal_report,
+    tile_correlation,
+)
+from common.explain.maps import METHODS, Method, convergence_error, edge_map
+from common.explain.stages import stages
+from common.training.models import build_model
+
+SIZE = 28
+
+
+class Corner(nn.Module):
+    """Class 1's logit is the darkness of the 7x7 corner at the top left; class 0's is always 0."""
+
+    def __init__(self, scale: float = 5.0) -> None:
+        super().__init__()
+        self.scale = scale
+        self.unchanged = nn.Conv2d(3, 3, 1, bias=False)  # Grad-CAM's layer
+        nn.init.eye_(self.unchanged.weight[:, :, 0, 0])
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        darkness = 1 - self.unchanged(inputs)[:, :, :7, :7].mean((1, 2, 3))
+        return torch.stack([torch.zeros_like(darkness), self.scale * darkness - self.scale / 2], 1)
+
+
+@pytest.fixture
+def corner() -> nn.Module:
+    return Corner().eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def resnet() -> nn.Module:
+    torch.manual_seed(0)
+    return build_model("resnet18", 9, SIZE).eval().requires_grad_(False)
+
+
+def tiles(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def dark_corner(count: int) -> torch.Tensor:
+    """Mid-grey noise with a nearly black corner."""
+    inputs = tiles(count) * 0.2
+    inputs[:, :, :7, :7] -= 0.7
+    return inputs
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_map_has_the_tile_s_shape_a_known_range_and_does_not_depend_on_the_batch(
+    name: str, resnet: nn.Module
+) -> None:
+    inputs, targets = tiles(4), torch.tensor([0, 3, 5, 8])
+    maps = METHODS[name].maps(resnet, inputs, targets, 0)
+    assert maps.shape == (4, SIZE, SIZE)
+    assert maps.dtype == torch.float32
+    assert maps.isfinite().all()
+    assert maps.abs().amax((1, 2)).min() > 0
+    assert (maps.min() < 0) == METHODS[name].signed
+    alone = METHODS[name].maps(resnet, inputs[2:3], targets[2:3], 0)
+    assert (alone - maps[2:3]).abs().max() < 1e-3 * maps[2].abs().max()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_network_in_train_mode_is_refused(name: str, resnet: nn.Module) -> None:
+    with pytest.raises(ValueError, match="eval mode"):
+        METHODS[name].maps(copy.deepcopy(resnet).train(), tiles(2), torch.tensor([0, 1]), 0)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "grad_cam"])
+def test_a_map_is_high_at_the_pixels_that_the_logit_depends_on(name: str, corner: nn.Module) -> None:
+    maps = METHODS[name].maps(corner, dark_corner(3), torch.ones(3, dtype=torch.int64), 0).abs()
+    inside = maps[:, :7, :7].sum((1, 2)) / maps.sum((1, 2))
+    assert inside.min() > (0.5 if name == "occlusion" else 0.999)  # occlusion's squares overlap the border
+
+
+def test_grad_cam_is_high_at_the_right_place_in_the_layer(corner: nn.Module) -> None:
+    # With a negative scale, a bright corner speaks for class 1.
+    bright = -dark_corner(2)
+    network = Corner(-5.0).eval()
+    maps = METHODS["grad_cam"].maps(network, bright, torch.ones(2, dtype=torch.int64), 0)
+    assert maps[:, :7, :7].mean() > 3 * maps[:, 7:, 7:].mean()
+
+
+def test_the_target_decides_the_map(resnet: nn.Module) -> None:
+    for name, method in METHODS.items():
+        first, second = (method.maps(resnet, tiles(1), torch.tensor([label]), 0) for label in (0, 1))
+        assert not torch.allclose(first, second), name
+
+
+def test_smoothgrad_depends_on_its_seed_and_not_on_the_global_random_generator(resnet: nn.Module) -> None:
+    targets = torch.tensor([0, 1])
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    maps = [METHODS["smoothgrad"].maps(resnet, tiles(2), targets, seed) for seed in (0, 0, 1)]
+    assert torch.equal(torch.rand(1), expected)
+    assert torch.equal(maps[0], maps[1])
+    assert not torch.allclose(maps[0], maps[2])
+
+
+def test_integrated_gradients_add_up_to_the_logit_s_difference(corner: nn.Module) -> None:
+    inputs = dark_corner(3)
+    targets = torch.ones(3, dtype=torch.int64)
+    maps = METHODS["integrated_gradients"].maps(corner, inputs, targets, 0)
+    difference = corner(inputs)[:, 1] - corner(torch.ones_like(inputs))[:, 1]
+    torch.testing.assert_close(maps.sum((1, 2)), difference, rtol=1e-4, atol=1e-4)
+    assert convergence_error(corner, inputs, targets).max() < 1e-4
+
+
+def test_the_convergence_error_is_a_share_of_the_difference(resnet: nn.Module) -> None:
+    inputs, targets = tiles(3), torch.tensor([0, 1, 2])
+    maps, error = (
+        METHODS["integrated_gradients"].maps(resnet, inputs, targets, 0),
+        convergence_error(resnet, inputs, targets),
+    )
+    both = [resnet(images).gather(1, targets[:, None])[:, 0] for images in (inputs, torch.ones_like(inputs))]
+    difference = both[0] - both[1]
+    torch.testing.assert_close(error, ((maps.sum((1, 2)) - difference) / difference).abs(), rtol=1e-2, atol=1e-4)
+
+
+def test_a_white_tile_has_no_convergence_error(corner: nn.Module) -> None:
+    white = torch.ones(2, 3, SIZE, SIZE)  # the baseline: the logit does not change
+    assert convergence_error(corner, white, torch.ones(2, dtype=torch.int64)).tolist() == [0, 0]
+
+
+def test_edges_are_sobel_s() -> None:
+    step = torch.full((1, 3, SIZE, SIZE), -1.0)
+    step[..., 14:] = 1.0
+    edges = edge_map(step)[0]
+    assert edges[:, 13:15].min() == 8  # 1 + 2 + 1 times the step of 2
+    assert edges[:, :13].max() == 0 == edges[:, 15:].max()
+
+
+def test_rank_correlation_is_spearman_s_of_absolute_values() -> None:
+    from scipy.stats import spearmanr
+
+    first, second = tiles(4)[:, 0], tiles(4, seed=1)[:, 0]
+    second[0] = -first[0]
+    second[3] = 0.5
+    pairs = zip(first[:3].abs().flatten(1), second[:3].abs().flatten(1), strict=True)
+    expected = [spearmanr(*pair).statistic for pair in pairs]
+    got = rank_correlation(first, second)
+    np.testing.assert_allclose(got[:3], expected, atol=1e-9)
+    assert got[0] == pytest.approx(1)
+    assert got[3] == 0  # a constant map has no order
+
+
+def test_randomisation_cascades_from_the_last_layer_to_the_first(resnet: nn.Module) -> None:
+    torch.manual_seed(1)
+    fresh = build_model("resnet18", 9, SIZE)
+    learnt = copy.deepcopy(resnet)
+    with torch.no_grad():  # otherwise the BatchNorm layers would be equal in both
+        for value in learnt.state_dict().values():
+            value.add_(1)
+    networks = randomised(learnt, fresh, tiles(1))
+    order = ["fc", "layer4", "layer3", "layer2", "layer1", "conv1"]
+    assert len(networks) == len(order)
+    trained, untrained = learnt.state_dict(), fresh.state_dict()
+    for number, network in enumerate(networks.values(), start=1):
+        assert not network.training
+        random_stages = order[:number]
+        for name, value in network.state_dict().items():
+            stage = {"bn1": "conv1"}.get(name.split(".")[0], name.split(".")[0])
+            assert torch.equal(value, (untrained if stage in random_stages else trained)[name]), name
+
+
+def test_removal_follows_the_map_and_ends_at_the_blurred_tile(corner: nn.Module) -> None:
+    inputs, targets = dark_corner(4), torch.ones(4, dtype=torch.int64)
+    inside = torch.zeros(4, SIZE, SIZE)
+    inside[:, :7, :7] = 1
+    good, bad = (removal(corner, inputs, targets, maps, 0) for maps in (inside, -inside))
+    probabilities = [corner(images).softmax(1)[:, 1].double().numpy() for images in (inputs, blurred(inputs))]
+    for order in (good, bad):
+        np.testing.assert_allclose(order["deletion"][:, [0, -1]].T, probabilities, rtol=1e-6)
+        np.testing.assert_allclose(order["insertion"][:, [-1, 0]].T, probabilities, rtol=1e-6)
+    tenth = FRACTIONS.index(0.1)  # the corner is a sixteenth of the tile
+    np.testing.assert_allclose(good["deletion"][:, tenth], good["deletion"][:, -1], rtol=1e-6)
+    np.testing.assert_allclose(bad["deletion"][:, tenth], bad["deletion"][:, 0], rtol=1e-6)
+    assert (area(good["deletion"]) < area(bad["deletion"])).all()
+    assert (area(good["insertion"]) > area(bad["insertion"])).all()
+
+
+def test_areas_are_the_trapezoid_s() -> None:
+    falling = np.array([1 - share for share in FRACTIONS])
+    assert area(np.stack([falling, 1 - falling / 2])) == pytest.approx([0.5, 0.75])
+
+
+def test_equal_values_are_removed_in_random_order(corner: nn.Module) -> None:
+    inputs, targets = dark_corner(1), torch.ones(1, dtype=torch.int64)
+    flat = removal(corner, inputs, targets, torch.zeros(1, SIZE, SIZE), 0)
+    start, half, end = flat["deletion"][0, [0, FRACTIONS.index(0.5), -1]]
+    assert 0.2 < (half - end) / (start - end) < 0.95  # row by row, the whole corner would already be blurred
+
+
+def test_infidelity_is_lowest_for_the_map_that_predicts_the_fall(corner: nn.Module) -> None:
+    inputs, targets = dark_corner(4), torch.ones(4, dtype=torch.int64)
+    true_effect = (corner.scale / 147) * (blurred(inputs) - inputs).sum(1)
+    true_effect[:, 7:] = 0
+    true_effect[:, :, 7:] = 0
+    right, scaled, wrong = (
+        infidelity(corner, inputs, targets, maps, 0)
+        for maps in (true_effect, 100 * true_effect, control_maps(inputs, 0)["random"])
+    )
+    assert right.max() < 1e-6
+    np.testing.assert_allclose(scaled, right, atol=1e-6)
+    assert wrong.mean() > 0.01  # the mean, because a tile whose squares all miss the corner has no fall
+
+
+def test_max_sensitivity_is_zero_where_the_gradient_is_constant(corner: nn.Module, resnet: nn.Module) -> None:
+    inputs, targets = dark_corner(2), torch.ones(2, dtype=torch.int64)
+    assert max_sensitivity(corner, inputs, targets, "saliency", 0).max() < 1e-6
+    values = max_sensitivity(resnet, inputs, targets, "saliency", 0)
+    assert values.min() > 0
+    np.testing.assert_array_equal(values, max_sensitivity(resnet, inputs, targets, "saliency", 0))
+    assert (values != max_sensitivity(resnet, inputs, targets, "saliency", 1)).any()
+
+
+def test_the_blurred_squares_and_the_changes_of_a_tile_have_the_documented_size(
+    corner: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, targets = tiles(2), torch.ones(2, dtype=torch.int64)
+    seen: list[torch.Tensor] = []
+    corner.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    infidelity(corner, inputs, targets, edge_map(inputs), 0)
+    changed = torch.cat([(batch != inputs.repeat_interleave(len(batch) // 2, 0)).any(1) for batch in seen])
+    widths = {int(mask.any(axis).sum()) for mask in changed for axis in (0, 1) if mask.any()}
+    assert min(widths) < SIZE // 4 + 3
+    assert max(widths) > SIZE // 2 - 3
+    assert SIZE // 4 <= min(widths) <= max(widths) <= SIZE // 2
+
+    def probe(_: nn.Module, batch: torch.Tensor, __: torch.Tensor, ___: int) -> torch.Tensor:
+        largest.append(float((batch - inputs[:1]).abs().max()))
+        return batch.abs().sum(1)
+
+    largest: list[float] = []
+    monkeypatch.setitem(METHODS, "probe", Method("Probe", "", False, probe))
+    max_sensitivity(corner, inputs[:1], targets[:1], "probe", 0)
+    assert 0.9 * SENSITIVITY_RADIUS < max(largest) <= SENSITIVITY_RADIUS
+
+
+def test_every_check_gets_its_tiles_maps_and_networks(resnet: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    methods = {"saliency": METHODS["saliency"]}
+    monkeypatch.setattr(checks, "METHODS", methods)
+    monkeypatch.setattr(checks, "COSTLY", {"randomisation": 3, "infidelity": 2, "max_sensitivity": 1})
+    torch.manual_seed(1)
+    fresh = build_model("resnet18", 9, SIZE).eval().requires_grad_(False)
+    inputs, targets = tiles(4), torch.tensor([0, 3, 5, 8])
+    checked = check_methods(resnet, fresh, inputs, targets, 0)
+    assert checked["n"] == {"removal": 4, "randomisation": 3, "infidelity": 2, "max_sensitivity": 1}
+    maps = methods["saliency"].maps(resnet, inputs, targets, 0)
+    got = checked["methods"]["saliency"]
+    assert list(got["randomisation"]) == list(stages(resnet, inputs[:1]))
+    for stage, network in randomised(resnet, fresh, inputs[:1]).items():
+        of_random = methods["saliency"].maps(network, inputs[:3], targets[:3], 0)
+        assert got["randomisation"][stage] == mean_estimate(rank_correlation(maps[:3], of_random))
+    assert got["tile_correlation"] == mean_estimate(rank_correlation(maps[:2], maps[2:]))
+    assert got["edge_correlation"] == mean_estimate(rank_correlation(maps, edge_map(inputs)))
+    assert got["infidelity"] == mean_estimate(infidelity(resnet, inputs[:2], targets[:2], maps[:2], 0))
+    one = max_sensitivity(resnet, inputs[:1], targets[:1], "saliency", 0)
+    assert got["max_sensitivity"]["value"] == pytest.approx(one[0])
+    edges = removal(resnet, inputs, targets, edge_map(inputs), 0)
+    assert checked["controls"]["sobel"]["deletion"] == mean_estimate(area(edges["deletion"]))
+
+
+def test_maps_that_are_alike_on_all_tiles_are_found() -> None:
+    random = torch.Generator().manual_seed(0)
+    alike = torch.rand(1, SIZE, SIZE, generator=random).expand(9, -1, -1)
+    different = torch.rand(9, SIZE, SIZE, generator=random)
+    assert tile_correlation(alike)["value"] == pytest.approx(1)
+    assert abs(tile_correlation(different)["value"]) < 0.05
+
+
+def test_the_interval_of_a_mean_is_student_s() -> None:
+    estimate = mean_estimate(np.array([1.0, 2.0, 3.0]))
+    assert estimate["value"] == 2
+    assert estimate["high"] - 2 == pytest.approx(4.302653 / np.sqrt(3)) == 2 - estimate["low"]
+
+
+@pytest.mark.parametrize(
+    ("correlation", "over_random", "over_sobel", "passes"),
+    [
+        (0.4, 0.1, 0.1, True),
+        (0.48, 0.1, 0.1, False),
+        (0.6, 0.1, 0.1, False),
+        (0.4, -0.1, 0.1, False),
+        (0.4, 0.1, -0.1, False),
+        (0.4, 0.02, 0.1, False),
+        (0.4, 0.1, 0.02, False),
+    ],
+)
+def test_a_method_passes_only_if_no_check_fails(
+    correlation: float, over_random: float, over_sobel: float, passes: bool
+) -> None:
+    def around(value: float) -> dict[str, float]:
+        return {"value": value, "low": value - 0.05, "high": value + 0.05}
+
+    judged = judge(
+        "A method",
+        {"head": around(0.95), "14": around(correlation)},  # the whole network is random in the last one
+        {"margin_over_random": around(over_random), "margin_over_sobel": around(over_sobel)},
+    )
+    assert judged["passes"] == passes
+    assert judged["verdict"].startswith(f"A method {'passes' if passes else 'does not pass'}: ")
+    words = {0.4: "its maps lose", 0.48: "its maps do not clearly lose", 0.6: "its maps keep much of"}
+    failed, _, held = judged["verdict"].partition(" What holds: ") if not passes else ("", "", judged["verdict"])
+    assert words[correlation] in (held if correlation == 0.4 else failed)
+    for margin, control in ((over_random, "a random order"), (over_sobel, "plain edges")):
+        assert (f"its pixels are better than {control} (" in held) == (margin > 0.05)
+        assert (f"its pixels are not clearly better than {control} (" in failed) == (margin < 0.05)
+
+
+def test_margins_are_paired_tile_by_tile() -> None:
+    rising = np.linspace(0, 1, len(FRACTIONS))
+    level = np.array([[0.2], [0.6], [0.4]])  # the tiles differ much more than the orders
+
+    def order(gain: float) -> dict[str, np.ndarray]:
+        return {"deletion": level - gain * rising, "insertion": level + 0 * rising}
+
+    report = removal_report({"saliency": order(0.1), "random": order(0.0), "sobel": order(0.05)})
+    margin = report["saliency"]["margin_over_random"]
+    area = 0.1 * np.trapezoid(rising, FRACTIONS)
+    assert [margin[end] for end in ("value", "low", "high")] == pytest.approx([area] * 3)
+    assert report["saliency"]["margin_over_sobel"]["value"] == pytest.approx(area / 2)
+    assert report["saliency"]["deletion"]["high"] - report["saliency"]["deletion"]["low"] > 0.5

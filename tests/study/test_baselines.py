@@ -1,0 +1,103 @@
+"""The baselines: their features, the choice by validation, and their records."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from common.config import run_script
+from common.data.dataset import Split
+from common.data.shift import SHIFTS
+from common.errors import UsageError
+from common.records.read import Record
+from study import baselines
+from study.baselines import BASELINES, Baseline, features, fit_and_score
+
+
+def test_the_features_are_the_statistics_of_colours_and_gradient() -> None:
+    tile = torch.zeros(1, 3, 28, 28, dtype=torch.uint8)
+    tile[:, 0] = 255  # all red
+    tile[:, 1, :, 14:] = 255  # the right half is yellow
+    [table] = features(Split(tile, torch.zeros(1, dtype=torch.int64)))
+    edge = 2 * 28 * (1 / 3 / 2) / 28**2  # two columns beside the edge, each with half of its step
+    assert table.shape == (28,)
+    assert table[:4] == pytest.approx([1, 0.5, 0, edge])
+    assert table[4:7] == pytest.approx([0, 0.5, 0])
+    assert table[8:12] == pytest.approx([1, 0, 0, 0])  # the lowest quantile
+    assert table[24:28] == pytest.approx([1, 1, 0, 1 / 6])  # the highest one
+
+
+@pytest.mark.parametrize("tiles", [44, 89_997])
+def test_too_few_and_too_many_training_tiles_are_refused(tiles: int) -> None:
+    with pytest.raises(UsageError, match=r"--train_tiles .*: must be at least 45 and at most 89,996"):
+        baselines.BaselinesConfig(train_tiles=tiles)
+
+
+def test_flips_and_turns_do_not_change_the_features() -> None:
+    images = torch.randint(0, 256, (1, 3, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels = torch.zeros(1, dtype=torch.int64)
+    expected = features(Split(images, labels))
+    for view in (images.flip(2), images.flip(3), images.rot90(1, (2, 3))):
+        np.testing.assert_allclose(features(Split(view, labels)), expected, atol=1e-6)
+
+
+class Column:
+    """A classifier that returns a column of the table as the class."""
+
+    def __init__(self, column: int) -> None:
+        self.column = column
+
+    def fit(self, table: np.ndarray, labels: np.ndarray) -> "Column":
+        return self
+
+    def predict_proba(self, table: np.ndarray) -> np.ndarray:
+        return np.eye(3)[table[:, self.column].astype(int)]
+
+
+def test_validation_alone_chooses_the_setting() -> None:
+    labels = np.arange(30) % 3
+    right, wrong = labels, (labels + 1) % 3
+    by_validation = (np.stack([wrong, right], axis=1), labels)
+    by_test = (np.stack([right, wrong], axis=1), labels)
+    tables: Any = {"train": by_test, "val": by_validation, "test": by_test, **dict.fromkeys(SHIFTS, by_test)}
+    baseline = Baseline("", 2, 1, [{"column": 0}, {"column": 1}], lambda seed, **keys: Column(**keys))
+    arrays, summary = fit_and_score(baseline, 0, tables, ("a", "b", "c"))
+    assert summary["setting"] == {"column": 1}
+    assert [tried["validate/acc"] for tried in summary["tried"]] == [0, 1]
+    assert (summary["validate"]["validate/acc"], summary["test/acc"], summary["validate/shifted_acc"]) == (1, 0, 0)
+    np.testing.assert_array_equal(arrays["best_logits"].argmax(1), wrong)
+
+
+def test_each_baseline_leaves_the_records_of_a_run_and_a_second_start_fits_nothing(
+    phantom_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = dataclasses.replace(BASELINES["boosting"], settings=[{"max_iter": 2}])
+    monkeypatch.setitem(BASELINES, "boosting", quick)
+    data = ["--dataset=phantom", "--size=28", f"--data_root={phantom_root}"]
+    arguments = [*data, f"--output_dir={tmp_path}", "--train_tiles=90"]
+    run_script(baselines.main, baselines.BaselinesConfig, arguments)
+    assert len(list((tmp_path / "runs").iterdir())) == sum(one.n_seeds for one in BASELINES.values())
+    probabilities = []
+    for seed in range(3):
+        record = Record.read(tmp_path, f"boosting-90-{seed}")
+        arrays = record.arrays()
+        assert record.history == []
+        assert record.config["seed"] == seed
+        assert record.summary["tiles"]["train"] == 90
+        assert record.summary["test/acc"] == np.mean(arrays["best_logits"].argmax(1) == arrays["targets"])
+        probabilities.append(arrays["best_logits"])
+    assert not np.array_equal(*probabilities[:2])
+
+    monkeypatch.setattr(baselines, "fit_and_score", None)
+    run_script(baselines.main, baselines.BaselinesConfig, arguments)
+    assert "boosting-90-2: finished already" in capsys.readouterr().out
+    path = tmp_path / "runs/mean_rgb-90-0/summary.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "data_fingerprint": "another"}))
+    with pytest.raises(SystemExit) as ended:
+        run_script(baselines.main, baselines.BaselinesConfig, arguments)
+    assert ended.value.code == 2
+    assert "mean_rgb-90-0: a run on other data" in capsys.readouterr().err

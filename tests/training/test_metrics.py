@@ -1,0 +1,321 @@
+"""The measures against medmnist's, sklearn's and scipy's, and the intervals against simulation."""
+
+import math
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from medmnist.evaluator import getACC, getAUC
+from scipy.special import softmax as scipy_softmax
+from scipy.stats import binomtest
+from sklearn.metrics import balanced_accuracy_score
+from sklearn.metrics import confusion_matrix as sklearn_confusion_matrix
+
+from common.training import metrics
+
+
+def sample(seed, tiles, classes=9, signal=1.0, decimals=None):
+    """Random probabilities and targets; a higher `signal` gives better predictions, and every class has tiles."""
+    generator = np.random.default_rng(seed)
+    targets = np.concatenate([np.arange(classes), generator.integers(classes, size=tiles - classes)])
+    logits = generator.normal(size=(tiles, classes)) + signal * np.eye(classes)[targets]
+    probabilities = metrics.softmax(logits)
+    return (probabilities if decimals is None else probabilities.round(decimals)), targets
+
+
+def one_hot(predictions, classes=9):
+    return np.eye(classes)[predictions]
+
+
+TARGETS = sample(0, 500)[1]
+SCORES = {
+    "large": sample(1, 7180),
+    "float32": (sample(2, 400)[0].astype(np.float32), sample(2, 400)[1]),
+    "two classes": sample(3, 60, classes=2),
+    "tied": sample(4, 500, decimals=1),
+    "constant": (np.full((500, 9), 1 / 9), TARGETS),
+    "perfect": (one_hot(TARGETS), TARGETS),
+    "always wrong": (one_hot((TARGETS + 1) % 9), TARGETS),
+    "one-hot": (one_hot(sample(5, 500)[0].argmax(axis=1)), sample(5, 500)[1]),
+    "smallest": (np.array([[0.2, 0.8], [0.2, 0.8]]), np.array([0, 1])),
+    "uint8 targets": (sample(6, 300, classes=40)[0], sample(6, 300, classes=40)[1].astype(np.uint8)),
+}
+
+
+@pytest.mark.parametrize("case", SCORES)
+def test_auc_and_accuracy_equal_medmnist_evaluator(case):
+    probabilities, targets = SCORES[case]
+    expected_auc = getAUC(targets[:, None], probabilities, "multi-class")
+    expected_accuracy = getACC(targets[:, None], probabilities, "multi-class")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert metrics.auc(probabilities, targets) == pytest.approx(expected_auc, abs=1e-9)
+        assert metrics.auc_estimate(probabilities, targets).value == metrics.auc(probabilities, targets)
+    assert metrics.accuracy(probabilities, targets) == pytest.approx(expected_accuracy, abs=1e-12)
+    assert metrics.accuracy_estimate(probabilities, targets).value == metrics.accuracy(probabilities, targets)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32), st.integers(2, 5), st.integers(0, 40), st.integers(0, 3), st.floats(-2, 4))
+def test_any_scores_agree_with_medmnist_and_lie_in_their_intervals(seed, classes, more, decimals, signal):
+    probabilities, targets = sample(seed, classes + more, classes, signal, decimals)
+    expected = getAUC(targets, probabilities, "multi-class")
+    for estimate, value in (
+        (metrics.auc_estimate(probabilities, targets), expected),
+        (metrics.accuracy_estimate(probabilities, targets), getACC(targets, probabilities, "multi-class")),
+    ):
+        assert estimate.value == pytest.approx(value, abs=1e-9)
+        assert 0 <= estimate.low <= estimate.value <= estimate.high <= 1
+
+
+@pytest.mark.parametrize("case", SCORES)
+def test_balanced_accuracy_equals_sklearns(case):
+    probabilities, targets = SCORES[case]
+    expected = balanced_accuracy_score(targets, probabilities.argmax(axis=1))
+    assert metrics.balanced_accuracy(probabilities, targets) == pytest.approx(expected, abs=1e-12)
+    estimate = metrics.balanced_accuracy_estimate(probabilities, targets)
+    assert estimate.value == metrics.balanced_accuracy(probabilities, targets)
+    assert 0 <= estimate.low <= estimate.value <= estimate.high <= 1
+
+
+def test_balanced_accuracy_leaves_out_classes_without_tiles():
+    targets = np.array([0, 0, 2, 2, 2])
+    predictions = np.array([0, 1, 2, 2, 2])
+    assert metrics.balanced_accuracy(one_hot(predictions, 4), targets) == pytest.approx((1 / 2 + 1) / 2)
+
+
+@pytest.mark.parametrize("case", SCORES)
+def test_confusion_matrix_has_true_classes_as_rows(case):
+    probabilities, targets = SCORES[case]
+    matrix = metrics.confusion_matrix(probabilities, targets)
+    classes = range(probabilities.shape[1])
+    expected = sklearn_confusion_matrix(targets, probabilities.argmax(axis=1), labels=classes)
+    assert matrix.dtype == np.int64
+    np.testing.assert_array_equal(matrix, expected)
+
+
+def test_softmax_equals_scipys_and_does_not_overflow_for_huge_logits():
+    logits = np.random.default_rng(0).normal(scale=5, size=(50, 9))
+    np.testing.assert_allclose(metrics.softmax(logits), scipy_softmax(logits, axis=1), rtol=1e-12)
+    huge = metrics.softmax(np.array([[60000, -60000, 60000]], dtype=np.float16))
+    assert huge.dtype == np.float64
+    np.testing.assert_array_equal(huge, [[0.5, 0, 0.5]])
+
+
+@pytest.mark.parametrize("logits", [np.zeros(3), np.array([[0, np.nan]]), np.array([[0, np.inf]])])
+def test_softmax_refuses_logits_of_another_shape_or_not_finite(logits):
+    with pytest.raises(ValueError, match="logits"):
+        metrics.softmax(logits)
+
+
+def test_a_warning_names_absent_classes_and_the_mean_leaves_them_out():
+    probabilities, targets = sample(7, 200)
+    keep = (targets != 3) & (targets != 8)
+    probabilities, targets = probabilities[keep], targets[keep]
+    per_class = metrics.auc_per_class(probabilities, targets)
+    assert np.flatnonzero(np.isnan(per_class)).tolist() == [3, 8]
+    expected = np.delete(per_class, [3, 8]).mean()
+    for measure in (metrics.auc, lambda *pair: metrics.auc_estimate(*pair).value):
+        with pytest.warns(UserWarning, match=r"class 3, 8 .*other 7 of 9") as caught:
+            assert measure(probabilities, targets) == pytest.approx(expected, abs=1e-12)
+        assert len(caught) == 1
+        assert caught[0].filename == __file__
+    # The interval does not depend on the absent classes' columns.
+    fewer = np.delete(probabilities, [3, 8], axis=1)
+    renumbered = targets - (targets > 3)
+    with pytest.warns(UserWarning, match="no AUC"):
+        estimate = metrics.auc_estimate(probabilities, targets)
+    assert estimate == metrics.auc_estimate(fewer, renumbered)
+
+
+def test_a_single_class_has_no_auc():
+    probabilities, targets = sample(8, 30)[0], np.full(30, 4)
+    assert np.isnan(metrics.auc_per_class(probabilities, targets)).all()
+    with pytest.warns(UserWarning, match="other 0 of 9"):
+        assert math.isnan(metrics.auc(probabilities, targets))
+    with pytest.warns(UserWarning, match="other 0 of 9"):
+        estimate = metrics.auc_estimate(probabilities, targets)
+    assert all(math.isnan(number) for number in (estimate.value, estimate.low, estimate.high))
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "targets", "message"),
+    [
+        (np.ones(3), np.zeros(3, dtype=int), "shapes"),
+        (np.ones((3, 2)), np.zeros((3, 1), dtype=int), "shapes"),
+        (np.ones((3, 2)), np.zeros(4, dtype=int), "shapes"),
+        (np.ones((0, 2)), np.zeros(0, dtype=int), "nothing to measure"),
+        (np.array([[0.5, np.nan]]), np.zeros(1, dtype=int), "NaN or infinity"),
+        (np.array([[0.5, np.inf]]), np.zeros(1, dtype=int), "NaN or infinity"),
+        (np.ones((1, 2)), np.zeros(1), "integers"),
+        (np.ones((2, 2)), np.array([0, 2]), "0 … 1, not 0 … 2"),
+        (np.ones((2, 2)), np.array([-1, 1]), "0 … 1, not -1 … 1"),
+    ],
+)
+@pytest.mark.parametrize(
+    "measure",
+    [
+        metrics.auc_per_class,
+        metrics.auc,
+        metrics.accuracy,
+        metrics.balanced_accuracy,
+        metrics.confusion_matrix,
+        metrics.expected_calibration_error,
+        metrics.accuracy_estimate,
+        metrics.balanced_accuracy_estimate,
+        metrics.auc_estimate,
+    ],
+)
+def test_every_measure_refuses_bad_input(measure, probabilities, targets, message):
+    with pytest.raises(ValueError, match=message):
+        measure(probabilities, targets)
+
+
+def test_calibration_error_equals_a_calculation_by_hand():
+    # Two bins. (0, ½] holds one right tile of confidence 0.5: the upper edge belongs to the bin. (½, 1]
+    # holds 0.7 wrong, 0.9 right, 1.0 right: |2 − 2.6|. Together (0.5 + 0.6) / 4.
+    top = np.array([0.5, 0.7, 0.9, 1.0])
+    probabilities = np.stack([top, 1 - top], axis=1)
+    targets = np.array([0, 1, 0, 0])
+    assert metrics.expected_calibration_error(probabilities, targets, bins=2) == pytest.approx(0.275)
+    # In a single bin, overconfidence and underconfidence cancel: |3 − 3.1| / 4.
+    assert metrics.expected_calibration_error(probabilities, targets, bins=1) == pytest.approx(0.025)
+
+
+def test_calibration_error_is_small_for_calibrated_and_large_for_overconfident_probabilities():
+    generator = np.random.default_rng(9)
+    probabilities = metrics.softmax(2 * generator.normal(size=(50_000, 9)))
+    targets = (generator.random((50_000, 1)) > probabilities.cumsum(axis=1)).sum(axis=1).clip(max=8)
+    assert metrics.expected_calibration_error(probabilities, targets) < 0.01
+    sharper = probabilities**3 / (probabilities**3).sum(axis=1, keepdims=True)
+    assert metrics.expected_calibration_error(sharper, targets) > 0.1
+
+
+def test_calibration_error_refuses_logits_and_no_bins():
+    targets = np.array([0, 1])
+    with pytest.raises(ValueError, match="sum to 1"):
+        metrics.expected_calibration_error(np.array([[2.0, -1.0], [0.3, 0.7]]), targets)
+    with pytest.raises(ValueError, match="sum to 1"):
+        metrics.expected_calibration_error(np.full((2, 2), 0.4), targets)
+    with pytest.raises(ValueError, match="bins"):
+        metrics.expected_calibration_error(np.full((2, 2), 0.5), targets, bins=0)
+
+
+@pytest.mark.parametrize(("right", "tiles"), [(0, 7), (1, 7), (81, 263), (6750, 7180), (7180, 7180)])
+def test_accuracy_interval_is_wilsons(right, tiles):
+    targets = (np.arange(tiles) < right).astype(int)
+    probabilities = one_hot(np.ones(tiles, dtype=int), classes=2)
+    estimate = metrics.accuracy_estimate(probabilities, targets)
+    expected = binomtest(right, tiles).proportion_ci(0.95, method="wilson")
+    assert estimate.value == right / tiles
+    assert (estimate.low, estimate.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def answers(right, counts):
+    """Scores and targets with counts[c] tiles of class c, of which right[c] are classified correctly."""
+    targets = np.repeat(np.arange(len(counts)), counts)
+    rank = np.concatenate([np.arange(count) for count in counts])
+    correct = rank < np.asarray(right)[targets]
+    return one_hot(np.where(correct, targets, (targets + 1) % len(counts)), len(counts)), targets
+
+
+@pytest.mark.parametrize("right", [0, 7, 19, 20])
+def test_classes_of_equal_size_and_recall_have_the_interval_of_the_accuracy(right):
+    pair = answers([right] * 5, [20] * 5)
+    balanced, plain = metrics.balanced_accuracy_estimate(*pair), metrics.accuracy_estimate(*pair)
+    assert (balanced.low, balanced.high) == pytest.approx((plain.low, plain.high), abs=1e-12)
+
+
+def test_a_rare_class_widens_the_interval_of_the_balanced_accuracy_even_if_all_its_tiles_are_right():
+    common_only = metrics.balanced_accuracy_estimate(*answers([180], [200]))
+    with_rare = metrics.balanced_accuracy_estimate(*answers([180, 4], [200, 4]))
+    assert with_rare.high - with_rare.low > 2 * (common_only.high - common_only.low)
+
+
+def test_balanced_accuracy_interval_equals_a_calculation_by_hand():
+    estimate = metrics.balanced_accuracy_estimate(*answers([4, 180], [4, 200]))
+    first, second = 5 / 6, 181 / 202  # the recalls with one right and one wrong tile added
+    variance = (first * (1 - first) / 4 + second * (1 - second) / 200) / 4
+    mean = (first + second) / 2
+    tiles = mean * (1 - mean) / variance
+    assert estimate.value == pytest.approx(0.95)
+    for end in (estimate.low, estimate.high):  # Wilson's ends solve this equation
+        assert (end - 0.95) ** 2 == pytest.approx(metrics.Z**2 * end * (1 - end) / tiles)
+
+
+@pytest.mark.parametrize(
+    ("recalls", "counts"),
+    [
+        ((0.97, 0.99, 0.995, 0.98, 0.95, 0.93, 0.96, 0.8, 0.95), (1338, 847, 339, 634, 1035, 592, 741, 421, 1233)),
+        ((0.99,) * 9, (100,) * 9),
+        ((0.5, 0.6, 0.7, 0.8, 0.9, 1.0), (10,) * 6),
+        ((0.8, 0.95), (25, 400)),
+    ],
+)
+def test_balanced_accuracy_interval_covers_the_truth_95_times_in_100(recalls, counts):
+    generator = np.random.default_rng(14)
+    pairs = [answers(generator.binomial(counts, recalls), counts) for _ in range(1500)]
+    estimates = [metrics.balanced_accuracy_estimate(*pair) for pair in pairs]
+    coverage = np.mean([estimate.low <= np.mean(recalls) <= estimate.high for estimate in estimates])
+    assert coverage == pytest.approx(0.95, abs=0.025)
+
+
+def delong_interval(scores, positive):
+    """The paper's variance for one AUC, by comparing every pair, and its interval on the logit scale."""
+    wins = np.sign(scores[positive][:, None] - scores[~positive]) / 2 + 0.5
+    area = wins.mean()
+    variance = wins.mean(axis=1).var(ddof=1) / positive.sum() + wins.mean(axis=0).var(ddof=1) / (~positive).sum()
+    ends = np.log(area / (1 - area)) + np.array([-1, 1]) * 1.959964 * np.sqrt(variance) / (area * (1 - area))
+    return 1 / (1 + np.exp(-ends))
+
+
+@pytest.mark.parametrize("decimals", [None, 1])
+def test_two_classes_have_the_classical_delong_interval(decimals):
+    first, targets = sample(10, 80, classes=2, decimals=decimals)
+    estimate = metrics.auc_estimate(first, targets)
+    assert (estimate.low, estimate.high) == pytest.approx(delong_interval(first[:, 0], targets == 0), abs=1e-6)
+
+
+def test_auc_interval_agrees_with_the_bootstrap():
+    probabilities, targets = sample(11, 1200, signal=1.5)
+    generator = np.random.default_rng(12)
+    resamples = generator.integers(len(targets), size=(400, len(targets)))
+    areas = [metrics.auc(probabilities[rows], targets[rows]) for rows in resamples]
+    estimate = metrics.auc_estimate(probabilities, targets)
+    assert estimate.high - estimate.low == pytest.approx(2 * metrics.Z * np.std(areas), rel=0.1)
+    np.testing.assert_allclose((estimate.low, estimate.high), np.quantile(areas, [0.025, 0.975]), atol=0.003)
+
+
+@pytest.mark.parametrize("signal", [1.0, 3.0])
+def test_auc_interval_covers_the_truth_95_times_in_100(signal):
+    truth = metrics.auc(*sample(13, 200_000, signal=signal))
+    estimates = [metrics.auc_estimate(*sample(seed, 800, signal=signal)) for seed in range(400)]
+    coverage = np.mean([estimate.low <= truth <= estimate.high for estimate in estimates])
+    assert coverage == pytest.approx(0.95, abs=0.025)
+
+
+@pytest.mark.parametrize(
+    ("scores", "low", "high"),
+    [
+        (np.eye(3), 10 / 13.8415, 1),
+        (np.full((3, 3), 1 / 3), 0.2366, 0.7634),
+        (-np.eye(3), 0, 3.8415 / 13.8415),
+    ],
+)
+def test_without_variance_the_auc_interval_is_wilsons_for_the_rarest_class(scores, low, high):
+    # By hand, for the 10 tiles of class 1: n / (n + z²) at 1, and ½ ± ½ z / √(n + z²) at ½.
+    targets = np.repeat([0, 1, 2], [20, 10, 30])
+    estimate = metrics.auc_estimate(scores[targets], targets)
+    assert (estimate.low, estimate.high) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_importing_the_module_loads_neither_scipy_nor_sklearn():
+    code = (
+        "import sys, common.training.metrics; print({'scipy', 'sklearn', 'torch', 'medmnist'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"

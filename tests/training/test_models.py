@@ -1,0 +1,71 @@
+import sys
+
+import pytest
+import torch
+
+from common.data.batches import normalise
+from common.errors import UsageError
+from common.training.convolutions import SmallMapConv2d
+from common.training.models import build_model, check_model_name, model_names
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_large", "googlenet", "vit_b_32"])
+def test_models_take_small_tiles_and_return_one_logit_per_class(name: str) -> None:
+    model = build_model(name, 9, 64)
+    assert model.training
+    assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 9)  # one tensor: no auxiliary heads
+    assert model.eval()(torch.zeros(2, 3, 64, 64)).shape == (2, 9)
+
+
+def test_the_global_seed_decides_the_weights() -> None:
+    def first_weights(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return next(build_model("resnet18", 9, 28).parameters()).detach()
+
+    assert torch.equal(first_weights(1), first_weights(1))
+    assert not torch.equal(first_weights(1), first_weights(2))
+
+
+def test_googlenet_has_torchvisions_initial_weights() -> None:
+    first = next(build_model("googlenet", 9, 64).parameters())
+    assert first.std().item() == pytest.approx(0.01, rel=0.05)  # PyTorch's default would be 0.048
+
+
+def test_a_network_of_timm_is_built_by_name_and_without_timm_its_package_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("timm")
+    assert check_model_name("timm:resnet10t") is None
+    model = build_model("timm:resnet10t", 9, 28)
+    assert model.training
+    assert any(isinstance(module, SmallMapConv2d) for module in model.modules())
+    assert model.eval()(torch.zeros(2, 3, 28, 28)).shape == (2, 9)
+    assert str(check_model_name("timm:resnet10")).endswith("of this name; did you mean timm:resnet10t?")
+    with pytest.raises(UsageError, match="timm:vit_tiny_patch16_224 cannot take tiles of 28 pixels"):
+        build_model("timm:vit_tiny_patch16_224", 9, 28)
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert check_model_name("timm:resnet10t") == "needs the package timm; python -m pip install timm"
+
+
+@pytest.mark.parametrize(("name", "size"), [("alexnet", 28), ("vit_b_16", 28), ("inception_v3", 64)])
+def test_a_model_that_cannot_take_the_tiles_is_refused_with_one_line(name: str, size: int) -> None:
+    with pytest.raises(UsageError, match=rf"--model_name {name} cannot take tiles of {size} pixels") as refused:
+        build_model(name, 9, size)
+    assert str(refused.value).endswith(": choose a larger --size or --resize_to, or another model")
+    assert "\n" not in str(refused.value)
+
+
+def test_only_classification_models_are_listed() -> None:
+    assert {"resnet18", "mobilenet_v3_large", "efficientnet_b0"} <= set(model_names())
+    assert not any("fcn" in name or "rcnn" in name or "r3d" in name for name in model_names())
+
+
+def test_normalise_maps_bytes_to_minus_one_to_one_and_keeps_the_memory_format() -> None:
+    images = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(2, 3, 16, 16)
+    images = images.contiguous(memory_format=torch.channels_last)
+    before = images.clone()
+    inputs = normalise(images)
+    assert inputs.dtype == torch.float32
+    assert inputs.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(inputs, (images / 255 - 0.5) / 0.5)
+    assert torch.equal(images, before)
