@@ -26,7 +26,7 @@ COMMANDS: dict[str, tuple[Any, Any]] = {
     "study.report": (report.main, report.ReportConfig),
     "study.__main__": (study.main, study.StudyConfig),
 }
-PHANTOM = "--dataset=phantom --size=28 --train_tiles=90 --n_epochs=1"
+PHANTOM = "--dataset=phantom --size=28 --input_size=28 --train_tiles=90 --n_epochs=1"
 RUN = f"task1.py {PHANTOM} --data_root={{}} --output_dir={{}} --run_id=r"
 
 

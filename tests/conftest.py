@@ -28,7 +28,14 @@ ROOT = Path(__file__).resolve().parent.parent
 CPU = Compute(torch.device("cpu"), torch.float32)
 MODEL = "mobilenet_v3_small"  # small and quick; has BatchNorm and dropout
 COUNTS = {"train": 1200, "val": 30, "test": 60}  # the tiles of a small file in the official layout
-SMALL_RUN: dict[str, Any] = {"dataset": "phantom", "size": 28, "n_epochs": 3, "batch_size": 32, "run_id": "r"}
+SMALL_RUN: dict[str, Any] = {
+    "dataset": "phantom",
+    "size": 28,
+    "input_size": 28,
+    "n_epochs": 3,
+    "batch_size": 32,
+    "run_id": "r",
+}
 
 
 @pytest.fixture(autouse=True)

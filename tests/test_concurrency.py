@@ -18,7 +18,14 @@ def test_eight_runs_at_once_on_one_folder_and_an_empty_cache_leave_eight_intact_
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data_root, output = tmp_path / "data", tmp_path / "output"
-    keys = ["--dataset=phantom", "--size=28", "--train_tiles=180", "--wandb=disabled", "--n_epochs=2"]
+    keys = [
+        "--dataset=phantom",
+        "--size=28",
+        "--input_size=28",
+        "--train_tiles=180",
+        "--wandb=disabled",
+        "--n_epochs=2",
+    ]
     keys += [f"--data_root={data_root}", f"--output_dir={output}"]
 
     def run(number: int) -> None:

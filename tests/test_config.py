@@ -111,7 +111,7 @@ def test_out_of_memory_is_one_line_that_names_the_key_to_lower(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert "out of memory (" in lines[0]
-    assert lines[0].endswith(": lower --resize_to or (in training) --batch_size")
+    assert lines[0].endswith(": lower --input_size or (in training) --batch_size")
 
 
 @pytest.mark.parametrize("folder", ["runs/r", "", "gone"])

@@ -16,7 +16,15 @@ import train
 from common.config import run_script
 
 KEYS = (
-    *("--dataset=phantom", "--size=28", "--train_tiles=90", "--wandb=disabled", "--run_id=r", "--n_epochs=2"),
+    *(
+        "--dataset=phantom",
+        "--size=28",
+        "--input_size=28",
+        "--train_tiles=90",
+        "--wandb=disabled",
+        "--run_id=r",
+        "--n_epochs=2",
+    ),
     *("--model_name=shufflenet_v2_x0_5", "--batch_size=45"),
 )
 

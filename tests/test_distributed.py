@@ -209,7 +209,7 @@ def test_ctrl_c_under_torchrun_saves_the_step_in_progress(driver: str, phantom_r
         ),
         (
             "task5.py",
-            ("--weights=none", "--model_name=shufflenet_v2_x0_5", "--n_epochs=2", "--resize_to=32"),
+            ("--weights=none", "--model_name=shufflenet_v2_x0_5", "--n_epochs=2", "--input_size=32"),
         ),
     ],
 )

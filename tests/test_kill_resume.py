@@ -26,14 +26,14 @@ from common.training import loop
 from study import sweep
 
 KILLS = 20  # per script
-DATA = ("--dataset=phantom", "--size=28", "--train_tiles=90", "--wandb=disabled", "--run_id=r")
+DATA = ("--dataset=phantom", "--size=28", "--input_size=28", "--train_tiles=90", "--wandb=disabled", "--run_id=r")
 # All that has a state or draws random numbers, besides dropout.
 EVERYTHING = ("--augmentation=ta_wide,stain", "--ema_decay=0.9", "--mixup_alpha=0.4", "--tta")
 SMALL = ("--model_name=shufflenet_v2_x0_5", "--n_epochs=5", "--batch_size=45")
 SCRIPTS: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
     "task1.py": (task1.main, task1.Task1Config, SMALL),
     "train.py": (train.main, train.TrainConfig, (*SMALL, "--early_stopping_patience=5", *EVERYTHING)),
-    "task5.py": (task5.main, task5.Task5Config, (*SMALL, "--weights=none", "--resize_to=32")),
+    "task5.py": (task5.main, task5.Task5Config, (*SMALL, "--weights=none", "--input_size=32")),
 }
 
 

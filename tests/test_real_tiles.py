@@ -72,7 +72,7 @@ def test_every_part_is_stratified_and_lies_within_the_larger_parts(root: Path) -
 
 
 GENTLE = ["--augmentation=dihedral", "--ema_decay=0.99"]  # some 230 steps are too few for TrivialAugment
-SHORT = ["--size=28", "--train_tiles=1800", "--device=cpu", "--wandb=disabled", "--run_id=r"]
+SHORT = ["--size=28", "--input_size=28", "--train_tiles=1800", "--device=cpu", "--wandb=disabled", "--run_id=r"]
 
 
 @pytest.mark.slow

@@ -44,7 +44,7 @@ def test_no_call_can_run_code_from_a_file_or_through_a_shell() -> None:
 def test_no_record_log_or_figure_contains_the_api_key(tmp_path: Path, phantom_root: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "WANDB_MODE"}
     environment |= {"WANDB_API_KEY": KEY, "WANDB_MODE": "offline"}
-    keys = ["--dataset=phantom", "--size=28", "--train_tiles=90", "--n_epochs=1", "--run_id=r"]
+    keys = ["--dataset=phantom", "--size=28", "--input_size=28", "--train_tiles=90", "--n_epochs=1", "--run_id=r"]
     where = [f"--data_root={phantom_root}", f"--output_dir={tmp_path}"]
     done = subprocess.run(
         [sys.executable, "task1.py", *keys, *where], cwd=ROOT, env=environment, capture_output=True, timeout=200

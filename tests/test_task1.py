@@ -26,6 +26,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, phantom_root: Path) -> Pa
     run_task1(
         "--dataset=phantom",
         "--size=28",
+        "--input_size=28",
         "--train_tiles=90",
         "--n_epochs=2",
         "--run_id=r",
@@ -104,6 +105,7 @@ def test_a_finished_run_is_not_overwritten(finished: Path, phantom_root: Path) -
         run_task1(
             "--dataset=phantom",
             "--size=28",
+            "--input_size=28",
             "--train_tiles=90",
             "--run_id=r",
             f"--data_root={phantom_root}",
@@ -113,6 +115,12 @@ def test_a_finished_run_is_not_overwritten(finished: Path, phantom_root: Path) -
 
 
 def test_a_model_that_cannot_take_the_tiles_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="alexnet cannot take tiles of 28 pixels"):
-        run_task1("--dataset=phantom", "--size=28", "--model_name=alexnet", f"--data_root={tmp_path / 'data'}")
+    with pytest.raises(UsageError, match="alexnet cannot take inputs of 28 pixels"):
+        run_task1(
+            "--dataset=phantom",
+            "--size=28",
+            "--input_size=28",
+            "--model_name=alexnet",
+            f"--data_root={tmp_path / 'data'}",
+        )
     assert not list(tmp_path.iterdir())

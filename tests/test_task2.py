@@ -23,7 +23,7 @@ from common.explain.tiles import TARGETS, choose_tiles, find_run, one_of_each_cl
 from common.records import checkpoint
 from common.training.models import build_model
 
-PHANTOM = ["--dataset", "phantom", "--size", "28", "--train_tiles", "900"]
+PHANTOM = ["--dataset", "phantom", "--size", "28", "--input_size", "28", "--train_tiles", "900"]
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +194,7 @@ def test_a_fine_tuned_network_of_another_kind_is_explained(phantom_root: Path, t
     keys = [*PHANTOM, "--run_id", "start", "--model_name", MODEL, "--n_epochs", "1"]
     run_script(task1.main, task1.Task1Config, [*keys, *where])
     keys = [*PHANTOM, "--run_id", "tuned", "--weights", "start", "--model_name", MODEL, "--n_epochs", "1"]
-    run_script(task5.main, task5.Task5Config, [*keys, *where, "--scratch", "false", "--resize_to", "32"])
+    run_script(task5.main, task5.Task5Config, [*keys, *where, "--scratch", "false", "--input_size", "32"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checks, "COSTLY", dict.fromkeys(checks.COSTLY, 4))
         explain(tmp_path, phantom_root, "--run_id", "tuned", "--checked_tiles", "6")

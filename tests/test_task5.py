@@ -46,10 +46,11 @@ def keys(root: Path, output: Path, weights: Path | str, *more: str) -> list[str]
     return [
         "--dataset=phantom",
         "--size=28",
+        "--input_size=28",
         "--train_tiles=90",
         f"--model_name={SMALL}",
         f"--weights={weights}",
-        "--resize_to=32",
+        "--input_size=32",
         "--n_epochs=2",
         "--batch_size=32",
         "--lr=0.01",
@@ -173,7 +174,7 @@ def test_the_records_name_the_weights_and_where_they_came_from(finished: Path, w
 
 
 def test_the_best_checkpoint_is_the_network_that_was_scored(finished: Path, phantom_root: Path) -> None:
-    test = DeviceTiles(load_dataset("phantom", 28, phantom_root, 90).test, CPU.device, resize_to=32)
+    test = DeviceTiles(load_dataset("phantom", 28, phantom_root, 90).test, CPU.device, input_size=32)
     for run_id in ("r", "r-scratch"):
         model = network.build_fine_tuned(SMALL, 9, load_weights("none", SMALL, finished), 32)
         model.load_state_dict(checkpoint.load(finished / f"checkpoints/{run_id}/best.pt")["state_dict"])
@@ -407,7 +408,9 @@ def test_cached_splits_have_the_views_that_training_and_test_time_augmentation_n
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setitem(sys.modules, "ipykernel", sys)  # as in a notebook: progress bars are shown
-    config = read("--dataset=phantom", f"--model_name={SMALL}", "--resize_to=32", f"--augmentation={augmentation}")
+    config = read(
+        "--dataset=phantom", f"--model_name={SMALL}", "--input_size=32", f"--augmentation={augmentation}"
+    )
     config = dataclasses.replace(config, tta=tta)
     untrained = load_weights("none", SMALL, tmp_path)
     model = network.build_fine_tuned(SMALL, 9, untrained, 32)

@@ -88,6 +88,7 @@ def test_a_run_with_every_technique_records_scores_with_and_without_tta(
         read(
             "--dataset=phantom",
             "--size=28",
+            "--input_size=28",
             "--train_tiles=90",
             "--model_name=shufflenet_v2_x0_5",
             "--n_epochs=2",

@@ -412,7 +412,7 @@ def test_a_part_is_a_copy_of_the_chosen_training_tiles_and_the_other_splits_stay
     assert torch.equal(images, whole.train.images[chosen])
     assert torch.equal(part.train.labels, torch.from_numpy(chosen) % 9)
     assert images.is_contiguous(memory_format=torch.channels_last)
-    assert DeviceTiles(part.train, torch.device("cpu")).tiles.is_contiguous()
+    assert DeviceTiles(part.train, torch.device("cpu"), 28).tiles.is_contiguous()
     for split in ("val", "test"):
         assert torch.equal(getattr(part, split).images, getattr(whole, split).images)
         assert torch.equal(getattr(part, split).labels, getattr(whole, split).labels)
@@ -493,7 +493,7 @@ def test_a_data_root_that_is_a_file_is_named(tmp_path: Path) -> None:
 
 
 def test_batches_are_the_tiles_asked_for(tiny: module.Dataset) -> None:
-    tiles = DeviceTiles(tiny.train, torch.device("cpu"))
+    tiles = DeviceTiles(tiny.train, torch.device("cpu"), 28)
     indices = torch.tensor([5, 0, 5, 100])
     images, labels = tiles.batch(indices)
     assert len(tiles) == len(tiny.train)
@@ -509,7 +509,7 @@ def test_tiles_come_to_the_gpu_resident_or_from_the_host(
     share: float, tiny: module.Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "RESIDENT_SHARE", share)
-    tiles = DeviceTiles(tiny.train, torch.device("cuda"))
+    tiles = DeviceTiles(tiny.train, torch.device("cuda"), 28)
     assert tiles.index_device.type == ("cuda" if share else "cpu")
     indices = torch.tensor([5, 0, 5, 100])
     images, labels = tiles.batch(indices.to(tiles.index_device))

@@ -17,7 +17,7 @@ def one_colour() -> Split:
 
 def test_a_shift_is_the_same_in_every_run_and_changes_neither_labels_nor_source(tiny: Dataset) -> None:
     before = tiny.val.images.clone()
-    first, again = dict(shifted(tiny.val)), dict(shifted(tiny.val))
+    first, again = dict(shifted(tiny.val, 28)), dict(shifted(tiny.val, 28))
     assert list(first) == list(SHIFTS)
     for name, split in first.items():
         assert torch.equal(split.images, again[name].images)
@@ -29,13 +29,13 @@ def test_a_shift_is_the_same_in_every_run_and_changes_neither_labels_nor_source(
 
 def test_each_tile_gets_another_change_in_every_chunk(one_colour: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shift, "CHUNK", 100)
-    for _, split in shifted(one_colour):
+    for _, split in shifted(one_colour, 28):
         tiles = split.images.flatten(1)
         assert len(tiles.unique(dim=0)) > 250
 
 
 def test_another_staining_keeps_a_tile_of_one_colour_as_one_colour(one_colour: Split) -> None:
-    split = dict(shifted(one_colour))["lab_statistics"]
+    split = dict(shifted(one_colour, 28))["lab_statistics"]
     assert (split.images.amax((2, 3)) == split.images.amin((2, 3))).all()  # still one colour
     spread = split.images[:, :, 0, 0].float().std(0)
     assert ((spread > 5) & (spread < 40)).all()
@@ -44,7 +44,7 @@ def test_another_staining_keeps_a_tile_of_one_colour_as_one_colour(one_colour: S
 def test_another_staining_moves_means_and_spreads_as_far_as_documented() -> None:
     noise = torch.randint(-20, 21, (500, 3, 8, 8), generator=torch.Generator().manual_seed(0))
     images = (torch.tensor([150, 110, 130]).view(3, 1, 1) + noise).to(torch.uint8)
-    split = dict(shifted(Split(images, torch.zeros(500, dtype=torch.int64))))["lab_statistics"]
+    split = dict(shifted(Split(images, torch.zeros(500, dtype=torch.int64)), 8))["lab_statistics"]
     before, after = (rgb2lab(tiles.permute(0, 2, 3, 1).numpy()) for tiles in (images, split.images))
     moves = after.mean((1, 2)) - before.mean((1, 2))
     np.testing.assert_allclose(moves.std(0), [6, 5, 5], rtol=0.1)
@@ -55,7 +55,7 @@ def test_another_staining_moves_means_and_spreads_as_far_as_documented() -> None
 
 def test_a_response_curve_keeps_the_order_of_grey_levels() -> None:
     ramp = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(50, 3, 16, 16)
-    split = dict(shifted(Split(ramp.contiguous(), torch.zeros(50, dtype=torch.int64))))["gamma"]
+    split = dict(shifted(Split(ramp.contiguous(), torch.zeros(50, dtype=torch.int64)), 16))["gamma"]
     levels = split.images.flatten(2).int()
     assert (levels.diff(dim=2) >= 0).all()
     assert (levels[..., 0] == 0).all()
@@ -65,7 +65,7 @@ def test_a_response_curve_keeps_the_order_of_grey_levels() -> None:
 
 
 def test_noise_changes_colours_and_keeps_brightness(one_colour: Split) -> None:
-    split = dict(shifted(one_colour))["chromatic_noise"]
+    split = dict(shifted(one_colour, 28))["chromatic_noise"]
     change = split.images.float() - one_colour.images.float()
     assert change.mean(1).abs().max() <= 1  # rounding
     assert change.mean().abs() < 0.05
@@ -77,6 +77,6 @@ def test_noise_changes_colours_and_keeps_brightness(one_colour: Split) -> None:
 
 def test_colours_stay_between_0_and_255() -> None:
     extremes = torch.cat([torch.zeros(20, 3, 8, 8), torch.full((20, 3, 8, 8), 255)]).to(torch.uint8)
-    for _, split in shifted(Split(extremes, torch.zeros(40, dtype=torch.int64))):
+    for _, split in shifted(Split(extremes, torch.zeros(40, dtype=torch.int64)), 8):
         change = (split.images.int() - extremes.int()).abs()
         assert np.quantile(change.numpy(), 0.99) < 100  # a value outside 0 to 255 would wrap around

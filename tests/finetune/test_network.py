@@ -151,8 +151,8 @@ def vit() -> FineTunedNetwork:
 def test_cached_features_train_the_same_network_as_the_plain_path(
     tiny: Dataset, tmp_path: Path, augmentation: str, n_views: int
 ) -> None:
-    tiles = DeviceTiles(tiny.train, CPU.device)
-    val = DeviceTiles(tiny.val, CPU.device)
+    tiles = DeviceTiles(tiny.train, CPU.device, 28)
+    val = DeviceTiles(tiny.val, CPU.device, 28)
     views = [partial(dihedral_view, view=number) for number in range(n_views)]
     keys = {"augmentation": augmentation, "lr": 0.01, "lr_min": 1.0, "label_smoothing": 0.1}
     plain = trained(network(), tiny, tmp_path / "plain", epochs=3, **keys)
@@ -180,7 +180,7 @@ def test_tiles_are_augmented_and_resized_in_float32_before_a_bf16_network(
         model, random = network(), generator(0, 1, "views")
         original = model.features
         monkeypatch.setattr(model, "features", lambda images, o=original, i=inputs: i.append(images) or o(images))
-        tiles = DeviceTiles(tiny.val, CPU.device, resize_to=40)
+        tiles = DeviceTiles(tiny.val, CPU.device, input_size=40)
         cached = cache_features(
             model, tiles, [lambda images, r=random: stain(images, r)], Compute(CPU.device, dtype)
         )
@@ -190,7 +190,7 @@ def test_tiles_are_augmented_and_resized_in_float32_before_a_bf16_network(
 
 
 def test_test_time_augmentation_on_cached_views_is_that_on_tiles(tiny: Dataset) -> None:
-    model, val = network().eval(), DeviceTiles(tiny.val, CPU.device)
+    model, val = network().eval(), DeviceTiles(tiny.val, CPU.device, 28)
     views = [partial(dihedral_view, view=number) for number in range(8)]
     cached = cache_features(model, val, views, CPU)
     expected = evaluate(model, val, CPU, tta=True).logits
@@ -199,7 +199,7 @@ def test_test_time_augmentation_on_cached_views_is_that_on_tiles(tiny: Dataset) 
 
 
 def test_each_tile_of_a_batch_gets_a_random_view(tiny: Dataset) -> None:
-    model, tiles = network().eval(), DeviceTiles(tiny.val, CPU.device)
+    model, tiles = network().eval(), DeviceTiles(tiny.val, CPU.device, 28)
     random = generator(0, 1, "views")
     stain = build_augmentation("stain")
     cached = cache_features(model, tiles, [lambda images: images, lambda images: stain(images, random)], CPU)

@@ -29,7 +29,7 @@ PRESET = Preset(40, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 
 
 def save(path: Path, model_name: str, network: torch.nn.Module, **keys: Any) -> None:
-    config = {"size": 28, "resize_to": None, **keys}
+    config = {"size": 28, "input_size": None, **keys}
     content = {"model_name": model_name, "class_names": list(CLASS_NAMES), "config": config}
     checkpoint.save(path, {"state_dict": network.state_dict(), **content})
 
@@ -41,7 +41,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     save(folder / "checkpoints/plain/best.pt", MODEL, build_model(MODEL, 9, 28))
     tuned = build_fine_tuned("resnet18", 9, Weights("none", "", None, None, PRESET), 40, "all")
-    save(folder / "checkpoints/tuned/best.pt", "resnet18", tuned, resize_to=40, train_part="all")
+    save(folder / "checkpoints/tuned/best.pt", "resnet18", tuned, input_size=40, train_part="all")
     return folder
 
 

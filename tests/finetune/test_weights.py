@@ -311,7 +311,7 @@ def test_a_run_of_this_project_gives_its_weights_but_for_the_last_layer(tmp_path
 
 def test_a_fine_tuned_run_gives_its_weights_and_its_preprocessing(tmp_path: Path) -> None:
     model = build_fine_tuned(SMALL, 9, Weights("w", "test", None, None, PRESET), 40)
-    run_folder(tmp_path, model.state_dict(), model_name=SMALL, resize_to=40)
+    run_folder(tmp_path, model.state_dict(), model_name=SMALL, input_size=40)
     weights = load_weights("r", SMALL, tmp_path)
     assert weights.preset.size == 40
     assert weights.preset.mean == pytest.approx(PRESET.mean)

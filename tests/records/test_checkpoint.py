@@ -191,7 +191,7 @@ def best() -> Content:
     torch.manual_seed(0)
     weights = build_model("resnet18", len(CLASS_NAMES), 28).state_dict()
     names = {"model_name": "resnet18", "class_names": list(CLASS_NAMES)}
-    return {"state_dict": weights, **names, "config": {"size": 28, "resize_to": None}}
+    return {"state_dict": weights, **names, "config": {"size": 28, "input_size": None}}
 
 
 def flipped(path: Path) -> None:
@@ -226,8 +226,8 @@ BEST: list[tuple[Change | None, Callable[[Path], Any] | None, str]] = [
     (put("class_names", to=3), None, r"best\.pt: not a best\.pt of this project"),
     (put("model_name", to=["resnet18"]), None, r"best\.pt: not a best\.pt of this project"),
     (put("config", "size", to="28"), None, r"best\.pt: not a best\.pt of this project"),
-    (put("config", "resize_to", to=28.5), None, r"best\.pt: not a best\.pt of this project"),
-    (put("config", to={"resize_to": 28}), None, r"best\.pt: has no 'size': not a best\.pt of this project"),
+    (put("config", "input_size", to=28.5), None, r"best\.pt: not a best\.pt of this project"),
+    (put("config", to={"input_size": 28}), None, r"best\.pt: has no 'size': not a best\.pt of this project"),
     (put("model_name", to="resnet17"), None, r"best\.pt: its network resnet17: torchvision has no .*did you mean"),
     (
         put("model_name", to="vit_b_16"),

@@ -72,10 +72,16 @@ def test_the_most_frequent_class_is_that_of_most_networks() -> None:
 def finished(phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study of one run of Task 1, beside a fine-tuned run, with their checkpoints."""
     folder = tmp_path_factory.mktemp("study")
-    keys = [f"--data_root={phantom_root}", f"--output_dir={folder}", "--dataset=phantom", "--size=28"]
+    keys = [
+        f"--data_root={phantom_root}",
+        f"--output_dir={folder}",
+        "--dataset=phantom",
+        "--size=28",
+        "--input_size=28",
+    ]
     keys += ["--train_tiles=90", "--n_epochs=1", "--batch_size=45"]
     run_script(task1.main, task1.Task1Config, [*keys, "--run_id=first"])
-    tuned = ["--run_id=tuned", "--weights=first", "--model_name=resnet18", "--scratch=False", "--resize_to=32"]
+    tuned = ["--run_id=tuned", "--weights=first", "--model_name=resnet18", "--scratch=False", "--input_size=32"]
     run_script(task5.main, task5.Task5Config, [*keys, *tuned])
     (folder / "report.toml").write_text('[task1]\nruns = ["first"]\n')
     return folder

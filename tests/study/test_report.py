@@ -28,7 +28,7 @@ from study import baselines, forecast, groups, report, report_facts, report_figu
 from study.report_facts import REFERENCES, facts, rescued, together
 from study.report_selection import Study
 
-PHANTOM = ["--dataset=phantom", "--size=28", "--train_tiles=90", "--wandb=disabled"]
+PHANTOM = ["--dataset=phantom", "--size=28", "--input_size=28", "--train_tiles=90", "--wandb=disabled"]
 
 
 @pytest.fixture(scope="module")
@@ -398,13 +398,13 @@ def test_the_nearest_recipe_has_no_key_that_the_other_lacks() -> None:
         ({}, "ResNet-18 from scratch"),
         ({"ema_decay": 0.99}, "ResNet-18 from scratch with averaged weights"),
         (
-            {"augmentation": "flip,stain", "ema_decay": 0.99, "resize_to": 56},
+            {"augmentation": "flip,stain", "ema_decay": 0.99, "input_size": 56},
             "ResNet-18 from scratch with flip and stain augmentation and averaged weights, resized to 56 px",
         ),
     ],
 )
 def test_a_title_says_what_a_recipe_adds_to_task_1(keys: dict[str, Any], title: str) -> None:
-    config = {"seed": 0, "model_name": "resnet18", "augmentation": "none", "ema_decay": 0.0, "resize_to": None}
+    config = {"seed": 0, "model_name": "resnet18", "augmentation": "none", "ema_decay": 0.0, "input_size": None}
     record: Any = SimpleNamespace(run_id="one", config={**config, **keys})
     assert groups.Group([record]).title == title
 

@@ -109,7 +109,7 @@ def test_at_28_pixels_task_3_trains_on_all_tiles_and_the_sweeps_on_a_part(tmp_pa
     resized = parse(task1.Task1Config, made["Task 1, stain_56, seed 6"][1:], "")
     assert {name for name, value in stained.identity().items() if resized.identity()[name] != value} == {
         "run_id",
-        "resize_to",
+        "input_size",
     }
 
 
@@ -194,7 +194,7 @@ def test_a_study_ends_with_its_report_and_a_second_start_runs_only_what_is_missi
         "task1": (TINY, "--n_epochs=1"),
         "task2": ("--checked_tiles=6",),
         "train": (TINY, "--batch_size=45", "--n_epochs=1"),
-        "task5": (TINY, *study.LITE0, "--n_epochs=1", "--resize_to=32"),
+        "task5": (TINY, *study.LITE0, "--n_epochs=1", "--input_size=32"),
     }
     plan = dataclasses.replace(study.PLANS["phantom"], n_seeds=1, keys=few)
     monkeypatch.setitem(study.PLANS, "phantom", plan)

@@ -56,7 +56,7 @@ def test_each_run_of_task_5_is_described(tmp_path: Path, capsys: pytest.CaptureF
         "--weights=none",
         "--train_part=all",
     ]
-    text = printed(capsys, "task5", tmp_path, *keys, "--run_id=r", "--resize_to=32", "--n_seeds=2")
+    text = printed(capsys, "task5", tmp_path, *keys, "--run_id=r", "--input_size=32", "--n_seeds=2")
     assert "run r: new" in text
     assert "run r-seed1: new" in text
     assert "phantom (9,000 training tiles, 28 px): 9,000 train, 1,000 val, 1,800 test tiles; generated" in text
@@ -68,7 +68,14 @@ def test_weights_that_are_missing_are_named_and_not_downloaded(
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "urlopen", lambda *_: pytest.fail("nothing may be downloaded"))
-    keys = ["--dataset=phantom", "--size=28", "--model_name=mobilenet_v3_small", "--resize_to=32", "--run_id=r"]
+    keys = [
+        "--dataset=phantom",
+        "--size=28",
+        "--input_size=28",
+        "--model_name=mobilenet_v3_small",
+        "--input_size=32",
+        "--run_id=r",
+    ]
     text = printed(capsys, "task5", tmp_path, *keys)
     assert re.search(r"mobilenet_v3_small-\w+\.pth is missing and will be downloaded from https://download", text)
     assert "run r: new" in text
@@ -135,7 +142,7 @@ def test_predicted_memory_of_scoring_follows_the_inputs_and_not_the_batch() -> N
     training, scoring = memory_of(model, batch_size=2)
     assert scoring > training  # 512 tiles at once
     assert memory_of(model, batch_size=512)[1] == pytest.approx(scoring, abs=3e7)  # the process may grow a bit
-    twice_the_side = memory_of(model, batch_size=2, resize_to=56)[1]
+    twice_the_side = memory_of(model, batch_size=2, input_size=56)[1]
     largest = 2 * 64 * 14 * 14 * 4  # bytes that the first BatchNorm takes and gives for a tile of 28 pixels
     assert twice_the_side - scoring == pytest.approx(2 * 512 * 3 * largest, rel=0.1)
 
@@ -150,7 +157,7 @@ def test_predicted_memory_of_task_5_has_the_cached_features() -> None:
             train_tiles=20_000,
             model_name="mobilenet_v3_small",
             augmentation="stain",
-            resize_to=32,
+            input_size=32,
             cache_features=True,
             feature_views=views,
         )

@@ -41,7 +41,7 @@ def test_a_network_of_timm_is_built_by_name_and_without_timm_its_package_is_name
     assert any(isinstance(module, SmallMapConv2d) for module in model.modules())
     assert model.eval()(torch.zeros(2, 3, 28, 28)).shape == (2, 9)
     assert str(check_model_name("timm:resnet10")).endswith("of this name; did you mean timm:resnet10t?")
-    with pytest.raises(UsageError, match="timm:vit_tiny_patch16_224 cannot take tiles of 28 pixels"):
+    with pytest.raises(UsageError, match="timm:vit_tiny_patch16_224 cannot take inputs of 28 pixels"):
         build_model("timm:vit_tiny_patch16_224", 9, 28)
     monkeypatch.setitem(sys.modules, "timm", None)
     assert check_model_name("timm:resnet10t") == "needs the package timm; python -m pip install timm"
@@ -49,9 +49,9 @@ def test_a_network_of_timm_is_built_by_name_and_without_timm_its_package_is_name
 
 @pytest.mark.parametrize(("name", "size"), [("alexnet", 28), ("vit_b_16", 28), ("inception_v3", 64)])
 def test_a_model_that_cannot_take_the_tiles_is_refused_with_one_line(name: str, size: int) -> None:
-    with pytest.raises(UsageError, match=rf"--model_name {name} cannot take tiles of {size} pixels") as refused:
+    with pytest.raises(UsageError, match=rf"--model_name {name} cannot take inputs of {size} pixels") as refused:
         build_model(name, 9, size)
-    assert str(refused.value).endswith(": choose a larger --size or --resize_to, or another model")
+    assert str(refused.value).endswith(": choose a larger --input_size, or another model")
     assert "\n" not in str(refused.value)
 
 
