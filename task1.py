@@ -22,7 +22,6 @@ import torch
 from common.training.device import Compute
 from common.config import TrainingConfig, run_script
 from common.data.dataset import load_dataset
-from common.training.dry_run import describe
 from common.training.models import build_model
 from common.data.pathmnist import CLASS_NAMES
 from common.data.batches import device_splits
@@ -41,9 +40,6 @@ def main(config: Task1Config) -> None:
     compute.prepare_process()
     torch.manual_seed(config.seed)
     model = build_model(config.model_name, len(CLASS_NAMES), config.input_size)
-    if config.dry_run:
-        describe(config, model, compute)
-        return
     dataset = load_dataset(config.dataset, config.size, config.data_root, config.train_tiles)
     run = Run("task1", config, dataset, compute.name)
     splits = device_splits(dataset, compute.device, config.input_size, config.augmentation)

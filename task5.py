@@ -5,8 +5,8 @@
     python task5.py --weights FILE.pth     # or a torchvision entry, or the id of a run of yours
 
 Tiles are resized to the side that the weights were trained with (224 pixels for MobileNetV3-Large). With batches
-of 512, the run from scratch then needs about 27 GB of a GPU in bf16, as --dry_run predicts: --batch_size 128 or
---input_size 64 needs less. The weights are loaded and checked, all layers but the classifier are frozen, and the
+of 512, the run from scratch then needs about 27 GB of a GPU in bf16: --batch_size 128 or --input_size 64 needs
+less. The weights are loaded and checked, all layers but the classifier are frozen, and the
 last layer is replaced by one with nine outputs. Then the same network is trained from random weights, with the
 same seed and number of epochs. The coursework reports test AUC 0.989 and test ACC 0.912 for MobileNetV3-Large on
 the full PathMNIST at 64 pixels, one seed, converged at epoch 6; from scratch at epoch 13.
@@ -35,7 +35,6 @@ from common.finetune import network
 from common.training.device import Compute
 from common.config import key, run_script, with_defaults
 from common.data.dataset import Dataset, load_dataset
-from common.training.dry_run import describe, planned_dataset
 from common.finetune.features import cached_splits, decide_caching
 from common.finetune.keys import FROM_SCRATCH, FineTuningConfig
 from common.data.pathmnist import CLASS_NAMES
@@ -94,16 +93,10 @@ def main(config: Task5Config) -> None:
     compute = Compute.of(config.device, config.precision)
     compute.prepare_process()
     names = {config.weights, *([SCRATCH] if config.scratch else [])}
-    weights = {
-        name: load_weights(name, config.model_name, config.output_dir, download=not config.dry_run)
-        for name in names
-    }
+    weights = {name: load_weights(name, config.model_name, config.output_dir) for name in names}
     if config.input_size is None:
         config = dataclasses.replace(config, input_size=weights[config.weights].preset.size)
-    if config.dry_run:
-        dataset = planned_dataset(config)
-    else:
-        dataset = load_dataset(config.dataset, config.size, config.data_root, config.train_tiles)
+    dataset = load_dataset(config.dataset, config.size, config.data_root, config.train_tiles)
     if config.cache_features is not False:
         untrained = dataclasses.replace(weights[config.weights], state_dict=None)
         with torch.device("meta"):  # takes no memory: only the shape of the features is needed
@@ -115,16 +108,14 @@ def main(config: Task5Config) -> None:
     for single in finished:  # before any other run starts
         before = read_json(run_folder(config.output_dir, single.run_id) / "config.json")
         facts = {"data_fingerprint": dataset.fingerprint, "weights": weights[single.weights].record()}
-        check_record(single, before, None if config.dry_run else {"task": "task5", **facts})
+        check_record(single, before, {"task": "task5", **facts})
     for single in runs:
         if single in finished:
             print(f"run {single.run_id} is finished already")
-        elif config.dry_run:
-            describe(single, build(single, weights[single.weights]), compute)
         else:
             train(single, weights[single.weights], dataset, compute)
     tuned, scratch = ([run.run_id for run in runs if (run.weights == SCRATCH) == s] for s in (False, True))
-    if tuned and scratch and not config.dry_run and distributed.is_first():
+    if tuned and scratch and distributed.is_first():
         compare_runs(config.run_id, tuned, scratch, config.output_dir)
 
 

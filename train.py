@@ -24,7 +24,6 @@ import torch
 from common.training.device import Compute
 from common.config import TrainingConfig, key, run_script, with_defaults
 from common.data.dataset import load_dataset
-from common.training.dry_run import describe
 from common.errors import UsageError
 from common.training.models import build_model
 from common.data.pathmnist import CLASS_NAMES
@@ -97,9 +96,6 @@ def main(config: TrainConfig) -> None:
     compute.prepare_process()
     torch.manual_seed(config.seed)
     model = build_model(config.model_name, len(CLASS_NAMES), config.input_size)
-    if config.dry_run:
-        describe(config, model, compute)
-        return
     dataset = load_dataset(config.dataset, config.size, config.data_root, config.train_tiles)
     run = Run("task3", config, dataset, compute.name)
     splits = device_splits(dataset, compute.device, config.input_size, config.augmentation)

@@ -16,6 +16,7 @@ factor 2.2 is a fit on a CPU: gradients, and memory that the allocator keeps.
 On a GPU every case is also run with its tiles kept on the host, the fallback for tiles that do not fit.
 """
 
+import re
 import statistics
 import tempfile
 import time
@@ -28,7 +29,6 @@ from bench.shared import save, separate_process, trainer_of
 from common.data import batches as tiles_on_device
 from common.data import dataset
 from common.training.device import Compute
-from common.training.dry_run import peak, saved_bytes
 from task1 import Task1Config
 
 CASES = ((1_000, 28), (4_000, 28), (16_000, 28), (89_996, 28), (1_000, 64), (1_000, 128), (1_000, 224))
@@ -78,6 +78,32 @@ def case(n_tiles: int, size: int, root: Path, on_host: bool) -> dict[str, Any]:
         "saved_bytes_per_tile": saved_bytes(model, inputs, compute) // config.batch_size,
         "peak_bytes": measured,
     }
+
+
+def peak(compute: Compute) -> int:
+    """The most bytes that the process, or its part on the GPU, has needed so far; 0 where it is not known."""
+    if compute.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(compute.device)
+    # getrusage would give the parent's peak where that is larger.
+    status = Path("/proc/self/status")  # only Linux has it
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="ascii")) if status.exists() else None
+    return 1024 * int(found[1]) if found else 0
+
+
+def saved_bytes(model: torch.nn.Module, inputs: torch.Tensor, compute: Compute) -> int:
+    """The size of all tensors that autograd saves in the forward pass, without the weights."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    found: dict[int, int] = {}
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), compute.autocast():
+        model(inputs)
+    return sum(found.values())
 
 
 def predicted(row: dict[str, Any]) -> float:

@@ -329,11 +329,6 @@ class TrainingConfig(Config):
     )
     test: bool = key(True, "score the test tiles at the end; False: a run that serves to choose a recipe")
     tta: bool = key(True, "also score the test tiles averaged over their 8 flips and quarter turns")
-    dry_run: bool = key(
-        False,
-        "check the keys and the network, print what the run would do and need, and write nothing",
-        bookkeeping=True,
-    )
 
     def __post_init__(self) -> None:
         """Also shorten a warm-up that would fill the whole run, with one line, and refuse too small batches."""

@@ -220,8 +220,6 @@ def _parameter(name: str, content: Any) -> Any:
 
 def _check_settable(name: str, where: str, swept: Iterable[str] = ()) -> None:
     """Raise UsageError for a key that is not the user's to set for all runs; `where` names its place."""
-    if name == "dry_run":
-        raise UsageError(f"{where}: a sweep trains its runs; --dry_run is for one run of the program")
     if name in swept or name in SET_PER_RUN:
         raise UsageError(f"{where}: the sweep gives each run its own {name}")
 

@@ -108,11 +108,6 @@ OPTIONS: list[tuple[str, int, str]] = [
     ("study.sweep", 2, "which sweep"),
     ("study.sweep {}/none.yaml", 2, r"none\.yaml: No such file"),
     ("study.sweep ablation.yaml --count=0", 2, "--count 0: must be at least 1"),
-    (
-        "study.sweep ablation.yaml -- --dry_run=True",
-        2,
-        "--dry_run=True: a sweep trains its runs; --dry_run is for one run",
-    ),
     ("study.sweep ablation.yaml -- --seed=3", 2, "--seed=3: the sweep gives each run its own seed"),
     ("study.sweep ablation.yaml -- --sise=28", 2, "unknown key --sise; did you mean --size"),
     ("study.sweep ablation.yaml --table_only --output_dir={}", 2, "no run of ablation is finished yet"),

@@ -163,7 +163,6 @@ def test_bookkeeping_keys_do_not_belong_to_what_a_run_computes() -> None:
         wandb="offline",
         wandb_model=True,
         resume=True,
-        dry_run=True,
         scratch=False,
         n_seeds=2,
     )
@@ -171,7 +170,7 @@ def test_bookkeeping_keys_do_not_belong_to_what_a_run_computes() -> None:
     assert kept.identity() == first.identity()
     assert dataclasses.replace(first, seed=1).identity() != first.identity()
     assert set(first.as_dict()) - set(first.identity()) == {
-        *("data_root", "output_dir", "wandb", "wandb_model", "resume", "dry_run", "scratch", "n_seeds")
+        *("data_root", "output_dir", "wandb", "wandb_model", "resume", "scratch", "n_seeds")
     }
     assert "run_id" in read().identity()
 

@@ -297,12 +297,8 @@ def test_resume_is_asked_of_the_first_run_and_the_others_start_after_it(
     with pytest.raises(UsageError, match="run r is finished already"):
         task5.main(read(*command, "--scratch=False"))
     capsys.readouterr()
-    task5.main(read(*command, "--resume", "--dry_run"))
-    printed = capsys.readouterr().out
-    assert "run r is finished already" in printed
-    assert "run r-scratch: new" in printed
-    assert not (tmp_path / "runs/r-scratch").exists()
     task5.main(read(*command, "--resume"))
+    assert "run r is finished already" in capsys.readouterr().out
     assert (tmp_path / "runs/r/comparison.json").exists()
 
 

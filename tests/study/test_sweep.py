@@ -137,7 +137,6 @@ def test_any_damage_of_a_sweep_file_is_refused_or_leaves_a_sweep(
             "int_uniform needs whole numbers, not 0.1 and 1",
         ),
         ({"parameters": {"run_id": {"value": "a"}}}, "parameter run_id: the sweep gives each run its own"),
-        ({"parameters": {"dry_run": {"value": True}}}, "dry_run: a sweep trains its runs"),
         ({"command": ["${program}"]}, "command has no ${args}"),
         ({"command": "python train.py"}, "command must be a list"),
         ({"name": "../../x"}, "name '../../x': a run id names files"),
