@@ -30,7 +30,6 @@ from typing import Any
 
 import torch
 
-from common import distributed
 from common.finetune import network
 from common.training.device import Compute
 from common.config import key, run_script, with_defaults
@@ -115,7 +114,7 @@ def main(config: Task5Config) -> None:
         else:
             train(single, weights[single.weights], dataset, compute)
     tuned, scratch = ([run.run_id for run in runs if (run.weights == SCRATCH) == s] for s in (False, True))
-    if tuned and scratch and distributed.is_first():
+    if tuned and scratch:
         compare_runs(config.run_id, tuned, scratch, config.output_dir)
 
 

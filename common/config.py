@@ -133,25 +133,10 @@ def expanded(path: str) -> Path:
         raise UsageError(f"{path}: begins with an unknown home folder; write the whole path") from None
 
 
-def torchrun_number(name: str, default: int) -> int:
-    """A number that torchrun sets in the environment, or `default`; UsageError where it is set to another text."""
-    text = os.environ.get(name) or str(default)
-    if not re.fullmatch("[0-9]{1,6}", text):
-        raise UsageError(f"{name}={text}: torchrun sets this variable to a number; unset it")
-    return int(text)
-
-
-def n_processes() -> int:
-    """How many processes torchrun has started; 1 without torchrun."""
-    return torchrun_number("WORLD_SIZE", 1)
-
-
 def _new_run_id(config: "Config") -> str:
     """A random id, or W&B's id under a W&B agent. Raises UsageError where only the user can name the run."""
     if config.resume:
         raise UsageError("--resume needs --run_id: which run shall be continued?")
-    if n_processes() > 1:
-        raise UsageError("torchrun: give --run_id, so that all its processes have the same")
     if "WANDB_SWEEP_ID" in os.environ and "WANDB_RUN_ID" in os.environ:
         return os.environ["WANDB_RUN_ID"]
     return secrets.token_hex(4)
@@ -331,7 +316,7 @@ class TrainingConfig(Config):
     tta: bool = key(True, "also score the test tiles averaged over their 8 flips and quarter turns")
 
     def __post_init__(self) -> None:
-        """Also shorten a warm-up that would fill the whole run, with one line, and refuse too small batches."""
+        """Also shorten a warm-up that would fill the whole run, with one line."""
         super().__post_init__()
         if 0 < self.lr_warmup_epochs >= self.n_epochs:
             shorter = self.n_epochs // 2
@@ -340,9 +325,6 @@ class TrainingConfig(Config):
                 f"the run has {counted(self.n_epochs, 'epoch')}"
             )
             self._set("lr_warmup_epochs", shorter)
-        # A batch has at least half of batch_size tiles, and BatchNorm needs two in each process.
-        if self.batch_size < 4 * n_processes() > 4:
-            raise UsageError(f"--batch_size {self.batch_size}: too small for {n_processes()} processes")
 
 
 def _check_value(field: "dataclasses.Field[Any]", value: Any) -> None:
@@ -510,9 +492,6 @@ def run_script(main: Callable[[C], None], config_class: type[C], arguments: Sequ
             keys = [f"{when}--{name}" for name, when in names.items() if hasattr(config_class, name)]
             remedy = f"lower {' or '.join(keys)}" if keys else "close other programs"
             message, status = f"out of memory ({first_line(error)}): {remedy}", Untrainable.exit_status
-        elif re.search("Connection (closed|reset) by peer|NCCL", str(error)):  # under torchrun
-            ended = f"another process of this run has ended ({first_line(error)})"
-            message, status = f"{ended}; {command} continues", 1
         else:
             path = keep_traceback(error, folders)
             what = f"{type(error).__name__}: {first_line(error)}"

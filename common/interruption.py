@@ -5,7 +5,6 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-from common import distributed
 from common.errors import Stopped
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -14,8 +13,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Interruption:
     """A context in which the first Ctrl-C or SIGTERM is only noted, in `came`; a second one ends the process.
 
-    Under torchrun later ones are ignored: Ctrl-C reaches torchrun as well, which then sends every process SIGTERM
-    and, half a minute later, SIGKILL. Outside the main thread, where Python handles no signals, nothing is noted.
+    Outside the main thread, where Python handles no signals, nothing is noted.
     """
 
     came: signal.Signals | None = None
@@ -42,5 +40,4 @@ class Interruption:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.came is None:
             self.came = signal.Signals(number)
-        if distributed.world_size() == 1:
-            self.__exit__(None, None, None)
+        self.__exit__(None, None, None)

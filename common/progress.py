@@ -1,4 +1,4 @@
-"""Progress bars: on a terminal and in a notebook, never in a pipe or a file; of the first process alone."""
+"""Progress bars: on a terminal and in a notebook, never in a pipe or a file."""
 
 import os
 import sys
@@ -7,19 +7,16 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from common.config import torchrun_number
-
 
 def progress_bar(description: str, n_tiles: int, done: int = 0) -> Any:
     """A bar that starts at `done` tiles and goes away when it is closed; its rate is the mean since the start."""
     shown = (sys.stderr.isatty() and os.environ.get("TERM") != "dumb") or "ipykernel" in sys.modules
-    first = torchrun_number("RANK", 0) == 0  # else the bars of all processes would overwrite one another
     look: dict[str, Any] = {
         "unit": " tiles",
         "leave": False,
         "dynamic_ncols": True,
         "smoothing": 0,
-        "disable": not (shown and first),
+        "disable": not shown,
     }
     return tqdm(total=n_tiles, desc=description, initial=done, **look)
 

@@ -1,4 +1,4 @@
-"""Closed and ASCII streams, no home folder, junk from torchrun, Ctrl-C during the imports: at most one line."""
+"""Closed and ASCII streams, no home folder, Ctrl-C during the imports: at most one line."""
 
 import io
 import os
@@ -11,13 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-import torch.distributed
-from bad_input import RUN, assert_refused
+from bad_input import assert_refused
 from conftest import ROOT
 
 from common.config import TrainingConfig, run_script
 from common.data.dataset import load_dataset
-from common.training.device import Compute
 
 
 def say(config: TrainingConfig) -> None:
@@ -28,12 +26,6 @@ def say(config: TrainingConfig) -> None:
 @pytest.mark.parametrize(
     ("environment", "line", "status", "message"),
     [
-        ({"WORLD_SIZE": "junk"}, RUN, 2, "WORLD_SIZE=junk: torchrun sets this variable to a number; unset it"),
-        ({"WORLD_SIZE": "-1"}, RUN, 2, "WORLD_SIZE=-1: torchrun sets"),
-        ({"WORLD_SIZE": "1e9"}, RUN, 2, "WORLD_SIZE=1e9: torchrun sets"),
-        ({"WORLD_SIZE": "2"}, RUN, 2, "WORLD_SIZE=2: the processes cannot find each other .*RANK.* torchrun"),
-        ({"WORLD_SIZE": "2", "RANK": "x"}, RUN, 2, "WORLD_SIZE=2: the processes cannot find each other"),
-        ({"WORLD_SIZE": "2"}, "task1.py --dataset=phantom", 2, "torchrun: give --run_id"),
         (
             {"PATHMNIST_ROOT": "~nobody-has-this-name/x"},
             "task1.py",
@@ -54,13 +46,6 @@ def test_a_wrong_variable_is_named(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert_refused(line, status, message, tmp_path, capsys)
-
-
-def test_an_empty_variable_of_torchrun_is_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "")
-    monkeypatch.setenv("LOCAL_RANK", "")
-    Compute.of("cpu", "fp32").prepare_process()
-    assert not torch.distributed.is_initialized()
 
 
 def test_a_user_without_a_home_folder_needs_only_a_data_root(

@@ -34,8 +34,6 @@ def test_a_bar_is_shown_on_a_terminal_and_in_a_notebook_alone(monkeypatch: pytes
     assert not shown(monkeypatch, io.StringIO(), "xterm")
     monkeypatch.setitem(sys.modules, "ipykernel", sys)
     assert "7/10" in shown(monkeypatch, io.StringIO(), "xterm")
-    monkeypatch.setenv("RANK", "1")  # the second process of torchrun
-    assert not shown(monkeypatch, Terminal(), "xterm")
 
 
 def test_a_run_has_a_bar_with_its_end_time_beside_that_of_the_epoch(

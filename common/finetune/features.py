@@ -9,7 +9,6 @@ from typing import TypeVar
 
 import torch
 
-from common import distributed
 from common.data.augment import build_augmentation, dihedral_view
 from common.data.batches import RESIDENT_SHARE, Batch, DeviceTiles, Splits, normalise
 from common.data.dataset import Dataset, Split
@@ -126,7 +125,7 @@ def decide_caching(config: C, feature_shape: Sequence[int], dataset: Dataset, de
         remedy = f"run {config.run_id} was started with them: close other programs, or use another --run_id"
     if wanted is not False:
         size, free = feature_bytes(config, feature_shape, dataset), free_memory(device)
-        if distributed.any_of_all(size > RESIDENT_SHARE * free):
+        if size > RESIDENT_SHARE * free:
             problem = (
                 f"the features of all tiles take {size / 1e9:.1f} GB, "
                 f"more than {RESIDENT_SHARE:.0%} of the {free / 1e9:.1f} GB of free memory"

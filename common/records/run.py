@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from common import distributed
 from common.config import Config, ScriptConfig, TrainingConfig, program
 from common.data.dataset import Dataset
 from common.errors import UsageError, first_line
@@ -47,7 +46,7 @@ class Run:
     """One run's folders, and its W&B run.
 
     `folder` is output_dir/runs/<run_id>, `checkpoints` is output_dir/checkpoints/<run_id>. summary.json is
-    written last: a folder that has one is a finished run. Of several processes the first one writes.
+    written last: a folder that has one is a finished run.
     """
 
     def __init__(
@@ -87,8 +86,6 @@ class Run:
         check_startable(config, self.facts)
         self._wandb: Any = None
         self.url: str | None = None
-        if not distributed.is_first():
-            return
         self._lock = process_lock(self.folder / ".lock")
         if self._lock is None:
             raise UsageError(
@@ -118,8 +115,7 @@ class Run:
 
     def write_history(self, history: Sequence[Mapping[str, float]]) -> None:
         """Write history.csv whole."""
-        if distributed.is_first():
-            write_csv(self.folder / "history.csv", history)
+        write_csv(self.folder / "history.csv", history)
 
     def continue_from(self, history: Sequence[Mapping[str, float]]) -> None:
         """Write history.csv and send W&B all its rows: the run may have been killed before it did this."""
@@ -150,15 +146,11 @@ class Run:
 
     def save_scores(self, **arrays: np.ndarray) -> None:
         """Write scores.npz: logits (N, C) and targets (N,) of the scored splits; see `Trainer.test`."""
-        if not distributed.is_first():
-            return
         with atomic_path(self.folder / "scores.npz") as temporary:
             np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
 
     def finish(self, history: Sequence[Mapping[str, float]], summary: Mapping[str, Any]) -> None:
         """Draw the figures, write summary.json, delete last.pt, send the results to W&B, and print them."""
-        if not distributed.is_first():
-            return
         figures = self._draw(history, summary)
         names = {name: path.name for name, path in figures.items()}
         hashes = {name: digest(path) for name, path in figures.items()}

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from common import distributed
 from common.errors import UsageError
 from common.statistics import counted
 
@@ -33,27 +32,20 @@ class Compute:
         bf16 = precision == "bf16" or (
             precision == "auto" and cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         )
-        where = torch.device("cuda", distributed.local_rank()) if cuda else torch.device("cpu")
+        where = torch.device("cuda", 0) if cuda else torch.device("cpu")
         return cls(where, torch.bfloat16 if bf16 else torch.float32)
 
     def prepare_process(self) -> None:
-        """Join torchrun's other processes, if there are any; on a CPU, let malloc keep freed memory.
-
-        A script calls this before it builds its network.
-        """
-        distributed.join(self.device.type == "cuda")
+        """On a CPU, let malloc keep freed memory; a script calls this before it builds its network."""
         if self.device.type == "cpu":
             _keep_freed_memory()
 
     @property
     def name(self) -> str:
         """The device in words, for records."""
-        processes = distributed.world_size()
-        prefix = f"{processes} × " if processes > 1 else ""
         if self.device.type == "cuda":
-            return prefix + torch.cuda.get_device_name(self.device)
-        threads = torch.get_num_threads()
-        return f"{prefix}{_cpu_name()}, {counted(threads, 'thread')}"
+            return torch.cuda.get_device_name(self.device)
+        return f"{_cpu_name()}, {counted(torch.get_num_threads(), 'thread')}"
 
     def autocast(self) -> torch.autocast:
         """The context manager for a forward pass; it does nothing in float32."""

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import distributed
 from common.data.batches import Tiles, batches
 from common.errors import Untrainable
 from common.progress import progress_bar
@@ -74,15 +73,12 @@ def evaluate(model: nn.Module, tiles: Tiles, compute: Compute, tta: bool = False
     """The logits of every tile, in order; the model is put into eval mode.
 
     With `tta` the logits are the logarithm of the mean probability over the 8 dihedral views of the tile.
-    Several processes share the work, and each of them gets all logits. Raises Untrainable where a logit is not
-    finite.
+    Raises Untrainable where a logit is not finite.
     """
     model.eval()
     logits, targets = [], []
-    share = distributed.share(torch.arange(len(tiles), device=tiles.index_device))
-    with progress_bar("evaluate", len(share)) as bar:
-        for places in batches(len(share), EVALUATION_BATCH, tiles.index_device):
-            batch = share[places]
+    with progress_bar("evaluate", len(tiles)) as bar:
+        for batch in batches(len(tiles), EVALUATION_BATCH, tiles.index_device):
             with compute.autocast():
                 if tta:
                     inputs, labels = tiles.views(batch)
@@ -93,8 +89,7 @@ def evaluate(model: nn.Module, tiles: Tiles, compute: Compute, tta: bool = False
                     logits.append(model(images).float())
             targets.append(labels)
             bar.update(len(batch))
-    scores = distributed.gathered(torch.cat(logits), len(tiles))
+    scores = torch.cat(logits)
     if not scores.isfinite().all():
         raise Untrainable("the network's outputs are no longer finite; start a new run with a lower --lr")
-    labels = distributed.gathered(torch.cat(targets), len(tiles))
-    return Evaluation(scores.cpu().numpy(), labels.cpu().numpy())
+    return Evaluation(scores.cpu().numpy(), torch.cat(targets).cpu().numpy())

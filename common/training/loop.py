@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from common import distributed
 from common.config import TrainingConfig
 from common.data.batches import Splits, Tiles, batches
 from common.errors import Fault, Stopped, Untrainable, UsageError
@@ -105,7 +104,7 @@ class Trainer:
         """
         self.splits, self.config, self.compute, self.run = splits, config, compute, run
         model.to(compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.model = distributed.synchronised(model, compute.device)
+        self.model = model
         self.optimizer = build_optimizer(self.model, config, lr_factors)
         self.steps_per_epoch = len(self.batches())
         n_steps, decay = config.n_epochs * self.steps_per_epoch, config.ema_decay
@@ -118,7 +117,6 @@ class Trainer:
         self.epoch_started = time.perf_counter()
         self.run_bar = no_bar()
         self.restore()
-        self.parallel = distributed.parallel(self.model, changing=before_epoch is not None)
 
     @property
     def end_reason(self) -> str:
@@ -148,7 +146,7 @@ class Trainer:
                 if self.best_epoch == epoch:
                     self.save_best()
                 self.run.log_epoch(self.history)
-                if distributed.any_of_all(self.interruption.came is not None):
+                if self.interruption.came:
                     raise self.interrupted(f"after epoch {epoch}")
         print(f"training ended: {self.end_reason}; best epoch {self.best_epoch} by {self.config.select_on}")
 
@@ -160,11 +158,10 @@ class Trainer:
                 self.before_epoch(network, epoch)
         loss = self.train_epoch(epoch)
         seconds = time.perf_counter() - self.epoch_started
-        distributed.same_buffers(self.model)
         if self.average or self.config.reestimate_batchnorm:
             with self.compute.autocast():
                 reestimate_batchnorm(self.evaluated, self.clean_inputs())
-        row = {
+        return {
             "epoch": epoch,
             "train/loss": loss,
             **evaluate(self.evaluated, self.splits.val, self.compute).summary("validate"),
@@ -172,46 +169,41 @@ class Trainer:
             "tiles_per_second": len(self.splits.train) / seconds,
             "seconds": time.perf_counter() - self.epoch_started,
         }
-        first: dict[str, float] = distributed.of_all(row)[0]  # each process has measured other seconds
-        return first
 
     def train_epoch(self, epoch: int) -> float:
         """Pass once over the training tiles; returns the mean loss of a tile. `epoch` counts from 1.
 
-        An epoch that was stopped is continued after its last step. Each process trains on its share of a batch
-        with its own random stream; the gradients are those of the whole batch.
+        An epoch that was stopped is continued after its last step.
 
         The loss is read once a second and at the end, because a GPU waits while a value is read. Raises
-        Untrainable where the loss is not finite. Ctrl-C or SIGTERM in any process ends the epoch after the step:
+        Untrainable where the loss is not finite. Ctrl-C or SIGTERM ends the epoch after the step:
         last.pt is written and Stopped is raised.
         """
         config, tiles = self.config, self.splits.train
-        self.parallel.train()
-        process = f"-{distributed.rank()}" if distributed.rank() else ""
-        draws = generator(config.seed, epoch, f"augment{process}")
-        torch.manual_seed(derived_seed(config.seed, epoch, f"dropout{process}"))
+        self.model.train()
+        draws = generator(config.seed, epoch, "augment")
+        torch.manual_seed(derived_seed(config.seed, epoch, "dropout"))
         order = self.batches(generator(config.seed, epoch, "shuffle"))
         done, total = self.continue_epoch(draws)
         tiles_done = sum(map(len, order[:done]))
-        seen = sum(len(distributed.share(batch)) for batch in order[:done])  # by this process, as `total` is
+        seen = tiles_done
         self.run_bar.update(tiles_done)
         read = time.monotonic()
         with progress_bar(f"epoch {epoch}/{config.n_epochs}", len(tiles), tiles_done) as bar:
             for number, batch in enumerate(order[done:], start=done + 1):
                 step = (epoch - 1) * self.steps_per_epoch + number - 1
                 self.set_learning_rate(step)
-                share = distributed.share(batch)
-                inputs, labels = tiles.inputs(share, draws)
+                inputs, labels = tiles.inputs(batch, draws)
                 mixed = mix(inputs, draws, config.mixup_alpha, config.cutmix_alpha)
                 with self.compute.autocast():
-                    loss = cross_entropy(self.parallel(mixed.inputs), labels, mixed, config.label_smoothing)
+                    loss = cross_entropy(self.model(mixed.inputs), labels, mixed, config.label_smoothing)
                 self.optimizer.zero_grad(set_to_none=True)
-                distributed.weighted(loss, share, batch).backward()  # type: ignore[no-untyped-call]
+                loss.backward()  # type: ignore[no-untyped-call]
                 self.optimizer.step()
                 if self.average:
                     self.average.update(self.model, step)
-                total += loss.detach() * len(share)
-                seen += len(share)
+                total += loss.detach() * len(batch)
+                seen += len(batch)
                 bar.update(len(batch))
                 self.run_bar.update(len(batch))
                 if time.monotonic() - read > 1:
@@ -219,11 +211,11 @@ class Trainer:
                     if not self.run_bar.disable:
                         self.run_bar.set_postfix(ends=end_time(self.run_bar))
                     read = time.monotonic()
-                if distributed.any_of_all(self.interruption.came is not None):
-                    read_loss(distributed.total(total.clone()), epoch)
+                if self.interruption.came:
+                    read_loss(total, epoch)
                     self.save_last(self.epoch_state(number, total, draws))
                     raise self.interrupted(f"after epoch {epoch - 1} and {counted(number, 'step')}")
-        return read_loss(distributed.total(total), epoch) / len(tiles)
+        return read_loss(total, epoch) / len(tiles)
 
     def interrupted(self, where: str) -> Stopped:
         """End the W&B run; returns the error to raise when everything is saved."""
@@ -301,8 +293,6 @@ class Trainer:
 
     def save_best(self) -> None:
         """Write best.pt: the evaluated weights, and what a reader must know to use them."""
-        if not distributed.is_first():
-            return
         dataset = self.run.dataset
         content = {
             "state_dict": self.evaluated.state_dict(),
@@ -328,8 +318,6 @@ class Trainer:
 
     def save_last(self, begun: Mapping[str, Any] | None = None) -> None:
         """Write last.pt, to resume the training from; `begun` is the `epoch_state` of an epoch in progress."""
-        if not distributed.is_first():
-            return
         content = {
             "state_dict": self.model.state_dict(),
             "evaluated_state_dict": self.evaluated.state_dict(),
@@ -366,11 +354,6 @@ class Trainer:
         self.evaluated.load_state_dict(saved["evaluated_state_dict"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.history, self.begun = saved["history"], saved["begun"]
-        if self.begun and len(self.begun["processes"]) != distributed.world_size():
-            raise UsageError(
-                f"run {self.run.run_id} was stopped within an epoch; its number of processes was "
-                f"{len(self.begun['processes'])}: continue it with the same number"
-            )
         device = "cuda" if self.begun and "cuda" in self.begun["processes"][0] else "cpu"
         if self.begun and device != self.compute.device.type:
             raise UsageError(
@@ -390,7 +373,7 @@ class Trainer:
         if self.compute.device.type == "cuda":
             process["cuda"] = torch.cuda.get_rng_state(self.compute.device)
         seconds = time.perf_counter() - self.epoch_started
-        return {"steps": steps, "seconds": seconds, "processes": distributed.of_all(process)}
+        return {"steps": steps, "seconds": seconds, "processes": [process]}
 
     def continue_epoch(self, draws: torch.Generator) -> tuple[int, torch.Tensor]:
         """The finished steps and the sum of losses () of an epoch that was stopped, or two zeros.
@@ -400,7 +383,7 @@ class Trainer:
         begun, self.begun = self.begun, None
         if begun is None:
             return 0, torch.zeros((), device=self.compute.device)
-        process = begun["processes"][distributed.rank()]
+        process = begun["processes"][0]
         draws.set_state(process["augment"])
         torch.set_rng_state(process["cpu"])
         if "cuda" in process:

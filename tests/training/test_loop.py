@@ -3,10 +3,7 @@ import copy
 import dataclasses
 import itertools
 import math
-import platform
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -312,30 +309,6 @@ def test_summary_of_an_evaluation_is_that_of_its_logits() -> None:
     assert summary["validate/auc"] == 1.0
 
 
-def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UsageError, match="--device cuda: PyTorch sees no CUDA device"):
-        Compute.of("cuda", "auto")
-    assert Compute.of("auto", "auto") == CPU
-    assert Compute.of("cpu", "bf16").dtype == torch.bfloat16
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc is told to")
-def test_a_cpu_run_uses_freed_memory_again() -> None:
-    program = """
-import resource, torch
-from common.training.device import Compute
-Compute.of("cpu", "fp32").prepare_process()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(100):
-    torch.ones(20_000_000)  # 80 MB: 20,000 pages
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    # Not one: until a gap is large enough for the next block and its alignment, the heap grows by a few.
-    assert int(done.stdout) < 25 * 20_000
-
-
 def test_bf16_is_close_to_fp32(tiny: Dataset) -> None:
     torch.manual_seed(0)
     model = build_model(MODEL, 9, 28)
@@ -572,7 +545,6 @@ def test_the_bar_of_a_continued_epoch_shows_the_loss_of_the_tiles_of_its_own_pro
     monkeypatch.setattr(loop, "progress_bar", lambda *_: Bar())
     clock = SimpleNamespace(monotonic=itertools.count(step=2).__next__, perf_counter=time.perf_counter)
     monkeypatch.setattr(loop, "time", clock)
-    monkeypatch.setattr(loop.distributed, "share", lambda indices: indices[: len(indices) // 2])
     stop_at = 0
     trainer = trainer_of(tiny, tmp_path / "whole", n_epochs=1)
     trainer.train_epoch(1)
