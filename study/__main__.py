@@ -30,10 +30,10 @@ from common.config import ScriptConfig, key, parse, run_script
 from common.errors import Fault, UsageError
 from common.files import locked, read_text, write_text
 from common.finetune import weights
-from common.interruption import Interruption
 from common.records.read import checkpoint_folder, is_finished, read_json, read_table, run_folder
 from study import report
 from study.baselines import BaselinesConfig
+from study.interruption import Interruption
 from study.report_selection import Study, parameters
 from study.sweep import grid
 from study.sweep_file import read_sweep

@@ -14,9 +14,9 @@ from typing import Any
 from tqdm import tqdm
 
 from common.errors import Fault
-from common.interruption import Interruption
 from common.records.read import is_finished, read_history, read_json, run_folder
 from common.records.run import check_same
+from study.interruption import Interruption
 from study.sweep_file import Sweep
 
 POLL = 0.5  # seconds after which `Workers.wait` returns even if no trial has ended

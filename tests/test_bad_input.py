@@ -173,8 +173,10 @@ def last_checkpoint(content: dict[str, Any], **keys: Any) -> Make:
     """A run with `content` in its last.pt, whose configuration differs from `RUN` by `keys`."""
 
     def make(folder: Path, _: pytest.MonkeyPatch) -> None:
-        config = task1.Task1Config(dataset="phantom", size=28, train_tiles=90, run_id="r", **keys)
-        checkpoint.save(folder / "checkpoints" / "r" / "last.pt", {"config": config.as_dict(), **content})
+        config = task1.Task1Config(dataset="phantom", size=28, input_size=28, train_tiles=90, run_id="r", **keys)
+        whole = {"state_dict": {}, "evaluated_state_dict": {}, "optimizer": {}, "history": []}
+        whole |= {"config": config.as_dict(), **content}
+        checkpoint.save(folder / "checkpoints" / "r" / "last.pt", whole)
 
     return make
 
@@ -313,7 +315,7 @@ FILES: list[tuple[Make, str, int, str]] = [
     (text("out", ""), f"task1.py {PHANTOM} --data_root={{}} --output_dir={{}}/out", 1, "out.*: Not a directory"),
     (text("runs", ""), RUN, 1, "runs.*: Not a directory"),
     (last_checkpoint({"history": []}, lr=0.5), RUN, 2, "started with another configuration .*lr was 0.5"),
-    (last_checkpoint({"state_dict": {}}, n_epochs=1), RUN, 1, r"last\.pt: the run cannot be continued"),
+    (last_checkpoint({"state_dict": {}}, n_epochs=1), RUN, 1, r"last\.pt: no tensor conv1"),
     (nothing, f"{RUN} --resume", 2, "--resume: run r has no checkpoint"),
     (nothing, f"{RUN} --device=cuda", 2, "--device cuda: PyTorch sees no CUDA device"),
     (finished_task1(b"torn"), EXPLAIN, 1, r"best\.pt: not a readable checkpoint"),

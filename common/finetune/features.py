@@ -8,6 +8,7 @@ from functools import partial
 from typing import TypeVar
 
 import torch
+from tqdm import tqdm
 
 from common.data.augment import build_augmentation, dihedral_view
 from common.data.batches import RESIDENT_SHARE, Batch, DeviceTiles, Splits, normalise
@@ -16,7 +17,6 @@ from common.data.shift import SHIFTS, shifted
 from common.errors import UsageError
 from common.finetune.keys import FineTuningConfig
 from common.finetune.network import FineTunedNetwork
-from common.progress import progress_bar
 from common.records.read import read_json, run_folder
 from common.training.device import Compute
 from common.training.loop import generator
@@ -65,7 +65,7 @@ def cache_features(
     device = compute.device
     features = torch.empty(len(views), len(tiles), *model.feature_shape, device=device)
     labels = torch.empty(len(tiles), dtype=torch.int64, device=device)
-    with progress_bar("features", len(views) * len(tiles)) as bar:
+    with tqdm(desc="features", total=len(views) * len(tiles), unit=" tiles", leave=False, disable=None) as bar:
         for part in torch.split(torch.arange(len(tiles)), CACHING_BATCH):
             images, labels[part] = tiles.batch(part.to(tiles.index_device))
             for number, view in enumerate(views):

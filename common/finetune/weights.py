@@ -320,7 +320,7 @@ def _read(path: Path, begins: str = "") -> tuple[str, dict[str, torch.Tensor]]:
     prefix = "module." if all(str(name).startswith("module.") for name in content) else ""  # of DataParallel
     state = {}
     for name, value in content.items():
-        if not checkpoint.is_dense(value):
+        if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
             raise UsageError(f"--weights {path}: {name} is no dense tensor")
         if not value.isfinite().all():
             raise UsageError(f"--weights {path}: {name} holds values that are not finite (NaN or infinite)")

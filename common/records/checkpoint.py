@@ -1,12 +1,10 @@
 """Checkpoints: written whole or not at all, checked, and read without running code from them.
 
-A checkpoint is the zip archive that torch.save writes: it has a checksum (CRC-32) of every tensor and of all the
-rest. PyTorch does not look at these checksums, `read_plain` does. The files of earlier versions of the project
-have them too, so that they can still be read.
+A checkpoint is the zip archive that torch.save writes. It has a checksum (CRC-32) of every tensor and of all the
+rest; PyTorch does not look at these checksums, `read_plain` does.
 """
 
 import io
-import math
 import os
 import sys
 import warnings
@@ -16,11 +14,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import nn
 
 from common.errors import Fault
 from common.files import atomic_path, is_of_disk, open_regular
-
-NOT_PLAIN = "it is damaged, or holds more than tensors, numbers and text"
 
 
 def save(path: Path, content: dict[str, Any], previous: Path | None = None) -> None:
@@ -45,8 +42,6 @@ def load(path: Path) -> dict[str, Any]:
     """
     try:
         with open_regular(path) as file:
-            if not _is_zip(file):
-                raise ValueError(NOT_PLAIN)
             content = read_plain(file)
     except FileNotFoundError:
         raise Fault(f"{path}: no such checkpoint; train first, or name another --run_id") from None
@@ -62,19 +57,14 @@ def load_newest(*paths: Path) -> tuple[Path, dict[str, Any]] | None:
 
     Prints which cannot be read. Raises Fault if some of the files exist, and none can be read.
     """
-    faults: dict[Path, Fault] = {}
-    for path in paths:
-        if path.exists():
-            try:
-                content = load(path)
-            except Fault as fault:
-                faults[path] = fault
-                continue
-            for damaged in faults:
-                print(f"{damaged} cannot be read: continuing from {path.name}, which is older", file=sys.stderr)
-            return path, content
-    if faults:
-        raise next(iter(faults.values()))
+    existing = [path for path in paths if path.exists()]
+    for path in existing:
+        try:
+            return path, load(path)
+        except Fault:
+            if path == existing[-1]:
+                raise
+            print(f"{path} cannot be read: trying {existing[-1].name}, which is older", file=sys.stderr)
     return None
 
 
@@ -85,109 +75,38 @@ def read_plain(file: BinaryIO) -> Any:
     are no zip archives and have no checksums.
     """
     try:
-        file.seek(0)
-        if _is_zip(file):
+        if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
-                # torch.save compresses nothing and sets no attributes: PyTorch reads nothing of a "folder".
-                if (
-                    any(info.file_size != info.compress_size or info.external_attr for info in archive.infolist())
-                    or archive.testzip()
-                ):
+                # Attributes are 0, and no checksum covers them: PyTorch reads nothing of a "folder".
+                if archive.testzip() or any(member.external_attr for member in archive.infolist()):
                     raise ValueError
         file.seek(0)
-        with warnings.catch_warnings(action="ignore"):  # of what `state_problem` refuses, such as sparse tensors
+        with warnings.catch_warnings(action="ignore"):
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes zipfile and the unpickler raise many types
         if isinstance(error, MemoryError) or is_of_disk(error):
             raise
         # PyTorch's own message would advise to switch weights_only off.
-        raise ValueError(NOT_PLAIN) from error
+        raise ValueError("it is damaged, or holds more than tensors, numbers and text") from error
 
 
-def _is_zip(file: BinaryIO) -> bool:
-    return file.read(4) == b"PK\3\4"  # PyTorch decides in the same way how it reads the file
-
-
-def is_dense(value: torch.Tensor) -> bool:
-    """Whether a tensor that was read from a file is an ordinary one on the CPU."""
-    return value.layout == torch.strided and not value.is_quantized and value.device.type == "cpu"
-
-
-def state_problem(given: Any, expected: Mapping[str, torch.Tensor]) -> str | None:
-    """The first difference of tensors by name from `expected`, in words; None where there is none.
-
-    Names, shapes and dtypes must be the same. Tensors must be dense, on the CPU, and finite.
-    """
-    if not isinstance(given, Mapping):
-        return "no tensors by name"
+def state_problem(given: Mapping[str, Any], expected: Mapping[str, torch.Tensor]) -> str | None:
+    """The first difference in names, shapes or dtypes of tensors from `expected`, in words; None without one."""
     for name in [*expected, *given]:
         value, own = given.get(name), expected.get(name)
         if own is None:
             return f"an unknown tensor {name}"
         if not isinstance(value, torch.Tensor):
             return f"no tensor {name}"
-        if not is_dense(value):
-            return f"{name} is no dense tensor"
         if value.shape != own.shape:
             return f"{name} has the shape {tuple(value.shape)}, not {tuple(own.shape)}"
         if value.dtype != own.dtype:
             return f"{name} has the dtype {value.dtype}, not {own.dtype}"
-        if not value.isfinite().all():
-            return f"{name} has values that are not finite"
     return None
 
 
-def optimizer_problem(given: Any, optimizer: torch.optim.Optimizer) -> str | None:
-    """As `state_problem` for the state of an optimiser of the Adam family: PyTorch checks no shape of it.
-
-    The fused step would write beyond the memory of a moment that is smaller than its parameter.
-    """
-    own = optimizer.state_dict()["param_groups"]
-    groups = given.get("param_groups") if isinstance(given, Mapping) else None
-    if not isinstance(groups, list) or len(groups) != len(own) or not isinstance(given.get("state"), Mapping):
-        return "no state of this optimiser"
-    for group, expected in zip(groups, own, strict=True):
-        if (
-            not isinstance(group, Mapping)
-            or not isinstance(group.get("lr"), float)
-            or not math.isfinite(group["lr"])
-        ):
-            return "no state of this optimiser"
-        for name in expected.keys() - {"lr"}:  # set again before each step
-            if group.get(name) != expected[name]:
-                return f"{name} of the optimiser is {group.get(name)}, not {expected[name]}"
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for number, state in given["state"].items():
-        if not isinstance(number, int) or not 0 <= number < len(parameters):
-            return f"a state of an unknown parameter {number}"
-        moments = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if own[0]["amsgrad"] else [])]
-        expected = {"step": torch.zeros(()), **dict.fromkeys(moments, parameters[number])}
-        if problem := state_problem(state, expected):
-            return f"in the optimiser's state of parameter {number}: {problem}"
-    return None
-
-
-def begun_problem(begun: Any, steps_per_epoch: int) -> str | None:
-    """As `state_problem` for the `epoch_state` of an epoch in progress, which may be None."""
-    if begun is None:
-        return None
-    if not isinstance(begun, Mapping) or not isinstance(begun.get("processes"), list) or not begun["processes"]:
-        return "no state of an epoch in progress"
-    steps, seconds = begun.get("steps"), begun.get("seconds")
-    if type(steps) is not int or not 0 < steps <= steps_per_epoch:
-        return f"the number of finished steps is {steps}, an epoch has {steps_per_epoch}"
-    if not isinstance(seconds, float) or not 0 <= seconds < math.inf:
-        return f"the epoch's time is {seconds} seconds"
-    random = torch.Generator().get_state()
-    for process in begun["processes"]:
-        expected = {"total": torch.zeros(()), "augment": random, "cpu": random}
-        if isinstance(process, Mapping) and "cuda" in process:
-            expected["cuda"] = torch.zeros(16, dtype=torch.uint8)
-        if problem := state_problem(process, expected):
-            return problem
-        try:
-            for name in ("augment", "cpu"):
-                torch.Generator().set_state(process[name])
-        except RuntimeError:
-            return f"{name} is no state of a random generator"
-    return None
+def load_weights(network: nn.Module, state_dict: Mapping[str, Any], path: Path) -> None:
+    """Load weights that were read from `path`. Fault, before anything is loaded, where they do not fit."""
+    if problem := state_problem(state_dict, network.state_dict()):
+        raise Fault(f"{path}: {problem}; train again with another --run_id")
+    network.load_state_dict(state_dict)

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 from common.data.batches import Tiles, batches
 from common.errors import Untrainable
-from common.progress import progress_bar
 from common.training import metrics
 from common.training.device import Compute
 
@@ -77,18 +77,17 @@ def evaluate(model: nn.Module, tiles: Tiles, compute: Compute, tta: bool = False
     """
     model.eval()
     logits, targets = [], []
-    with progress_bar("evaluate", len(tiles)) as bar:
-        for batch in batches(len(tiles), EVALUATION_BATCH, tiles.index_device):
-            with compute.autocast():
-                if tta:
-                    inputs, labels = tiles.views(batch)
-                    views = [model(view).float().log_softmax(1) for view in inputs]
-                    logits.append(torch.stack(views).logsumexp(0) - math.log(len(views)))
-                else:
-                    images, labels = tiles.inputs(batch)
-                    logits.append(model(images).float())
-            targets.append(labels)
-            bar.update(len(batch))
+    parts = batches(len(tiles), EVALUATION_BATCH, tiles.index_device)
+    for batch in tqdm(parts, "evaluate", unit=" batches", leave=False, disable=None):
+        with compute.autocast():
+            if tta:
+                inputs, labels = tiles.views(batch)
+                views = [model(view).float().log_softmax(1) for view in inputs]
+                logits.append(torch.stack(views).logsumexp(0) - math.log(len(views)))
+            else:
+                images, labels = tiles.inputs(batch)
+                logits.append(model(images).float())
+        targets.append(labels)
     scores = torch.cat(logits)
     if not scores.isfinite().all():
         raise Untrainable("the network's outputs are no longer finite; start a new run with a lower --lr")

@@ -1,24 +1,25 @@
 """The one training loop: train an epoch, validate, keep the best weights; at the end score the test split."""
 
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from statistics import fmean
+from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from common.config import TrainingConfig
 from common.data.batches import Splits, Tiles, batches
-from common.errors import Fault, Stopped, Untrainable, UsageError
-from common.interruption import Interruption
-from common.progress import end_time, no_bar, progress_bar
+from common.errors import Fault, Stopped, Untrainable
 from common.records import checkpoint
-from common.records.read import history_problem
 from common.records.run import Run, check_same
-from common.statistics import counted
 from common.training import metrics
 from common.training.averaging import ExponentialMovingAverage, reestimate_batchnorm
 from common.training.device import Compute
@@ -111,11 +112,8 @@ class Trainer:
         self.average = ExponentialMovingAverage(self.model, decay, n_steps) if decay else None
         self.evaluated = self.average.model if self.average else self.model
         self.before_epoch = before_epoch
-        self.interruption = Interruption()
         self.history: list[dict[str, float]] = []
-        self.begun: Mapping[str, Any] | None = None  # the `epoch_state` of an epoch that was stopped
-        self.epoch_started = time.perf_counter()
-        self.run_bar = no_bar()
+        self.bar: Any = tqdm(disable=True)
         self.restore()
 
     @property
@@ -132,32 +130,35 @@ class Trainer:
         """Train until there is a reason to stop; the best weights are then in best.pt.
 
         After each epoch last.pt, best.pt (if this epoch is the best so far) and history.csv are written whole: a
-        kill loses the epoch in progress and no more. The former last.pt stays as previous.pt, in case last.pt is
-        damaged. Ctrl-C and SIGTERM lose nothing: the step in progress ends, last.pt is written, and Stopped is
-        raised. Raises Untrainable where the loss or the network's outputs are not finite.
+        kill, Ctrl-C or SIGTERM loses the epoch in progress and no more. The former last.pt stays as previous.pt,
+        in case last.pt is damaged. Raises Stopped after Ctrl-C or SIGTERM, and Untrainable where the loss or the
+        network's outputs are not finite.
         """
         n_tiles = len(self.splits.train)
         total, done = self.config.n_epochs * n_tiles, len(self.history) * n_tiles
-        with self.interruption, progress_bar(f"run {self.run.run_id}", total, done) as self.run_bar:
-            while not self.end_reason:
-                epoch = len(self.history) + 1
-                self.history.append(self.train_and_validate(epoch))
-                self.save_last()
-                if self.best_epoch == epoch:
-                    self.save_best()
-                self.run.log_epoch(self.history)
-                if self.interruption.came:
-                    raise self.interrupted(f"after epoch {epoch}")
+        bar = tqdm(total=total, initial=done, unit=" tiles", smoothing=0, disable=None)
+        try:
+            with signals_interrupt(), bar as self.bar:
+                while not self.end_reason:
+                    self.history.append(self.train_and_validate(len(self.history) + 1))
+                    self.save_last()
+                    if self.best_epoch == len(self.history):
+                        self.save_best()
+                    self.run.log_epoch(self.history)
+        except KeyboardInterrupt as interrupt:
+            number = signal.Signals(next(iter(interrupt.args), signal.SIGINT))
+            self.run.stop(number)
+            raise Stopped(f"{number.name}: run {self.run.run_id} keeps its finished epochs", number) from None
         print(f"training ended: {self.end_reason}; best epoch {self.best_epoch} by {self.config.select_on}")
 
     def train_and_validate(self, epoch: int) -> dict[str, float]:
         """Train one epoch and validate; returns the epoch's row of the history. Raises what `fit` does."""
-        self.epoch_started = time.perf_counter() - (self.begun["seconds"] if self.begun else 0.0)
+        started = time.perf_counter()
         if self.before_epoch:
             for network in {self.model, self.evaluated}:
                 self.before_epoch(network, epoch)
         loss = self.train_epoch(epoch)
-        seconds = time.perf_counter() - self.epoch_started
+        seconds = time.perf_counter() - started
         if self.average or self.config.reestimate_batchnorm:
             with self.compute.autocast():
                 reestimate_batchnorm(self.evaluated, self.clean_inputs())
@@ -167,61 +168,40 @@ class Trainer:
             **evaluate(self.evaluated, self.splits.val, self.compute).summary("validate"),
             "lr": max(group["lr"] for group in self.optimizer.param_groups),
             "tiles_per_second": len(self.splits.train) / seconds,
-            "seconds": time.perf_counter() - self.epoch_started,
+            "seconds": time.perf_counter() - started,
         }
 
     def train_epoch(self, epoch: int) -> float:
         """Pass once over the training tiles; returns the mean loss of a tile. `epoch` counts from 1.
 
-        An epoch that was stopped is continued after its last step.
-
         The loss is read once a second and at the end, because a GPU waits while a value is read. Raises
-        Untrainable where the loss is not finite. Ctrl-C or SIGTERM ends the epoch after the step:
-        last.pt is written and Stopped is raised.
+        Untrainable where the loss is not finite.
         """
         config, tiles = self.config, self.splits.train
         self.model.train()
         draws = generator(config.seed, epoch, "augment")
         torch.manual_seed(derived_seed(config.seed, epoch, "dropout"))
         order = self.batches(generator(config.seed, epoch, "shuffle"))
-        done, total = self.continue_epoch(draws)
-        tiles_done = sum(map(len, order[:done]))
-        seen = tiles_done
-        self.run_bar.update(tiles_done)
-        read = time.monotonic()
-        with progress_bar(f"epoch {epoch}/{config.n_epochs}", len(tiles), tiles_done) as bar:
-            for number, batch in enumerate(order[done:], start=done + 1):
-                step = (epoch - 1) * self.steps_per_epoch + number - 1
-                self.set_learning_rate(step)
-                inputs, labels = tiles.inputs(batch, draws)
-                mixed = mix(inputs, draws, config.mixup_alpha, config.cutmix_alpha)
-                with self.compute.autocast():
-                    loss = cross_entropy(self.model(mixed.inputs), labels, mixed, config.label_smoothing)
-                self.optimizer.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
-                self.optimizer.step()
-                if self.average:
-                    self.average.update(self.model, step)
-                total += loss.detach() * len(batch)
-                seen += len(batch)
-                bar.update(len(batch))
-                self.run_bar.update(len(batch))
-                if time.monotonic() - read > 1:
-                    bar.set_postfix(loss=f"{read_loss(total, epoch) / seen:.3f}")
-                    if not self.run_bar.disable:
-                        self.run_bar.set_postfix(ends=end_time(self.run_bar))
-                    read = time.monotonic()
-                if self.interruption.came:
-                    read_loss(total, epoch)
-                    self.save_last(self.epoch_state(number, total, draws))
-                    raise self.interrupted(f"after epoch {epoch - 1} and {counted(number, 'step')}")
+        total, seen, read = torch.zeros((), device=self.compute.device), 0, time.monotonic()
+        self.bar.set_description(f"epoch {epoch}/{config.n_epochs}")
+        for step, batch in enumerate(order, start=(epoch - 1) * self.steps_per_epoch):
+            self.set_learning_rate(step)
+            inputs, labels = tiles.inputs(batch, draws)
+            mixed = mix(inputs, draws, config.mixup_alpha, config.cutmix_alpha)
+            with self.compute.autocast():
+                loss = cross_entropy(self.model(mixed.inputs), labels, mixed, config.label_smoothing)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+            if self.average:
+                self.average.update(self.model, step)
+            total += loss.detach() * len(batch)
+            seen += len(batch)
+            self.bar.update(len(batch))
+            if time.monotonic() - read > 1:
+                self.bar.set_postfix(loss=f"{read_loss(total, epoch) / seen:.3f}")
+                read = time.monotonic()
         return read_loss(total, epoch) / len(tiles)
-
-    def interrupted(self, where: str) -> Stopped:
-        """End the W&B run; returns the error to raise when everything is saved."""
-        stopped = self.interruption.error(f"run {self.run.run_id} is saved {where}")
-        self.run.stop(stopped.number)
-        return stopped
 
     def test(self) -> dict[str, Any]:
         """Score the test tiles, unless `test` is off, with the last weights and the best ones; write scores.npz.
@@ -312,22 +292,22 @@ class Trainer:
         saved = checkpoint.load(path)
         if saved.get("history") != self.history[: self.best_epoch]:
             raise Fault(f"{path}: not the weights of epoch {self.best_epoch}; train again with another --run_id")
-        if problem := checkpoint.state_problem(saved.get("state_dict"), self.evaluated.state_dict()):
-            raise Fault(f"{path}: {problem}; train again with another --run_id")
-        self.evaluated.load_state_dict(saved["state_dict"])
+        checkpoint.load_weights(self.evaluated, saved["state_dict"], path)
 
-    def save_last(self, begun: Mapping[str, Any] | None = None) -> None:
-        """Write last.pt, to resume the training from; `begun` is the `epoch_state` of an epoch in progress."""
-        content = {
+    def state(self) -> dict[str, Any]:
+        """The content of last.pt: all that training needs to continue after the last finished epoch."""
+        return {
             "state_dict": self.model.state_dict(),
             "evaluated_state_dict": self.evaluated.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "history": self.history,
-            "begun": begun,
             "config": self.config.as_dict(),
         }
+
+    def save_last(self) -> None:
+        """Write last.pt, to resume the training from; the former one becomes previous.pt."""
         last, previous = self.run.resumable
-        checkpoint.save(last, content, previous)
+        checkpoint.save(last, self.state(), previous)
 
     def restore(self) -> None:
         """Load the run's last checkpoint, if there is one; raises what the constructor does."""
@@ -335,60 +315,38 @@ class Trainer:
         if newest is None:
             return
         path, saved = newest
-        before = saved.get("config")
-        if isinstance(before, Mapping):
-            check_same(self.config, before)
-        problem = (
-            history_problem(saved.get("history"))
-            or checkpoint.state_problem(saved.get("state_dict"), self.model.state_dict())
-            or checkpoint.state_problem(saved.get("evaluated_state_dict"), self.evaluated.state_dict())
-            or checkpoint.optimizer_problem(saved.get("optimizer"), self.optimizer)
-            or checkpoint.begun_problem(saved.get("begun"), self.steps_per_epoch)
-        )
-        if problem or not isinstance(before, Mapping):
-            raise Fault(
-                f"{path}: the run cannot be continued from this checkpoint ({problem or 'no configuration'}); "
-                "train again with another --run_id"
-            )
-        self.model.load_state_dict(saved["state_dict"])
-        self.evaluated.load_state_dict(saved["evaluated_state_dict"])
+        if saved.keys() != self.state().keys():
+            raise Fault(f"{path}: of another version of this project; train again with another --run_id")
+        check_same(self.config, saved["config"])
+        checkpoint.load_weights(self.model, saved["state_dict"], path)
+        checkpoint.load_weights(self.evaluated, saved["evaluated_state_dict"], path)
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.history, self.begun = saved["history"], saved["begun"]
-        device = "cuda" if self.begun and "cuda" in self.begun["processes"][0] else "cpu"
-        if self.begun and device != self.compute.device.type:
-            raise UsageError(
-                f"run {self.run.run_id} was stopped within an epoch on another kind of device: continue it with "
-                f"--device {device}"
-            )
-        steps = f" and {counted(self.begun['steps'], 'step')}" if self.begun else ""
-        print(f"continuing run {self.run.run_id} after epoch {len(self.history)}{steps}")
-        if self.history:  # a kill may have come after last.pt and before the other two
-            if self.best_epoch == len(self.history) and not self.begun:
-                self.save_best()
-            self.run.continue_from(self.history)
+        self.history = saved["history"]
+        print(f"continuing run {self.run.run_id} after epoch {len(self.history)}")
+        if self.best_epoch == len(self.history):  # a kill may have come after last.pt and before the other two
+            self.save_best()
+        self.run.continue_from(self.history)
 
-    def epoch_state(self, steps: int, total: torch.Tensor, draws: torch.Generator) -> dict[str, Any]:
-        """An epoch in progress: finished steps, seconds, and each process's sum of losses and random streams."""
-        process = {"total": total.cpu(), "augment": draws.get_state(), "cpu": torch.get_rng_state()}
-        if self.compute.device.type == "cuda":
-            process["cuda"] = torch.cuda.get_rng_state(self.compute.device)
-        seconds = time.perf_counter() - self.epoch_started
-        return {"steps": steps, "seconds": seconds, "processes": [process]}
 
-    def continue_epoch(self, draws: torch.Generator) -> tuple[int, torch.Tensor]:
-        """The finished steps and the sum of losses () of an epoch that was stopped, or two zeros.
+@contextmanager
+def signals_interrupt() -> Iterator[None]:
+    """A context in which Ctrl-C and SIGTERM raise KeyboardInterrupt with the signal's number.
 
-        `draws` and PyTorch's generators are set to where that epoch left them.
-        """
-        begun, self.begun = self.begun, None
-        if begun is None:
-            return 0, torch.zeros((), device=self.compute.device)
-        process = begun["processes"][0]
-        draws.set_state(process["augment"])
-        torch.set_rng_state(process["cpu"])
-        if "cuda" in process:
-            torch.cuda.set_rng_state(process["cuda"], self.compute.device)
-        return begun["steps"], process["total"].to(self.compute.device)
+    Outside the main thread, where Python handles no signals, it does nothing.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def read_loss(total: torch.Tensor, epoch: int) -> float:

@@ -275,7 +275,7 @@ def test_a_stopped_study_lets_its_step_save_its_state(
     begun, saved = tmp_path / "begun", tmp_path / "saved"
     code = f"""
 import pathlib, time
-from common.interruption import Interruption
+from study.interruption import Interruption
 with Interruption() as request:
     pathlib.Path({str(begun)!r}).touch()
     while not request.came:

@@ -1,9 +1,11 @@
 import contextlib
 import copy
 import dataclasses
+import io
 import itertools
 import math
-import signal
+import re
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +23,7 @@ from common.data import batches as batches_module
 from common.data.batches import DeviceTiles, batches
 from common.data.dataset import Dataset, Split
 from common.data.shift import shifted
-from common.errors import Fault, Stopped, Untrainable, UsageError
+from common.errors import Fault, Untrainable, UsageError
 from common.records import checkpoint
 from common.records.read import COLUMNS
 from common.training import evaluation, loop
@@ -523,57 +525,17 @@ def test_the_file_of_scores_has_the_validation_tiles_of_the_best_weights(tiny: D
         np.testing.assert_array_equal(arrays["validate_targets"], expected.targets)
 
 
-def test_the_bar_of_a_continued_epoch_shows_the_loss_of_the_tiles_of_its_own_process(
-    tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_on_a_terminal_a_bar_counts_the_runs_tiles_and_elsewhere_there_is_a_line_an_epoch_alone(
+    tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shown: list[str] = []
-
-    class Bar(contextlib.nullcontext[Any]):
-        disable = True
-
-        def __enter__(self) -> Any:
-            return self
-
-        def update(self, n_tiles: int) -> None:
-            pass
-
-        def set_postfix(self, loss: str) -> None:
-            shown.append(loss)
-            if stop_at == len(shown):
-                trainer.interruption.came = signal.SIGTERM
-
-    monkeypatch.setattr(loop, "progress_bar", lambda *_: Bar())
+    fitted(tiny, tmp_path / "pipe", n_epochs=2)
+    printed = capsys.readouterr()
+    assert [line.split()[0] for line in printed.out.splitlines()] == ["run", "epoch", "epoch", "training"]
+    assert not printed.err
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
     clock = SimpleNamespace(monotonic=itertools.count(step=2).__next__, perf_counter=time.perf_counter)
-    monkeypatch.setattr(loop, "time", clock)
-    stop_at = 0
-    trainer = trainer_of(tiny, tmp_path / "whole", n_epochs=1)
-    trainer.train_epoch(1)
-    whole, stop_at = shown.copy(), 2
-    shown.clear()
-    trainer = trainer_of(tiny, tmp_path / "parts", n_epochs=1)
-    with pytest.raises(Stopped):
-        trainer.train_epoch(1)
-    trainer = trainer_of(tiny, tmp_path / "parts", n_epochs=1)
-    trainer.train_epoch(1)
-    assert shown == whole
-    assert len(whole) == 5
-
-
-def test_a_continued_epoch_has_the_seconds_of_both_parts(
-    tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trainer = trainer_of(tiny, tmp_path, n_epochs=1)
-    set_learning_rate = Trainer.set_learning_rate
-
-    def slow(trainer: Trainer, step: int) -> None:
-        time.sleep(1.0)
-        if step == 1:
-            trainer.interruption.came = signal.SIGTERM
-        set_learning_rate(trainer, step)
-
-    with monkeypatch.context() as patched, pytest.raises(Stopped, match="after epoch 0 and 2 steps"):
-        patched.setattr(Trainer, "set_learning_rate", slow)
-        trainer.fit()
-    row = fitted(tiny, tmp_path, n_epochs=1).history[0]
-    assert row["seconds"] > 2
-    assert row["tiles_per_second"] < len(tiny.train) / 2
+    monkeypatch.setattr(loop, "time", clock)  # as if each step took two seconds
+    monkeypatch.setattr(sys, "stderr", terminal)
+    fitted(tiny, tmp_path / "terminal", n_epochs=2)
+    assert re.search(r"epoch 2/2: .*/260 .*loss=\d", terminal.getvalue())

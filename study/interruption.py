@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request: the training loop ends after its current step."""
+"""Ctrl-C and SIGTERM as a request, to a command that starts other processes."""
 
 import signal
 import threading
