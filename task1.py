@@ -13,20 +13,18 @@ Leaves runs/<run_id>/ (config.json, history.csv, summary.json, scores.npz), chec
 figures in fig/task1/. Killed? The same command with the same --run_id continues.
 """
 
-import common  # noqa: F401, I001 (before PyTorch: Ctrl-C during its import is one line)
-
 from dataclasses import dataclass
 
 import torch
 
-from common.training.device import Compute
 from common.config import TrainingConfig, run_script
-from common.data.dataset import load_dataset
-from common.training.models import build_model
-from common.data.pathmnist import CLASS_NAMES
 from common.data.batches import device_splits
+from common.data.dataset import load_dataset
+from common.data.pathmnist import CLASS_NAMES
 from common.records.run import Run
+from common.training.device import Compute
 from common.training.loop import Trainer
+from common.training.models import build_model
 
 
 @dataclass(frozen=True, kw_only=True)

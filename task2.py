@@ -13,24 +13,22 @@ Leaves NNNNN-input.png and NNNNN-saliency.png for each tile in fig/task2/<run_id
 fig/task2/<run_id>-*.png, runs/<run_id>/saliency.md and runs/<run_id>/attribution.json.
 """
 
-import common  # noqa: F401, I001 (before PyTorch: Ctrl-C during its import is one line)
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from common.explain.records import write_records
-from common.training.device import Compute
 from common.config import ScriptConfig, check_run_id, key, run_script
+from common.data.batches import DeviceTiles
 from common.data.dataset import load_dataset
 from common.errors import Fault
-from common.training.evaluation import evaluate
-from common.explain.tiles import TARGETS, choose_tiles, explained_tiles, find_run, one_of_each_class, origin
-from common.records.read import checkpoint_folder, run_folder
+from common.explain.records import write_records
 from common.explain.stages import grad_cam_layer
-from common.data.batches import DeviceTiles
+from common.explain.tiles import TARGETS, choose_tiles, explained_tiles, find_run, one_of_each_class, origin
 from common.finetune.trained import load_trained
+from common.records.read import checkpoint_folder, run_folder
+from common.training.device import Compute
+from common.training.evaluation import evaluate
 from common.training.loop import derived_seed
 
 SHOWN = 10

@@ -21,8 +21,6 @@ Each run, <run_id> and <run_id>-scratch (and -seed1 and so on), leaves the same 
 fig/task5/. The comparison is in runs/<run_id>/comparison.json and fig/task5/<run_id>-comparison.png.
 """
 
-import common  # noqa: F401, I001 (before PyTorch: Ctrl-C during its import is one line)
-
 import dataclasses
 import time
 from pathlib import Path
@@ -30,19 +28,19 @@ from typing import Any
 
 import torch
 
-from common.finetune import network
-from common.training.device import Compute
 from common.config import key, run_script, with_defaults
+from common.data.batches import device_splits
 from common.data.dataset import Dataset, load_dataset
+from common.data.pathmnist import CLASS_NAMES
+from common.finetune import network
 from common.finetune.features import cached_splits, decide_caching
 from common.finetune.keys import FROM_SCRATCH, FineTuningConfig
-from common.data.pathmnist import CLASS_NAMES
 from common.finetune.network import FineTunedNetwork
-from common.records.read import is_finished, read_json, run_folder
-from common.data.batches import device_splits
-from common.records.run import Run, check_record
-from common.training.loop import Trainer
 from common.finetune.weights import SCRATCH, Weights, load_weights
+from common.records.read import is_finished, read_json, run_folder
+from common.records.run import Run, check_record
+from common.training.device import Compute
+from common.training.loop import Trainer
 from study.comparison import compare_runs
 
 

@@ -15,21 +15,19 @@ are measured again before each validation, because MobileNetV3's running statist
 Leaves the same records as task1.py; the figures are in fig/task3/.
 """
 
-import common  # noqa: F401, I001 (before PyTorch: Ctrl-C during its import is one line)
-
 from typing import Any
 
 import torch
 
-from common.training.device import Compute
 from common.config import TrainingConfig, key, run_script, with_defaults
-from common.data.dataset import load_dataset
-from common.errors import UsageError
-from common.training.models import build_model
-from common.data.pathmnist import CLASS_NAMES
 from common.data.batches import device_splits
+from common.data.dataset import load_dataset
+from common.data.pathmnist import CLASS_NAMES
+from common.errors import UsageError
 from common.records.run import Run
+from common.training.device import Compute
 from common.training.loop import Trainer
+from common.training.models import build_model
 
 # The rows of the ablation table: the keys that each row changes in the coursework's configuration. The rows
 # without_… switch off one of the coursework's techniques; the rows with_… have another one, added or in its place.

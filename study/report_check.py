@@ -11,8 +11,7 @@ import numpy as np
 from common.errors import Fault
 from common.files import digest
 from common.records.read import METRICS, Record, read_history, run_folder
-from common.training.evaluation import Evaluation
-from common.training.selection import best_epoch
+from common.training.evaluation import Evaluation, best_epoch
 from study.comparison import comparison
 from study.report_selection import Study
 

@@ -23,9 +23,8 @@ from common.records.run import Run, check_same
 from common.training import metrics
 from common.training.averaging import ExponentialMovingAverage, reestimate_batchnorm
 from common.training.device import Compute
-from common.training.evaluation import EVALUATION_BATCH, Evaluation, evaluate
+from common.training.evaluation import EVALUATION_BATCH, Evaluation, best_epoch, evaluate, reason_to_stop
 from common.training.loss import cross_entropy, mix
-from common.training.selection import best_epoch, reason_to_stop
 
 BATCHNORM_TILES = 2048  # enough for an error of a few percent, in a small part of an epoch's time
 

@@ -28,10 +28,9 @@ from common.records import checkpoint
 from common.records.read import COLUMNS
 from common.training import evaluation, loop
 from common.training.device import Compute
-from common.training.evaluation import Evaluation, evaluate
+from common.training.evaluation import Evaluation, best_epoch, evaluate, reason_to_stop
 from common.training.loop import Trainer, build_optimizer, learning_rate_factor
 from common.training.models import build_model
-from common.training.selection import best_epoch, reason_to_stop
 
 
 def fitted(dataset: Dataset, folder: Path, **keys: Any) -> Trainer:
