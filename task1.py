@@ -15,16 +15,8 @@ figures in fig/task1/. Killed? The same command with the same --run_id continues
 
 from dataclasses import dataclass
 
-import torch
-
 from common.config import TrainingConfig, run_script
-from common.data.batches import device_splits
-from common.data.dataset import load_dataset
-from common.data.pathmnist import CLASS_NAMES
-from common.records.run import Run
-from common.training.device import Compute
-from common.training.loop import Trainer
-from common.training.models import build_model
+from common.training.loop import train_from_scratch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,17 +25,8 @@ class Task1Config(TrainingConfig):
 
 
 def main(config: Task1Config) -> None:
-    """Configuration → model → data → fit → test → records and figures."""
-    compute = Compute.of(config.device, config.precision)
-    compute.prepare_process()
-    torch.manual_seed(config.seed)
-    model = build_model(config.model_name, len(CLASS_NAMES), config.input_size)
-    dataset = load_dataset(config.dataset, config.size, config.data_root, config.train_tiles)
-    run = Run("task1", config, dataset, compute.name)
-    splits = device_splits(dataset, compute.device, config.input_size, config.augmentation)
-    trainer = Trainer(model, splits, config, compute, run)
-    trainer.fit()
-    run.finish(trainer.history, trainer.test())
+    """Model → data → fit → test → records and figures: the same for every network that is trained from scratch."""
+    train_from_scratch("task1", config)
 
 
 if __name__ == "__main__":

@@ -17,17 +17,9 @@ Leaves the same records as task1.py; the figures are in fig/task3/.
 
 from typing import Any
 
-import torch
-
 from common.config import TrainingConfig, key, run_script, with_defaults
-from common.data.batches import device_splits
-from common.data.dataset import load_dataset
-from common.data.pathmnist import CLASS_NAMES
 from common.errors import UsageError
-from common.records.run import Run
-from common.training.device import Compute
-from common.training.loop import Trainer
-from common.training.models import build_model
+from common.training.loop import train_from_scratch
 
 # The rows of the ablation table: the keys that each row changes in the coursework's configuration. The rows
 # without_… switch off one of the coursework's techniques; the rows with_… have another one, added or in its place.
@@ -89,17 +81,8 @@ class TrainConfig(TrainingConfig):
 
 
 def main(config: TrainConfig) -> None:
-    """Configuration → model → data → fit → test → records and figures."""
-    compute = Compute.of(config.device, config.precision)
-    compute.prepare_process()
-    torch.manual_seed(config.seed)
-    model = build_model(config.model_name, len(CLASS_NAMES), config.input_size)
-    dataset = load_dataset(config.dataset, config.size, config.data_root, config.train_tiles)
-    run = Run("task3", config, dataset, compute.name)
-    splits = device_splits(dataset, compute.device, config.input_size, config.augmentation)
-    trainer = Trainer(model, splits, config, compute, run)
-    trainer.fit()
-    run.finish(trainer.history, trainer.test())
+    """Model → data → fit → test → records and figures: the same for every network that is trained from scratch."""
+    train_from_scratch("task3", config)
 
 
 if __name__ == "__main__":

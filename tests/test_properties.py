@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from common.config import TrainingConfig
 from common.data.batches import batches
-from common.training.loop import learning_rate_factor
+from common.training.optimizer import learning_rate_factor
 
 settings.register_profile("no deadline", deadline=None)  # a slow machine must not fail a test
 settings.load_profile("no deadline")

@@ -9,8 +9,8 @@ import torch
 import train
 from common.config import parse
 from common.errors import UsageError
-from common.training.loop import build_optimizer
 from common.training.metrics import softmax
+from common.training.optimizer import build_optimizer
 
 COURSEWORK = {
     "amsgrad": False,

@@ -16,7 +16,9 @@ from torch import nn
 from tqdm import tqdm
 
 from common.config import TrainingConfig
-from common.data.batches import Splits, Tiles, batches
+from common.data.batches import Splits, Tiles, batches, device_splits
+from common.data.dataset import load_dataset
+from common.data.pathmnist import CLASS_NAMES
 from common.errors import Fault, Stopped, Untrainable
 from common.records import checkpoint
 from common.records.run import Run, check_same
@@ -25,6 +27,8 @@ from common.training.averaging import ExponentialMovingAverage, reestimate_batch
 from common.training.device import Compute
 from common.training.evaluation import EVALUATION_BATCH, Evaluation, best_epoch, evaluate, reason_to_stop
 from common.training.loss import cross_entropy, mix
+from common.training.models import build_model
+from common.training.optimizer import build_optimizer, learning_rate_factor
 
 BATCHNORM_TILES = 2048  # enough for an error of a few percent, in a small part of an epoch's time
 
@@ -38,43 +42,6 @@ def derived_seed(seed: int, epoch: int, purpose: str) -> int:
 def generator(seed: int, epoch: int, purpose: str) -> torch.Generator:
     """A CPU generator seeded by `derived_seed`: a GPU run shuffles and augments as a CPU run does."""
     return torch.Generator().manual_seed(derived_seed(seed, epoch, purpose))
-
-
-def learning_rate_factor(step: int, steps_per_epoch: int, config: TrainingConfig) -> float:
-    """The factor of lr at `step`: a linear warm-up to 1, then half a cosine to `lr_min` at the last step.
-
-    Warm-up after Goyal et al. 2017, cosine after Loshchilov & Hutter 2017, both by the step.
-    """
-    warmup = config.lr_warmup_epochs * steps_per_epoch
-    if step < warmup:
-        return config.lr_warmup_decay + (1 - config.lr_warmup_decay) * step / warmup
-    progress = (step - warmup) / max(1, config.n_epochs * steps_per_epoch - 1 - warmup)
-    return config.lr_min + (1 - config.lr_min) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def build_optimizer(
-    model: nn.Module, config: TrainingConfig, lr_factors: Mapping[str, float] | None = None
-) -> torch.optim.Optimizer:
-    """The fused optimiser that the configuration names, over every trainable parameter.
-
-    Parameters of one dimension (of norm layers, and biases) are a separate group with `norm_weight_decay`.
-    `lr_factors` multiply the learning rate of the parameters that they name; each factor has its groups.
-    """
-    norm_decay = config.weight_decay if config.norm_weight_decay is None else config.norm_weight_decay
-    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    factors = {name: (lr_factors or {}).get(name, 1.0) for name, _ in trainable}
-    groups = []
-    for factor in dict.fromkeys(factors.values()):
-        members = [parameter for name, parameter in trainable if factors[name] == factor]
-        shared = {} if factor == 1 else {"lr_factor": factor}
-        groups += [
-            {"params": [p for p in members if p.ndim > 1], "weight_decay": config.weight_decay, **shared},
-            {"params": [p for p in members if p.ndim <= 1], "weight_decay": norm_decay, **shared},
-        ]
-    optimizers: dict[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-    optimizer: torch.optim.Optimizer
-    optimizer = optimizers[config.optimizer](groups, lr=config.lr, amsgrad=config.amsgrad, fused=True)
-    return optimizer
 
 
 class Trainer:
@@ -274,6 +241,7 @@ class Trainer:
         """Write best.pt: the evaluated weights, and what a reader must know to use them."""
         dataset = self.run.dataset
         content = {
+            "run_id": self.run.run_id,
             "state_dict": self.evaluated.state_dict(),
             "epoch": len(self.history),
             "history": self.history,  # so that these weights are never taken for those of another training
@@ -354,3 +322,17 @@ def read_loss(total: torch.Tensor, epoch: int) -> float:
     if not math.isfinite(loss):
         raise Untrainable(f"the loss became {loss} in epoch {epoch}; start a new run with a lower --lr")
     return loss
+
+
+def train_from_scratch(task: str, config: TrainingConfig) -> None:
+    """A run of Tasks 1, 3 and 4: model → data → fit → test → records and figures."""
+    compute = Compute.of(config.device, config.precision)
+    compute.prepare_process()
+    torch.manual_seed(config.seed)
+    model = build_model(config.model_name, len(CLASS_NAMES), config.input_size)
+    dataset = load_dataset(config.dataset, config.size, config.data_root, config.train_tiles)
+    run = Run(task, config, dataset, compute.name)
+    splits = device_splits(dataset, compute.device, config.input_size, config.augmentation)
+    trainer = Trainer(model, splits, config, compute, run)
+    trainer.fit()
+    run.finish(trainer.history, trainer.test())

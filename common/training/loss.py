@@ -12,12 +12,12 @@ class Mixed:
     """Mixed inputs (N, 3, H, W) float32, and what they were mixed from.
 
     A share of `shares[i]`, (N,) float32, of input i is tile i; the rest is tile `partners[i]`, (N,) int64.
-    `partners` is None where nothing was mixed.
+    Both are None where nothing was mixed.
     """
 
     inputs: torch.Tensor
-    partners: torch.Tensor | None
-    shares: torch.Tensor
+    partners: torch.Tensor | None = None
+    shares: torch.Tensor | None = None
 
 
 def mix(inputs: torch.Tensor, generator: torch.Generator, mixup_alpha: float, cutmix_alpha: float) -> Mixed:
@@ -29,7 +29,7 @@ def mix(inputs: torch.Tensor, generator: torch.Generator, mixup_alpha: float, cu
     MixUp and CutMix choose one share for the whole batch instead.
     """
     if not mixup_alpha and not cutmix_alpha:  # inputs may be cached features, which are no images
-        return Mixed(inputs, None, torch.ones(len(inputs), device=inputs.device))
+        return Mixed(inputs)
     n, _, height, width = inputs.shape
     # PyTorch's Beta distribution takes no generator, numpy's does; our generator gives the seed for numpy's.
     random = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
@@ -63,7 +63,7 @@ def cross_entropy(
 
     A mixed tile's loss is its share times the loss by its label, plus the rest times the loss by its partner's.
     """
-    if mixed.partners is None:
+    if mixed.partners is None or mixed.shares is None:
         return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
     own, partners = (
         F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="none")

@@ -29,8 +29,9 @@ from common.records.read import COLUMNS
 from common.training import evaluation, loop
 from common.training.device import Compute
 from common.training.evaluation import Evaluation, best_epoch, evaluate, reason_to_stop
-from common.training.loop import Trainer, build_optimizer, learning_rate_factor
+from common.training.loop import Trainer
 from common.training.models import build_model
+from common.training.optimizer import build_optimizer, learning_rate_factor
 
 
 def fitted(dataset: Dataset, folder: Path, **keys: Any) -> Trainer:

@@ -1,0 +1,47 @@
+"""The optimiser, and the learning rate of every step."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from common.config import TrainingConfig
+
+
+def learning_rate_factor(step: int, steps_per_epoch: int, config: TrainingConfig) -> float:
+    """The factor of lr at `step`: a linear warm-up to 1, then half a cosine to `lr_min` at the last step.
+
+    Warm-up after Goyal et al. 2017, cosine after Loshchilov & Hutter 2017, both by the step.
+    """
+    warmup = config.lr_warmup_epochs * steps_per_epoch
+    if step < warmup:
+        return config.lr_warmup_decay + (1 - config.lr_warmup_decay) * step / warmup
+    progress = (step - warmup) / max(1, config.n_epochs * steps_per_epoch - 1 - warmup)
+    return config.lr_min + (1 - config.lr_min) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def build_optimizer(
+    model: nn.Module, config: TrainingConfig, lr_factors: Mapping[str, float] | None = None
+) -> torch.optim.Optimizer:
+    """The fused optimiser that the configuration names, over every trainable parameter.
+
+    Parameters of one dimension (of norm layers, and biases) are a separate group with `norm_weight_decay`.
+    `lr_factors` multiply the learning rate of the parameters that they name; each factor has its groups.
+    """
+    norm_decay = config.weight_decay if config.norm_weight_decay is None else config.norm_weight_decay
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    factors = {name: (lr_factors or {}).get(name, 1.0) for name, _ in trainable}
+    groups = []
+    for factor in dict.fromkeys(factors.values()):
+        members = [parameter for name, parameter in trainable if factors[name] == factor]
+        shared = {} if factor == 1 else {"lr_factor": factor}
+        groups += [
+            {"params": [p for p in members if p.ndim > 1], "weight_decay": config.weight_decay, **shared},
+            {"params": [p for p in members if p.ndim <= 1], "weight_decay": norm_decay, **shared},
+        ]
+    optimizers: dict[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    optimizer: torch.optim.Optimizer
+    optimizer = optimizers[config.optimizer](groups, lr=config.lr, amsgrad=config.amsgrad, fused=True)
+    return optimizer
