@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,24 +24,30 @@ History = Sequence[Mapping[str, float]]  # one row for each epoch, as in history
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The logits (N, C), float32 or rounded to float16, and the targets (N,) int64 of a split, in its order."""
+    """The logits (N, C), float32 or rounded to float16, and the targets (N,) int64 of a split, in its order.
+
+    `normalised` says that the logits are log-probabilities of a classifier whose probabilities have ties, such as
+    nearest neighbours: no softmax is taken of them again, whose rounding would rank tied tiles at random.
+    """
 
     logits: np.ndarray
     targets: np.ndarray
+    normalised: bool = False
 
     def rounded(self) -> "Evaluation":
         """The same as scores.npz keeps it: the logits are log-probabilities in float16, three digits of each.
 
         This halves the file. A tile whose two best classes are equal in three digits may change its class.
         """
-        logarithms = torch.from_numpy(self.logits).double().log_softmax(1)
+        logarithms = torch.from_numpy(self.logits).double()
+        logarithms = logarithms if self.normalised else logarithms.log_softmax(1)
         lowest = float(np.finfo(np.float16).min)
-        return Evaluation(logarithms.clamp(min=lowest).numpy().astype(np.float16), self.targets)
+        return replace(self, logits=logarithms.clamp(min=lowest).numpy().astype(np.float16))
 
     @property
     def probabilities(self) -> np.ndarray:
-        """Softmax of the logits, (N, C) float64."""
-        return metrics.softmax(self.logits)
+        """Softmax of the logits, or their exponentials if they are `normalised`, (N, C) float64."""
+        return np.exp(self.logits.astype(np.float64)) if self.normalised else metrics.softmax(self.logits)
 
     def summary(self, split: str) -> dict[str, float]:
         """Loss (mean cross-entropy), AUC and ACC under the coursework's keys, such as `validate/auc`."""

@@ -2,9 +2,8 @@
 
 AUC and accuracy equal those of `medmnist.Evaluator`, so they compare with the published PathMNIST numbers.
 `probabilities` is always an (N, C) float array with a row per tile and a column per class, and `targets` the (N,)
-integer array of true classes. Every function of the pair raises ValueError if the shapes disagree, N is 0, a
-probability is not finite, or a target is not an integer in 0 … C − 1. The module imports only numpy because every
-command waits for it.
+integer array of true classes. Every function of the pair raises ValueError for arrays that do not fit together.
+The module imports only numpy because every command waits for it.
 """
 
 import math
@@ -29,14 +28,7 @@ class Estimate:
 
 
 def softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
-    """The probabilities, (N, C) float64, of logits (N, C) of any float type.
-
-    Raises ValueError for another shape or a logit that is not finite.
-    """
-    if logits.ndim != 2:
-        raise ValueError(f"logits must have shape (N, C), not {logits.shape}")
-    if not np.isfinite(logits).all():
-        raise ValueError("logits contain NaN or infinity")
+    """The probabilities, (N, C) float64, of logits (N, C) of any float type."""
     # The differences between float16 logits could overflow, so float64 first.
     wide = logits.astype(np.float64)
     exponentials = np.exp(wide - wide.max(axis=1, keepdims=True))
@@ -94,12 +86,10 @@ def expected_calibration_error(probabilities: NDArray[Any], targets: NDArray[Any
     """The mean gap between confidence (the highest probability) and accuracy, over bins of equal width.
 
     Bin m of M holds the confidences in ((m − 1)/M, m/M]; its weight is its share of the tiles. C. Guo et al., "On
-    Calibration of Modern Neural Networks", ICML 2017, equation 3. Raises ValueError also if `bins` is below 1 or a
-    row is not a probability distribution, for example logits.
+    Calibration of Modern Neural Networks", ICML 2017, equation 3. Raises ValueError also if a row is
+    not a probability distribution, for example logits.
     """
     _check(probabilities, targets)
-    if bins < 1:
-        raise ValueError(f"bins must be at least 1, not {bins}")
     sums = probabilities.sum(axis=1, dtype=np.float64)
     if probabilities.min() < 0 or not np.allclose(sums, 1, atol=1e-3):
         raise ValueError("each row of probabilities must be non-negative and sum to 1")
@@ -168,19 +158,14 @@ def auc_estimate(probabilities: NDArray[Any], targets: NDArray[Any]) -> Estimate
 
 
 def _check(probabilities: NDArray[Any], targets: NDArray[Any]) -> None:
-    """Raise ValueError for what the module's docstring excludes."""
-    if probabilities.ndim != 2 or targets.shape != probabilities.shape[:1]:
-        shapes = f"{probabilities.shape} and {targets.shape}"
-        raise ValueError(f"probabilities and targets must have shapes (N, C) and (N,), not {shapes}")
-    if probabilities.size == 0:
-        raise ValueError(f"there is nothing to measure: probabilities have shape {probabilities.shape}")
+    """Raise ValueError for arrays that would otherwise be scored wrongly without an error."""
+    if probabilities.ndim != 2 or targets.shape != probabilities.shape[:1] or not len(targets):
+        raise ValueError(f"no (N, C) probabilities and (N,) targets: {probabilities.shape} and {targets.shape}")
     if not np.isfinite(probabilities).all():
         raise ValueError("probabilities contain NaN or infinity")
-    if not np.issubdtype(targets.dtype, np.integer):
-        raise ValueError(f"targets must be integers, not {targets.dtype}")
     classes = probabilities.shape[1]
-    if targets.min() < 0 or targets.max() >= classes:
-        raise ValueError(f"targets must lie in 0 … {classes - 1}, not {targets.min()} … {targets.max()}")
+    if not np.issubdtype(targets.dtype, np.integer) or targets.min() < 0 or targets.max() >= classes:
+        raise ValueError(f"targets must be whole numbers in 0 … {classes - 1}")
 
 
 def _recalls(probabilities: NDArray[Any], targets: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
@@ -223,6 +208,7 @@ def _mean_of_defined(areas: NDArray[np.float64]) -> float:
 
 
 def _wilson(share: float, count: float) -> Estimate:
+    """Wilson's interval of a share of `count` tiles."""
     shrink = 1 / (1 + Z**2 / count)
     centre = shrink * (share + Z**2 / (2 * count))
     half_width = shrink * Z * math.sqrt(share * (1 - share) / count + (Z / (2 * count)) ** 2)

@@ -46,7 +46,7 @@ def results(conv: nn.Conv2d, images: torch.Tensor) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("groups", [1, 2, 12])
+@pytest.mark.parametrize("groups", [1, 2, 6, 12])
 def test_outputs_and_gradients_equal_those_of_the_plain_convolution(
     groups: int, bias: bool, layout: torch.memory_format
 ) -> None:

@@ -3,7 +3,6 @@ import sys
 import pytest
 import torch
 
-from common.data.batches import normalise
 from common.errors import UsageError
 from common.training.convolutions import SmallMapConv2d
 from common.training.models import build_model, check_model_name, model_names
@@ -58,14 +57,3 @@ def test_a_model_that_cannot_take_the_tiles_is_refused_with_one_line(name: str, 
 def test_only_classification_models_are_listed() -> None:
     assert {"resnet18", "mobilenet_v3_large", "efficientnet_b0"} <= set(model_names())
     assert not any("fcn" in name or "rcnn" in name or "r3d" in name for name in model_names())
-
-
-def test_normalise_maps_bytes_to_minus_one_to_one_and_keeps_the_memory_format() -> None:
-    images = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(2, 3, 16, 16)
-    images = images.contiguous(memory_format=torch.channels_last)
-    before = images.clone()
-    inputs = normalise(images)
-    assert inputs.dtype == torch.float32
-    assert inputs.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(inputs, (images / 255 - 0.5) / 0.5)
-    assert torch.equal(images, before)

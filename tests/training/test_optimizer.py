@@ -1,0 +1,76 @@
+"""The optimiser's groups, and the learning rate of every step."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import MODEL
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.config import TrainingConfig
+from common.training.models import build_model
+from common.training.optimizer import build_optimizer, learning_rate_factor
+
+
+def test_the_learning_rate_falls_along_a_half_cosine() -> None:
+    config = TrainingConfig(n_epochs=10, lr_min=0.1)
+    factors = [learning_rate_factor(step, 10, config) for step in range(100)]
+    assert factors[0] == 1
+    assert factors[49] + factors[50] == pytest.approx(1.1)
+    assert factors[99] == pytest.approx(0.1)
+    assert factors == sorted(factors, reverse=True)
+    constant = TrainingConfig(n_epochs=10, lr_min=1.0)
+    assert {learning_rate_factor(step, 10, constant) for step in range(100)} == {1}
+
+
+def test_the_warm_up_rises_in_a_straight_line_to_the_peak() -> None:
+    config = TrainingConfig(n_epochs=10, lr_min=0.1, lr_warmup_epochs=2, lr_warmup_decay=0.1)
+    factors = [learning_rate_factor(step, 10, config) for step in range(100)]
+    np.testing.assert_allclose(np.diff(factors[:21]), 0.9 / 20)
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[20] == 1 == max(factors)
+    assert factors[99] == pytest.approx(0.1)
+
+
+def test_norms_and_biases_are_decayed_apart() -> None:
+    model = build_model(MODEL, 9, 28)
+    config = TrainingConfig(weight_decay=0.3, norm_weight_decay=0.0, optimizer="adamw", amsgrad=True)
+    groups = build_optimizer(model, config).param_groups
+    decays = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    assert len(decays) == len(list(model.parameters()))
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            is_matrix = isinstance(module, torch.nn.Conv2d | torch.nn.Linear) and name == "weight"
+            assert decays[id(parameter)] == (0.3 if is_matrix else 0.0)
+    assert all(group["amsgrad"] for group in groups)
+    same = build_optimizer(model, TrainingConfig(weight_decay=0.3)).param_groups
+    assert {group["weight_decay"] for group in same} == {0.3}
+
+
+@settings(deadline=None)  # a slow machine must not fail a test
+@given(
+    n_epochs=st.integers(1, 200),
+    steps=st.integers(1, 50),
+    warmup=st.integers(0, 20),
+    lr_min=st.floats(0, 1),
+    start=st.floats(0.01, 1),
+)
+def test_the_learning_rate_rises_to_its_peak_and_falls_to_its_minimum(
+    n_epochs: int, steps: int, warmup: int, lr_min: float, start: float
+) -> None:
+    config = TrainingConfig(
+        n_epochs=n_epochs, lr_warmup_epochs=warmup, lr_min=lr_min, lr_warmup_decay=start, run_id="r"
+    )
+    factors = [learning_rate_factor(step, steps, config) for step in range(n_epochs * steps)]
+    peak = config.lr_warmup_epochs * steps
+    assert peak < len(factors)  # every run leaves the warm-up
+    assert all(0 <= factor <= 1 + 1e-12 for factor in factors)
+    assert factors[:peak] == sorted(factors[:peak])
+    assert factors[peak:] == sorted(factors[peak:], reverse=True)
+    if peak:
+        assert math.isclose(factors[0], start)
+    assert math.isclose(factors[peak], 1)
+    if peak < len(factors) - 1:
+        assert math.isclose(factors[-1], lr_min, abs_tol=1e-12)
