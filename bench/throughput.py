@@ -3,8 +3,8 @@
     python -m bench.throughput              # on the GPU if there is one, else on the CPU: 15 minutes of two cores
     python -m bench.throughput --repeats 3  # fewer turns
 
-- plain: medmnist's PathMNIST (PIL images), torchvision's transforms tile by tile, a shuffling DataLoader with the best
-  of several numbers of workers, fp32, PyTorch's default optimiser.
+- plain: medmnist's PathMNIST (PIL images), torchvision's transforms tile by tile, a shuffling DataLoader with the
+  best of several numbers of workers, fp32, PyTorch's default optimiser.
 - ours: `Trainer.train_epoch` with the configuration of task1.py and of train.py.
 
 Both have the same network, batch size, augmentation, loss and input side, on phantom tiles of that side. They take
@@ -70,7 +70,7 @@ class PathMNIST(medmnist.PathMNIST):
 
 
 def plain_loop(config: TrainingConfig, root: Path, workers: int, device: torch.device) -> Callable[[], int]:
-    """An epoch of the loop of a tutorial, which returns its tiles. Only the first one includes the workers' start."""
+    """An epoch of a tutorial's loop, which returns its tiles. Only the first one includes the workers' start."""
     wide = config.augmentation == "ta_wide"
     transform = v2.Compose(
         [
