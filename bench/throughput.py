@@ -1,23 +1,27 @@
-"""Tiles/s while training: a plain PyTorch loop, this project's loop, and the ceiling without any data work.
+"""Tiles/s while training: this project's loop beside the loop of a tutorial. Fills the table of docs/speed.md.
 
-    python -m bench.throughput    # on the GPU if there is one, else on the CPU
+    python -m bench.throughput              # on the GPU if there is one, else on the CPU: 15 minutes of two cores
+    python -m bench.throughput --repeats 3  # fewer turns
 
-- plain: what a tutorial would write: medmnist's PathMNIST (PIL images), torchvision's transforms tile by tile, a
-  shuffling DataLoader with the best of several numbers of workers, fp32, PyTorch's default optimiser.
+- plain: medmnist's PathMNIST (PIL images), torchvision's transforms tile by tile, a shuffling DataLoader with the
+  best of several numbers of workers, fp32, PyTorch's default optimiser.
 - ours: `Trainer.train_epoch` with the configuration of task1.py and of train.py.
-- ceiling: forward, backward and step on one batch that lies on the device, with the precision and the memory
-  format of ours.
 
-All three use the same network, batch size, augmentation and loss, on phantom tiles. They take turns, so that other
-work on the machine slows all of them alike. Each runs in a separate process, so that the settings of one do not
-change another.
+Both have the same network, batch size, augmentation, loss and input side, on phantom tiles of that side. They take
+turns, each in a process of its own, so that other work on the machine slows both alike.
 """
 
+import contextlib
+import io
+import json
+import multiprocessing
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +35,31 @@ from torchvision.transforms import v2
 
 import task1
 import train
-from bench.shared import save, separate_process, spread, trainer_of
-from common.config import TrainingConfig
+from common.config import Keys, TrainingConfig, key, run_script
 from common.data import phantom
-from common.data.dataset import Split
-from common.data.pathmnist import official_file
+from common.data.batches import DeviceTiles, Splits
+from common.data.dataset import Dataset, Split
+from common.data.pathmnist import CLASS_NAMES
+from common.files import read_text, write_json, write_text
+from common.markdown import filled, markdown_table
+from common.records.run import Run, provenance
 from common.training.device import Compute
+from common.training.loop import Trainer
+from common.training.models import build_model
 
-REPEATS = 5
-SIZES = (28, 64)
-GPU_TILES = 89_996  # the tiles of a repeat on a GPU: those of PathMNIST
-CPU_STEPS = {"task1": 20, "train": 3}  # the steps of a repeat on a CPU
+FOLDER = Path(__file__).parent / "results"
+PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
+SIDE = 64
+GPU_TILES = 89_996  # the tiles of a turn on a GPU: those of PathMNIST
+CPU_STEPS = {"task1": 20, "train": 3}  # the steps of a turn on a CPU
 CONFIGS: dict[str, type[TrainingConfig]] = {"task1": task1.Task1Config, "train": train.TrainConfig}
-TRANSFORMS = {
-    "none": [],
-    "ta_wide": [v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(), v2.TrivialAugmentWide()],
-}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig(Keys):
+    """How long to measure."""
+
+    repeats: int = key(5, "turns of both loops", at_least=1)
 
 
 class PathMNIST(medmnist.PathMNIST):
@@ -56,29 +69,19 @@ class PathMNIST(medmnist.PathMNIST):
         return len(self.imgs)
 
 
-def rate(epoch: Callable[[], int], device: torch.device) -> float:
-    """Tiles/s of an epoch, which returns the number of its tiles."""
-    started = time.perf_counter()
-    tiles = epoch()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return tiles / (time.perf_counter() - started)
-
-
-def plain_loop(config: TrainingConfig, root: Path, workers: int, device: torch.device) -> Callable[[], float]:
-    """The loop of a tutorial. Its workers are persistent: only the first epoch includes their start."""
-    erasing = [v2.RandomErasing(0.1)] if config.augmentation == "ta_wide" else []
+def plain_loop(config: TrainingConfig, root: Path, workers: int, device: torch.device) -> Callable[[], int]:
+    """An epoch of a tutorial's loop, which returns its tiles. Only the first one includes the workers' start."""
+    wide = config.augmentation == "ta_wide"
     transform = v2.Compose(
         [
-            *TRANSFORMS[config.augmentation],
+            *([v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(), v2.TrivialAugmentWide()] if wide else []),
             *(v2.ToImage(), v2.ToDtype(torch.float32, scale=True)),
             v2.Normalize([0.5] * 3, [0.5] * 3),
-            *erasing,
+            *([v2.RandomErasing(0.1)] if wide else []),
         ]
     )
-    tiles = PathMNIST("train", transform=transform, root=str(root), size=config.size)
     loader = DataLoader(
-        tiles,
+        PathMNIST("train", transform=transform, root=str(root), size=config.size),
         batch_size=config.batch_size,
         shuffle=True,
         num_workers=workers,
@@ -97,129 +100,125 @@ def plain_loop(config: TrainingConfig, root: Path, workers: int, device: torch.d
         for images, labels in loader:
             images, labels = images.to(device, non_blocking=True), labels.squeeze(1).long().to(device)
             optimizer.zero_grad()
-            loss = criterion(model(images), labels)
-            loss.backward()
+            criterion(model(images), labels).backward()
             optimizer.step()
             seen += len(labels)
         return seen
 
-    return lambda: rate(epoch, device)
+    return epoch
 
 
-def plain_way(config: TrainingConfig, root: Path) -> tuple[Callable[[], float], int]:
-    """The plain loop with the best of several worker counts, and that count."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cores = os.cpu_count() or 1
-    loops = {workers: plain_loop(config, root, workers, device) for workers in {0, 1, cores // 2, cores}}
-    for loop in loops.values():
-        loop()
-    workers = max(loops, key=lambda number: loops[number]())
-    return loops[workers], workers
-
-
-def our_way(config: TrainingConfig, root: Path) -> tuple[Callable[[], float], int]:
-    """The project's epoch, as `Trainer.fit` runs it, and 0 workers."""
-    trainer = trainer_of(config, read_tiles(root / official_file(config.size).name), root / "ours")
+def our_loop(config: TrainingConfig, root: Path, compute: Compute) -> Callable[[], int]:
+    """An epoch as `Trainer.fit` runs it, which returns its tiles."""
+    compute.prepare_process()
+    with np.load(root / "pathmnist_64.npz") as file:
+        images, labels = file["train_images"], file["train_labels"]
+    split = Split(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels[:, 0]).long())
+    torch.manual_seed(config.seed)
+    model = build_model(config.model_name, len(CLASS_NAMES), config.input_size)
+    tiles = DeviceTiles(split, compute.device, config.input_size, config.augmentation)
+    dataset = Dataset("phantom", config.size, CLASS_NAMES, split, split, split, fingerprint="bench")
+    with contextlib.redirect_stdout(io.StringIO()):
+        run = Run("task1", config, dataset, compute.name)
+    trainer = Trainer(model, Splits(tiles, tiles, lambda: tiles, lambda: iter(())), config, compute, run)
 
     def epoch() -> int:
         trainer.train_epoch(1)
-        return len(trainer.splits.train)
+        return len(split)
 
-    return lambda: rate(epoch, trainer.compute.device), 0
-
-
-def ceiling_way(config: TrainingConfig, root: Path) -> tuple[Callable[[], float], int]:
-    """Training on the same batch again and again, and 0 workers."""
-    trainer = trainer_of(config, read_tiles(root / official_file(config.size).name), root / "ceiling")
-    compute, tiles, model, optimizer = trainer.compute, trainer.splits.train, trainer.model, trainer.optimizer
-    inputs, labels = tiles.inputs(torch.arange(config.batch_size, device=tiles.index_device))
-    model.train()
-    steps = len(tiles) // config.batch_size
-
-    def epoch() -> int:
-        for _ in range(steps):
-            with compute.autocast():
-                loss = nn.functional.cross_entropy(model(inputs), labels, label_smoothing=config.label_smoothing)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-        return steps * config.batch_size
-
-    return lambda: rate(epoch, compute.device), 0
+    return epoch
 
 
-WAYS = {"plain": plain_way, "ours": our_way, "ceiling": ceiling_way}
-measure: Callable[[], float]  # in a way's process: tiles/s of one repeat
+measured: Callable[[], int]  # in a loop's own process: its epoch
+
+
+def turn() -> float:
+    """Tiles/s of one epoch of this process's loop."""
+    started = time.perf_counter()
+    tiles = measured()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return tiles / (time.perf_counter() - started)
 
 
 def prepare(way: str, config: TrainingConfig, root: Path) -> int:
-    """Build a way in this process and warm it up; returns the number of its workers."""
-    global measure
-    measure, workers = WAYS[way](config, root)
-    measure()
-    return workers
+    """Build a loop in this process and warm it up; returns the number of its workers."""
+    global measured
+    compute, cores = Compute.of("auto", "auto"), os.cpu_count() or 1
+    if way == "ours":
+        measured = our_loop(config, root, compute)
+        turn()
+        return 0
+    rates = {}
+    for workers in {0, 1, cores // 2, cores}:
+        measured = plain_loop(config, root, workers, compute.device)
+        turn()
+        rates[workers] = turn()
+    best = max(rates, key=rates.__getitem__)
+    measured = plain_loop(config, root, best, compute.device)
+    turn()
+    return best
 
 
-def repeat() -> float:
-    """Tiles/s of one repeat of the way that this process has prepared."""
-    return measure()
+def spread(values: list[float]) -> dict[str, Any]:
+    """Median and range of repeated measurements."""
+    return {"median": statistics.median(values), "range": [min(values), max(values)]}
 
 
-def write_tiles(path: Path, n_tiles: int, size: int) -> None:
-    """A file in the layout of the official one, with phantom training tiles and no others."""
-    images, labels = zip(*phantom.generate("train", n_tiles, size), strict=True)
-    np.savez(
-        path,
-        train_images=np.concatenate(images),
-        train_labels=np.concatenate(labels).astype(np.uint8)[:, None],
-    )
-
-
-def read_tiles(path: Path) -> Split:
-    """The same tiles as this project holds them."""
-    with np.load(path, allow_pickle=False) as file:
-        images, labels = file["train_images"], file["train_labels"]
-    return Split(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels[:, 0]).long())
-
-
-def measured(task: str, config: TrainingConfig, root: Path) -> dict[str, Any]:
-    """A row: tiles/s of every way, and the ratios of ours to the others within a turn."""
-    processes: dict[str, ProcessPoolExecutor] = {way: separate_process() for way in WAYS}
-    # One after the other: warming up takes all cores.
-    workers = {way: process.submit(prepare, way, config, root).result() for way, process in processes.items()}
-    turns = []
-    for _ in range(REPEATS):
-        turns.append({way: process.submit(repeat).result() for way, process in processes.items()})
-    for process in processes.values():
-        process.shutdown()
+def compare(task: str, repeats: int, n_tiles: Callable[[TrainingConfig], int]) -> dict[str, Any]:
+    """A row of the table: tiles/s of both loops, and their ratio turn by turn."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        config = CONFIGS[task](dataset="phantom", size=SIDE, run_id="bench", output_dir=root, wandb="disabled")
+        images, labels = zip(*phantom.generate("train", n_tiles(config), SIDE), strict=True)
+        arrays = {"images": np.concatenate(images), "labels": np.concatenate(labels).astype(np.uint8)[:, None]}
+        np.savez(root / "pathmnist_64.npz", **{f"train_{name}": array for name, array in arrays.items()})
+        spawn = multiprocessing.get_context("spawn")
+        processes = {way: ProcessPoolExecutor(1, spawn) for way in ("plain", "ours")}
+        # One after the other: warming up takes all cores.
+        workers = {way: process.submit(prepare, way, config, root).result() for way, process in processes.items()}
+        turns = [
+            {way: process.submit(turn).result() for way, process in processes.items()} for _ in range(repeats)
+        ]
+        for process in processes.values():
+            process.shutdown()
     return {
-        "task": task,
-        "model": config.model_name,
-        "size": config.size,
-        "batch_size": config.batch_size,
-        "augmentation": config.augmentation,
-        "plain_workers": workers["plain"],
-        **{way: spread([turn[way] for turn in turns]) for way in WAYS},
-        "ours/plain": spread([turn["ours"] / turn["plain"] for turn in turns]),
-        "ours/ceiling": spread([turn["ours"] / turn["ceiling"] for turn in turns]),
+        "network": f"{config.model_name}, batch {config.batch_size}, augmentation {config.augmentation}",
+        "workers": workers["plain"],
+        **{way: spread([one[way] for one in turns]) for way in processes},
+        "ratio": spread([one["ours"] / one["plain"] for one in turns]),
     }
 
 
-def main() -> None:
-    compute = Compute.of("auto", "auto")
+def table() -> list[str]:
+    """The lines of docs/speed.md's table, from the records of every kind of device that was measured."""
     rows = []
-    for size in SIZES:
-        for task, config_class in CONFIGS.items():
-            config = config_class(dataset="phantom", size=size, run_id="bench")
-            n_tiles = GPU_TILES if compute.device.type == "cuda" else CPU_STEPS[task] * config.batch_size
-            with tempfile.TemporaryDirectory() as folder:
-                write_tiles(Path(folder, official_file(size).name), n_tiles, size)
-                row = measured(task, config, Path(folder))
-            rates = ", ".join(f"{way} {row[way]['median']:,.0f}" for way in WAYS)
-            print(f"{config.model_name} {size} px: {rates} tiles/s", flush=True)
-            rows.append(row)
-    save("throughput", compute, rows)
+    for path in sorted(FOLDER.glob("*.json")):
+        record = json.loads(read_text(path))
+        for row in record["rows"]:
+            numbers = [f"{row[way]['median']:,.0f}" for way in ("plain", "ours")]
+            low, high = row["ratio"]["range"]
+            ratio = f"{row['ratio']['median']:.2f} ({low:.2f} to {high:.2f})"
+            rows.append([row["network"], record["device"], *numbers, ratio])
+    return markdown_table(["64 px inputs", "device", "plain loop", "ours", "ours / plain"], "llrrr", rows)
+
+
+def main(config: BenchConfig) -> None:
+    """Measure both tasks, write the record, fill the page."""
+    compute = Compute.of("auto", "auto")
+
+    def n_tiles(keys: TrainingConfig) -> int:
+        task = "train" if isinstance(keys, train.TrainConfig) else "task1"
+        return GPU_TILES if compute.device.type == "cuda" else CPU_STEPS[task] * keys.batch_size
+
+    rows = []
+    for task in CONFIGS:
+        rows.append(compare(task, config.repeats, n_tiles))
+        print(f"{rows[-1]['network']}: ours / plain {rows[-1]['ratio']['median']:.2f}", flush=True)
+    facts = {"device": compute.name, "repeats": config.repeats, **provenance(("torch", "torchvision", "numpy"))}
+    write_json(FOLDER / f"throughput-{compute.device.type}.json", {**facts, "rows": rows})
+    write_text(PAGE, filled(read_text(PAGE), "bench", table()))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, BenchConfig)
