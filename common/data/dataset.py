@@ -246,6 +246,8 @@ def _official(file: OfficialFile, data_root: Path) -> Path:
         return path
     import pooch
 
+    print(f"downloading {file.url} to {path}", flush=True)
+    pooch.get_logger().setLevel("ERROR")  # it says the same on stderr
     # In its largest file a progress bar and a flush for every KiB, the default, would cost minutes.
     downloader = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), chunk_size=1 << 20, timeout=PATIENCE)
     source = pooch.create(
