@@ -170,8 +170,8 @@ def compare(task: str, repeats: int, n_tiles: Callable[[TrainingConfig], int]) -
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         config = CONFIGS[task](dataset="phantom", size=SIDE, run_id="bench", output_dir=root, wandb="disabled")
-        images, labels = zip(*phantom.generate("train", n_tiles(config), SIDE), strict=True)
-        arrays = {"images": np.concatenate(images), "labels": np.concatenate(labels).astype(np.uint8)[:, None]}
+        images, labels = phantom.generate("train", n_tiles(config), SIDE)
+        arrays = {"images": images, "labels": labels.astype(np.uint8)[:, None]}
         np.savez(root / "pathmnist_64.npz", **{f"train_{name}": array for name, array in arrays.items()})
         spawn = multiprocessing.get_context("spawn")
         processes = {way: ProcessPoolExecutor(1, spawn) for way in ("plain", "ours")}

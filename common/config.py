@@ -24,7 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from common.data import pathmnist
+from common.data import pathmnist, phantom
 from common.errors import (
     Fault,
     Stopped,
@@ -40,7 +40,6 @@ from common.statistics import counted
 
 C = TypeVar("C", bound="Keys")
 
-PHANTOM_TRAIN_TILES = 9000  # training tiles of the phantom without --train_tiles
 MOST = 1_000_000  # of every key that counts something and has no lower limit
 BOUNDS = {"above": operator.gt, "at_least": operator.ge, "below": operator.lt, "at_most": operator.le}
 
@@ -222,9 +221,9 @@ class Config(ScriptConfig):
     )
     size: int = key(64, "tile side in pixels", choices=(28, 64, 128, 224))
     train_tiles: int | None = key(
-        lambda config: PHANTOM_TRAIN_TILES if config.dataset == "phantom" else None,
+        lambda config: phantom.TRAIN_TILES if config.dataset == "phantom" else None,
         f"number of training tiles; {pathmnist.NAME}: a part in which each class keeps its share (default: all); "
-        f"phantom: so many are generated (default: {PHANTOM_TRAIN_TILES})",
+        f"phantom: so many are generated (default: {phantom.TRAIN_TILES})",
         at_least=1,
     )
     run_id: str = key(

@@ -1,39 +1,26 @@
-"""Regular files to read, files that appear complete or not at all, and locks between processes."""
+"""Files that appear complete or not at all, and what a record may show."""
 
 import csv
 import errno
-import fcntl
 import hashlib
 import io
 import json
 import os
 import re
 import secrets
-import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 TEMPORARY = re.compile(r"\..+\.unfinished-[0-9a-f]{8}(\.\w+)?")  # the names of `atomic_path`
 
 
 def open_regular(path: Path) -> io.BufferedReader:
-    """Open a regular file for reading.
-
-    Raises OSError for anything else, such as a folder, a FIFO, which may never send a byte, or a device, which may
-    never end.
-    """
-    return os.fdopen(_open_descriptor(path, os.O_RDONLY), "rb")
-
-
-def _open_descriptor(path: Path, flags: int) -> int:
-    # Without O_NONBLOCK a FIFO without a writer would block this call.
-    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
+    """Open a regular file for reading. Raises OSError for anything else: a FIFO may never send a byte."""
+    if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return descriptor
+    return open(path, "rb")
 
 
 def is_of_disk(error: Exception) -> bool:
@@ -54,26 +41,6 @@ def digest(path: Path, algorithm: str = "sha256") -> str:
     """The digest of a regular file's content in hexadecimal digits. Raises OSError."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, algorithm).hexdigest()
-
-
-def make_folder(folder: Path) -> None:
-    """Create a folder and those above it, and flush their names to disk."""
-    missing = [one for one in (folder, *folder.parents) if not one.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    for one in missing:
-        flush(one.parent)
-
-
-def flush(path: Path) -> None:
-    """Flush a file's content, or the names in a folder, to disk: a power cut does not lose them any more."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except PermissionError:  # a folder may be writable and not readable
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def public(content: Any) -> Any:
@@ -100,13 +67,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
     The temporary name keeps the suffix, because numpy and matplotlib choose the format by it. If the block raises,
     the temporary file is removed and the file at `path` stays as it was.
     """
-    make_folder(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.unfinished-{secrets.token_hex(4)}{path.suffix}")
     try:
         yield temporary
-        flush(temporary)
+        with open(temporary, "rb") as file:  # else a power cut could leave the name without the content
+            os.fsync(file.fileno())
         temporary.replace(path)
-        flush(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno and error.filename in (None, str(temporary)):
@@ -128,10 +95,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write what is `public` of `content` as indented JSON, atomically.
-
-    Raises ValueError for NaN, which JSON does not have.
-    """
+    """Write what is `public` of `content` as indented JSON, atomically. Raises ValueError for NaN."""
     write_text(path, json.dumps(public(content), indent=2, allow_nan=False) + "\n")
 
 
@@ -141,47 +105,3 @@ def write_csv(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
         writer = csv.DictWriter(file, lines[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
-
-
-def _lock(path: Path, lock: Callable[[int, int], None], wait: bool) -> BinaryIO | None:
-    """Open `path`, create it if it is missing, and lock it with `lock`; None where the lock is taken.
-
-    The content stays as it is, and a symbolic link is refused: it may lead to a file of the user.
-    """
-    make_folder(path.parent)
-    if path.is_symlink():
-        raise OSError(errno.ELOOP, "a lock must not be a symbolic link; delete it", str(path))
-    descriptor = _open_descriptor(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW)
-    file = os.fdopen(descriptor, "ab")
-    try:
-        lock(file.fileno(), fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError as error:
-        file.close()
-        if isinstance(error, BlockingIOError | PermissionError):  # POSIX allows either
-            return None
-        error.filename = str(path)
-        raise
-    return file
-
-
-@contextmanager
-def locked(path: Path, wait: bool = False) -> Iterator[int | None]:
-    """Lock the file `path` and yield its descriptor, or None where the lock is taken already.
-
-    With `wait`, wait until the lock is free. A process that is started with the descriptor (`pass_fds`) shares the
-    lock. The kernel releases the lock when the last of these processes has ended.
-    """
-    file = _lock(path, fcntl.flock, wait)
-    try:
-        yield file.fileno() if file else None
-    finally:
-        if file:
-            file.close()
-
-
-def process_lock(path: Path) -> BinaryIO | None:
-    """Lock the file `path` for this process until the returned file is closed; None where another process has it.
-
-    Unlike `locked`, the same process can lock the file again, and no process that it starts shares the lock.
-    """
-    return _lock(path, fcntl.lockf, wait=False)

@@ -28,7 +28,7 @@ import yaml
 
 from common.config import ScriptConfig, key, parse, run_script
 from common.errors import Fault, UsageError
-from common.files import locked, read_text, write_text
+from common.files import read_text, write_text
 from common.finetune import weights
 from common.records.read import checkpoint_folder, is_finished, read_json, read_table, run_folder
 from study import report
@@ -37,7 +37,7 @@ from study.interruption import Interruption
 from study.report_selection import Study, parameters
 from study.sweep import grid
 from study.sweep_file import read_sweep
-from study.trials import BLINK, TrialRecords
+from study.trials import BLINK, TrialRecords, locked
 
 REFERENCE_ROW = "combined"  # of the ablation: the coursework's configuration
 FEW_ROWS = (REFERENCE_ROW, "with_all")

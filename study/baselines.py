@@ -27,8 +27,8 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from common.config import PHANTOM_TRAIN_TILES, FolderConfig, key, run_script
-from common.data import pathmnist
+from common.config import FolderConfig, key, run_script
+from common.data import pathmnist, phantom
 from common.data.dataset import SPLITS, Split, load_dataset
 from common.data.shift import CHUNK, SHIFTS, shifted
 from common.errors import UsageError
@@ -96,8 +96,8 @@ class BaselinesConfig(FolderConfig):
     dataset: str = key(pathmnist.NAME, "data set", choices=(pathmnist.NAME, "phantom"))
     size: int = key(28, "tile side in pixels", choices=(28, 64, 128, 224))
     train_tiles: int = key(
-        lambda config: PHANTOM_TRAIN_TILES if config.dataset == "phantom" else pathmnist.COUNTS["train"],
-        f"number of training tiles, as for a network (default: all; phantom: {PHANTOM_TRAIN_TILES})",
+        lambda config: phantom.TRAIN_TILES if config.dataset == "phantom" else pathmnist.COUNTS["train"],
+        f"number of training tiles, as for a network (default: all; phantom: {phantom.TRAIN_TILES})",
         at_least=max(setting["n_neighbors"] for setting in BASELINES["neighbours"].settings),
         at_most=pathmnist.COUNTS["train"],
     )

@@ -31,7 +31,7 @@ SHOWN = {
     "auto": "AutoAugment",
     "stain": "stain",
 }
-SHOWN_TILE, DRAWS = 6, 12  # of the generated tiles, one with a structure that shows a shift
+SHOWN_TILE, DRAWS = 5, 12  # of the generated tiles, one with a structure that shows a shift
 TASK_MARKERS = {"Task 1": "o", "Task 3": "s", "Task 5": "D"}
 CALIBRATION_BINS = 10
 MARKERS = "os^v*PX"  # of the recipes of one colour
@@ -112,7 +112,7 @@ def summary_rows(
 
 def augmentations(path: Path, size: int) -> None:
     """Draw one row per augmentation of a generated tile of `size` pixels: DRAWS draws; no data file is needed."""
-    tiles, _ = next(iter(phantom.generate("train", len(CLASS_NAMES), size)))
+    tiles, _ = phantom.generate("train", len(CLASS_NAMES), size)
     images = torch.from_numpy(tiles[SHOWN_TILE]).permute(2, 0, 1).repeat(DRAWS, 1, 1, 1)
     with style.context(["default", STYLE, {"axes.grid": False}]):
         figure = Figure(figsize=(8, 0.72 * len(SHOWN) + 0.4))

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from common.config import Keys, key, run_script
 from common.errors import Fault, UsageError
-from common.files import process_lock
 from common.records.read import checkpoint_folder, is_finished, read_history, read_json, run_folder
 
 COLUMNS = ("run", "task", "network", "data", "seed", "state", "validation ACC", "test ACC", "age")
@@ -85,10 +86,11 @@ def is_running(folder: Path) -> bool:
     path = folder / ".lock"
     if not path.exists():
         return False
-    lock = process_lock(path)
-    if lock:
-        lock.close()
-    return lock is None
+    try:
+        with FileLock(path, blocking=False):
+            return False
+    except Timeout:
+        return True
 
 
 def age(started: datetime) -> str:

@@ -23,9 +23,8 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from common.errors import Fault, Untrainable, UsageError, first_line
-from common.files import locked
 from study.sweep_file import Range, Sweep
-from study.trials import Running, Trial, TrialRecords, Workers, failed_runs
+from study.trials import Running, Trial, TrialRecords, Workers, failed_runs, locked
 
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 MAX_FAILURES = 3  # then the machine is broken, for example its disk is full: a command starts no other trial

@@ -30,10 +30,9 @@ from typing import Any
 
 from common.config import Keys, key, run_script
 from common.errors import UsageError
-from common.files import locked
 from common.training.device import physical_cores
 from study.sweep_file import Range, Sweep, read_sweep
-from study.trials import Running, Trial, TrialRecords, Workers, failed_runs
+from study.trials import Running, Trial, TrialRecords, Workers, failed_runs, locked
 
 MAX_RUNS = 10_000
 

@@ -1,12 +1,13 @@
 """Run the trials of a sweep as processes, several at the same time and each only once, and read their records."""
 
+import fcntl
 import math
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,24 @@ from study.sweep_file import Sweep
 POLL = 0.5  # seconds after which `Workers.wait` returns even if no trial has ended
 BLINK = 0.05  # seconds between two checks whether a process has ended
 PATIENCE = 30.0  # seconds from SIGTERM to SIGKILL
+
+
+@contextmanager
+def locked(path: Path, wait: bool = False) -> Iterator[int | None]:
+    """Lock the file `path` and yield its descriptor, or None where the lock is taken already.
+
+    With `wait`, wait until the lock is free. A process that is started with the descriptor (`pass_fds`) shares the
+    lock. The kernel releases the lock when the last of these processes has ended.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            descriptor = None
+        else:
+            descriptor = file.fileno()
+        yield descriptor
 
 
 @dataclass(frozen=True)

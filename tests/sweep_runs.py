@@ -9,8 +9,8 @@ from typing import Any
 from processes import start
 
 from common.config import run_script
-from common.files import locked
 from study import sweep
+from study.trials import locked
 
 GRID = {"method": "grid", "parameters": {"row": {"values": ["a", "b", "c"]}, "seed": {"values": [0, 1]}}}
 SEARCH = {

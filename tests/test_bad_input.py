@@ -7,19 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
-from bad_input import PHANTOM, RUN, assert_refused, contents, npy, special_file
+from bad_input import PHANTOM, RUN, assert_refused, contents, special_file
 from conftest import COUNTS, official_arrays, write_official
 from example_records import CONFIG, write_run
 
 import task1
 from common.config import parse
-from common.data import pathmnist
 from common.data.pathmnist import OfficialFile
-from common.files import digest
 from common.records import checkpoint
 from common.training.models import build_model
 
@@ -185,20 +182,6 @@ def special(name: str, kind: str) -> Make:
     return lambda folder, _: special_file(folder / name, kind)
 
 
-def member(name: str, content: bytes, compression: int = zipfile.ZIP_DEFLATED) -> Make:
-    """An official file, with the expected MD5, whose array `name` is `content`."""
-
-    def make(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        without = {key: value for key, value in official_arrays(COUNTS).items() if key != name}
-        path = write_official(folder, monkeypatch, without)
-        with zipfile.ZipFile(path, "a") as archive:
-            archive.writestr(f"{name}.npy", content, compression)
-        official = OfficialFile(path.name, "http://127.0.0.1:9/pathmnist.npz", digest(path, "md5"))
-        monkeypatch.setattr(pathmnist, "official_file", lambda size: official)
-
-    return make
-
-
 def grid_table(content: str) -> Make:
     """A report of an ablation, whose table of runs is `content`."""
 
@@ -244,40 +227,13 @@ REPORT = "study.report --output_dir={}"
 # The same with files: what is there, then as above.
 FILES: list[tuple[Make, str, int, str]] = [
     (nothing, OFFICIAL, 1, r"pathmnist\.npz: no such file.*--dataset phantom"),
-    (damaged(lambda path: os.truncate(path, 0)), OFFICIAL, 1, r"pathmnist\.npz: its MD5 is .* \(0 bytes\)"),
+    (damaged(lambda path: os.truncate(path, 0)), OFFICIAL, 1, r"pathmnist\.npz: its MD5 is"),
     (damaged(lambda path: path.write_bytes(torn(path.read_bytes()))), OFFICIAL, 1, r"pathmnist\.npz: its MD5 is"),
     (damaged(lambda path: path.write_text("hello")), OFFICIAL, 1, r"pathmnist\.npz: its MD5 is"),
     (damaged(lambda path: zipfile.ZipFile(path, "w").close()), OFFICIAL, 1, r"pathmnist\.npz: its MD5 is"),
     (damaged(lambda path: path.open("ab").write(b"x")), OFFICIAL, 1, r"pathmnist\.npz: its MD5 is"),
     (arrays(), f"{OFFICIAL} --train_tiles=8", 2, "--train_tiles 8: must be at least 9"),
     (text("pathmnist.npz", "not the official file"), OFFICIAL, 1, r"pathmnist\.npz: its MD5 is"),
-    *[
-        (arrays(**{name: values}), OFFICIAL, 1, rf"pathmnist\.npz: not an official file \(.*{message}.*delete it")
-        for name, values, message in (
-            ("train_labels", np.full((COUNTS["train"], 1), 99, np.uint8), "labels from 99 to 99"),
-            ("val_labels", np.zeros((COUNTS["val"], 1)), "dtype float64"),
-            ("val_labels", np.zeros((COUNTS["val"], 2), np.uint8), r"\(30, 2\)"),
-            ("test_labels", np.array([[None]] * COUNTS["test"]), "dtype object"),
-            ("test_labels", np.array([["a"]] * COUNTS["test"]), "dtype <U1"),
-            ("test_images", np.zeros((COUNTS["test"], 28, 28), np.uint8), "another layout"),
-            ("test_images", np.zeros((COUNTS["test"], 28, 28, 3), np.float32), "longer|another layout"),
-            ("train_images", np.zeros((3, 28, 28, 3), np.uint8), "another layout"),
-        )
-    ],
-    *[
-        (member(name, content, compression), OFFICIAL, 1, rf"pathmnist\.npz: not an official file \({message}")
-        for name, content, compression, message in (
-            ("val_labels", b"", zipfile.ZIP_STORED, ""),
-            ("val_labels", b"not an array", zipfile.ZIP_DEFLATED, ""),
-            ("val_labels", npy("{'descr': '|u1', 'fortran_order': False, 'shape': (30,"), zipfile.ZIP_STORED, ""),
-            ("val_labels", npy("((((((((((" * 11), zipfile.ZIP_STORED, ""),
-            ("val_labels", npy("{'descr': '|u1', 'fortran_order': 0, 'shape': (30, 1)}"), zipfile.ZIP_STORED, ""),
-            ("val_labels", b"\x00" * 9_000_000, zipfile.ZIP_DEFLATED, "val_labels is longer than an array"),
-            ("val_labels", b"\x00" * 100, zipfile.ZIP_LZMA, "val_labels is compressed in an unknown way"),
-            ("val_labels", b"\x00" * 100, zipfile.ZIP_BZIP2, "val_labels is compressed in an unknown way"),
-            ("val_images", b"\x00" * 100, zipfile.ZIP_DEFLATED, ""),
-        )
-    ],
     *[
         (special("pathmnist.npz", kind), OFFICIAL, 1, r"pathmnist\.npz.*(not a regular file|download failed)")
         for kind in ("fifo", "folder", "zero", "loop")
@@ -294,10 +250,9 @@ FILES: list[tuple[Make, str, int, str]] = [
         (special("runs/r/config.json", kind), RUN, 1, r"config\.json: not a readable record \(.*not a regular")
         for kind in ("fifo", "folder", "zero")
     ],
-    (special("runs/r/.lock", "fifo"), RUN, 1, r"\.lock: (not a regular file|No such device)"),
     (special("runs/r/.lock", "folder"), RUN, 1, r"\.lock: Is a directory"),
-    (special("runs/r/.lock", "loop"), RUN, 1, r"\.lock: a lock must not be a symbolic link; delete it"),
-    (linked_lock, RUN, 1, r"\.lock: a lock must not be a symbolic link; delete it"),
+    (special("runs/r/.lock", "loop"), RUN, 1, r"\.lock: Too many levels of symbolic links"),
+    (linked_lock, RUN, 1, r"\.lock: Too many levels of symbolic links"),
     (
         lambda folder, _: write_run(folder, {**CONFIG, "size": 64, "run_id": "task1-0"}),
         "study.__main__ --dataset=phantom --output_dir={} --data_root={}",
@@ -367,7 +322,7 @@ FILES: list[tuple[Make, str, int, str]] = [
 def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     missing = OfficialFile("pathmnist.npz", "http://127.0.0.1:9/none.npz", "0" * 32)
     monkeypatch.setattr("common.data.pathmnist.official_file", lambda size: missing)
-    monkeypatch.setattr("common.data.download.TRIES", 1)
+    monkeypatch.setattr("common.data.dataset.RETRIES", 0)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
 
 

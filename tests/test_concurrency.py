@@ -36,7 +36,7 @@ def test_eight_runs_at_once_on_one_folder_and_an_empty_cache_leave_eight_intact_
     processes = [start(lambda number=number: run(number), tmp_path / f"log{number}") for number in range(RUNS)]
     statuses = [end(pid) for pid in processes]
     assert statuses == [0] * RUNS, (tmp_path / "log0").read_text()
-    assert [path.name for path in data_root.iterdir() if path.suffix == ".arrays"] == ["phantom-v2_28_180.arrays"]
+    assert [path.name for path in data_root.iterdir() if path.suffix == ".arrays"] == ["phantom-v3_28_180.arrays"]
     found = records(output)
     for number in range(RUNS):
         folder = output / "runs" / f"r{number}"

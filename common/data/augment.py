@@ -44,35 +44,6 @@ WIDE_BINS = 31
 AUTO_BINS = 10
 IMAGENET_SIDE = 224  # of the images for which TrivialAugmentWide's translations of up to 32 pixels are made
 
-# AutoAugment's 25 sub-policies: two operations in order, each with its probability and the bin of its magnitude.
-IMAGENET_POLICY = (
-    (("Posterize", 0.4, 8), ("Rotate", 0.6, 9)),
-    (("Solarize", 0.6, 5), ("AutoContrast", 0.6, 0)),
-    (("Equalize", 0.8, 0), ("Equalize", 0.6, 0)),
-    (("Posterize", 0.6, 7), ("Posterize", 0.6, 6)),
-    (("Equalize", 0.4, 0), ("Solarize", 0.2, 4)),
-    (("Equalize", 0.4, 0), ("Rotate", 0.8, 8)),
-    (("Solarize", 0.6, 3), ("Equalize", 0.6, 0)),
-    (("Posterize", 0.8, 5), ("Equalize", 1.0, 0)),
-    (("Rotate", 0.2, 3), ("Solarize", 0.6, 8)),
-    (("Equalize", 0.6, 0), ("Posterize", 0.4, 6)),
-    (("Rotate", 0.8, 8), ("Color", 0.4, 0)),
-    (("Rotate", 0.4, 9), ("Equalize", 0.6, 0)),
-    (("Equalize", 0.0, 0), ("Equalize", 0.8, 0)),
-    (("Invert", 0.6, 0), ("Equalize", 1.0, 0)),
-    (("Color", 0.6, 4), ("Contrast", 1.0, 8)),
-    (("Rotate", 0.8, 8), ("Color", 1.0, 2)),
-    (("Color", 0.8, 8), ("Solarize", 0.8, 7)),
-    (("Sharpness", 0.4, 7), ("Invert", 0.6, 0)),
-    (("ShearX", 0.6, 5), ("Equalize", 1.0, 0)),
-    (("Color", 0.4, 0), ("Equalize", 0.6, 0)),
-    (("Equalize", 0.4, 0), ("Solarize", 0.2, 4)),
-    (("Solarize", 0.6, 5), ("AutoContrast", 0.6, 0)),
-    (("Invert", 0.6, 0), ("Equalize", 1.0, 0)),
-    (("Color", 0.6, 4), ("Contrast", 1.0, 8)),
-    (("Equalize", 0.8, 0), ("Equalize", 0.6, 0)),
-)
-
 ERASE_PROBABILITY = 0.1
 ERASE_AREA = (0.02, 0.33)
 ERASE_RATIO = (0.3, 3.3)
@@ -316,10 +287,18 @@ def _magnitudes(column: int, bins: int) -> torch.Tensor:
 WIDE_MAGNITUDES, AUTO_MAGNITUDES = _magnitudes(0, WIDE_BINS), _magnitudes(1, AUTO_BINS)
 WIDE_OPERATIONS = torch.tensor([i for i, (wide, _, _) in enumerate(RANGES.values()) if wide])
 SIGNED = torch.tensor([signed for _, _, signed in RANGES.values()])
-# (2, 25) each: one row for the first operations of the sub-policies, one for the second.
-POLICY_OPERATIONS = torch.tensor([[OPERATIONS.index(name) for name, _, _ in pair] for pair in IMAGENET_POLICY]).T
-POLICY_PROBABILITIES = torch.tensor([[p for _, p, _ in pair] for pair in IMAGENET_POLICY], dtype=torch.float64).T
-POLICY_BINS = torch.tensor([[number for _, _, number in pair] for pair in IMAGENET_POLICY]).T
+
+
+@lru_cache(maxsize=1)
+def _imagenet_policy() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Operation, probability and bin of both operations of AutoAugment's 25 sub-policies, (2, 25) each."""
+    from torchvision.transforms import AutoAugment, AutoAugmentPolicy
+
+    pairs = AutoAugment(AutoAugmentPolicy.IMAGENET).policies
+    operations = torch.tensor([[OPERATIONS.index(name) for name, _, _ in pair] for pair in pairs])
+    probabilities = torch.tensor([[p for _, p, _ in pair] for pair in pairs], dtype=torch.float64)
+    bins = torch.tensor([[number or 0 for _, _, number in pair] for pair in pairs])
+    return operations.T, probabilities.T, bins.T
 
 
 def _with_signs(
@@ -342,13 +321,14 @@ def sample_trivial_augment(count: int, generator: torch.Generator) -> tuple[torc
 def sample_auto_augment(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Operation and magnitude of AutoAugment for `apply_operations`, int64 and float64 (2, count): two steps.
 
-    The sub-policy is uniform over the 25 of `IMAGENET_POLICY`. Each of its two operations is applied with its
-    probability, else it becomes Identity; both signs are equally likely where there is one.
+    The sub-policy is uniform over the 25 for ImageNet. Each of its two operations is applied with its probability,
+    else it becomes Identity; both signs are equally likely where there is one.
     """
-    policy = torch.randint(len(IMAGENET_POLICY), (count,), generator=generator)
-    happens = torch.rand(2, count, generator=generator, dtype=torch.float64) < POLICY_PROBABILITIES[:, policy]
-    operation = torch.where(happens, POLICY_OPERATIONS[:, policy], OPERATIONS.index("Identity"))
-    return _with_signs(operation, AUTO_MAGNITUDES[operation, POLICY_BINS[:, policy]], generator)
+    operations, probabilities, bins = _imagenet_policy()
+    policy = torch.randint(operations.shape[1], (count,), generator=generator)
+    happens = torch.rand(2, count, generator=generator, dtype=torch.float64) < probabilities[:, policy]
+    operation = torch.where(happens, operations[:, policy], OPERATIONS.index("Identity"))
+    return _with_signs(operation, AUTO_MAGNITUDES[operation, bins[:, policy]], generator)
 
 
 def sample_erasing(count: int, height: int, width: int, generator: torch.Generator) -> torch.Tensor:
@@ -575,22 +555,31 @@ def _erase(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return erase(images, sample_erasing(len(images), images.shape[2], images.shape[3], generator))
 
 
+def _randstain(probability: float) -> Augmentation:
+    return _step(partial(sample_randstain, probability), randstain)
+
+
 _flip, _dihedral = (_step(partial(sample_views, n_views), dihedral) for n_views in (4, 8))
 _stain, _zoom = _step(sample_stain, stain), _step(sample_zoom, zoom)
 
-PARTS: dict[str, tuple[Augmentation, ...]] = {
-    "none": (),
-    "auto": (_flip, _step(sample_auto_augment, apply_operations), _erase),
-    "ta_wide": (_flip, _step(sample_trivial_augment, apply_operations), _erase),
-    "ta_wide_scaled": (_flip, _step(sample_trivial_augment, apply_scaled_operations), _erase),
-    "dihedral": (_dihedral,),
-    "stain": (_dihedral, _stain, _zoom),
-    "flip": (_flip,),
-    "erase": (_erase,),
-    "randstain": (_step(partial(sample_randstain, 0.5), randstain),),
-    "randstain_quarter": (_step(partial(sample_randstain, 0.25), randstain),),
-    "channel": (_step(sample_channels, shift_channels),),
-    "scale": (_zoom,),
+_auto = _step(sample_auto_augment, apply_operations)
+_wide = _step(sample_trivial_augment, apply_operations)
+_wide_scaled = _step(sample_trivial_augment, apply_scaled_operations)
+
+# By name: what the part does, in one line, and its steps. A new augmentation needs a line here and no other place.
+PARTS: dict[str, tuple[str, tuple[Augmentation, ...]]] = {
+    "none": ("nothing", ()),
+    "auto": ("flips, AutoAugment with its ImageNet policy, random erasing", (_flip, _auto, _erase)),
+    "ta_wide": ("flips, TrivialAugmentWide, random erasing", (_flip, _wide, _erase)),
+    "ta_wide_scaled": ("ta_wide with shifts by at most 1/7 of a tile's side", (_flip, _wide_scaled, _erase)),
+    "dihedral": ("one of the 8 combinations of flips and quarter turns", (_dihedral,)),
+    "stain": ("dihedral, amounts of haematoxylin and eosin, hue, zoom", (_dihedral, _stain, _zoom)),
+    "flip": ("flips", (_flip,)),
+    "erase": ("random erasing", (_erase,)),
+    "randstain": ("RandStainNA: other colour statistics for half of the tiles", (_randstain(0.5),)),
+    "randstain_quarter": ("RandStainNA for a quarter of the tiles", (_randstain(0.25),)),
+    "channel": ("gain and shift of each colour channel", (_step(sample_channels, shift_channels),)),
+    "scale": ("zoom", (_zoom,)),
 }
 
 
@@ -611,7 +600,7 @@ def build_augmentation(names: str) -> Augmentation:
             raise ValueError(f"unknown augmentation {name!r}: did you mean {closest!r}? There are {known}")
     if "none" in chosen and len(chosen) > 1:
         raise ValueError(f"'none' cannot be joined with other augmentations: {names!r}")
-    steps = [step for name in chosen for step in PARTS[name]]
+    steps = [step for name in chosen for step in PARTS[name][1]]
 
     def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         result = images
@@ -621,3 +610,8 @@ def build_augmentation(names: str) -> Augmentation:
         return result if in_channels_last or result is images else result.contiguous()
 
     return augment
+
+
+if __name__ == "__main__":  # python -m common.data.augment: the parts of --augmentation
+    for part, (description, _) in PARTS.items():
+        print(f"{part:18} {description}")

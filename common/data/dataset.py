@@ -1,38 +1,35 @@
 """The two data sets: each is found or built as a folder of memory-mapped arrays.
 
-The folder `<name>.arrays` holds six .npy files and a meta.json. It is in the data root or, where the data root is
-read-only, in the user's cache folder. The first start builds it; later starts only check and map it.
+The folder `<name>.arrays` in the data root holds six .npy files and a meta.json. The first start builds it, from
+the official file or by drawing the phantom; later starts only check and map it.
 """
 
-import errno
-import hashlib
 import json
-import os
 import shutil
 import sys
+import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
+from filelock import FileLock
 
-from common.config import PHANTOM_TRAIN_TILES
 from common.data import pathmnist, phantom
-from common.data.archives import open_npz, read_array
-from common.data.download import download
 from common.data.pathmnist import OfficialFile
-from common.errors import Fault, UsageError
-from common.files import digest, flush, is_of_disk, locked, open_regular, read_text, write_json
+from common.errors import Fault, UsageError, first_line
+from common.files import digest, write_json
 
 SPLITS = tuple(pathmnist.COUNTS)
 CACHE_VERSION = 2  # of the folder's layout
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ORDER_VERSION = 1  # of stratified_part: a change of any chosen tile needs a new number
+RETRIES = 3  # of a failed download
+PATIENCE = 20  # seconds to wait for an answer of the server
 
 Build = Callable[[Path], None]  # writes the arrays into a folder
 
@@ -105,19 +102,17 @@ def load_dataset(name: str, size: int, data_root: Path, train_tiles: int | None 
     """
     if data_root.exists() and not data_root.is_dir():
         raise UsageError(f"--data_root {data_root}: not a folder")
-    whole = pathmnist.COUNTS["train"]
     if name == "phantom":
-        n_tiles = train_tiles or PHANTOM_TRAIN_TILES
-        layout = Layout(f"phantom-v{phantom.VERSION}-seed0-{n_tiles}x{size}px", size, phantom.split_sizes(n_tiles))
-        build = partial(_generate_phantom, size, n_tiles)
-        splits = _arrays(data_root, f"phantom-v{phantom.VERSION}_{size}_{n_tiles}", layout, build)
-    else:
-        file = pathmnist.official_file(size)
-        layout = Layout(file.md5, size, pathmnist.COUNTS)
-        build = partial(_unpack, data_root / file.name, layout)
-        splits = _arrays(data_root, Path(file.name).stem, layout, build, file)
-    fingerprint = layout.fingerprint
-    if name != "phantom" and train_tiles is not None and train_tiles < whole:
+        n_tiles = train_tiles or phantom.TRAIN_TILES
+        layout = Layout(f"phantom-v{phantom.VERSION}-{n_tiles}x{size}px", size, phantom.split_sizes(n_tiles))
+        folder = data_root / f"phantom-v{phantom.VERSION}_{size}_{n_tiles}.arrays"
+        splits = _arrays(folder, layout, partial(_draw_phantom, layout))
+        return Dataset(name, size, pathmnist.CLASS_NAMES, **splits, fingerprint=layout.fingerprint)
+    file, whole = pathmnist.official_file(size), pathmnist.COUNTS["train"]
+    folder = data_root / f"{Path(file.name).stem}.arrays"
+    splits = _arrays(folder, Layout(file.md5, size, pathmnist.COUNTS), partial(_unpack, file, data_root))
+    fingerprint = file.md5
+    if train_tiles is not None and train_tiles < whole:
         splits["train"] = _part(splits["train"], train_tiles)
         fingerprint += f"-{train_tiles}-of-{whole}-order{ORDER_VERSION}"
     return Dataset(name, size, pathmnist.CLASS_NAMES, **splits, fingerprint=fingerprint)
@@ -150,118 +145,67 @@ def _part(split: Split, n_tiles: int) -> Split:
     return Split(images.permute(0, 3, 1, 2), split.labels[chosen])
 
 
-def _arrays(
-    data_root: Path, name: str, layout: Layout, build: Build, source: OfficialFile | None = None
-) -> dict[str, Split]:
-    """The splits in the folder with the arrays of this layout. Where there is none, `build` writes it."""
-    beside = data_root / f"{name}.arrays"
-    folders = [beside]
+def _arrays(folder: Path, layout: Layout, build: Build) -> dict[str, Split]:
+    """The splits in `folder`. Where they are not there, one process builds them, and others wait for it."""
     try:
-        user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pathmnist-study"
-        root = hashlib.sha256(str(data_root.resolve()).encode()).hexdigest()[:12]
-        folders.append(user_cache / f"{name}-{root}.arrays")
-    except RuntimeError:  # a user without a home folder has no cache
-        pass
-    for folder in folders:
         if splits := _map_splits(folder, layout):
             return splits
-    folder = beside if _writable(data_root) else folders[-1]
-    try:
-        if source is not None:  # before any folder is created: the user may have mistyped data_root
-            _check_source(source, data_root / source.name)
-        with locked(folder.with_name(f".{folder.name}.lock"), wait=True):
-            splits = _map_splits(folder, layout)  # another process may have built it in the meantime
-            if splits is None:
-                _build_folder(folder, layout, build)
-                splits = _map_splits(folder, layout)
-    except OSError as error:  # its text names the file: one of the folder, or the source
-        remedy = "make room there" if error.errno in NO_ROOM else "fix this"
-        raise Fault(f"{folder}: cannot be built ({error}); {remedy}, or name another --data_root") from error
-    if splits is None:
-        raise Fault(f"{folder}: its files change or cannot be read back; name another --data_root")
-    return splits
-
-
-def _build_folder(folder: Path, layout: Layout, build: Build) -> None:
-    """Build the arrays in a temporary folder, and rename it to `folder`. The caller holds a lock."""
-    if folder.exists():
-        print(f"{folder} is damaged or outdated; building it again", file=sys.stderr)
-        shutil.rmtree(folder)
-    for left in folder.parent.glob(".*.arrays.part"):  # killed processes may have left some
-        with locked(left.with_suffix(".lock")) as lock:
-            if lock is not None:
-                shutil.rmtree(left, ignore_errors=True)
-    temporary = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        build(temporary)
-        meta = {"version": CACHE_VERSION, "fingerprint": layout.fingerprint, "checksums": _checksums(temporary)}
-        write_json(temporary / "meta.json", meta)
-        temporary.rename(folder)
-        flush(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _check_source(source: OfficialFile, path: Path) -> None:
-    """Download the official file where it is missing, and check its MD5. Raises Fault with the remedy."""
-    by_hand = f"or fetch {source.url} (MD5 {source.md5}) by hand into {path.parent}, or use --dataset phantom"
-    try:
-        if not path.exists():
-            download(source.url, path, source.md5)
-    except Fault as fault:
-        raise Fault(f"{fault}: try again, {by_hand}, which needs no download") from fault
-    try:
-        found, size = digest(path, "md5"), path.stat().st_size
-        problem = f"its MD5 is {found}, not {source.md5}; it is damaged or another file ({size:,} bytes)"
-    except PermissionError as error:
-        raise Fault(f"{path}: {error.strerror}; make it readable, or name another --data_root") from error
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
+            return _map_splits(folder, layout) or _build_splits(folder, layout, build)
     except OSError as error:
-        found, problem = "", str(error.strerror)
-    if found != source.md5:
-        raise Fault(f"{path}: {problem}: delete it, and the same command fetches it again, {by_hand}")
+        raise Fault(
+            f"{folder}: cannot be read or built ({error.strerror or first_line(error)}); "
+            "fix this, or name a folder with room that you may write by --data_root"
+        ) from error
 
 
 def _map_splits(folder: Path, layout: Layout) -> dict[str, Split] | None:
-    """The splits in a folder of arrays; None where it is missing, damaged or has another layout.
-
-    Raises OSError where it cannot be read now: the arrays may be intact, so they are not built again.
-    """
+    """The splits in a folder of arrays; None where they are missing, damaged, or of other data."""
     try:
-        meta = json.loads(read_text(folder / "meta.json"))
-        if (meta["version"], meta["fingerprint"]) != (CACHE_VERSION, layout.fingerprint):
+        if json.loads((folder / "meta.json").read_text()) != _meta(folder, layout):
             return None
-        if meta["checksums"] != _checksums(folder):
-            return None
-        return {split: _map_split(folder, split, layout) for split in SPLITS}
-    except Exception as error:  # numpy raises many types for a damaged header
-        if is_of_disk(error) and not isinstance(error, FileNotFoundError):
-            raise
+    except (FileNotFoundError, ValueError):
         return None
+    return {split: _map_split(folder, split, layout) for split in SPLITS}
 
 
 def _map_split(folder: Path, split: str, layout: Layout) -> Split:
-    n_tiles = layout.counts[split]
-    with open_regular(folder / f"{split}_labels.npy") as file:
-        labels = read_array(file, "i", (n_tiles,))
-    _check_labels(labels)
+    """Map a split's images and read its labels. Raises ValueError for wrong shapes, dtypes or labels."""
     # 'c' (copy on write): torch warns of read-only arrays. Nothing is ever written here.
     images = np.load(folder / f"{split}_images.npy", mmap_mode="c", allow_pickle=False)
-    if images.shape != layout.images(split) or images.dtype != np.uint8:
-        raise ValueError(f"{split}_images has another layout")
-    return Split(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels.astype(np.int64)))
-
-
-def _check_labels(labels: np.ndarray) -> None:
+    labels = np.load(folder / f"{split}_labels.npy", allow_pickle=False)
+    for array, shape, dtype in ((images, layout.images(split), np.uint8), (labels, images.shape[:1], np.int64)):
+        if array.shape != shape or array.dtype != dtype:
+            raise ValueError(f"{split}: an array is {array.shape} {array.dtype}, not {shape} {np.dtype(dtype)}")
     if labels.min() < 0 or labels.max() >= len(pathmnist.CLASS_NAMES):
-        raise ValueError(f"labels from {labels.min()} to {labels.max()}")
+        raise ValueError(f"labels of {split} from {labels.min()} to {labels.max()}")
+    return Split(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels))
 
 
-def _checksums(folder: Path) -> dict[str, int]:
-    """The checksum of each array file. Raises FileNotFoundError where one is missing."""
+def _build_splits(folder: Path, layout: Layout, build: Build) -> dict[str, Split]:
+    """Build the arrays in a temporary folder, and rename it to `folder`. The caller holds the lock."""
+    if folder.exists():
+        print(f"{folder} is damaged or outdated; building it again", file=sys.stderr)
+        shutil.rmtree(folder)
+    temporary = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)  # a killed process may have left it
+    temporary.mkdir()
+    try:
+        build(temporary)
+        splits = {split: _map_split(temporary, split, layout) for split in SPLITS}
+        write_json(temporary / "meta.json", _meta(temporary, layout))
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return splits
+
+
+def _meta(folder: Path, layout: Layout) -> dict[str, Any]:
+    """What meta.json says of the arrays in a folder. Raises FileNotFoundError where one is missing."""
     names = [f"{split}_{kind}.npy" for split in SPLITS for kind in ("images", "labels")]
-    return {name: _checksum(folder / name) for name in names}
+    checksums = {name: _checksum(folder / name) for name in names}
+    return {"version": CACHE_VERSION, "fingerprint": layout.fingerprint, "checksums": checksums}
 
 
 def _checksum(path: Path) -> int:
@@ -269,53 +213,56 @@ def _checksum(path: Path) -> int:
 
     It changes if blocks are missing, zeroed, changed or misplaced, but not if two words within a MiB are swapped.
     """
-    with open_regular(path) as file:
-        data = np.memmap(file, dtype=np.uint8, mode="r")
+    data = np.memmap(path, np.uint8, "r")  # ValueError for an empty file
     words = data[: len(data) // 8 * 8].view(np.uint64)
     sums = np.add.reduceat(words, np.arange(0, len(words), 1 << 17))
     return zlib.crc32(data[len(words) * 8 :].tobytes(), zlib.crc32(sums.tobytes()))
 
 
-def _writable(folder: Path) -> bool:
-    """Whether this process can write to `folder` or, where it does not exist, create it.
-
-    A folder without any write permission counts as read-only even for root.
-    """
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return os.access(folder, os.W_OK | os.X_OK) and bool(folder.stat().st_mode & 0o222)
-
-
-def _unpack(path: Path, layout: Layout, folder: Path) -> None:
-    """Unpack an official file: images (N, H, W, 3) uint8 as they are, labels (N, 1) uint8 as (N,) int64.
-
-    Raises Fault where the file has another layout or is damaged.
-    """
+def _unpack(file: OfficialFile, data_root: Path, folder: Path) -> None:
+    """Unpack the official file: images (N, H, W, 3) uint8 as they are, labels (N, 1) uint8 as (N,) int64."""
+    path = _official(file, data_root)
     print(f"unpacking {path}", flush=True)
+    with zipfile.ZipFile(path) as archive, np.load(path, allow_pickle=False) as arrays:
+        for split in SPLITS:
+            archive.extract(f"{split}_images.npy", folder)  # block by block: larger than memory at 224 pixels
+            np.save(folder / f"{split}_labels.npy", arrays[f"{split}_labels"][:, 0].astype(np.int64))
+
+
+def _official(file: OfficialFile, data_root: Path) -> Path:
+    """The official file in the data root, downloaded where it is missing. Raises Fault with the remedy."""
+    path = data_root / file.name
+    remedy = (
+        f"or fetch {file.url} (MD5 {file.md5}) by hand into {data_root}, name another folder by --data_root, "
+        "or use --dataset phantom, which needs no file"
+    )
+    if path.exists():
+        try:
+            found = digest(path, "md5")
+        except OSError as error:
+            raise Fault(f"{path}: {error.strerror}; make it readable, {remedy}") from error
+        if found != file.md5:
+            raise Fault(f"{path}: its MD5 is {found}, not {file.md5}: delete it and start again, {remedy}")
+        return path
+    import pooch
+
+    print(f"downloading {file.url} to {path}", flush=True)
+    pooch.get_logger().setLevel("ERROR")  # it says the same on stderr
+    # In its largest file a progress bar and a flush for every KiB, the default, would cost minutes.
+    downloader = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), chunk_size=1 << 20, timeout=PATIENCE)
+    source = pooch.create(
+        data_root, "", registry={file.name: f"md5:{file.md5}"}, urls={file.name: file.url}, retry_if_failed=RETRIES
+    )
     try:
-        with open_npz(path) as archive:
-            for split in SPLITS:
-                labels = archive.read(f"{split}_labels", "u", (layout.counts[split], 1))
-                _check_labels(labels)
-                np.save(folder / f"{split}_labels.npy", labels[:, 0].astype(np.int64))
-                archive.extract(f"{split}_images", layout.images(split), folder / f"{split}_images.npy")
-                _map_split(folder, split, layout)
-    except ValueError as error:
-        raise Fault(
-            f"{path}: not an official file ({error}); delete it, and the same command fetches it again"
-        ) from error
+        source.fetch(file.name, downloader=downloader)
+    except (OSError, ValueError) as error:  # requests' errors are OSErrors; another MD5 is a ValueError
+        problem = f"no such file, and its download failed ({first_line(error)})"
+        raise Fault(f"{path}: {problem}: try again, {remedy}") from error
+    return path
 
 
-def _generate_phantom(size: int, train_tiles: int, folder: Path) -> None:
-    for split, n_tiles in phantom.split_sizes(train_tiles).items():
-        blocks = tqdm(
-            phantom.generate(split, n_tiles, size), f"phantom {split}", unit=" blocks", leave=False, disable=None
-        )
-        labels = []
-        with open(folder / f"{split}_images.npy", "wb") as file:
-            header = {"descr": "|u1", "fortran_order": False, "shape": (n_tiles, size, size, 3)}
-            np.lib.format.write_array_header_1_0(file, header)
-            for block, block_labels in blocks:
-                file.write(block.tobytes())
-                labels.append(block_labels)
-        np.save(folder / f"{split}_labels.npy", np.concatenate(labels))
+def _draw_phantom(layout: Layout, folder: Path) -> None:
+    for split, n_tiles in layout.counts.items():
+        images, labels = phantom.generate(split, n_tiles, layout.size)
+        np.save(folder / f"{split}_images.npy", images)
+        np.save(folder / f"{split}_labels.npy", labels)

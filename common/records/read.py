@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from common.data.archives import open_npz
 from common.errors import Fault, first_line
-from common.files import read_text
+from common.files import open_regular, read_text
 
 METRICS = ("train/loss", "validate/loss", "validate/auc", "validate/acc", "validate/balanced_acc")
 COLUMNS = ("epoch", *METRICS, "lr", "tiles_per_second", "seconds")  # of history.csv
@@ -61,17 +60,18 @@ class Record:
         path = self.folder / "scores.npz"
         tiles, n_classes = self.summary["tiles"], len(self.summary["best"]["auc_per_class"])
         try:
-            with open_npz(path) as archive:
-                arrays = {}
-                for name in {*archive.names, "best_logits", "targets"}:
-                    n_tiles = tiles["val" if name.startswith(("validate_", "shifted_")) else "test"]
-                    shape, kinds = ((n_tiles, n_classes), "f") if name.endswith("_logits") else ((n_tiles,), "ui")
-                    arrays[name] = archive.read(name, kinds, shape)
+            with open_regular(path) as file, np.load(file, allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in {*archive.files, "best_logits", "targets"}}
             for name, values in arrays.items():
+                n_tiles = tiles["val" if name.startswith(("validate_", "shifted_")) else "test"]
+                shape, kinds = ((n_tiles, n_classes), "f") if name.endswith("_logits") else ((n_tiles,), "ui")
+                if values.shape != shape or values.dtype.kind not in kinds:
+                    found = f"the shape {values.shape} and dtype {values.dtype}"
+                    raise ValueError(f"{name} has {found}, not the shape {shape}")
                 right = np.isfinite(values) if name.endswith("_logits") else (values >= 0) & (values < n_classes)
                 if not right.all():
                     raise ValueError(f"{name} has values that are not finite, or no class")
-        except (OSError, ValueError) as error:
+        except Exception as error:  # zipfile, zlib and numpy raise many types
             raise unreadable(path, error) from error
         return arrays
 

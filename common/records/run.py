@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from common.config import Config, ScriptConfig, TrainingConfig, program
 from common.data.dataset import Dataset
 from common.errors import UsageError, first_line
-from common.files import atomic_path, digest, process_lock, public, sweep_up, write_csv, write_json
+from common.files import atomic_path, digest, public, sweep_up, write_csv, write_json
 from common.records.read import checkpoint_folder, is_finished, read_json, run_folder
 
 WANDB_PROJECT = "hw1"  # the coursework's; $WANDB_PROJECT takes its place
@@ -86,11 +87,14 @@ class Run:
         check_startable(config, self.facts)
         self._wandb: Any = None
         self.url: str | None = None
-        self._lock = process_lock(self.folder / ".lock")
-        if self._lock is None:
-            raise UsageError(
-                f"run {config.run_id} is running in another process: wait for its end, or use another --run_id"
-            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # A singleton: the same process may open the run again.
+        self._lock = FileLock(self.folder / ".lock", is_singleton=True)
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            problem = f"run {config.run_id} is running in another process"
+            raise UsageError(f"{problem}: wait for its end, or use another --run_id") from None
         # Another process may have started the run, or ended it, since the first check.
         check_startable(config, self.facts)
         for folder in (self.folder, self.checkpoints):

