@@ -26,7 +26,7 @@ from common.explain.records import write_records
 from common.explain.stages import grad_cam_layer
 from common.explain.tiles import TARGETS, choose_tiles, explained_tiles, find_run, one_of_each_class, origin
 from common.finetune.trained import load_trained
-from common.records.read import checkpoint_folder, run_folder
+from common.records.read import best_weights, run_folder
 from common.training.device import Compute
 from common.training.evaluation import evaluate
 from common.training.loop import derived_seed
@@ -56,7 +56,7 @@ def main(config: Task2Config) -> None:
     compute.prepare_process()
     run = find_run(config.output_dir, config.run_id)
     run_id, trained = run["run_id"], run["config"]
-    path = checkpoint_folder(config.output_dir, run_id) / "best.pt"
+    path = best_weights(config.output_dir, run_id)
     loaded = load_trained(path, compute.device)
     model, size = loaded.network, loaded.input_size
     grad_cam_layer(model, torch.zeros(1, 3, size, size, device=compute.device))  # refuses a network without maps

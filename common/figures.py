@@ -5,6 +5,7 @@ need no display and change no global state. With the same versions of matplotlib
 gives the same bytes. Files are written atomically.
 """
 
+import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +39,7 @@ STYLE: dict[str, Any] = {
     "grid.color": "#E5E5E5",
     "axes.axisbelow": True,
     "legend.edgecolor": "none",
+    "text.parse_math": False,  # a `$` in a name is a letter
 }
 
 
@@ -75,11 +77,8 @@ def curve(
 def confusion(path: Path, matrix: NDArray[Any], class_names: Sequence[str], *, title: str) -> None:
     """Draw a (C, C) matrix of tile counts, rows the true classes, into the PNG file `path`.
 
-    A cell shows its count; its colour is the share of its row, the true class's tiles. Raises ValueError if the
-    matrix is not (C, C) for C names.
+    A cell shows its count; its colour is the share of its row, the true class's tiles.
     """
-    if matrix.shape != (len(class_names), len(class_names)):
-        raise ValueError(f"a matrix of shape {matrix.shape} does not fit {len(class_names)} class names")
     # A class without tiles has shares of 0, not 0/0.
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     names = [wrap(name, 16) for name in class_names]
@@ -100,7 +99,10 @@ def confusion(path: Path, matrix: NDArray[Any], class_names: Sequence[str], *, t
 
 
 def wrap(text: str, width: int) -> str:
-    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=True)
+    """The text in lines of about `width` letters; a number and its unit (`28 px`, `seed 0`) stay together."""
+    joined = re.sub(r"(?<=seed) (?=\d)|(?<=\d) (?=px)", "\N{NO-BREAK SPACE}", text)
+    lines = textwrap.fill(joined, width, break_long_words=False, break_on_hyphens=True)
+    return lines.replace("\N{NO-BREAK SPACE}", " ")
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -63,13 +63,13 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def paired_p(differences: Sequence[float]) -> float:
-    """The two-sided p value of the paired t test; NaN for fewer than two pairs.
+    """The two-sided p value of the paired t test; NaN for fewer than LEAST_SEEDS pairs.
 
     If all differences are equal, up to rounding, the t statistic is not defined: p is 1 if they are 0, else NaN.
     """
     from scipy.stats import ttest_1samp
 
-    if len(differences) < 2:
+    if len(differences) < LEAST_SEEDS:
         return math.nan
     if max(differences) - min(differences) < ROUNDING:
         return 1.0 if abs(differences[0]) < ROUNDING else math.nan
@@ -99,10 +99,7 @@ def compare(rows: Mapping[str, Mapping[int, float]], identical: Collection[str] 
         for row in others
     }
     differences = {row: values for row, values in differences.items() if values}
-    tested = {
-        row: values for row, values in differences.items() if len(values) >= LEAST_SEEDS and row not in identical
-    }
-    p_values = [paired_p(tested[row]) if row in tested else math.nan for row in differences]
+    p_values = [math.nan if row in identical else paired_p(values) for row, values in differences.items()]
     return {
         row: Comparison(spread(values), p, p_holm, row in identical)
         for (row, values), p, p_holm in zip(differences.items(), p_values, holm(p_values), strict=True)

@@ -54,33 +54,39 @@ def outputs(value: float = 0.0) -> dict[str, np.ndarray]:
     return {**tests, **targets, "validate_logits": np.full((TILES["val"], n_classes), value)}
 
 
-def summary(
-    facts: Mapping[str, Any], history: Sequence[Mapping[str, float]], auc: float = 0.5, acc: float = 0.5
+def scored(
+    history: Sequence[Mapping[str, float]], best: int | None = None, auc: float = 0.5, acc: float = 0.5
 ) -> dict[str, Any]:
-    """The content of summary.json; the last epoch is the best one."""
-    shared = ("task", "run_id", "dataset", "synthetic", "data_fingerprint", "tiles", "device")
-    matrix = np.diag([2] * len(CLASS_NAMES)).tolist()
+    """What `Trainer.test` returns; `best` is the number of the best epoch, without it the last one."""
     scores = {
-        "epoch": len(history),
+        "epoch": best or len(history),
         "n": TILES["test"],
         "auc": {"value": auc, "low": auc, "high": auc},
         "acc": {"value": acc, "low": acc, "high": acc},
         "balanced_acc": {"value": acc, "low": acc, "high": acc},
         "expected_calibration_error": 0.1,
         "auc_per_class": dict.fromkeys(CLASS_NAMES, auc),
-        "confusion_matrix": matrix,
+        "confusion_matrix": np.diag([2] * len(CLASS_NAMES)).tolist(),
     }
     return {
-        **{name: facts[name] for name in shared},
         "test/auc": auc,
         "test/acc": acc,
         "best": scores,
-        "last": scores,
-        "validate": history[-1],
+        "last": {**scores, "epoch": len(history)},
+        "validate": history[(best or len(history)) - 1],
+        "shifted": {},
         "select_on": "validate/acc",
         "stopped": "all epochs done",
         "wall_seconds": 1.0,
     }
+
+
+def summary(
+    facts: Mapping[str, Any], history: Sequence[Mapping[str, float]], auc: float = 0.5, acc: float = 0.5
+) -> dict[str, Any]:
+    """The content of summary.json; the last epoch is the best one."""
+    shared = ("task", "run_id", "dataset", "synthetic", "data_fingerprint", "tiles", "device")
+    return {**{name: facts[name] for name in shared}, **scored(history, auc=auc, acc=acc)}
 
 
 def write_run(output_dir: Path, config: Mapping[str, Any] = CONFIG, task: str = "task1") -> Path:

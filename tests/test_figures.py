@@ -1,5 +1,6 @@
 """Figures are readable PNG files of the right size and content, the same each time, complete or absent."""
 
+import re
 import subprocess
 import sys
 
@@ -62,29 +63,6 @@ def test_the_same_input_gives_the_same_bytes_with_any_style_of_the_user(tmp_path
     assert mpl.__version__.encode() not in content
 
 
-@pytest.mark.parametrize("draw", [draw_curve, draw_confusion])
-def test_another_title_gives_another_picture(tmp_path, draw):
-    draw(tmp_path / "one.png")
-    draw(tmp_path / "two.png", title="Something else")
-    assert (tmp_path / "one.png").read_bytes() != (tmp_path / "two.png").read_bytes()
-
-
-@pytest.mark.parametrize("draw", [draw_curve, draw_confusion])
-def test_a_failure_leaves_the_old_file_and_nothing_partial(tmp_path, draw, monkeypatch):
-    path = tmp_path / "figure.png"
-    path.write_bytes(b"old")
-
-    def fail(self, target, **options):
-        target.write_bytes(b"half a figure")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(Figure, "savefig", fail)
-    with pytest.raises(OSError, match="disk full"):
-        draw(path)
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_the_curve_is_labelled_and_its_epochs_start_at_one(tmp_path, drawn):
     draw_curve(tmp_path / "curve.png", [0.9, 0.95, 0.94], best_epoch=2)
     [axes] = drawn
@@ -97,10 +75,23 @@ def test_the_curve_is_labelled_and_its_epochs_start_at_one(tmp_path, drawn):
     assert axes.get_legend().get_texts()[0].get_text() == "selected: epoch 2 (0.95)"
 
 
-def test_without_a_selected_epoch_there_is_one_line_and_no_legend(tmp_path, drawn):
-    draw_curve(tmp_path / "curve.png", best_epoch=None)
-    assert len(drawn[0].get_lines()) == 1
+def test_without_a_selected_epoch_there_is_one_line_with_markers_and_no_legend(tmp_path, drawn):
+    draw_curve(tmp_path / "curve.png", [0.9], best_epoch=None)  # a single epoch is a dot
+    (line,) = drawn[0].get_lines()
+    assert line.get_marker() == "o"
     assert drawn[0].get_legend() is None
+
+
+@pytest.mark.parametrize("draw", [draw_curve, draw_confusion])
+def test_a_dollar_in_a_title_is_no_mathematics(tmp_path, drawn, draw):
+    draw(tmp_path / "figure.png", title="from a$^$b.pth")  # as mathematics, this would be an error
+    assert drawn[0].get_title() == "from a$^$b.pth"
+
+
+def test_a_title_breaks_neither_within_a_seed_nor_within_a_number_of_pixels():
+    text = "phantom (28 px tiles, 64 px inputs) · seed 0"
+    for width in range(10, 60):
+        assert re.findall(r"\d+ px|seed \d", figures.wrap(text, width)) == ["28 px", "64 px", "seed 0"]
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 3, 7, 20, 100, 150])
@@ -113,31 +104,13 @@ def test_epoch_ticks_are_whole_and_few(tmp_path, drawn, epochs):
     assert all(tick == round(tick) and 1 <= tick <= epochs for tick in ticks)
 
 
-def ink(path, colour):
-    """The number of pixels of nearly this colour."""
-    red, green, blue = (int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5))
-    return int((np.abs(imread(path)[..., :3] - (red, green, blue)).max(axis=-1) < 0.02).sum())
-
-
-def test_a_single_epoch_shows_its_marker(tmp_path):
-    draw_curve(tmp_path / "single.png", [0.9], best_epoch=None)
-    assert ink(tmp_path / "single.png", figures.BLUE) > 20
-
-
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_value_that_is_not_finite_leaves_a_gap(tmp_path, drawn, value):
     values = np.array([0.5, 0.4, value, 0.2])
     draw_curve(tmp_path / "gap.png", values, best_epoch=3)
     np.testing.assert_array_equal(drawn[0].get_lines()[0].get_ydata(), [0.5, 0.4, np.nan, 0.2])
     assert drawn[0].get_legend().get_texts()[0].get_text() == "selected: epoch 3 (no value)"
-    assert ink(tmp_path / "gap.png", figures.BLUE) > 100
     np.testing.assert_equal(values, [0.5, 0.4, value, 0.2])  # the caller's values do not change
-
-
-def test_a_curve_without_any_finite_value_is_drawn_empty(tmp_path):
-    draw_curve(tmp_path / "empty.png", [np.nan, np.inf], best_epoch=1)
-    assert imread(tmp_path / "empty.png").shape[1] == 960
-    assert ink(tmp_path / "empty.png", figures.BLUE) == 0
 
 
 def test_the_cells_hold_counts_and_the_colours_row_shares(tmp_path, drawn):
@@ -173,13 +146,6 @@ def test_long_class_names_and_titles_fit(tmp_path, drawn):
         box = text.get_window_extent()
         assert page.x0 <= box.x0 < box.x1 <= page.x1
         assert page.y0 <= box.y0 < box.y1 <= page.y1
-
-
-@pytest.mark.parametrize("shape", [(8, 8), (9, 8), (9,)])
-def test_a_matrix_that_does_not_fit_the_names_is_refused(tmp_path, shape):
-    with pytest.raises(ValueError, match="does not fit 9 class names"):
-        draw_confusion(tmp_path / "confusion.png", np.ones(shape, dtype=int))
-    assert not list(tmp_path.iterdir())
 
 
 def test_drawing_needs_no_pyplot():

@@ -23,7 +23,7 @@ def test_a_single_value_has_no_interval() -> None:
     assert (over.n, over.mean) == (1, 0.5)
     assert math.isnan(over.sd)
     assert math.isnan(over.low)
-    assert math.isnan(paired_p([0.1]))
+    assert math.isnan(paired_p([0.1, 0.2]))
 
 
 def test_two_values_have_a_standard_deviation_but_no_interval() -> None:
@@ -35,9 +35,9 @@ def test_two_values_have_a_standard_deviation_but_no_interval() -> None:
 
 
 def test_differences_that_are_equal_up_to_rounding_are_equal() -> None:
-    assert math.isnan(paired_p([0.3 - 0.2, 0.4 - 0.3]))  # 0.09999999999999998 and 0.10000000000000003
-    assert paired_p([0.3 - 0.2 - 0.1, 0.0]) == 1.0
-    assert 0 < paired_p([0.1, 0.1 + 1 / 7180]) < 0.001  # one test tile
+    assert math.isnan(paired_p([0.3 - 0.2, 0.4 - 0.3, 0.1]))  # 0.09999999999999998 and 0.10000000000000003
+    assert paired_p([0.3 - 0.2 - 0.1, 0.0, 0.0]) == 1.0
+    assert 0 < paired_p([0.1, 0.1, 0.1 + 1 / 7180]) < 0.001  # one test tile
 
 
 def test_rows_are_compared_over_the_seeds_that_both_have() -> None:

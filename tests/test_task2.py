@@ -216,10 +216,10 @@ def spoil(path: Path, **changes: Any) -> None:
         ("unknown", 2, "--run_id nothing: no such run in .*; python task1.py makes one"),
         ("unfinished", 2, "--run_id first: not finished; its command with this --run_id continues it"),
         ("task", 2, "--run_id first: no network; Task 2 explains runs of task1.py, train.py and task5.py"),
-        ("classes", 1, "best.pt: not the weights of run first: other classes than those of phantom"),
-        ("weights", 1, "best.pt: its weights do not fit a resnet18"),
+        ("classes", 1, "best.pt: not the weights with which run first finished"),
+        ("weights", 1, "best.pt: not the weights with which run first finished"),
         ("missing", 1, "best.pt: no such checkpoint"),
-        ("torn", 1, "best.pt: not a readable checkpoint"),
+        ("torn", 1, "best.pt: not the weights with which run first finished"),
         ("data", 1, "its phantom .* is not what run first was trained on"),
     ],
 )

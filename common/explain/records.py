@@ -68,4 +68,5 @@ def send_to_wandb(
         run.summary.update({f"passes/{name}": result["passes"] for name, result in checks["methods"].items()})
         run.finish()
 
-    send(start_wandb("task2", f"{facts['run_id']}-task2", config, facts), log)
+    network = facts["network"].split(" on ")[0]
+    send(start_wandb("task2", f"{facts['run_id']}-task2", config, facts, network), log)

@@ -27,6 +27,7 @@ from common.data.pathmnist import TITLE, has_stained_colours
 from common.errors import Fault, UsageError, first_line
 from common.files import atomic_path, write_csv
 from common.finetune.trained import Trained, load_trained
+from common.records import read
 from common.records.read import checkpoint_folder
 from common.training.convolutions import SmallMapConv2d
 from common.training.device import Compute
@@ -110,9 +111,11 @@ def main(config: PredictConfig) -> None:
 
 def best_weights(network: str, output_dir: Path) -> Path:
     """The best.pt that the name of a file or the id of a run means; UsageError where there is none."""
-    for path in (expanded(network), checkpoint_folder(output_dir, network) / "best.pt"):
-        if path.is_file():
-            return path
+    path = checkpoint_folder(output_dir, network) / "best.pt"
+    if expanded(network).is_file():
+        return expanded(network)
+    if path.is_file():
+        return read.best_weights(output_dir, network)
     raise UsageError(
         f"{network}: neither a file nor a run with weights, {path}; python -m study.runs lists the runs"
     )

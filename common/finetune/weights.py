@@ -20,7 +20,7 @@ from common.config import check_run_id, expanded
 from common.errors import Fault, UsageError, closest, first_line
 from common.files import open_regular
 from common.records import checkpoint
-from common.records.read import checkpoint_folder, is_finished, read_json, run_folder
+from common.records.read import best_weights, checkpoint_folder, is_finished, read_json, run_folder
 from common.training.models import TIMM, build_model, check_model_name, model_names
 
 
@@ -353,7 +353,7 @@ def _run_weights(run_id: str, model_name: str, output_dir: Path) -> Weights:
         )
     if (name := trained.get("model_name")) != model_name:
         raise UsageError(f"--weights {run_id}: that run's network is another one; add --model_name {name}")
-    sha256, state_dict = _read(path)
+    sha256, state_dict = _read(best_weights(output_dir, run_id))
     size = trained["input_size"] if "input_size" in trained else trained.get("resize_to") or trained["size"]
     preset = Preset(size, (0.5,) * 3, (0.5,) * 3)
     if "mean" in state_dict:  # a FineTunedNetwork, which contains its preprocessing

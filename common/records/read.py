@@ -1,4 +1,7 @@
-"""The records that a run leaves in runs/<run_id>/, read and checked in one place."""
+"""The records that a run leaves in runs/<run_id>/, read and checked in one place.
+
+A record may have more than its model here names, so that later versions of the project can add to it.
+"""
 
 import csv
 import io
@@ -6,21 +9,95 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
 import numpy as np
+from pydantic import (
+    Field,
+    FiniteFloat,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+)
+from typing_extensions import TypedDict  # Python 3.11 has none that pydantic can use
 
 from common.errors import Fault, first_line
-from common.files import open_regular, read_text
+from common.files import digest, open_regular, read_text
 
 METRICS = ("train/loss", "validate/loss", "validate/auc", "validate/acc", "validate/balanced_acc")
 COLUMNS = ("epoch", *METRICS, "lr", "tiles_per_second", "seconds")  # of history.csv
 REMEDY = "restore this file, or run the script that wrote it again under another --run_id"
 
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Keys(TypedDict):
+    seed: NonNegativeInt
+    dataset: str
+    size: PositiveInt
+    train_tiles: PositiveInt | None
+    model_name: NotRequired[str]  # a baseline has none
+    select_on: NotRequired[str]
+
+
+class Shared(TypedDict):
+    task: str
+    run_id: str
+    dataset: str
+    synthetic: bool
+    data_fingerprint: str
+    tiles: dict[str, PositiveInt]  # of each split
+    device: str
+
+
+class Facts(Shared):
+    config: Keys
+    started: str
+
+
+class Estimate(TypedDict):
+    value: Share
+    low: Share
+    high: Share
+
+
+class Scores(TypedDict):
+    epoch: NotRequired[PositiveInt]  # a baseline has no epochs
+    n: PositiveInt
+    auc: Estimate
+    acc: Estimate
+    balanced_acc: NotRequired[Estimate]  # older records lack it
+    expected_calibration_error: Share
+    auc_per_class: dict[str, Share | None]
+    confusion_matrix: list[list[NonNegativeInt]]
+
+
+# In this form, keys may have slashes.
+Tested = TypedDict("Tested", {"test/auc": NotRequired[Share], "test/acc": NotRequired[Share]})
+Validated = TypedDict("Validated", {"validate/loss": FiniteFloat, "validate/auc": Share, "validate/acc": Share})
+
+
+class Summary(Shared, Tested):
+    best: NotRequired[Scores]  # after --test=False there are no test scores
+    last: NotRequired[Scores]
+    tta: NotRequired[Scores]
+    validate: Validated
+    shifted: dict[str, Share]
+    figures: NotRequired[dict[str, str]]
+    figure_sha256: NotRequired[dict[str, str]]
+    best_sha256: NotRequired[str]  # of best.pt; older records lack it
+    wall_seconds: NonNegativeFloat
+
+
+HISTORY: TypeAdapter[Any] = TypeAdapter(list[Validated])
+MODELS: dict[str, TypeAdapter[Any]] = {"config.json": TypeAdapter(Facts), "summary.json": TypeAdapter(Summary)}
+
 
 @dataclass(frozen=True)
 class Record:
-    """A finished run: its configuration and facts, its scores, and its epochs."""
+    """A finished run with test scores: its configuration and facts, its scores, and its epochs."""
 
     folder: Path
     facts: Mapping[str, Any]  # config.json
@@ -29,19 +106,25 @@ class Record:
 
     @classmethod
     def read(cls, output_dir: Path, run_id: str) -> "Record":
-        """The record of a finished run; Fault where a file is missing, damaged, or of another run or task."""
+        """The record of a finished run.
+
+        Raises Fault where a file is missing or damaged, where the files contradict each other, or where the run
+        has no test scores.
+        """
         folder = run_folder(output_dir, run_id)
         facts, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
+        if "best" not in summary:
+            raise Fault(f"{folder}: the run has no test scores (--test=False); train it without this key")
         history = read_history(folder / "history.csv")
         problem = history_problem(history)
         if not history and "epoch" in summary["best"]:  # only a baseline, which is no network, has none
             problem = "no epochs"
         if problem:
             raise unreadable(folder / "history.csv", problem)
-        if summary["task"] != facts["task"]:
-            raise unreadable(
-                folder / "summary.json", f"task: it is {summary['task']}, in config.json {facts['task']}"
-            )
+        for name in facts.keys() & summary.keys():
+            if summary[name] != facts[name]:
+                problem = f"{name}: it is {summary[name]}, in config.json {facts[name]}"
+                raise unreadable(folder / "summary.json", problem)
         return cls(folder, facts, summary, history)
 
     @property
@@ -61,17 +144,17 @@ class Record:
         tiles, n_classes = self.summary["tiles"], len(self.summary["best"]["auc_per_class"])
         try:
             with open_regular(path) as file, np.load(file, allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in {*archive.files, "best_logits", "targets"}}
-            for name, values in arrays.items():
+                arrays = dict(archive)
+            for name in {*arrays, "best_logits", "targets"}:
+                values = arrays[name]
                 n_tiles = tiles["val" if name.startswith(("validate_", "shifted_")) else "test"]
-                shape, kinds = ((n_tiles, n_classes), "f") if name.endswith("_logits") else ((n_tiles,), "ui")
-                if values.shape != shape or values.dtype.kind not in kinds:
-                    found = f"the shape {values.shape} and dtype {values.dtype}"
-                    raise ValueError(f"{name} has {found}, not the shape {shape}")
-                right = np.isfinite(values) if name.endswith("_logits") else (values >= 0) & (values < n_classes)
-                if not right.all():
+                logits = name.endswith("_logits")
+                shape = (n_tiles, n_classes) if logits else (n_tiles,)
+                if values.shape != shape or values.dtype.kind not in ("f" if logits else "ui"):
+                    raise ValueError(f"{name} is {values.dtype} {values.shape}, not of the shape {shape}")
+                if not (np.isfinite(values) if logits else (values >= 0) & (values < n_classes)).all():
                     raise ValueError(f"{name} has values that are not finite, or no class")
-        except Exception as error:  # zipfile, zlib and numpy raise many types
+        except Exception as error:  # a damaged file makes zipfile and numpy raise many types
             raise unreadable(path, error) from error
         return arrays
 
@@ -98,6 +181,23 @@ def checkpoint_folder(output_dir: Path, run_id: str) -> Path:
 def is_finished(output_dir: Path, run_id: str) -> bool:
     """Whether the run's records are complete: summary.json is written last."""
     return (run_folder(output_dir, run_id) / "summary.json").exists()
+
+
+def best_weights(output_dir: Path, run_id: str) -> Path:
+    """The best.pt of a run. Whoever reads the weights of a run takes their path from here.
+
+    Raises Fault where the file is missing, or is not the one that the run had when it finished.
+    """
+    path, summary = checkpoint_folder(output_dir, run_id) / "best.pt", {}
+    if is_finished(output_dir, run_id):
+        summary = read_json(run_folder(output_dir, run_id) / "summary.json")
+    try:
+        found = digest(path)
+    except FileNotFoundError:
+        raise Fault(f"{path}: no such checkpoint; train first, or name another --run_id") from None
+    if summary.get("best_sha256", found) != found:
+        raise Fault(f"{path}: not the weights with which run {run_id} finished; restore them, or train again")
+    return path
 
 
 def read_history(path: Path) -> list[dict[str, float]]:
@@ -127,34 +227,29 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 def history_problem(rows: Any) -> str | None:
     """What is wrong with the epochs of one of our runs, in words, with the key; None where nothing is."""
-    from common.records.schemas import HISTORY
-
     return _problem(HISTORY, rows, strict=False)  # in a table even the epoch is a float
 
 
 def read_json(path: Path) -> Any:
-    """The content of a record of a run, whose keys, types and ranges are those of `common.records.schemas`.
+    """The content of a JSON record of a run; that of config.json and summary.json is checked.
 
     Raises Fault where it is missing, damaged, or in the folder of another run.
     """
-    from common.records.schemas import BY_FILE
-
     try:
         content = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise unreadable(path, error) from error
-    if problem := _problem(BY_FILE[path.name], content, strict=True):
+    model = MODELS.get(path.name, TypeAdapter(dict[str, Any]))
+    if problem := _problem(model, content, strict=True):
         raise unreadable(path, problem)
     if content.get("run_id", path.parent.name) != path.parent.name:
         raise unreadable(path, f"run_id: it is of run {content['run_id']}")
     return content
 
 
-def _problem(adapter: Any, content: Any, strict: bool) -> str | None:
-    from pydantic import ValidationError
-
+def _problem(model: TypeAdapter[Any], content: Any, strict: bool) -> str | None:
     try:
-        adapter.validate_python(content, strict=strict, extra="allow")
+        model.validate_python(content, strict=strict, extra="allow")
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         key = ".".join(map(str, first["loc"]))

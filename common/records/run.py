@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from common.config import Config, ScriptConfig, TrainingConfig, program
+from common.data import pathmnist
 from common.data.dataset import Dataset
 from common.errors import UsageError, first_line
 from common.files import atomic_path, digest, public, sweep_up, write_csv, write_json
@@ -31,7 +32,7 @@ WANDB_PROJECT = "hw1"  # the coursework's; $WANDB_PROJECT takes its place
 WANDB_PATIENCE = 60.0  # seconds to wait for its server at the start and at the end of a run
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 CODE = ("*.py", ":(glob)*.yaml", "constraints.txt")  # as git takes paths: what a result depends on
-TITLES = {"task1": "Task 1", "task3": "Task 3", "task5": "Task 5"}
+TITLES = {"task1": "Task 1", "task2": "Task 2", "task3": "Task 3", "task5": "Task 5"}
 RESUMABLE = ("last.pt", "previous.pt")  # the checkpoints to continue from, the newer one first
 AXIS_LABELS = {
     "train/loss": "Training loss (cross-entropy, nats)",
@@ -64,12 +65,11 @@ class Run:
         `network` describes the network in titles (default: its name); the records carry the task's own `facts`.
         Raises what `check_startable` does, and UsageError where another process trains the run.
         """
-        if task not in TITLES:
-            raise ValueError(f"unknown task {task}: its name is missing in TITLES of common/records/run.py")
         self.run_id = config.run_id
         self.dataset = dataset
-        self.title = f"{TITLES[task]} · {network or config.model_name} · {dataset.title}"
-        self.title += f" · {config.input_size} px inputs · seed {config.seed}"
+        network = network or config.model_name
+        data = f"{dataset.title.removesuffix(')')} tiles, {config.input_size} px inputs)"
+        self.title = f"{TITLES[task]} · {network} · {data} · seed {config.seed}"
         self.folder = run_folder(config.output_dir, config.run_id)
         self.checkpoints = checkpoint_folder(config.output_dir, config.run_id)
         self.upload_model = config.wandb_model
@@ -81,12 +81,11 @@ class Run:
             "synthetic": dataset.name == "phantom",
             "data_fingerprint": dataset.fingerprint,
             "tiles": {split: len(getattr(dataset, split)) for split in ("train", "val", "test")},
+            "input_size": config.input_size,
             "device": device_name,
             **(facts or {}),
         }
         check_startable(config, self.facts)
-        self._wandb: Any = None
-        self.url: str | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
         # A singleton: the same process may open the run again.
         self._lock = FileLock(self.folder / ".lock", is_singleton=True)
@@ -99,37 +98,38 @@ class Run:
         check_startable(config, self.facts)
         for folder in (self.folder, self.checkpoints):
             sweep_up(folder)
-        if not (self.folder / "config.json").exists():
-            write_json(
-                self.folder / "config.json",
-                {
-                    "config": config.as_dict(),
-                    **self.facts,
-                    **provenance((*VERSIONED, "timm") if "timm" in sys.modules else VERSIONED),
-                },
-            )
-        self._wandb = start_wandb(task, config.run_id, config, self.facts)
-        self.url = address(self._wandb) if self._wandb else None
+        self._write_config(config)
+        self._wandb: Any = start_wandb(task, config.run_id, config, self.facts, network)
+        self.url = address(self._wandb) if self._wandb else None  # None without W&B, and offline
         print(f"run {config.run_id}: {dataset.title} on {device_name}; records in {self.folder}", flush=True)
+
+    def _write_config(self, config: TrainingConfig) -> None:
+        """Write config.json; of a run that is continued on another device, add this one's name there."""
+        path = self.folder / "config.json"
+        if not path.exists():
+            packages = (*VERSIONED, "timm") if "timm" in sys.modules else VERSIONED
+            write_json(path, {"config": config.as_dict(), **self.facts, **provenance(packages)})
+            return
+        before = read_json(path)
+        if self.facts["device"] not in before["device"].split(", then "):
+            before["device"] += f", then {self.facts['device']}"
+            write_json(path, before)
+        self.facts["device"] = before["device"]
 
     @property
     def resumable(self) -> tuple[Path, Path]:
         """The checkpoints from which the run can be resumed; see RESUMABLE."""
         return self.checkpoints / RESUMABLE[0], self.checkpoints / RESUMABLE[1]
 
-    def write_history(self, history: Sequence[Mapping[str, float]]) -> None:
-        """Write history.csv whole."""
-        write_csv(self.folder / "history.csv", history)
-
     def continue_from(self, history: Sequence[Mapping[str, float]]) -> None:
         """Write history.csv and send W&B all its rows: the run may have been killed before it did this."""
-        self.write_history(history)
+        write_csv(self.folder / "history.csv", history)
         for row in history:
             self._send_row(row)
 
     def log_epoch(self, history: Sequence[Mapping[str, float]]) -> None:
         """Write history.csv, and pass its last row on to W&B and to the terminal."""
-        self.write_history(history)
+        write_csv(self.folder / "history.csv", history)
         row = history[-1]
         self._send_row(row)
         tqdm.write(  # print would tear the bar
@@ -154,12 +154,21 @@ class Run:
             np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
 
     def finish(self, history: Sequence[Mapping[str, float]], summary: Mapping[str, Any]) -> None:
-        """Draw the figures, write summary.json, delete last.pt, send the results to W&B, and print them."""
+        """Draw the figures, write summary.json, delete last.pt, send the results to W&B, and print them.
+
+        `summary` is what `Trainer.test` returns; after --test=False it has no test scores.
+        """
         figures = self._draw(history, summary)
-        names = {name: path.name for name, path in figures.items()}
-        hashes = {name: digest(path) for name, path in figures.items()}
-        drawn = {"figures": names, "figure_sha256": hashes}
-        write_json(self.folder / "summary.json", {**self.facts, "wandb": self.url, **summary, **drawn})
+        best = self.checkpoints / "best.pt"
+        record = {
+            **self.facts,
+            "wandb": self.url,
+            **summary,
+            "best_sha256": digest(best),
+            "figures": {name: path.name for name, path in figures.items()},
+            "figure_sha256": {name: digest(path) for name, path in figures.items()},
+        }
+        write_json(self.folder / "summary.json", record)
         for path in (*self.resumable, self.folder / ".lock"):  # a finished run is not continued
             path.unlink(missing_ok=True)
         self._send(lambda run: self._send_results(run, summary, figures))
@@ -181,35 +190,30 @@ class Run:
         paths = {}
         for column, ylabel in AXIS_LABELS.items():
             paths[column] = self.figures / f"{self.run_id}-{column.replace('/', '-')}.png"
-            figures.curve(
-                paths[column],
-                [row[column] for row in history],
-                ylabel=ylabel,
-                title=self.title,
-                best_epoch=int(summary["validate"]["epoch"]),
-            )
-        if "best" not in summary:
-            return paths
-        paths["test/confusion"] = self.figures / f"{self.run_id}-confusion.png"
-        figures.confusion(
-            paths["test/confusion"],
-            np.array(summary["best"]["confusion_matrix"]),
-            self.dataset.class_names,
-            title=self.title,
-        )
+            values, best = [row[column] for row in history], int(summary["validate"]["epoch"])
+            figures.curve(paths[column], values, ylabel=ylabel, title=self.title, best_epoch=best)
+        if "best" in summary:
+            paths["test/confusion"] = self.figures / f"{self.run_id}-confusion.png"
+            matrix = np.array(summary["best"]["confusion_matrix"])
+            title = f"{self.title} · confusion matrix, test tiles"
+            figures.confusion(paths["test/confusion"], matrix, self.dataset.class_names, title=title)
         return paths
 
     def _send_results(self, run: Any, summary: Mapping[str, Any], figures: Mapping[str, Path]) -> None:
         import wandb
 
-        run.summary.update({name: summary[name] for name in ("test/auc", "test/acc") if name in summary})
-        names = list(self.dataset.class_names)
         # Not under the names of the scores: there an image would replace the sweep's metric in the summary.
         run.log({f"figures/{name.replace('/', '-')}": wandb.Image(str(path)) for name, path in figures.items()})
         if "best" in summary:
-            matrix = summary["best"]["confusion_matrix"]
-            rows = [[name, *counts] for name, counts in zip(names, matrix, strict=True)]
+            names = self.dataset.class_names
+            rows = [
+                [name, *counts] for name, counts in zip(names, summary["best"]["confusion_matrix"], strict=True)
+            ]
             run.log({"test/confusion": wandb.Table(columns=["true \\ predicted", *names], data=rows)})
+        # W&B takes the last epoch's row for the summary. The test scores are those of the best epoch, so its row
+        # takes that one's place.
+        tested = {name: summary[name] for name in ("test/auc", "test/acc") if name in summary}
+        run.summary.update({**summary["validate"], "best_epoch": summary["validate"]["epoch"], **tested})
         if self.upload_model:
             run.log_model(str(self.checkpoints / "best.pt"), name=self.run_id)
 
@@ -223,9 +227,9 @@ class Run:
 
 def check_startable(config: TrainingConfig, facts: Mapping[str, Any] | None = None) -> None:
     """Raise UsageError if the run is finished, if `resume` finds no checkpoint, or if `check_record` does."""
-    where = config.output_dir, config.run_id
-    folder, checkpoints = run_folder(*where), checkpoint_folder(*where)
-    if is_finished(*where):
+    folder = run_folder(config.output_dir, config.run_id)
+    checkpoints = checkpoint_folder(config.output_dir, config.run_id)
+    if is_finished(config.output_dir, config.run_id):
         raise UsageError(f"run {config.run_id} is finished already ({folder}): use another --run_id")
     if config.resume and not any((checkpoints / name).exists() for name in RESUMABLE):
         raise UsageError(f"--resume: run {config.run_id} has no checkpoint in {checkpoints}")
@@ -243,18 +247,15 @@ def check_record(config: Config, before: Mapping[str, Any], facts: Mapping[str, 
     check_same(config, before["config"])
     if facts is None:
         return
-    if before["data_fingerprint"] != facts["data_fingerprint"]:
-        raise UsageError(
-            f"run {config.run_id} was started on other data (its fingerprint was {before['data_fingerprint']}): "
-            "use that data or another --run_id"
-        )
     # The source of weights may hold the version of a package, so only their content is compared.
-    old, new = (content.get("weights", {}).get("sha256") for content in (before, facts))
-    if old != new:
-        raise UsageError(
-            f"run {config.run_id} was started from other weights (their sha256 was {old}): "
-            "use those or another --run_id"
-        )
+    weights = [content.get("weights", {}).get("sha256") for content in (before, facts)]
+    data = [content["data_fingerprint"] for content in (before, facts)]
+    for (old, new), problem in (
+        (data, "started on other data (its fingerprint was {}): use that data"),
+        (weights, "started from other weights (their sha256 was {}): use those"),
+    ):
+        if old != new:
+            raise UsageError(f"run {config.run_id} was {problem.format(old)} or another --run_id")
 
 
 def check_same(
@@ -303,8 +304,8 @@ def _has_wandb_key() -> bool:
         return False
 
 
-def start_wandb(task: str, run_id: str, config: ScriptConfig, facts: Mapping[str, Any]) -> Any:
-    """A W&B run, or None where W&B is disabled or cannot start."""
+def start_wandb(task: str, run_id: str, config: ScriptConfig, facts: Mapping[str, Any], network: str) -> Any:
+    """A W&B run, or None where W&B is disabled or cannot start; `network` is described in its displayed name."""
     mode = wandb_mode(config.wandb)
     if mode == "disabled":
         return None
@@ -323,14 +324,19 @@ def start_wandb(task: str, run_id: str, config: ScriptConfig, facts: Mapping[str
     )
     config.output_dir.mkdir(parents=True, exist_ok=True)
     project = os.environ.get("WANDB_PROJECT") or WANDB_PROJECT
+    keys, source = config.as_dict(), provenance(())
+    tags = [task, keys.get("model_name", network)[:64], pathmnist.NAME if not facts["synthetic"] else "phantom"]
     for attempt in (mode, "offline"):
         try:
+            wandb.setup(settings)  # silent before init: else W&B prints its server's address with the password
             run = wandb.init(
                 project=project,
                 id=run_id,
+                name=f"{TITLES[task]} · {network} · seed {config.seed}",
+                tags=tags,
                 group=os.environ.get("WANDB_RUN_GROUP") or group(task, config),
                 job_type=task,
-                config={**config.as_dict(), "facts": public(facts)},
+                config=public({**keys, "facts": facts, "commit": source["commit"], "command": source["command"]}),
                 dir=str(config.output_dir),
                 mode=attempt,  # type: ignore[arg-type]
                 resume="allow",

@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import json
 import os
 import signal
@@ -9,25 +10,16 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
+from example_records import row, scored
 
 from common.config import TrainingConfig
 from common.data.dataset import Dataset
-from common.errors import Fault, UsageError
+from common.errors import UsageError
 from common.records import run as module
-from common.records.read import read_json
-from common.records.run import Run, group, wandb_mode
+from common.records.read import best_weights
+from common.records.run import AXIS_LABELS, Run, group, wandb_mode
 
 KEY = "a" * 40
-ROW = {
-    "epoch": 1,
-    "train/loss": 1.0,
-    "validate/loss": 1.0,
-    "validate/auc": 0.5,
-    "validate/acc": 0.5,
-    "lr": 0.1,
-    "tiles_per_second": 100.0,
-    "seconds": 1.0,
-}
 
 
 def test_auto_mode_is_online_exactly_where_a_key_is_configured(
@@ -49,37 +41,52 @@ def test_auto_mode_is_online_exactly_where_a_key_is_configured(
     assert wandb_mode("auto") == "offline"
 
 
+def start(dataset: Dataset, output_dir: Path, device: str = "a CPU", sha256: str = "a", **keys: Any) -> Run:
+    """Open the run `r`, which starts from weights with this hash; `source` may differ between starts."""
+    config = TrainingConfig(output_dir=output_dir, run_id="r", **keys)
+    return Run("task1", config, dataset, device, facts={"weights": {"source": device, "sha256": sha256}})
+
+
+def finish(run: Run, **changes: Any) -> dict[str, Any]:
+    """End the run after an epoch that was none; returns the content of summary.json."""
+    run.log_epoch([row(1)])
+    run.checkpoints.mkdir(parents=True)
+    (run.checkpoints / "best.pt").write_bytes(b"weights")
+    summary = {**scored([row(1)]), **changes}
+    run.finish([row(1)], {name: value for name, value in summary.items() if value is not None})
+    content: dict[str, Any] = json.loads((run.folder / "summary.json").read_text())
+    return content
+
+
 def test_config_json_tells_where_a_run_came_from(tiny: Dataset, tmp_path: Path) -> None:
-    Run("task1", TrainingConfig(output_dir=tmp_path, run_id="r", seed=7), tiny, "a device")
+    start(tiny, tmp_path, seed=7, input_size=32)
     content = json.loads((tmp_path / "runs" / "r" / "config.json").read_text())
     assert content["config"]["seed"] == 7
     assert content["config"]["output_dir"] == str(tmp_path)
     assert content["tiles"] == {"train": 130, "val": 45, "test": 63}
-    assert content["data_fingerprint"] == "tiny"
-    assert content["synthetic"] is True
-    assert content["device"] == "a device"
+    assert (content["data_fingerprint"], content["synthetic"], content["device"]) == ("tiny", True, "a CPU")
+    assert (content["dataset"], content["input_size"]) == ("phantom (130 training tiles, 28 px)", 32)
     assert {"torch", "torchvision", "numpy", "medmnist"} <= content["versions"].keys()
-    assert "phantom" in content["dataset"]
     assert content["commit"] is None or len(content["commit"].split("-")[0]) == 40
 
 
 def test_a_run_is_not_continued_on_other_data_or_from_other_weights(tiny: Dataset, tmp_path: Path) -> None:
-    config = TrainingConfig(output_dir=tmp_path, run_id="r")
-
-    def start(dataset: Dataset, sha256: str, source: str = "a package, version 1") -> None:
-        weights = {"name": "w", "source": source, "sha256": sha256}
-        Run("task5", config, dataset, "cpu", facts={"weights": weights})
-
-    start(tiny, "a")
-    start(tiny, "a", "a package, version 2")
+    start(tiny, tmp_path)
     with pytest.raises(
         UsageError, match=r"run r was started on other data .*tiny\): use that data or another --run"
     ):
-        start(dataclasses.replace(tiny, fingerprint="other"), "a")
+        start(dataclasses.replace(tiny, fingerprint="other"), tmp_path)
     with pytest.raises(
         UsageError, match=r"r was started from other weights .*sha256 was a\): use those or another"
     ):
-        start(tiny, "b")
+        start(tiny, tmp_path, sha256="b")
+
+
+def test_a_run_that_is_continued_on_another_device_names_both(tiny: Dataset, tmp_path: Path) -> None:
+    for device in ("a CPU", "a GPU", "a CPU"):
+        run = start(tiny, tmp_path, device)
+    content = json.loads((run.folder / "config.json").read_text())
+    assert content["device"] == finish(run)["device"] == "a CPU, then a GPU"
 
 
 def test_a_run_that_ends_while_another_process_waits_for_its_lock_is_not_trained_again(
@@ -93,24 +100,38 @@ def test_a_run_that_ends_while_another_process_waits_for_its_lock_is_not_trained
 
     monkeypatch.setattr(module, "FileLock", ended_just_before)
     with pytest.raises(UsageError, match="run r is finished already"):
-        Run("task1", TrainingConfig(output_dir=tmp_path, run_id="r"), tiny, "cpu")
+        start(tiny, tmp_path)
     assert not (tmp_path / "runs/r/config.json").exists()
 
 
 def test_history_is_one_row_an_epoch_with_full_precision(tiny: Dataset, tmp_path: Path) -> None:
-    run = Run("task1", TrainingConfig(output_dir=tmp_path, run_id="r"), tiny, "cpu")
-    run.log_epoch([ROW])
-    run.log_epoch([ROW, {**ROW, "epoch": 2, "train/loss": 1 / 3}])
+    run = start(tiny, tmp_path)
+    run.log_epoch([row(1)])
+    run.log_epoch([row(1), {**row(2), "train/loss": 1 / 3}])
     lines = (run.folder / "history.csv").read_text().splitlines()
-    assert lines[0] == "epoch,train/loss,validate/loss,validate/auc,validate/acc,lr,tiles_per_second,seconds"
+    assert lines[0].startswith("epoch,train/loss,validate/loss,validate/auc,validate/acc,")
     assert len(lines) == 3
     assert float(lines[2].split(",")[1]) == 1 / 3
 
 
-def test_a_torn_record_is_named(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"config": ')
-    with pytest.raises(Fault, match=r"config\.json: not a readable record"):
-        read_json(tmp_path / "config.json")
+def test_a_finished_run_names_its_weights_and_both_sides_of_its_tiles(tiny: Dataset, tmp_path: Path) -> None:
+    run = start(tiny, tmp_path, input_size=64, seed=3)
+    summary = finish(run)
+    assert run.title == "Task 1 · resnet18 · phantom (130 training tiles, 28 px tiles, 64 px inputs) · seed 3"
+    assert summary["best_sha256"] == hashlib.sha256(b"weights").hexdigest()
+    assert best_weights(tmp_path, "r") == run.checkpoints / "best.pt"
+    assert set(summary["figures"]) == {*AXIS_LABELS, "test/confusion"}
+
+
+def test_a_run_without_test_scores_finishes(
+    tiny: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tests = dict.fromkeys(("test/auc", "test/acc", "best", "last"))
+    summary = finish(start(tiny, tmp_path, test=False), shifted={"gamma": 0.5}, **tests)
+    assert not summary.keys() & tests
+    assert (summary["validate"]["validate/acc"], summary["shifted"]) == (0.5, {"gamma": 0.5})
+    assert set(summary["figures"]) == set(AXIS_LABELS)
+    assert "test tiles" not in capsys.readouterr().out
 
 
 def track(output_dir: Path, body: str) -> "subprocess.CompletedProcess[str]":
@@ -119,13 +140,14 @@ def track(output_dir: Path, body: str) -> "subprocess.CompletedProcess[str]":
 import os, sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
 from conftest import coloured_tiles
+from example_records import row, scored
 from wandb_server import WandbServer
 from common.records import run as module
 from common.config import TrainingConfig
 from common.data.dataset import Dataset
 
 module.WANDB_PATIENCE = 3.0
-KEY, ROW = {KEY!r}, {ROW!r}
+KEY = {KEY!r}
 
 def open_run():
     tiles = coloured_tiles(9, 28, 0)
@@ -133,86 +155,16 @@ def open_run():
     config = TrainingConfig(output_dir=module.Path({str(output_dir)!r}), run_id="r")
     return module.Run("task1", config, tiny, "cpu")
 
-def finish(run, rows=(ROW,)):
-    run.log_epoch(rows)
+def end(run):
+    run.log_epoch([row(1)])
     run._send(lambda wandb_run: wandb_run.finish())
     print("finished")
 
 """
-    environment = {name: value for name, value in os.environ.items() if name != "WANDB_MODE"}
-    return subprocess.run(
-        [sys.executable, "-c", script + body],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
-def test_offline_says_so_and_keeps_a_wandb_run(tmp_path: Path) -> None:
-    done = track(tmp_path, "finish(open_run())")
-    assert done.returncode == 0, done.stderr
-    assert "W&B: offline" in done.stdout
-    assert "URL" not in done.stderr
-    assert list((tmp_path / "wandb").glob("offline-run-*-r/run-r.wandb"))
-
-
-def test_a_run_goes_online_where_a_key_is_configured(tmp_path: Path) -> None:
-    body = """
-with WandbServer() as server:
-    os.environ.update(WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url)
-    run = open_run()
-    print("asked:", *server.operations)
-"""
-    done = track(tmp_path, body)
-    assert "W&B: online" in done.stdout
-    assert "UpsertBucket" in done.stdout
-
-
-def test_an_unreachable_server_leaves_an_offline_run(tmp_path: Path) -> None:
-    body = """
-with WandbServer() as server:
-    os.environ.update(WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url)
-finish(open_run())
-"""
-    done = track(tmp_path, body)
-    assert done.returncode == 0, done.stderr
-    assert "W&B online failed" in done.stderr
-    assert "W&B: offline" in done.stdout
-    assert "finished" in done.stdout
-
-
-def test_without_a_key_or_with_a_refused_one_the_run_goes_on_offline(tmp_path: Path) -> None:
-    body = """
-os.environ.update(WANDB_MODE="online", WANDB_BASE_URL="http://127.0.0.1:9", NETRC=os.devnull)
-finish(open_run())
-def refuse(operation, variables):
-    raise PermissionError
-with WandbServer(refuse) as server:
-    os.environ.update(WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url)
-    finish(open_run())
-"""
-    done = track(tmp_path, body)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("W&B online failed") == 2
-    assert "Traceback" not in done.stderr
-    assert done.stdout.count("W&B: offline") == 2
-    assert done.stdout.count("finished") == 2
-
-
-def test_a_server_that_dies_in_mid_run_does_not_harm_the_run(tmp_path: Path) -> None:
-    body = """
-with WandbServer() as server:
-    os.environ.update(WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url)
-    run = open_run()
-finish(run)
-"""
-    done = track(tmp_path, body)
-    assert done.returncode == 0, done.stderr
-    assert "W&B: online" in done.stdout
-    assert "finished" in done.stdout
-    assert (tmp_path / "runs" / "r" / "history.csv").exists()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    environment["NETRC"] = os.devnull
+    command = [sys.executable, "-c", script + body]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 
 
 def records(folder: Path, kind: str) -> list[dict[str, Any]]:
@@ -227,28 +179,89 @@ def records(folder: Path, kind: str) -> list[dict[str, Any]]:
     ]
 
 
-ROWS = 'rows = [{**ROW, "epoch": epoch, "validate/acc": epoch / 10} for epoch in (1, 2, 3)]\nrun = open_run()\n'
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a run whose second epoch of three is the best one."""
+    folder = tmp_path_factory.mktemp("logged")
+    body = """
+os.environ["WANDB_PROJECT"] = "mine"
+run, rows = open_run(), [row(1, 0.3), row(2, 0.6), row(3, 0.4)]
+for last in (1, 2, 3):
+    run.log_epoch(rows[:last])
+run.checkpoints.mkdir(parents=True)
+(run.checkpoints / "best.pt").write_bytes(b"weights")
+run.finish(rows, scored(rows, best=2, auc=0.8, acc=0.7))
+"""
+    done = track(folder, body)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "W&B: offline, project mine" in done.stdout
+    return folder
+
+
+def test_wandbs_summary_is_that_of_the_best_epoch(logged: Path) -> None:
+    summary: dict[str, Any] = {}
+    for entry in records(logged, "summary"):
+        summary |= entry["summary"]["update"]
+    expected = {**row(2, 0.6), "best_epoch": 2, "test/acc": 0.7, "test/auc": 0.8}
+    assert {name: summary[name] for name in expected} == expected
+
+
+def test_a_wandb_run_has_a_readable_name_every_key_and_a_group_of_seeds(logged: Path) -> None:
+    (record,) = records(logged, "run")
+    run = record["run"]
+    config = run["config"]["update"]
+    assert (run["project"], run["display_name"]) == ("mine", "Task 1 · resnet18 · seed 0")
+    assert run["tags"] == ["task1", "resnet18", "phantom"]
+    assert (config["dataset"], config["device"], config["command"]) == ("pathmnist", "auto", "-c")
+    assert config["commit"] == module.provenance(())["commit"]
+    assert config["facts"]["dataset"] == "phantom (9 training tiles, 28 px)"
+    assert run["run_group"] == group("task1", TrainingConfig(run_id="other", seed=5))
+    assert run["run_group"] != group("task1", TrainingConfig(lr=0.5))
 
 
 def test_a_continued_run_sends_wandb_the_epochs_that_a_kill_has_lost(tmp_path: Path) -> None:
-    body = ROWS + "run.log_epoch(rows[:1])\nrun.log_epoch(rows[:2])\nos.kill(os.getpid(), 9)"
+    rows = "run, rows = open_run(), [row(1, 0.1), row(2, 0.2), row(3, 0.3)]\n"
+    body = f"{rows}run.log_epoch(rows[:1])\nrun.log_epoch(rows[:2])\nos.kill(os.getpid(), 9)"
     assert track(tmp_path, body).returncode == -9
-    done = track(tmp_path, ROWS + "run.continue_from(rows[:2])\nfinish(run, rows)")
+    done = track(
+        tmp_path, f"{rows}run.continue_from(rows[:2])\nrun.log_epoch(rows)\nrun.stop(module.signal.SIGINT)"
+    )
     assert done.returncode == 0, done.stderr
     sent = [entry["history"]["item"] for entry in records(tmp_path, "history")]
     assert [(row["epoch"], row["validate/acc"]) for row in sent] == [(1, 0.1), (2, 0.2), (3, 0.3)]
 
 
-def test_wandb_gets_the_users_project_every_key_and_a_group_of_seeds(tmp_path: Path) -> None:
-    done = track(tmp_path, 'os.environ["WANDB_PROJECT"] = "mine"\nfinish(open_run())')
-    assert "project mine" in done.stdout
-    (record,) = records(tmp_path, "run")
-    assert record["run"]["project"] == "mine"
-    config = record["run"]["config"]["update"]
-    assert (config["dataset"], config["device"]) == ("pathmnist", "auto")
-    assert config["facts"]["dataset"] == "phantom (9 training tiles, 28 px)"
-    assert record["run"]["run_group"] == group("task1", TrainingConfig(run_id="other", seed=5))
-    assert record["run"]["run_group"] != group("task1", TrainingConfig(lr=0.5))
+def test_a_run_goes_online_where_a_key_is_configured_and_outlives_its_server(tmp_path: Path) -> None:
+    body = """
+with WandbServer() as server:
+    os.environ.update(WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url)
+    run = open_run()
+    print("asked:", *server.operations)
+end(run)
+"""
+    done = track(tmp_path, body)
+    assert "W&B: online" in done.stdout
+    assert "UpsertBucket" in done.stdout
+    assert "finished" in done.stdout
+    assert (tmp_path / "runs" / "r" / "history.csv").exists()
+
+
+def test_where_wandb_cannot_be_reached_the_run_goes_on_offline(tmp_path: Path) -> None:
+    body = """
+os.environ.update(WANDB_MODE="online", WANDB_BASE_URL="http://127.0.0.1:9", NETRC=os.devnull)
+end(open_run())  # without a key
+def refuse(operation, variables):
+    raise PermissionError
+with WandbServer(refuse) as server:
+    os.environ.update(WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url.replace("//", "//me:secret@"))
+    end(open_run())
+end(open_run())  # without a server
+"""
+    done = track(tmp_path, body)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("W&B online failed") == len(done.stderr.splitlines()) == 3
+    assert done.stdout.count("W&B: offline") == done.stdout.count("finished") == 3
+    assert "secret" not in done.stdout + done.stderr
 
 
 class Recorder:
@@ -274,7 +287,7 @@ def test_a_run_is_marked_as_preempted_where_its_machine_is_taken_away(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "UNDER_AGENT", under_agent)
-    run = Run("task1", TrainingConfig(output_dir=tmp_path, run_id="r"), tiny, "cpu")
+    run = start(tiny, tmp_path)
     run._wandb = sink = Recorder()
     run.stop(number)
     assert (("mark_preempting", {}) in sink.calls) == marked

@@ -1,0 +1,129 @@
+"""A score of a record that its own outputs do not give is a Fault that names file and key."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from common.errors import Fault
+from common.records.read import Record
+from common.training.verification import check_scores
+
+RUNS = [f"{kind}-{seed}" for kind in ("task1", "combined") for seed in range(5)]
+BASELINES = [f"{name}-{tiles}-0" for name in ("mean_rgb", "neighbours", "boosting") for tiles in (900, 89_996)]
+
+
+@pytest.mark.parametrize("run_id", RUNS + BASELINES)
+def test_the_scores_of_the_studys_runs_follow_from_their_outputs(run_id: str) -> None:
+    check_scores(Record.read(ROOT, run_id))
+
+
+@dataclass(frozen=True)
+class Changed(Record):
+    """A record some of whose arrays are replaced."""
+
+    replaced: Mapping[str, np.ndarray]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {**super().arrays(), **self.replaced}
+
+
+def task1(arrays: Mapping[str, np.ndarray] = MappingProxyType({})) -> Changed:
+    """A copy of the record of task1-0, in memory."""
+    record = Record.read(ROOT, "task1-0")
+    return Changed(record.folder, record.facts, record.summary, record.history, arrays)
+
+
+TILE = 1 / 10_004  # the share of one validation tile; task1-0 is sure of its class of all but a few
+
+
+@pytest.mark.parametrize(
+    ("keys", "by"),
+    [
+        *[((weights, score, "value"), 1e-3) for weights in ("best", "last", "tta") for score in ("acc", "auc")],
+        *[
+            ((weights, "balanced_acc", end), 1e-6)
+            for weights in ("best", "tta")
+            for end in ("value", "low", "high")
+        ],
+        (("best", "acc", "low"), -1e-6),
+        (("best", "auc", "high"), 1e-3),
+        (("best", "expected_calibration_error"), 1e-6),
+        (("best", "auc_per_class", "debris"), 1e-3),
+        (("best", "n"), 1),
+        (("best", "epoch"), -1),
+        (("last", "epoch"), -1),
+        (("test/acc",), 1e-6),
+        (("test/auc",), 1e-6),
+        (("shifted", "gamma"), 0.1),
+        (("shifted", "gamma"), TILE),
+        (("validate/shifted_acc",), TILE),
+    ],
+)
+def test_a_changed_score_is_named(keys: tuple[str, ...], by: float) -> None:
+    record = task1()
+    part: Any = record.summary
+    for key in keys[:-1]:
+        part = part[key]
+    part[keys[-1]] += by
+    with pytest.raises(Fault, match=rf"task1-0/summary\.json: not a readable record \({'.'.join(keys)}: it is"):
+        check_scores(record)
+
+
+@pytest.mark.parametrize(
+    ("name", "by"),
+    [
+        ("validate/acc", 5 * TILE),
+        ("validate/acc", -5 * TILE),
+        ("validate/auc", 1e-4),
+        ("validate/balanced_acc", 5e-4),
+    ],
+)
+def test_a_validation_score_that_is_changed_in_both_files_is_named(name: str, by: float) -> None:
+    record = task1()
+    for row in (record.summary["validate"], record.history[-1]):
+        row[name] += by
+    with pytest.raises(Fault, match=rf"summary\.json: .*validate\.{name}: it is 0\.\d+, scores\.npz gives 0\."):
+        check_scores(record)
+
+
+def test_a_validation_row_of_another_epoch_is_named() -> None:
+    record = task1()
+    record.summary["validate"]["validate/acc"] -= 1e-6
+    with pytest.raises(
+        Fault, match=r"validate\.validate/acc: it is .*the run's outputs and history give 0\.94842"
+    ):
+        check_scores(record)
+
+
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_replaced_and_permuted_labels_are_noticed(split: str) -> None:
+    name = {"test": "targets", "val": "validate_targets"}[split]
+    labels = task1().arrays()[name]
+    replaced, permuted = labels.copy(), np.roll(labels, 1)
+    replaced[:300] = (replaced[:300] + 1) % 9
+    for other in (replaced, permuted):
+        with pytest.raises(Fault, match=rf"scores\.npz: .*its {split} labels are not those of PathMNIST"):
+            check_scores(task1({name: other}))
+
+
+def test_one_other_prediction_is_noticed_on_other_data_too() -> None:
+    arrays = task1().arrays()
+    for name in ("best_logits", "last_logits", "tta_logits", "shifted_gamma"):
+        other = arrays[name].copy()
+        other[0] = np.roll(other[0], 1) if other.ndim == 2 else (other[0] + 1) % 9
+        record = task1({name: other})
+        record.facts["data_fingerprint"] = "my own tiles"
+        with pytest.raises(Fault, match=r"summary\.json: "):
+            check_scores(record)
+
+
+def test_a_record_that_lacks_an_array_is_named() -> None:
+    record = task1()
+    record.summary["shifted"]["later"] = 0.5
+    with pytest.raises(Fault, match=r"scores\.npz: .*it does not fit summary\.json: 'shifted_later'"):
+        check_scores(record)
