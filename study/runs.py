@@ -6,12 +6,10 @@ python -m study.runs --output_dir FOLDER    # FOLDER/runs/
 
 import os
 import sys
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from common.config import Keys, key, run_script
-from common.errors import Fault, UsageError
+from common.cli import Fault, Keys, UsageError, key, run_script
 from common.files import process_lock
 from common.records.read import checkpoint_folder, is_finished, read_history, read_json, run_folder
 
@@ -19,7 +17,6 @@ COLUMNS = ("run", "task", "network", "data", "seed", "state", "validation ACC", 
 COLOURS = {"finished": "32", "running": "36", "stopped": "33", "damaged": "31"}  # ANSI: green, cyan, yellow, red
 
 
-@dataclass(frozen=True, kw_only=True)
 class RunsConfig(Keys):
     """Where the runs are."""
 

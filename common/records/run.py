@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from common.config import Config, ScriptConfig, TrainingConfig, program
+from common.cli import program
+from common.config import Config, ScriptConfig, TrainingConfig
 from common.data.dataset import Dataset
 from common.errors import UsageError, first_line
 from common.files import atomic_path, digest, process_lock, public, sweep_up, write_csv, write_json
