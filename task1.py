@@ -13,13 +13,11 @@ Leaves runs/<run_id>/ (config.json, history.csv, summary.json, scores.npz), chec
 figures in fig/task1/. Killed? The same command with the same --run_id continues.
 """
 
-from dataclasses import dataclass
-
-from common.config import TrainingConfig, run_script
+from common.cli import run_script
+from common.config import TrainingConfig
 from common.training.loop import train_from_scratch
 
 
-@dataclass(frozen=True, kw_only=True)
 class Task1Config(TrainingConfig):
     """The coursework's recipe for Task 1 is the training loop's default."""
 

@@ -14,14 +14,13 @@ fig/task2/<run_id>-*.png, runs/<run_id>/saliency.md and runs/<run_id>/attributio
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
-from common.config import ScriptConfig, check_run_id, key, run_script
+from common.cli import Fault, key, run_script
+from common.config import LAST_SEED, MOST, RunId, ScriptConfig
 from common.data.batches import DeviceTiles
 from common.data.dataset import load_dataset
-from common.errors import Fault
 from common.explain.records import write_records
 from common.explain.stages import grad_cam_layer
 from common.explain.tiles import TARGETS, choose_tiles, explained_tiles, find_run, one_of_each_class, origin
@@ -34,20 +33,15 @@ from common.training.loop import derived_seed
 SHOWN = 10
 
 
-@dataclass(frozen=True, kw_only=True)
 class Task2Config(ScriptConfig):
     """Which run to explain, and how."""
 
-    run_id: str | None = key(
-        None,
-        "the run to explain (default: Task 1's with most training tiles, the newest of several)",
-        check=check_run_id,
+    run_id: RunId | None = key(
+        None, "the run to explain (default: Task 1's with most training tiles, the newest of several)"
     )
     target: str = key("predicted", "the class whose logit is explained", choices=tuple(TARGETS))
-    checked_tiles: int = key(256, "test tiles for the checks of the methods", at_least=6)
-    seed: int = key(
-        0, "seed of the choice of tiles, of noise and of random networks", at_least=0, at_most=2**32 - 1
-    )
+    checked_tiles: int = key(256, "test tiles for the checks of the methods", ge=6, le=MOST)
+    seed: int = key(0, "seed of the choice of tiles, of noise and of random networks", ge=0, le=LAST_SEED)
 
 
 def main(config: Task2Config) -> None:

@@ -15,11 +15,33 @@ are measured again before each validation, because MobileNetV3's running statist
 Leaves the same records as task1.py; the figures are in fig/task3/.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Self
 
-from common.config import TrainingConfig, key, run_script, with_defaults
-from common.errors import UsageError
+from pydantic import model_validator
+
+from common.cli import UsageError, key, run_script
+from common.config import TrainingConfig
 from common.training.loop import train_from_scratch
+
+# The coursework's configuration of Tasks 3 and 4. BatchNorm statistics are measured again after each epoch: with
+# MobileNetV3's momentum of 0.01 they lag so far behind the weights that validation scores, and so early stopping,
+# would depend on noise.
+COURSEWORK: dict[str, Any] = {
+    "augmentation": "ta_wide",
+    "batch_size": 512,
+    "early_stopping_delta": 0.01,
+    "early_stopping_patience": 3,
+    "label_smoothing": 0.1,
+    "lr": 0.0019976195957370426,
+    "lr_min": 0.1,
+    "lr_warmup_epochs": 2,
+    "model_name": "mobilenet_v3_large",
+    "n_epochs": 20,
+    "optimizer": "adamw",
+    "reestimate_batchnorm": True,
+    "weight_decay": 1.0640579453275e-06,
+}
 
 # The rows of the ablation table: the keys that each row changes in the coursework's configuration. The rows
 # without_… switch off one of the coursework's techniques; the rows with_… have another one, added or in its place.
@@ -40,27 +62,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@with_defaults(
-    augmentation="ta_wide",
-    batch_size=512,
-    early_stopping_delta=0.01,
-    early_stopping_patience=3,
-    label_smoothing=0.1,
-    lr=0.0019976195957370426,
-    lr_min=0.1,
-    lr_warmup_epochs=2,
-    model_name="mobilenet_v3_large",
-    n_epochs=20,
-    optimizer="adamw",
-    reestimate_batchnorm=True,
-    weight_decay=1.0640579453275e-06,
-)
 class TrainConfig(TrainingConfig):
-    """The coursework's configuration of Tasks 3 and 4.
-
-    BatchNorm statistics are measured again after each epoch: with MobileNetV3's momentum of 0.01 they lag so far
-    behind the weights that validation scores, and so early stopping, would depend on noise.
-    """
+    """The coursework's configuration, and the row of the ablation table that changes it."""
 
     ablation: str = key(
         "combined",
@@ -69,15 +72,19 @@ class TrainConfig(TrainingConfig):
     )
 
     @classmethod
-    def implied(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """The ablation's changes, which no key given beside them may undo."""
-        changes = ABLATIONS.get(given.get("ablation", "combined"), {})
-        undone = [name for name in changes if name in given and given[name] != changes[name]]
-        if undone:
-            raise UsageError(
-                f"--{undone[0]} {given[undone[0]]}: --ablation {given['ablation']} sets this key itself"
-            )
-        return changes
+    def recipe(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The coursework's configuration with the changes of the row."""
+        return {**COURSEWORK, **ABLATIONS.get(given.get("ablation", "combined"), {})}
+
+    @model_validator(mode="after")
+    def _is_the_row(self) -> Self:
+        """Raise UsageError where a key that was given undoes the row's change."""
+        for name, value in ABLATIONS[self.ablation].items():
+            if getattr(self, name) != value:
+                raise UsageError(
+                    f"--{name} {getattr(self, name)}: --ablation {self.ablation} sets this key itself"
+                )
+        return self
 
 
 def main(config: TrainConfig) -> None:

@@ -21,7 +21,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,8 @@ from torchvision.transforms import v2
 
 import task1
 import train
-from common.config import Keys, TrainingConfig, key, run_script
+from common.cli import Keys, key, run_script
+from common.config import TrainingConfig
 from common.data import phantom
 from common.data.batches import DeviceTiles, Splits
 from common.data.dataset import Dataset, Split
@@ -55,11 +55,10 @@ CPU_STEPS = {"task1": 20, "train": 3}  # the steps of a turn on a CPU
 CONFIGS: dict[str, type[TrainingConfig]] = {"task1": task1.Task1Config, "train": train.TrainConfig}
 
 
-@dataclass(frozen=True, kw_only=True)
 class BenchConfig(Keys):
     """How long to measure."""
 
-    repeats: int = key(5, "turns of both loops", at_least=1)
+    repeats: int = key(5, "turns of both loops", ge=1, le=1000)
 
 
 class PathMNIST(medmnist.PathMNIST):

@@ -22,12 +22,13 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
+from pydantic import model_validator
 
-from common.config import ScriptConfig, key, parse, run_script
-from common.errors import Fault, UsageError
+from common.cli import Fault, UsageError, key, parse, run_script
+from common.config import LAST_SEED, ScriptConfig, size_key
 from common.files import read_text, write_text
 from common.finetune import weights
 from common.records.read import checkpoint_folder, is_finished, read_json, read_table, run_folder
@@ -100,23 +101,22 @@ PLANS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
 class StudyConfig(ScriptConfig):
     """The data set of the study, and its folder."""
 
     dataset: str = key("pathmnist", "data set", choices=tuple(PLANS))
-    size: int = key(28, "tile side in pixels", choices=(28, 64, 128, 224))
+    size: int = size_key(28)
     output_dir: Path = key(
         None, "folder of the study (default: DATASET-SIZE; for pathmnist at 28 the current folder)"
     )
-    seed: int = key(0, "first seed; the others follow it", at_least=0, at_most=2**32 - 10)
+    seed: int = key(0, "first seed; the others follow it", ge=0, le=LAST_SEED - 9)
 
-    def __post_init__(self) -> None:
-        """Fill in the study's folder."""
+    @model_validator(mode="after")
+    def _folder(self) -> Self:
         if self.output_dir is None:
             here = (self.dataset, self.size) == ("pathmnist", 28)
             self._set("output_dir", Path() if here else Path(f"{self.dataset}-{self.size}"))
-        super().__post_init__()
+        return self
 
     @property
     def plan(self) -> Plan:

@@ -14,7 +14,6 @@ not replaced by one without them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,10 @@ from numpy.typing import NDArray
 from skimage.color import lab2rgb, rgb2lab
 from skimage.exposure import match_histograms
 
-from common.config import FolderConfig, device_key, key, run_script
+from common.cli import UsageError, first_line, key, run_script
+from common.config import LAST_SEED, FolderConfig, device_key
 from common.data.batches import DeviceTiles
 from common.data.dataset import Dataset, Split, load_dataset
-from common.errors import UsageError, first_line
 from common.files import digest, open_regular, write_json
 from common.finetune.trained import load_trained
 from common.records.read import Record, checkpoint_folder, read_json
@@ -43,13 +42,12 @@ SHOWN = 8  # tiles of each class in the figure
 Pixels = NDArray[np.uint8]  # tiles, (N, H, W, 3)
 
 
-@dataclass(frozen=True, kw_only=True)
 class AnalysisConfig(FolderConfig):
     """The study to analyse, and the published predictions."""
 
     device: str = device_key()
     published: Path | None = key(None, "CSV file of published predictions of the test tiles: index, probabilities")
-    seed: int = key(0, "seed of the choice of tiles", at_least=0, at_most=2**32 - 1)
+    seed: int = key(0, "seed of the choice of tiles", ge=0, le=LAST_SEED)
 
 
 def main(config: AnalysisConfig) -> None:

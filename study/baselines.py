@@ -27,11 +27,11 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from common.config import FolderConfig, key, run_script
+from common.cli import UsageError, key, run_script
+from common.config import LAST_SEED, FolderConfig, size_key
 from common.data import pathmnist, phantom
 from common.data.dataset import SPLITS, Split, load_dataset
 from common.data.shift import CHUNK, SHIFTS, shifted
-from common.errors import UsageError
 from common.files import atomic_path, write_json, write_text
 from common.records.read import COLUMNS, is_finished, read_json, run_folder
 from common.records.run import provenance
@@ -89,19 +89,18 @@ BASELINES = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
 class BaselinesConfig(FolderConfig):
     """The data set of the baselines."""
 
     dataset: str = key(pathmnist.NAME, "data set", choices=(pathmnist.NAME, "phantom"))
-    size: int = key(28, "tile side in pixels", choices=(28, 64, 128, 224))
+    size: int = size_key(28)
     train_tiles: int = key(
-        lambda config: phantom.TRAIN_TILES if config.dataset == "phantom" else pathmnist.COUNTS["train"],
+        lambda given: phantom.TRAIN_TILES if given["dataset"] == "phantom" else pathmnist.COUNTS["train"],
         f"number of training tiles, as for a network (default: all; phantom: {phantom.TRAIN_TILES})",
-        at_least=max(setting["n_neighbors"] for setting in BASELINES["neighbours"].settings),
-        at_most=pathmnist.COUNTS["train"],
+        ge=max(setting["n_neighbors"] for setting in BASELINES["neighbours"].settings),
+        le=pathmnist.COUNTS["train"],
     )
-    seed: int = key(0, "first seed", at_least=0, at_most=2**32 - 10)
+    seed: int = key(0, "first seed", ge=0, le=LAST_SEED - 9)
 
     @property
     def runs(self) -> dict[str, tuple[str, int]]:

@@ -38,8 +38,8 @@ TECHNIQUES = {  # rows of the ablation
 }
 TUNED = {"head": "last layer fine-tuned", "classifier": "classifier fine-tuned", "all": "fine-tuned"}
 FOUND = "the search's best recipe"
-# Keys in which runs of one row may differ: the seed, and where and how a run is kept.
-APART = {"seed", "run_id", "scratch", "n_seeds"} | TrainingConfig.bookkeeping()
+# Keys in which runs of one row may differ: the seed, where and how a run is kept; only older runs have dry_run.
+APART = {"seed", "run_id", "scratch", "n_seeds", "dry_run"} | TrainingConfig.bookkeeping()
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from typing import Any
 
 import yaml
 
-from common.config import FolderConfig, key, run_script
+from common.cli import key, run_script
+from common.config import FolderConfig
 from common.files import read_text
 from common.markdown import markdown_table
 from common.records.read import is_finished, read_json, run_folder
@@ -26,11 +27,10 @@ from common.records.read import is_finished, read_json, run_folder
 FILE = Path(__file__).resolve().parent.parent / "recipes.yaml"
 
 
-@dataclass(frozen=True, kw_only=True)
 class RecipesConfig(FolderConfig):
     """How many trials run at the same time."""
 
-    jobs: int = key(2, "trials at the same time, one thread each; 0: only print the table", at_least=0)
+    jobs: int = key(2, "trials at the same time, one thread each; 0: only print the table", ge=0, le=64)
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,13 @@ all that is missing.
 import re
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import FileSystemLoader, StrictUndefined, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 
-from common.config import Keys, key, run_script
-from common.errors import Fault, UsageError, first_line
+from common.cli import Fault, Keys, UsageError, first_line, key, run_script
 from common.files import read_text, write_text
 from common.markdown import filled
 from study.report_check import check_study
@@ -32,7 +30,6 @@ from study.report_html import html_page
 from study.report_selection import Study
 
 
-@dataclass(frozen=True, kw_only=True)
 class ReportConfig(Keys):
     """Where the study is, and whether to write or to check."""
 

@@ -6,21 +6,18 @@ python -m study.runs --output_dir FOLDER    # FOLDER/runs/
 
 import os
 import sys
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from common.config import Keys, key, run_script
-from common.errors import Fault, UsageError
+from common.cli import Fault, Keys, UsageError, key, run_script
 from common.records.read import checkpoint_folder, is_finished, read_history, read_json, run_folder
 
 COLUMNS = ("run", "task", "network", "data", "seed", "state", "validation ACC", "test ACC", "age")
 COLOURS = {"finished": "32", "running": "36", "stopped": "33", "damaged": "31"}  # ANSI: green, cyan, yellow, red
 
 
-@dataclass(frozen=True, kw_only=True)
 class RunsConfig(Keys):
     """Where the runs are."""
 

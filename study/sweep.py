@@ -24,12 +24,10 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from common.config import Keys, key, run_script
-from common.errors import UsageError
+from common.cli import Keys, UsageError, key, run_script
 from common.training.device import physical_cores
 from study.sweep_file import Range, Sweep, read_sweep
 from study.trials import Running, Trial, TrialRecords, Workers, failed_runs, locked
@@ -37,18 +35,15 @@ from study.trials import Running, Trial, TrialRecords, Workers, failed_runs, loc
 MAX_RUNS = 10_000
 
 
-@dataclass(frozen=True, kw_only=True)
 class SweepConfig(Keys):
     """The keys of a sweep; those of its runs are in its file."""
 
-    OF_A_RUN = ", which is a key of the runs: write it after --"
+    hint: ClassVar[str] = "--help lists the keys; write those of the runs after --"
 
     file: Path | None = key(None, "the sweep's YAML file; as the first argument it needs no --file")
-    count: int = key(
-        20, "trials of a search, of all workers together; a grid ignores it", at_least=1, at_most=MAX_RUNS
-    )
+    count: int = key(20, "trials of a search, of all workers together; a grid ignores it", ge=1, le=MAX_RUNS)
     workers: int | None = key(
-        None, "runs at the same time (default: one per core on a CPU, 1 on a GPU)", at_least=1
+        None, "runs at the same time (default: one per core on a CPU, 1 on a GPU)", ge=1, le=1000
     )
     output_dir: Path = key(Path(), "folder that gets sweeps/ and the runs' folders")
     storage: str | None = key(None, "URL of a database, to share a search between machines (see docs/running.md)")

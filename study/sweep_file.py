@@ -10,11 +10,14 @@ from typing import Any
 
 import yaml
 
-from common.config import Config, TrainingConfig, check_run_id, parse
-from common.errors import UsageError, closest, first_line
+from common.cli import UsageError, closest, first_line, parse
+from common.config import Config, TrainingConfig, check_run_id
+from common.data.augment import build_augmentation
 from common.files import read_text
+from common.finetune.weights import library_name
 from common.records.read import METRICS
 from common.training.device import Compute
+from common.training.models import check_model_name
 
 METHODS = ("grid", "random", "bayes")
 # The forms of a parameter, each with the distributions that W&B allows for it; the first one is the default.
@@ -62,7 +65,12 @@ class Sweep:
 
     def config(self, values: Mapping[str, Any]) -> Config:
         """The program's configuration for the fixed keys and `values`."""
-        return parse(self.config_class, _as_arguments({**self.fixed, **values}), "")
+        config = parse(self.config_class, _as_arguments({**self.fixed, **values}))
+        if isinstance(config, TrainingConfig):  # names that a run itself would refuse only after its start
+            build_augmentation(config.augmentation)
+            if problem := check_model_name(library_name(config.model_name)):
+                raise UsageError(f"--model_name {config.model_name}: {problem}")
+        return config
 
     def best(self, values: Iterable[float]) -> float | None:
         """The best finite value of the metric; None where there is none."""

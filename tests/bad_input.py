@@ -13,7 +13,7 @@ import task1
 import task2
 import task5
 import train
-from common.config import run_script
+from common.cli import run_script
 from study import __main__ as study
 from study import report, sweep
 

@@ -4,24 +4,22 @@ import os
 import signal
 import sys
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import example_records
 import numpy as np
 
-from common.config import Config, key, run_script
-from common.errors import Fault, Untrainable, UsageError
+from common.cli import Fault, Untrainable, UsageError, key, run_script
+from common.config import Config
 from common.files import write_csv, write_json
 
 
-@dataclass(frozen=True, kw_only=True)
 class FakeConfig(Config):
     """The keys of the fake training."""
 
     row: str = key("a", "a row of the grid")
-    quality: float = key(0.5, "the metric of the last epoch", at_most=1)
-    n_epochs: int = key(1, "epochs", at_least=1)
+    quality: float = key(0.5, "the metric of the last epoch", le=1)
+    n_epochs: int = key(1, "epochs", ge=1)
     pause: float = key(0.0, "seconds per epoch; 0 where output_dir has a file no-pause")
     together: int = key(1, "wait until so many runs have started")
     lingering: float = key(0.0, "seconds from SIGTERM to the end")

@@ -1,5 +1,4 @@
 import csv
-import dataclasses
 import json
 import re
 import sys
@@ -17,7 +16,7 @@ from common.data.batches import DeviceTiles, normalise
 from common.data.dataset import load_dataset
 from common.errors import UsageError
 from common.finetune import features, network
-from common.finetune.keys import FROM_SCRATCH, RANDOM_VIEWS, RECIPES
+from common.finetune.keys import RANDOM_VIEWS
 from common.finetune.network import FineTunedNetwork
 from common.finetune.weights import load_weights
 from common.records import checkpoint
@@ -76,7 +75,7 @@ def test_the_defaults_are_the_courseworks() -> None:
     assert config.weights == "MobileNet_V3_Large_Weights.IMAGENET1K_V2"
     assert (config.train_part, config.adapt_batchnorm, config.cache_features) == ("classifier", False, None)
     assert (config.n_epochs, config.batch_size, config.label_smoothing) == (20, 512, 0.1)
-    assert config.lr < FROM_SCRATCH["lr"]
+    assert config.lr < task5.FROM_SCRATCH["lr"]
 
 
 def test_weights_imply_their_network_and_a_network_implies_its_weights() -> None:
@@ -92,7 +91,7 @@ def test_weights_imply_their_network_and_a_network_implies_its_weights() -> None
 
 
 def test_the_recipe_of_the_network_is_implied_and_can_be_overridden() -> None:
-    recipe = RECIPES["tf_efficientnet_lite0"]
+    recipe = task5.LITE
     for arguments in (["--weights=efficientnet_lite0_imagenet"], ["--model_name=tf_efficientnet_lite0"]):
         values = read("--dataset=phantom", *arguments).as_dict()
         assert {name: values[name] for name in recipe} == recipe
@@ -141,7 +140,7 @@ def test_the_runs_from_scratch_differ_in_what_scratch_needs_and_share_seed_and_b
     for tuned, scratch in ((runs[0], runs[1]), (runs[2], runs[3])):
         one, other = tuned.as_dict(), scratch.as_dict()
         differing = {name for name in one if one[name] != other[name]}
-        assert differing <= {*FROM_SCRATCH, "weights", "run_id"}
+        assert differing <= {*task5.FROM_SCRATCH, "weights", "run_id"}
         assert scratch.train_part == "all"
         assert tuned.seed == scratch.seed
     alone = read("--weights=none", "--run_id=r")
@@ -363,7 +362,7 @@ def test_features_are_cached_where_they_fit_into_60_percent_of_the_free_memory(
 ) -> None:
     config = read(*keys(phantom_root, tmp_path, "none", "--train_part=all"))
     dataset = load_dataset("phantom", 28, phantom_root, 90)
-    config = dataclasses.replace(config, train_part="classifier", weights="w.pth", cache_features=None)
+    config = config.replaced(train_part="classifier", weights="w.pth", cache_features=None)
     for free, fits in ((CACHE_BYTES / 0.6 + 1, True), (CACHE_BYTES / 0.6 - 1, False)):
         monkeypatch.setattr(features, "free_memory", lambda device, free=free: free)
         decided = features.decide_caching(config, (576,), dataset, CPU.device)
@@ -407,7 +406,7 @@ def test_cached_splits_have_the_views_that_training_and_test_time_augmentation_n
     config = read(
         "--dataset=phantom", f"--model_name={SMALL}", "--input_size=32", f"--augmentation={augmentation}"
     )
-    config = dataclasses.replace(config, tta=tta)
+    config = config.replaced(tta=tta)
     untrained = load_weights("none", SMALL, tmp_path)
     model = network.build_fine_tuned(SMALL, 9, untrained, 32)
     splits = features.cached_splits(model, load_dataset("phantom", 28, phantom_root, 90), config, CPU)

@@ -8,13 +8,14 @@ and the host knows the operation of each tile without waiting for the device.
 Images are uint8 (N, 3, H, W). Results have channels_last memory; inputs are not changed.
 """
 
-import difflib
 import math
 from collections.abc import Callable
 from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
+
+from common.cli import UsageError, closest
 
 Augmentation = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 
@@ -590,16 +591,17 @@ def build_augmentation(names: str) -> Augmentation:
     numbers. It returns images of the same shape, dtype, device and memory format (channels_last or contiguous).
     Its input is not changed; "none" returns the input itself. "dihedral" and "stain" need square tiles.
 
-    Raises ValueError for an unknown part, with the closest known name, and for "none" joined with others.
+    Raises UsageError for an unknown part, with the closest known name, and for "none" joined with others.
     """
     chosen = names.split(",")
     for name in chosen:
         if name not in PARTS:
-            (closest,) = difflib.get_close_matches(name, PARTS, n=1, cutoff=0.0)
             known = ", ".join(PARTS)
-            raise ValueError(f"unknown augmentation {name!r}: did you mean {closest!r}? There are {known}")
+            raise UsageError(
+                f"--augmentation {names}: unknown part {name}; choose from {known}{closest(name, list(PARTS))}"
+            )
     if "none" in chosen and len(chosen) > 1:
-        raise ValueError(f"'none' cannot be joined with other augmentations: {names!r}")
+        raise UsageError(f"--augmentation {names}: none cannot be joined with other parts")
     steps = [step for name in chosen for step in PARTS[name][1]]
 
     def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -53,7 +53,7 @@ class DeviceTiles:
     """`Tiles` on the computing device or, where they do not fit there, in pinned memory of the host.
 
     Inputs are (B, 3, input_size, input_size) in -1..1. A tile is resized before anything else happens to it: an
-    augmentation sees tiles of `input_size`. Raises ValueError for an augmentation that `build_augmentation` does
+    augmentation sees tiles of `input_size`. Raises UsageError for an augmentation that `build_augmentation` does
     not know.
     """
 
@@ -93,7 +93,7 @@ class DeviceTiles:
 
 
 def device_splits(dataset: Dataset, device: torch.device, input_size: int, augmentation: str = "none") -> Splits:
-    """A data set's splits as `DeviceTiles`; only training tiles are augmented. Raises the same ValueError."""
+    """A data set's splits as `DeviceTiles`; only training tiles are augmented. Raises the same UsageError."""
 
     def plain(split: Split) -> DeviceTiles:
         return DeviceTiles(split, device, input_size)

@@ -1,6 +1,5 @@
 """The features of a frozen network, computed once for every tile and kept in memory to train the head on them."""
 
-import dataclasses
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -135,7 +134,7 @@ def decide_caching(config: C, feature_shape: Sequence[int], dataset: Dataset, de
             print(f"features are not cached: {problem}")
             wanted = False
     views_if_cached = None if wanted is False else config.feature_views
-    return dataclasses.replace(config, cache_features=wanted is not False, feature_views=views_if_cached)
+    return config.replaced(cache_features=wanted is not False, feature_views=views_if_cached)
 
 
 def free_memory(device: torch.device) -> int:

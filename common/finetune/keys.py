@@ -1,51 +1,19 @@
-"""The keys of fine-tuning: the recipe of a network, defaults that follow from other keys, and contradictions."""
+"""The keys of fine-tuning, defaults that follow from other keys, and contradictions."""
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Self
 
-from common.config import TrainingConfig, key
-from common.errors import UsageError
+from pydantic import model_validator
+
+from common.cli import UsageError, key
+from common.config import MOST, TrainingConfig
 from common.finetune import weights
 from common.finetune.network import TRAIN_PARTS
 from common.finetune.weights import SCRATCH
 
 RANDOM_VIEWS = 16  # cached views of a tile, for augmentations with an unlimited number of views
 
-# The changes for a network without pretrained weights: nothing can be frozen, and it needs train.py's
-# learning rate with its warm-up. All other keys stay, also the number of epochs.
-FROM_SCRATCH: dict[str, Any] = {
-    "train_part": "all",
-    "adapt_batchnorm": False,
-    "backbone_lr_factor": 1.0,
-    "unfreeze_epoch": 1,
-    "cache_features": None,
-    "feature_views": None,
-    "lr": 0.0019976195957370426,
-    "lr_warmup_epochs": 2,
-    "weight_decay": 1.0640579453275e-06,
-}
 
-# Chosen by validation scores alone, with 9,000 training tiles of PathMNIST at 28 pixels, seed 0 (n = 1 each).
-# Validation loss and ACC at 64 pixels: 0.286 and 0.926 after 4 epochs (with lr 1e-3: 0.353 and 0.902), 0.231 and
-# 0.947 after 8 epochs. 80 pixels give 0.262 and 0.938 after three of 4 epochs, but in the same time, twice as many
-# epochs gain more.
-LITE_RECIPE: dict[str, Any] = {
-    "augmentation": "stain",
-    "batch_size": 64,
-    "ema_decay": 0.99,
-    "input_size": 64,
-    "lr": 3e-3,
-    "lr_min": 0.0,
-    "lr_warmup_epochs": 1,
-    "n_epochs": 8,
-    "select_on": "validate/loss",
-    "train_part": "all",
-    "weight_decay": 0.01,
-}
-RECIPES = dict.fromkeys(weights.PACKAGED, LITE_RECIPE)
-
-
-@dataclass(frozen=True, kw_only=True)
 class FineTuningConfig(TrainingConfig):
     """The keys of a network that starts from pretrained weights.
 
@@ -56,7 +24,6 @@ class FineTuningConfig(TrainingConfig):
         "mobilenet_v3_large",
         f"torchvision classification model, {weights.LITE0}, or timm:NAME for one of the package timm "
         "(default: the one that `weights` belong to)",
-        check=weights.check_network,
     )
     weights: str = key(
         None,
@@ -75,16 +42,14 @@ class FineTuningConfig(TrainingConfig):
         0.1,
         "with train_part=all: the first block's learning rate is this factor of lr, growing geometrically to the "
         "head's",
-        above=0,
-        at_most=1,
+        gt=0,
+        le=1,
     )
     unfreeze_epoch: int = key(
-        1, "with train_part=all: the epoch from which more than the classifier is trained", at_least=1
+        1, "with train_part=all: the epoch from which more than the classifier is trained", ge=1, le=MOST
     )
     input_size: int = key(
-        None,
-        "side in pixels of the network's inputs (default: what the weights were trained on)",
-        at_least=8,
+        None, "side in pixels of the network's inputs (default: what the weights were trained on)", ge=8, le=MOST
     )
     cache_features: bool | None = key(
         None,
@@ -95,12 +60,15 @@ class FineTuningConfig(TrainingConfig):
         None,
         f"cached views of a training tile: itself and augmented ones (default: all 8 for dihedral, "
         f"{RANDOM_VIEWS} for random augmentations)",
-        at_least=1,
+        ge=1,
+        le=MOST,
     )
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
         """Fill in defaults that follow from other keys. Raises UsageError where keys contradict each other."""
-        super().__post_init__()
+        if problem := weights.check_network(self.model_name):
+            raise UsageError(f"--model_name {self.model_name}: {problem}")
         if self.weights is None:
             self._set("weights", weights.default_weights(self.model_name))
         if self.weights == SCRATCH and self.train_part != "all":
@@ -122,6 +90,7 @@ class FineTuningConfig(TrainingConfig):
             self._set("feature_views", needed or RANDOM_VIEWS)
         elif needed not in (None, views):
             raise UsageError(f"--feature_views {views}: with augmentation {self.augmentation} it is {needed}")
+        return self
 
     def _obstacle_to_caching(self) -> str:
         if self.train_part == "all":
@@ -133,11 +102,7 @@ class FineTuningConfig(TrainingConfig):
         return ""
 
     @classmethod
-    def implied(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """The network of the weights, the recipe of the network, and the changes for a start from scratch."""
+    def recipe(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The network that `weights` belong to."""
         owner = weights.network_of(given.get("weights", ""))
-        implied: dict[str, Any] = {"model_name": owner} if owner else {}
-        implied |= RECIPES.get(given.get("model_name", owner or cls.model_name), {})
-        if given.get("weights") == SCRATCH:
-            implied |= FROM_SCRATCH
-        return implied
+        return {"model_name": owner} if owner else {}

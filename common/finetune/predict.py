@@ -14,17 +14,17 @@ import copy
 import csv
 import importlib.util
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from pydantic import field_validator
 from torch import nn
 
-from common.config import Keys, device_key, expanded, key, run_script
+from common.cli import Fault, Keys, UsageError, expanded, first_line, key, run_script
+from common.config import device_key
 from common.data.pathmnist import TITLE, has_stained_colours
-from common.errors import Fault, UsageError, first_line
 from common.files import atomic_path, write_csv
 from common.finetune.trained import Trained, load_trained
 from common.records import read
@@ -38,7 +38,6 @@ LARGEST_SIDE = 448  # pixels; an original tile has 224
 ON_A_SHEET = 48  # pictures
 
 
-@dataclass(frozen=True, kw_only=True)
 class PredictConfig(Keys):
     """The network, the pictures, and what to write."""
 
@@ -48,13 +47,19 @@ class PredictConfig(Keys):
     figure: Path | None = key(
         None,
         f"PNG file with the first {ON_A_SHEET} pictures, their classes and saliency maps",
-        check=lambda path: None if path.suffix.lower() == ".png" else "the name must end in .png",
     )
     onnx: Path | None = key(
         None, "file for the network in the ONNX format; needs the packages of the extra `export`"
     )
     output_dir: Path = key(Path(), "folder that has the run's checkpoints/")
     device: str = device_key()
+
+    @field_validator("figure")
+    @classmethod
+    def _is_png(cls, figure: Path | None) -> Path | None:
+        if figure and figure.suffix.lower() != ".png":
+            raise ValueError("the name must end in .png")
+        return figure
 
 
 def main(config: PredictConfig) -> None:

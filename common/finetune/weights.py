@@ -16,7 +16,8 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from common.config import check_run_id, expanded
+from common.cli import expanded
+from common.config import check_run_id
 from common.errors import Fault, UsageError, closest, first_line
 from common.files import open_regular
 from common.records import checkpoint

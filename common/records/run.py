@@ -21,7 +21,8 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from common.config import Config, ScriptConfig, TrainingConfig, program
+from common.cli import program
+from common.config import Config, ScriptConfig, TrainingConfig
 from common.data import pathmnist
 from common.data.dataset import Dataset
 from common.errors import UsageError, first_line

@@ -35,9 +35,11 @@ def check_model_name(name: str) -> str | None:
 def build_model(model_name: str, num_classes: int, size: int) -> nn.Module:
     """A network for inputs of `size` pixels; its random weights come from torch's global generator.
 
-    It takes (N, 3, size, size) float32 and returns logits (N, num_classes). Raises UsageError where the network
-    cannot take inputs of this size.
+    It takes (N, 3, size, size) float32 and returns logits (N, num_classes). Raises UsageError for an unknown name,
+    and where the network cannot take inputs of this size.
     """
+    if problem := check_model_name(model_name):
+        raise UsageError(f"--model_name {model_name}: {problem}")
     from torchvision import models
 
     options: dict[str, object] = {}

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 
 from common.data import pathmnist
 from common.records.read import Record, unreadable
-from common.training.evaluation import Evaluation
-from common.training.selection import best_epoch
+from common.training.evaluation import Evaluation, best_epoch
 
 EQUAL = 1e-9
 # Earlier versions computed the AUC from a softmax of the recorded log-probabilities, which rounds them once more.
