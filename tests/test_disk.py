@@ -15,18 +15,10 @@ from processes import assert_same, end, mount, start
 import train
 from common.config import run_script
 
-KEYS = (
-    *(
-        "--dataset=phantom",
-        "--size=28",
-        "--input_size=28",
-        "--train_tiles=90",
-        "--wandb=disabled",
-        "--run_id=r",
-        "--n_epochs=2",
-    ),
-    *("--model_name=shufflenet_v2_x0_5", "--batch_size=45"),
-)
+KEYS = [
+    *("--dataset=phantom", "--size=28", "--input_size=28", "--train_tiles=90", "--batch_size=45", "--n_epochs=2"),
+    *("--model_name=shufflenet_v2_x0_5", "--wandb=disabled", "--run_id=r"),
+]
 
 
 def run(folder: Path, data_root: Path) -> None:
@@ -37,6 +29,7 @@ def status_of(folder: Path, data_root: Path, log: Path, largest_file: int | None
     """Run in a separate process, which cannot write files larger than `largest_file` bytes."""
 
     def limited() -> None:
+        sys.argv = ["train.py"]  # its name stands before an error; pytest's depends on how the tests are started
         if largest_file is not None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error of write(), as on a full disk
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
@@ -58,7 +51,7 @@ def assert_nothing_torn(folder: Path) -> None:
 
 
 def errors(log: Path) -> list[str]:
-    return [line for line in log.read_text().splitlines() if line.startswith("pytest: ")]
+    return [line for line in log.read_text().splitlines() if line.startswith("train.py: ")]
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +63,11 @@ def whole(phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_a_full_disk_ends_the_run_with_one_line_and_with_room_it_continues(
-    small_disk: Path, whole: Path, tmp_path: Path, phantom_root: Path, capsys: pytest.CaptureFixture[str]
+    small_disk: Path, whole: Path, tmp_path: Path, phantom_root: Path
 ) -> None:
-    log = tmp_path / "log"
-    sizes = sorted(
-        {sum(path.stat().st_size for path in whole.rglob("*.pt")) * share // 100 for share in (1, 20, 45, 70, 95)}
-    )
-    for size in sizes:
-        assert mount(small_disk, f"remount,size={size // 1024 + 8}k") == 0
+    log, checkpoints = tmp_path / "log", sum(path.stat().st_size for path in whole.rglob("*.pt"))
+    for share in (0.01, 0.45, 0.95):
+        assert mount(small_disk, f"remount,size={int(share * checkpoints) // 1024 + 8}k") == 0
         assert status_of(small_disk, phantom_root, log) == 1
         [line] = errors(log)
         assert str(small_disk) in line
@@ -85,13 +75,9 @@ def test_a_full_disk_ends_the_run_with_one_line_and_with_room_it_continues(
             "No space left on device; fix this, then start the same command with --run_id=r again"
         )
         assert_nothing_torn(small_disk)
-        earlier = small_disk / "runs" / "earlier"
-        assert not earlier.exists() or earlier.read_text() == "kept"
     assert mount(small_disk, "remount,size=64m") == 0
     assert status_of(small_disk, phantom_root, log) == 0
     assert_same(small_disk, whole)
-    with capsys.disabled():
-        print(f"\n{len(sizes)} full disks, then room: the run ended like one without errors")
 
 
 def test_a_read_only_folder_is_named_and_does_not_change(
@@ -110,12 +96,11 @@ def test_a_read_only_folder_is_named_and_does_not_change(
 
 @pytest.mark.slow
 def test_a_file_that_is_too_large_is_named_and_without_the_limit_the_run_continues(
-    whole: Path, tmp_path: Path, phantom_root: Path, capsys: pytest.CaptureFixture[str]
+    whole: Path, tmp_path: Path, phantom_root: Path
 ) -> None:
     folder, log = tmp_path / "limited", tmp_path / "log"
     weights = (whole / "checkpoints/r/best.pt").stat().st_size
-    limits = [6000, weights // 2, weights + 1000]  # all above the log's own size
-    for limit in limits:
+    for limit in (6000, weights + 1000):  # above the log's own size
         assert status_of(folder, phantom_root, log, limit) == 1
         [line] = errors(log)
         assert str(folder) in line
@@ -123,8 +108,6 @@ def test_a_file_that_is_too_large_is_named_and_without_the_limit_the_run_continu
         assert_nothing_torn(folder)
     assert status_of(folder, phantom_root, log) == 0
     assert_same(folder, whole)
-    with capsys.disabled():
-        print(f"\n{len(limits)} limits of a file's size, then none: the run ended like one without errors")
 
 
 @pytest.mark.slow

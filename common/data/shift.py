@@ -1,11 +1,8 @@
 """Shifted validation tiles: their colours change as in another laboratory or with another scanner.
 
-PathMNIST's validation tiles come from the slides of its training tiles, its test tiles from other patients. A
-shift changes the colours of the validation tiles, by other methods than the augmentations here; stain augmentation
-has effects like those of the first two shifts, none adds noise. So a network can be scored on foreign-looking
-tiles without the test split. Each tile gets a different change, which is the same in every run.
-
-The strengths below were fixed before any network was scored on shifted tiles.
+So a network can be scored on foreign-looking tiles without the test split. The methods are others than those of
+the augmentations; stain augmentation has effects like the first two, none adds noise. Each tile gets a different
+change, which is the same in every run. The strengths were fixed before any network was scored on shifted tiles.
 """
 
 import warnings

@@ -1,3 +1,5 @@
+"""The shifts of colours: as strong as their docstrings say, and the same in every run."""
+
 import numpy as np
 import pytest
 import torch
@@ -32,13 +34,6 @@ def test_each_tile_gets_another_change_in_every_chunk(one_colour: Split, monkeyp
     for _, split in shifted(one_colour, 28):
         tiles = split.images.flatten(1)
         assert len(tiles.unique(dim=0)) > 250
-
-
-def test_another_staining_keeps_a_tile_of_one_colour_as_one_colour(one_colour: Split) -> None:
-    split = dict(shifted(one_colour, 28))["lab_statistics"]
-    assert (split.images.amax((2, 3)) == split.images.amin((2, 3))).all()  # still one colour
-    spread = split.images[:, :, 0, 0].float().std(0)
-    assert ((spread > 5) & (spread < 40)).all()
 
 
 def test_another_staining_moves_means_and_spreads_as_far_as_documented() -> None:
