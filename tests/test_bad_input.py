@@ -111,7 +111,7 @@ OPTIONS: list[tuple[str, int, str]] = [
     ("study.sweep ablation.yaml -- --seed=3", 2, "--seed=3: the sweep gives each run its own seed"),
     ("study.sweep ablation.yaml -- --sise=28", 2, "unknown key --sise; did you mean --size"),
     ("study.sweep ablation.yaml --table_only --output_dir={}", 2, "no run of ablation is finished yet"),
-    ("study.report --output_dir={}", 2, r"report\.toml: no such file"),
+    ("study.report --output_dir={}", 2, r"runs: no finished run"),
     ("study.report --chek", 2, "unknown key --chek; did you mean --check"),
     ("study.__main__ --dataset=mnist", 2, "--dataset mnist: choose from"),
     ("study.__main__ --size=1", 2, "--size 1: choose from"),
@@ -199,18 +199,6 @@ def member(name: str, content: bytes, compression: int = zipfile.ZIP_DEFLATED) -
     return make
 
 
-def grid_table(content: str) -> Make:
-    """A report of an ablation, whose table of runs is `content`."""
-
-    def make(folder: Path, _: pytest.MonkeyPatch) -> None:
-        write_run(folder, {**CONFIG, "run_id": "a"})
-        (folder / "sweeps" / "g").mkdir(parents=True)
-        (folder / "sweeps" / "g" / "runs.csv").write_text(content)
-        (folder / "report.toml").write_text('[task1]\nruns = ["a"]\n[task4]\nablation = "g"\n')
-
-    return make
-
-
 def linked_lock(folder: Path, _: pytest.MonkeyPatch) -> None:
     """A run whose lock is a symbolic link to a file of the user."""
     (folder / "mine.txt").write_text("mine")
@@ -239,7 +227,6 @@ EXPLAIN = "task2.py --run_id=r --output_dir={} --data_root={}"
 TUNE = f"task5.py {PHANTOM} --model_name=resnet18 --data_root={{}} --output_dir={{}} --weights={{}}/w.pth"
 OFFICIAL = "task1.py --dataset=pathmnist --size=28 --data_root={} --output_dir={}"
 SWEEP = "study.sweep {}/s.yaml --output_dir={}"
-REPORT = "study.report --output_dir={}"
 
 # The same with files: what is there, then as above.
 FILES: list[tuple[Make, str, int, str]] = [
@@ -344,22 +331,6 @@ FILES: list[tuple[Make, str, int, str]] = [
     (sweep_of(method="bayes"), SWEEP, 2, "metric is missing"),
     (sweep_of(command=["python"]), SWEEP, 2, r"command has no \$\{args\}"),
     (text("s.yaml", "!!python/object/apply:os.mkdir [exploded]"), SWEEP, 2, r"s\.yaml: not YAML"),
-    (text("report.toml", "[task1"), REPORT, 2, r"report\.toml: "),
-    (text("report.toml", "a = " + "[" * 20_000), REPORT, 2, r"report\.toml: "),
-    *[(special("report.toml", kind), REPORT, 2, r"report\.toml: ") for kind in ("fifo", "folder", "zero", "loop")],
-    *[
-        (grid_table(content), REPORT, 1, rf"runs\.csv: not a readable record \({reason}")
-        for content, reason in (
-            ("run_id,ablation\nr\n", "the lines have different numbers of values"),
-            ("run_id,ablation\nr,combined,3\n", "the lines have different numbers of values"),
-            ('run_id,ablation\n"r,combined\n', "unexpected end of data"),
-            ("run_id\n" + "a" * 200_000 + "\n", "field larger than field limit"),
-        )
-    ],
-    (text("report.toml", "[task7]\n"), REPORT, 2, "unknown section task7"),
-    (text("report.toml", "[task1]\nruns = 3\n"), REPORT, 2, r"\[task1\] needs runs"),
-    (text("report.toml", '[task1]\nruns = ["r"]\n'), REPORT, 2, "names run r, which is not finished"),
-    (text("report.toml", '[task1]\nruns = ["../r"]\n'), REPORT, 2, r"names run \.\./r"),
 ]
 
 

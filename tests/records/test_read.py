@@ -173,7 +173,6 @@ CASES: list[tuple[Change, str]] = [
 def test_a_bad_record_is_named_with_its_key(
     change: Change, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "report.toml").write_text('[task1]\nruns = ["r"]\n')
     change(write_run(tmp_path))
     assert_refused(REPORT, 1, message, tmp_path, capsys)
 
