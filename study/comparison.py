@@ -9,22 +9,11 @@ from typing import Any
 from common.files import write_json
 from common.records.read import Record, run_folder
 from common.statistics import Spread, compare, spread
-from study.curves import draw_curves
+from study.figures import draw_curves
+from study.groups import CONVERGED_WITHIN, convergence_epoch
 
-CONVERGED_WITHIN = 0.005
 CONVERGENCE = "convergence epoch"
 FACTS = ("dataset", "synthetic", "data_fingerprint", "tiles", "device", "weights")
-
-
-def convergence_epoch(history: Sequence[Mapping[str, float]]) -> int:
-    """The first epoch, counted from 1, whose validation ACC is within 0.5 points (0.005) of the run's best one.
-
-    Raises ValueError for an empty history.
-    """
-    accuracies = [row["validate/acc"] for row in history]
-    # In floating point 0.920 - 0.915 is above 0.005; 1e-9 is far below one tile's share of an ACC.
-    reached = max(accuracies) - CONVERGED_WITHIN - 1e-9
-    return next(epoch for epoch, accuracy in enumerate(accuracies, start=1) if accuracy >= reached)
 
 
 def compare_runs(name: str, tuned: Sequence[str], scratch: Sequence[str], output_dir: Path) -> dict[str, Any]:

@@ -1,58 +1,128 @@
-"""report.md, made from the records in runs/ and sweeps/ alone.
+"""The page of a study: its tables, numbers and figures are made from the records of its runs.
 
-    python -m study.report                      # report.toml and runs/ here → report.md and report.html
-    python -m study.report --collect            # first write report.toml from what is finished in runs/
-    python -m study.report --check              # exit status 1, naming the first difference, if it is out of date
-    python -m study.report --output_dir FOLDER  # the same for the study in FOLDER
+    python -m study.report                    # fills the blocks and numbers of report.md and README.md here
+    python -m study.report --check            # exit status 1, naming the first difference, if they are out of date
+    python -m study.report --output_dir my    # a page about your own finished runs: my/report.md, my/report.html
 
-report.html is the same page as one file, with the figures inside: to hand in, or to send by mail.
-report.toml names the runs that each section shows. study/report.md.j2 is the page; a file findings.md.j2 beside
-report.toml, if there is one, says what was learnt, for the end of each section. `python -m study` first makes
-all that is missing.
+The prose of report.md is written by hand. A comment says what stands behind it:
+
+    <!-- results task1 task1_64: begin -->    a table of study/tables.py, with the names of rows, up to
+    <!-- results task1 task1_64: end -->
+    <!-- = task1 acc -->0.815<!-- -->         a number: see `Tables.number`
+    ![text](fig/a.png)<!-- sha256 … -->       a figure, and the first digits of its file's SHA-256
+
+The rows are those of study/groups.py. A folder without such a page gets one that shows every finished run.
+report.html is the same page as one file, with the figures inside. Before anything is shown, the scores of every
+run are computed again from its outputs (study/check.py).
 """
 
 import re
-import traceback
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from jinja2 import FileSystemLoader, StrictUndefined, TemplateError
-from jinja2.sandbox import SandboxedEnvironment
+from common.cli import Fault, Keys, UsageError, key, run_script
+from common.files import digest, read_text, write_text
+from study.check import check_runs
+from study.groups import Runs
+from study.html_page import html_page
+from study.tables import Tables, text
 
-from common.cli import Fault, Keys, UsageError, first_line, key, run_script
-from common.files import read_text, write_text
-from common.markdown import filled
-from study.report_check import check_study
-from study.report_collect import collect
-from study.report_facts import facts
-from study.report_html import html_page
-from study.report_selection import Study
+BLOCK = re.compile(r"<!-- ([^\n>]+): begin -->\n(.*?)<!-- ([^\n>]+): end -->", re.DOTALL)
+NUMBER = re.compile(r"<!-- = ([^\n>]+) -->(.*?)<!-- -->", re.DOTALL)
+FIGURE = re.compile(r"(!\[[^\]]*\]\(([^)\s]+)\))(<!-- sha256 \w+ -->)?")
+FIGURES = Path("fig") / "report"
+LADDER, CURVES, LEARNING, AUGMENTATIONS = (
+    FIGURES / f"{name}.png" for name in ("ladder", "curves", "learning_curve", "augmentations")
+)
+COLOURS = (
+    "ACC on the validation tiles, and on three copies with changed colours; then test ACC, and the gap between "
+    "the network's confidence and its accuracy."
+)
+TILE = FIGURES / "tile.png"  # a test tile of PathMNIST
+IN_CURVES = (
+    "task1",
+    "task1_64",
+    "combined",
+    "combined_64",
+    "chosen",
+    "tuned",
+    "tuned_scratch",
+    "old_tuned",
+    "old_scratch",
+)
 
 
 class ReportConfig(Keys):
     """Where the study is, and whether to write or to check."""
 
-    output_dir: Path = key(Path(), "folder of the study: has report.toml, runs/, sweeps/ and fig/, gets report.md")
+    output_dir: Path = key(Path(), "folder of the study: has runs/ and gets report.md")
     check: bool = key(False, "write nothing: exit with 1 if report.md is not what the records give")
-    collect: bool = key(False, "first write report.toml, from the finished runs; it replaces an existing one")
 
 
-def build(study: Study, content: Mapping[str, Any]) -> str:
-    """The page; `content` holds the facts. Raises Fault where a figure is missing, or a template has an error."""
-    environment = SandboxedEnvironment(
-        loader=FileSystemLoader([Path(__file__).parent, study.folder]),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    try:
-        page = environment.get_template("report.md.j2").render(content)
-    except (TemplateError, LookupError, TypeError, ValueError) as error:
-        places = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.endswith(".j2")]
-        where = f"{places[-1].filename}, line {places[-1].lineno}" if places else "report.md.j2"
-        raise Fault(f"{where}: {first_line(error)}") from error
-    return re.sub(r"\n{3,}", "\n\n", page).strip() + "\n"
+def main(config: ReportConfig) -> None:
+    """The records → the tables, numbers and figures of report.md, or a check of them."""
+    folder, page = config.output_dir, config.output_dir / "report.md"
+    runs = Runs(folder)
+    if not runs.finished:
+        raise UsageError(f"{folder / 'runs'}: no finished run; python task1.py --output_dir {folder} makes one")
+    by_hand = page.exists() and BLOCK.search(read_text(page)) is not None
+    if by_hand:
+        tables = Tables(runs, runs.groups(), runs.ablation(), runs.curves())
+    else:
+        tables = Tables(runs, runs.recipes())
+    pages = {page: read_text(page) if by_hand else own_page(tables)}
+    if by_hand and (readme := folder / "README.md").exists():
+        pages[readme] = read_text(readme)
+    made = {path: fill(content, tables) for path, content in pages.items()}
+    if not by_hand:  # without comments: the next call makes the page anew
+        made[page] = BLOCK.sub(lambda found: found[2].rstrip(), made[page])
+    check_runs(runs.read.values(), seeds_in_names=by_hand)
+    if not config.check:
+        draw(tables, by_hand)
+    made = {path: with_digests(content, folder) for path, content in made.items()}
+    if config.check:
+        for path, content in made.items():
+            if not path.exists():
+                raise Fault(f"{path}: missing; python -m study.report makes it")
+            if difference := first_difference(read_text(path), content):
+                raise Fault(f"{path} is out of date: {difference}; python -m study.report writes it again")
+        print(f"{page} is what the records of {len(runs.read)} runs give")
+        return
+    for path, content in made.items():
+        write_text(path, content)
+    write_text(page.with_suffix(".html"), html_page(made[page], folder))
+    print(f"{page} and {page.with_suffix('.html')}: {len(tables.rows)} rows, {len(runs.read)} runs")
+
+
+def fill(content: str, tables: Tables) -> str:
+    """A page with the blocks and numbers that the records give; Fault for one that is not closed or not known."""
+
+    def block(found: re.Match[str]) -> str:
+        name, _, end = found.groups()
+        if name != end:
+            raise Fault(f"the page's block {name!r} ends as {end!r}")
+        lines = "".join(f"{line}\n" for line in tables.block(name))
+        return f"<!-- {name}: begin -->\n{lines}<!-- {name}: end -->"
+
+    def number(found: re.Match[str]) -> str:
+        return f"<!-- = {found[1]} -->{tables.number(found[1])}<!-- -->"
+
+    filled, blocks = BLOCK.subn(block, content)
+    filled, numbers = NUMBER.subn(number, filled)
+    if content.count(": begin -->") != blocks or content.count("<!-- = ") != numbers:
+        raise Fault("the page has a block or a number that is not closed")
+    return filled
+
+
+def with_digests(content: str, folder: Path) -> str:
+    """A page that tells the digest of each figure; Fault where one is missing."""
+
+    def figure(found: re.Match[str]) -> str:
+        try:
+            return f"{found[1]}<!-- sha256 {digest(folder / found[2])[:16]} -->"
+        except OSError as error:
+            raise Fault(f"{folder / found[2]}: {error.strerror}; the page shows this figure") from None
+
+    return FIGURE.sub(figure, content)
 
 
 def first_difference(page: str, made: str) -> str | None:
@@ -60,55 +130,69 @@ def first_difference(page: str, made: str) -> str | None:
     there, here = page.splitlines(), made.splitlines()
     for number, (old, new) in enumerate(zip(there, here, strict=False), start=1):
         if old != new:
-            return f"line {number} says {old[:80]!r}, the records give {new[:80]!r}"
+            start = next((at for at, pair in enumerate(zip(old, new, strict=False)) if pair[0] != pair[1]), 0)
+            start = max(0, start - 30)
+            return f"line {number} says {old[start : start + 80]!r}, the records give {new[start : start + 80]!r}"
     if len(there) != len(here):
         return f"it has {len(there)} lines, the records give {len(here)}"
     return None
 
 
-def results(page: str) -> list[str]:
-    """What README shows of the page's summary, in one line each: what was learnt, or else the scores."""
-    summary = page.split("\n## Summary\n")[1].split("\n## ")[0]
-    last_part = summary.split("\n### ")[-1]
-    return [line for line in last_part.splitlines() if line.startswith("- ")]
+def draw(tables: Tables, by_hand: bool) -> None:
+    """Draw the figures of the page."""
+    from study import figures  # matplotlib
+
+    folder, rows = tables.runs.folder, tables.shown
+    if rows:
+        figures.draw_ladder(folder / LADDER, rows, figures.AIM if by_hand else None)
+    chosen = {name: rows[name] for name in IN_CURVES if name in rows} if by_hand else rows
+    trained = {
+        f"{group.title}, {group.side} px": group.records for group in chosen.values() if group.first.history
+    }
+    if trained:
+        figures.draw_curves(folder / CURVES, trained, str(next(iter(trained.values()))[0].summary["dataset"]))
+    if by_hand and tables.curves:
+        figures.draw_learning_curve(folder / LEARNING, tables.curves)
+    if (folder / TILE).exists():
+        figures.draw_augmentations(folder / AUGMENTATIONS, folder / TILE, side=64)
 
 
-def main(config: ReportConfig) -> None:
-    """report.toml and the records → report.md, or a check of it."""
-    if config.collect:
-        if config.check:
-            raise UsageError("--collect writes report.toml and --check writes nothing: use one of them")
-        collect(config.output_dir)
-    study = Study(config.output_dir)
-    content = facts(study)
-    ablation, compared = (
-        {name: group.records for name, group in content[part].items()} for part in ("ablation", "compared")
-    )
-    check_study(study, ablation, compared)
-    path = config.output_dir / "report.md"
-    if not config.check:
-        from study import report_figures  # matplotlib
+def own_page(tables: Tables) -> str:
+    """A page about all finished runs of a folder, ready to be filled."""
+    folder, rows = tables.runs.folder, tables.rows
+    summaries = [group.first.summary for group in rows.values()]
+    lines = ["# Report", "", text("; ".join(sorted({one["dataset"] for one in summaries})) or "Sweeps")]
+    if any(one["synthetic"] for one in summaries):
+        lines += ["", "> These tiles are generated. They are not tissue, so these are no results on PathMNIST."]
+    trained = [name for name, group in rows.items() if group.first.history]
 
-        report_figures.draw(study.folder, content)
-    page = build(study, content)
-    made = {path: page}
-    readme = config.output_dir / "README.md"
-    if readme.exists() and "<!-- results: begin -->" in (text := read_text(readme)):
-        made[readme] = filled(text, "results", results(page))
-    if config.check:
-        for file, content_made in made.items():
-            if not file.exists():
-                raise Fault(f"{file}: missing; python -m study.report makes it")
-            difference = first_difference(read_text(file), content_made)
-            if difference:
-                raise Fault(f"{file} is out of date: {difference}; python -m study.report writes it again")
-        print(f"{path} is what the records give")
-        return
-    for file, content_made in made.items():
-        write_text(file, content_made)
-    in_one_file = path.with_suffix(".html")
-    write_text(in_one_file, html_page(page, study.folder))
-    print(f"{path}: {len(study.linked)} figures; {in_one_file}: the same page as one file")
+    def section(title: str, *parts: str) -> None:
+        lines.extend(["", f"## {title}"])
+        for part in parts:
+            lines.extend(["", part])
+
+    def block(*words: str) -> str:
+        name = " ".join(words)
+        return f"<!-- {name}: begin -->\n<!-- {name}: end -->"
+
+    if rows:
+        section("Scores", f"![Test ACC of each row]({LADDER})", block("results", *rows))
+    if trained:
+        section("Training", block("recipes", *trained), f"![Losses and scores by epoch]({CURVES})")
+        section("Classes and colours", block("classes", *trained), COLOURS, block("colours", *trained))
+    for path in sorted((folder / "runs").glob("*/attribution.json")):
+        run_id = path.parent.name
+        figures = [f"fig/task2/{run_id}-{name}.png" for name in ("methods", "classes", "randomisation", "removal")]
+        shown = [f"![Saliency maps of run {run_id}]({name})" for name in figures if (folder / name).exists()]
+        section(f"Saliency maps of {text(run_id)}", *shown, block("maps", run_id))
+    for path in sorted((folder / "sweeps").glob("*/table.md")):
+        name = path.parent.name
+        figures = [f"fig/task4/{one.name}" for one in sorted((folder / "fig/task4").glob(f"{name}*.png"))]
+        shown = [f"![Results of {name}]({one})" for one in figures]
+        section(f"Sweep {text(name)}", read_text(path).strip(), *shown)
+    if rows:
+        section("Records", block("records"))
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ python -m study.runs --output_dir FOLDER    # FOLDER/runs/
 """
 
 import os
+import re
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,12 +36,26 @@ def main(config: RunsConfig) -> None:
         *(cells for _, cells in sorted(found, key=lambda one: one[0])),
     ]
     widths = {name: max(len(cells[name]) for cells in rows) for name in COLUMNS}
+    lines = []
     for cells in rows:
         padded = {name: cells[name].ljust(widths[name]) for name in COLUMNS}
         colour = COLOURS.get(cells["state"].split()[0])
         if colour and in_colour():
             padded["state"] = f"\x1b[{colour}m{padded['state']}\x1b[0m"
-        print("  ".join(padded.values()).rstrip())
+        lines.append("  ".join(padded.values()).rstrip())
+    show("\n".join(lines) + "\n")
+
+
+def show(text: str) -> None:
+    """Write to stdout; Fault where it cannot be written. A reader that wants no more of it is no error."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # else Python tries to write the rest at its end
+        if not isinstance(error, BrokenPipeError):
+            raise Fault(f"standard output: {error.strerror}") from None
 
 
 def row(output_dir: Path, run_id: str) -> tuple[str, dict[str, str]]:
@@ -73,9 +88,10 @@ def row(output_dir: Path, run_id: str) -> tuple[str, dict[str, str]]:
                 "validation ACC": f"{accuracy:.4f}",
                 "test ACC": f"{summary['test/acc']:.4f}",
             }
-    except (Fault, KeyError, TypeError, ValueError):
+    except (Fault, OSError, KeyError, TypeError, ValueError):
         return "", cells | {"state": "damaged"}
-    return started, cells
+    # Escape codes in a record must not reach the terminal.
+    return started, {name: re.sub(r"[^ -~\u00a0-\uffff]", "?", text) for name, text in cells.items()}
 
 
 def is_running(folder: Path) -> bool:
@@ -93,6 +109,8 @@ def is_running(folder: Path) -> bool:
 def age(started: datetime) -> str:
     """The time since then in its largest unit: `3 min`, `5 h`, `12 d`."""
     minutes = (datetime.now(UTC) - started).total_seconds() / 60
+    if minutes < -1:
+        return "?"  # a clock was wrong
     for unit, length in (("d", 24 * 60), ("h", 60)):
         if minutes >= length:
             return f"{minutes / length:.0f} {unit}"

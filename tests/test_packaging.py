@@ -29,7 +29,7 @@ def test_a_wheel_carries_every_file_of_the_packages(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "pip", "wheel", *options, tmp_path / "source"], check=True)
     (wheel,) = tmp_path.glob("*.whl")
     assert needed - set(zipfile.ZipFile(wheel).namelist()) == set()
-    assert "study/report.md.j2" in needed
+    assert "study/page.html" in needed
 
 
 def test_the_workflow_and_the_hook_run_what_ci_runs() -> None:
@@ -47,6 +47,6 @@ def test_the_citation_has_the_version_and_the_licence_of_the_project() -> None:
 
 def test_every_file_that_the_guide_names_exists() -> None:
     guide = (ROOT / "CONTRIBUTING.md").read_text()
-    names = {word for word in guide.split("`") if word.endswith((".py", ".yaml", ".j2")) and " " not in word}
+    names = {word for word in guide.split("`") if word.endswith((".py", ".yaml", ".html")) and " " not in word}
     assert names
     assert not [name for name in names if not (ROOT / name).exists()]

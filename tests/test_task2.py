@@ -16,8 +16,8 @@ from matplotlib.image import imread
 import task1
 import task2
 import task5
+from common.cli import UsageError
 from common.config import run_script
-from common.errors import UsageError
 from common.explain import checks
 from common.explain.tiles import TARGETS, choose_tiles, find_run, one_of_each_class, origin
 from common.records import checkpoint

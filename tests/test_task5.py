@@ -11,10 +11,10 @@ import torch
 from conftest import CPU
 
 import task5
+from common.cli import UsageError
 from common.config import parse
 from common.data.batches import DeviceTiles, normalise
 from common.data.dataset import load_dataset
-from common.errors import UsageError
 from common.finetune import features, network
 from common.finetune.keys import RANDOM_VIEWS
 from common.finetune.network import FineTunedNetwork

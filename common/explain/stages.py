@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from common.errors import UsageError
+from common.cli import UsageError
 from common.finetune.network import FineTunedNetwork
 
 HEAD = "head"  # the stage of all layers after the last map

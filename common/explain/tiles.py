@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from common.cli import UsageError
 from common.data.dataset import Dataset
-from common.errors import UsageError
 from common.finetune.weights import SCRATCH
 from common.records.read import checkpoint_folder, is_finished, read_json, run_folder
 from common.records.run import TITLES

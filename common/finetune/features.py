@@ -9,11 +9,11 @@ from typing import TypeVar
 import torch
 from tqdm import tqdm
 
+from common.cli import UsageError
 from common.data.augment import build_augmentation, dihedral_view
 from common.data.batches import RESIDENT_SHARE, Batch, DeviceTiles, Splits, normalise
 from common.data.dataset import Dataset, Split
 from common.data.shift import SHIFTS, shifted
-from common.errors import UsageError
 from common.finetune.keys import FineTuningConfig
 from common.finetune.network import FineTunedNetwork
 from common.records.read import read_json, run_folder

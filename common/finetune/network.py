@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from common.errors import UsageError
+from common.cli import UsageError
 from common.finetune.weights import Preset, Weights, library_name
 from common.records import checkpoint
 from common.training.models import build_model

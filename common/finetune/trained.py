@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from common.cli import Fault, UsageError
 from common.data.batches import normalise
 from common.data.dataset import resize
-from common.errors import Fault, UsageError
 from common.finetune.network import FineTunedNetwork, build_fine_tuned
 from common.finetune.weights import Preset, Weights, library_name
 from common.records import checkpoint

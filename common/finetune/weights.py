@@ -16,9 +16,8 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from common.cli import expanded
+from common.cli import Fault, UsageError, closest, expanded, first_line
 from common.config import check_run_id
-from common.errors import Fault, UsageError, closest, first_line
 from common.files import open_regular
 from common.records import checkpoint
 from common.records.read import best_weights, checkpoint_folder, is_finished, read_json, run_folder

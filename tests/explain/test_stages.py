@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from common.errors import UsageError
+from common.cli import UsageError
 from common.explain.stages import grad_cam_layer, map_sides, stages
 from common.finetune.network import build_fine_tuned
 from common.finetune.weights import Preset, Weights

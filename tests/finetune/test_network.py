@@ -8,10 +8,10 @@ import torch
 from conftest import CPU, trainer_of
 from torch import nn
 
+from common.cli import UsageError
 from common.data.augment import build_augmentation, dihedral_view
 from common.data.batches import DeviceTiles, normalise
 from common.data.dataset import Dataset
-from common.errors import UsageError
 from common.finetune.features import cache_features
 from common.finetune.network import FineTunedNetwork, build_fine_tuned, lr_factors
 from common.finetune.weights import Preset, Weights

@@ -19,8 +19,8 @@ from example_records import CONFIG, write_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from common.cli import Fault, UsageError
 from common.data.batches import normalise
-from common.errors import Fault, UsageError
 from common.finetune import weights as weights_module
 from common.finetune.network import FineTunedNetwork, build_fine_tuned
 from common.finetune.weights import Preset, Weights, load_weights

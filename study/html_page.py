@@ -1,65 +1,64 @@
-"""report.html: the page of report.md as one file that holds its figures, to hand in or to send by mail."""
+"""report.html: a page of Markdown as one file that holds its figures, to hand in or to send by mail."""
 
 import base64
+import html
 import mimetypes
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from string import Template
 from urllib.parse import unquote
 
-from jinja2 import Environment, FileSystemLoader
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from common.errors import Fault
+from common.files import read_text
 
-
-@dataclass(frozen=True)
-class Heading:
-    """An entry of the table of contents: `h2` or `h3`, its text, and its anchor in the page."""
-
-    level: str
-    text: str
-    anchor: str
+TEMPLATE = Path(__file__).with_name("page.html")
 
 
 def html_page(markdown: str, folder: Path) -> str:
     """The HTML of `markdown` with every figure inside; paths of figures are relative to `folder`.
 
-    Links to files beside the page become plain text: the page is read where these files are not. Raises Fault
-    naming a figure that cannot be read.
+    Comments are left out, and other HTML in the page is shown as it is written. Links to files beside the page
+    become plain text: the page is read where these files are not. Raises Fault where a figure cannot be read.
     """
-    renderer = MarkdownIt("commonmark").enable("table")
+    renderer = MarkdownIt("commonmark", {"html": False}).enable("table")
     renderer.add_render_rule("table_open", lambda *_: '<div class="table"><table>\n')
     renderer.add_render_rule("table_close", lambda *_: "</table></div>\n")
-    tokens = renderer.parse(markdown)
+    # A comment alone on its line leaves no empty line, which would end a table or a list.
+    tokens = renderer.parse(re.sub(r"^<!--.*?-->\n|<!--.*?-->", "", markdown, flags=re.MULTILINE | re.DOTALL))
     headings = _add_anchors(tokens)
     for token in tokens:
         for child in token.children or []:
             if child.type == "image":
                 child.attrSet("src", _inside(folder / unquote(str(child.attrGet("src")))))
         token.children = _without_local_links(token.children or [])
-    body = renderer.renderer.render(tokens, renderer.options, {})
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True)
-    title = next((heading.text for heading in headings if heading.level == "h1"), "Report")
-    shown = [heading for heading in headings if heading.level in ("h2", "h3")]
-    page: str = environment.get_template("report.html.j2").render(title=title, headings=shown, body=body)
-    return page
+    contents = [
+        f'<li class="{tag}"><a href="#{anchor}">{html.escape(text)}</a></li>'
+        for tag, text, anchor in headings
+        if tag in ("h2", "h3")
+    ]
+    title = next((text for tag, text, _ in headings if tag == "h1"), "Report")
+    return Template(read_text(TEMPLATE)).substitute(
+        title=html.escape(title),
+        contents="\n".join(contents),
+        body=renderer.renderer.render(tokens, renderer.options, {}),
+    )
 
 
-def _add_anchors(tokens: Sequence[Token]) -> list[Heading]:
-    """Give each heading the anchor that GitHub gives it, so that links within the page work in both."""
-    headings: list[Heading] = []
+def _add_anchors(tokens: Sequence[Token]) -> list[tuple[str, str, str]]:
+    """Give each heading the anchor that GitHub gives it; the tag, text and anchor of each."""
+    headings: list[tuple[str, str, str]] = []
     for opening, inline in pairwise(tokens):
         if opening.type == "heading_open":
             text = "".join(child.content for child in inline.children or [])
             anchor = re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-")
-            same = sum(re.sub(r"-\d+$", "", heading.anchor) == anchor for heading in headings)
+            same = sum(re.sub(r"-\d+$", "", other) == anchor for *_, other in headings)
             opening.attrSet("id", anchor := f"{anchor}-{same}" if same else anchor)
-            headings.append(Heading(opening.tag, text, anchor))
+            headings.append((opening.tag, text, anchor))
     return headings
 
 
@@ -78,8 +77,7 @@ def _without_local_links(tokens: Sequence[Token]) -> list[Token]:
     within = False
     for token in tokens:
         if token.type == "link_open":
-            target: Any = token.attrGet("href")
-            within = not re.match(r"https?:|mailto:|#", target)
+            within = not re.match(r"https?:|mailto:|#", str(token.attrGet("href")))
         if not (within and token.type in ("link_open", "link_close")):
             kept.append(token)
     return kept

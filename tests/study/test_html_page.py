@@ -12,7 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from common.errors import Fault
-from study.report_html import html_page
+from study.html_page import html_page
 
 PAGE = """# A study
 
@@ -28,15 +28,12 @@ See the [second part](#second-part), [a file](runs/r/summary.json) and [a paper]
 
 | run | {columns} |
 | - | {rule} |
-| r | {cells} |
+<!-- a comment: end -->
+| r<script>alert(1)</script> | {cells} |
 
 ### Results
 
-<details><summary>Folded</summary>
-
 `a-very-long-name-without-a-place-to-break-it-{long}`
-
-</details>
 """
 
 
@@ -71,6 +68,11 @@ def test_only_links_that_work_without_the_files_beside_the_page_remain(page: str
     assert "a file and" in main
 
 
+def test_html_in_a_record_is_text_and_comments_are_left_out(page: str) -> None:
+    assert "<td>r&lt;script&gt;alert(1)&lt;/script&gt;</td>" in page
+    assert "a comment" not in page
+
+
 def test_a_missing_figure_is_named(tmp_path: Path) -> None:
     with pytest.raises(Fault, match=r"fig/none\.png: No such file .*; python -m study\.report draws the figures"):
         html_page("![x](fig/none.png)", tmp_path)
@@ -88,10 +90,17 @@ def test_a_browser_shows_every_figure_and_needs_no_horizontal_scrolling(
         root = Path(__file__).resolve().parent.parent.parent
         page = html_page((root / "report.md").read_text(), root)
     script = """<script>addEventListener("load", () => {
-        for (const folded of document.querySelectorAll("details")) folded.open = true
-        const root = document.documentElement
+        const root = document.documentElement, details = document.querySelector("nav details")
+        const folded = !details.open, column = document.querySelector("td").getBoundingClientRect().left
+        document.querySelector(".table").scrollLeft = 100
+        const fixed = document.querySelector("td").getBoundingClientRect().left === column
+        document.querySelector("main img").click()
+        const large = document.querySelector("dialog").open
+        document.querySelector("dialog").click()
+        details.open = true
         document.title = JSON.stringify({
-            broken: [...document.images].filter(image => !image.naturalWidth).length,
+            broken: [...document.querySelectorAll("main img")].filter(image => !image.naturalWidth).length,
+            folded: folded, fixed: fixed, large: large && !document.querySelector("dialog").open,
             images: document.images.length, wide: root.scrollWidth - root.clientWidth, width: root.clientWidth,
             dead: [...document.querySelectorAll('a[href^="#"]')].filter(
                 link => !document.getElementById(decodeURIComponent(link.hash.slice(1)))).length})
@@ -117,5 +126,6 @@ def test_a_browser_shows_every_figure_and_needs_no_horizontal_scrolling(
     match = re.search('data-seen="(.*?)"', shown)
     assert match, shown
     seen = json.loads(html.unescape(match[1]))
-    assert seen == {"broken": 0, "images": seen["images"], "wide": 0, "width": width, "dead": 0}
+    expected = {"broken": 0, "wide": 0, "width": width, "dead": 0, "folded": width == 400}
+    assert seen == {**expected, "fixed": True, "large": True, "images": seen["images"]}
     assert seen["images"] > 0
