@@ -1,7 +1,6 @@
 """Whether a run's scores follow from its own outputs: each is computed again from scores.npz."""
 
 import hashlib
-import math
 from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
@@ -14,8 +13,8 @@ from common.records.read import Record, unreadable
 from common.training.evaluation import Evaluation, best_epoch
 
 EQUAL = 1e-9
-# Earlier versions computed the AUC from a softmax of the recorded log-probabilities, which rounds them once more.
-AUC_ROUNDING = {"auc": 1e-4, "auc_per_class": 5e-4}
+# Earlier versions took a softmax of a baseline's log-probabilities, which rounds once more.
+BASELINE_EQUAL, BASELINE_CALIBRATION = 5e-5, 1e-3
 # On a GPU, and where a run went on on another machine, the same weights may give slightly other outputs when they
 # are scored again: a share of the tiles.
 OTHER_OUTPUTS = 1e-3
@@ -34,7 +33,12 @@ def check_scores(record: Record) -> None:
 
 
 def _check(record: Record) -> None:
-    summary, arrays = record.summary, record.arrays()
+    summary, arrays, baseline = record.summary, record.arrays(), "baseline" in record.config
+    n_tiles = summary["tiles"]["train"]
+    for name, values in (("run_id", (record.run_id,)), ("train_tiles", (None, n_tiles))):
+        if record.config[name] not in values:
+            problem = f"config.{name}: it is {record.config[name]}, in summary.json {values[-1]}"
+            raise unreadable(record.folder / "config.json", problem)
     targets = {"test": arrays["targets"], "val": arrays["validate_targets"]}
     if record.facts["data_fingerprint"].startswith(pathmnist.MD5[28]):
         for split, sha256 in pathmnist.LABELS_SHA256.items():
@@ -44,8 +48,10 @@ def _check(record: Record) -> None:
     found: dict[str, Any] = {}
     for weights in ("best", "last", "tta"):
         if weights in summary:
-            outputs = Evaluation(arrays[f"{weights}_logits"], targets["test"].astype(np.int64))
-            scores = outputs.described(tuple(summary[weights]["auc_per_class"]))
+            logits, labels = arrays[f"{weights}_logits"], targets["test"].astype(np.int64)
+            scores = Evaluation(logits, labels, normalised=baseline).described(
+                tuple(summary[weights]["auc_per_class"])
+            )
             # A record from before a score existed lacks it.
             found[weights] = {name: value for name, value in scores.items() if name in summary[weights]}
     found |= {f"test/{name}": summary["best"][name]["value"] for name in ("auc", "acc")}
@@ -58,7 +64,7 @@ def _check(record: Record) -> None:
             found[weights]["epoch"] = epochs[weights]
         found["validate"] = dict(record.history[best - 1])
     for name, value in found.items():
-        if where := _difference(summary.get(name), value, name):
+        if where := _difference(summary.get(name), value, name, BASELINE_EQUAL if baseline else EQUAL):
             raise unreadable(record.folder / "summary.json", where)
 
     exact = record.facts["device"].endswith(("thread", "threads")) and ", then " not in record.facts["device"]
@@ -70,15 +76,16 @@ def _check(record: Record) -> None:
             raise unreadable(record.folder / "summary.json", where)
 
 
-def _difference(recorded: Any, computed: Any, key: str) -> str:
-    """Where two JSON values differ, by more than rounding, in words; an empty string where they do not."""
+def _difference(recorded: Any, computed: Any, key: str, tolerance: float) -> str:
+    """Where two JSON values differ, numbers by more than `tolerance`, in words; an empty string without one."""
     if isinstance(recorded, Mapping) and isinstance(computed, Mapping):
-        differing = (_difference(recorded.get(name), value, f"{key}.{name}") for name, value in computed.items())
+        pairs = ((f"{key}.{name}", recorded.get(name), value) for name, value in computed.items())
+        differing = (_difference(before, now, name, tolerance) for name, before, now in pairs)
         return next(filter(None, differing), "")
     same = recorded == computed
     if isinstance(recorded, int | float) and isinstance(computed, int | float):
-        tolerance = next((AUC_ROUNDING[part] for part in key.split(".") if part in AUC_ROUNDING), EQUAL)
-        same = math.isclose(recorded, computed, rel_tol=EQUAL, abs_tol=tolerance)
+        calibration = tolerance > EQUAL and key.endswith("expected_calibration_error")
+        same = abs(recorded - computed) <= (BASELINE_CALIBRATION if calibration else tolerance)
     return "" if same else f"{key}: it is {recorded}, the run's outputs and history give {computed}"
 
 

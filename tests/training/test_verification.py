@@ -113,13 +113,22 @@ def test_replaced_and_permuted_labels_are_noticed(split: str) -> None:
 
 def test_one_other_prediction_is_noticed_on_other_data_too() -> None:
     arrays = task1().arrays()
+    right = np.flatnonzero(arrays["shifted_gamma"] == arrays["validate_targets"])[0]
     for name in ("best_logits", "last_logits", "tta_logits", "shifted_gamma"):
         other = arrays[name].copy()
-        other[0] = np.roll(other[0], 1) if other.ndim == 2 else (other[0] + 1) % 9
+        other[right] = np.roll(other[right], 1) if other.ndim == 2 else (other[right] + 1) % 9
         record = task1({name: other})
         record.facts["data_fingerprint"] = "my own tiles"
         with pytest.raises(Fault, match=r"summary\.json: "):
             check_scores(record)
+
+
+@pytest.mark.parametrize(("name", "value"), [("run_id", "task1-1"), ("train_tiles", 9000)])
+def test_a_configuration_of_another_run_is_named(name: str, value: Any) -> None:
+    record = task1()
+    record.facts["config"][name] = value
+    with pytest.raises(Fault, match=rf"config\.json: .*config\.{name}: it is {value}"):
+        check_scores(record)
 
 
 def test_a_record_that_lacks_an_array_is_named() -> None:
