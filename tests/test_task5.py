@@ -1,7 +1,5 @@
 import csv
 import json
-import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +9,11 @@ import torch
 from conftest import CPU
 
 import task5
-from common.cli import UsageError
-from common.config import parse
-from common.data.batches import DeviceTiles, normalise
+from common.cli import UsageError, parse
+from common.data.batches import DeviceTiles
 from common.data.dataset import load_dataset
 from common.finetune import features, network
 from common.finetune.keys import RANDOM_VIEWS
-from common.finetune.network import FineTunedNetwork
 from common.finetune.weights import load_weights
 from common.records import checkpoint
 from common.training.evaluation import evaluate
@@ -238,30 +234,20 @@ def test_the_command_again_skips_what_is_finished_and_compares_again(
     assert "run r-scratch-seed1 is finished already" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("run_id", ["r", "r-scratch-seed1"])
-def test_finished_runs_of_another_configuration_are_refused(
-    finished: Path, phantom_root: Path, weights: Path, run_id: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = finished / f"runs/{run_id}/config.json"
-    before, comparison = path.read_text(), (finished / "runs/r/comparison.json").read_text()
-    record = json.loads(before)
-    record["config"]["lr"] = 0.123
-    path.write_text(json.dumps(record))
-    monkeypatch.setattr(task5, "train", lambda *_: pytest.fail("nothing may be trained"))
-    with pytest.raises(UsageError, match=rf"run {run_id} was started with another configuration \(lr was 0\.123"):
-        task5.main(read(*keys(phantom_root, finished, weights, "--n_seeds=3")))
-    path.write_text(before)
-    assert (finished / "runs/r/comparison.json").read_text() == comparison
-
-
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("run_id", "change", "message"),
     [
-        ({"data_fingerprint": "other"}, "run r was started on other data"),
-        ({"weights": {"name": "w", "source": "s", "sha256": "0"}}, "run r was started from other weights"),
+        (
+            "r-scratch-seed1",
+            {"config": {"lr": 0.123}},
+            r"run r-scratch-seed1 was started with another .*lr was 0\.123",
+        ),
+        ("r", {"data_fingerprint": "other"}, "run r was started on other data"),
+        ("r", {"weights": {"name": "w", "source": "s", "sha256": "0"}}, "run r was started from other weights"),
     ],
 )
-def test_finished_runs_on_other_data_or_from_other_weights_are_refused(
+def test_finished_runs_of_another_kind_are_refused_before_anything_is_trained(
+    run_id: str,
     change: dict[str, Any],
     message: str,
     finished: Path,
@@ -269,36 +255,33 @@ def test_finished_runs_on_other_data_or_from_other_weights_are_refused(
     weights: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    path = finished / "runs/r/config.json"
+    path = finished / f"runs/{run_id}/config.json"
     before = path.read_text()
-    path.write_text(json.dumps({**json.loads(before), **change}))
+    record = json.loads(before)
+    if "config" in change:
+        change = {"config": {**record["config"], **change["config"]}}
+    path.write_text(json.dumps({**record, **change}))
     monkeypatch.setattr(task5, "train", lambda *_: pytest.fail("nothing may be trained"))
     with pytest.raises(UsageError, match=message):
         task5.main(read(*keys(phantom_root, finished, weights, "--n_seeds=3")))
     path.write_text(before)
 
 
+def test_resume_is_asked_of_the_first_run_alone_and_a_finished_one_is_refused(
+    finished: Path, phantom_root: Path, weights: Path, tmp_path: Path
+) -> None:
+    runs = read("--run_id=r", "--resume", "--n_seeds=2").runs()
+    assert [run.resume for run in runs] == [True, False, False, False]
+    with pytest.raises(UsageError, match="--resume: run r has no checkpoint"):
+        task5.main(read(*keys(phantom_root, tmp_path, weights, "--resume")))
+    with pytest.raises(UsageError, match="run r is finished already"):
+        task5.main(read(*keys(phantom_root, finished, weights, "--scratch=False")))
+
+
 def test_several_runs_from_random_weights_have_nothing_to_compare(phantom_root: Path, tmp_path: Path) -> None:
     task5.main(read(*keys(phantom_root, tmp_path, "none", "--n_seeds=2", "--n_epochs=1")))
     assert all((tmp_path / f"runs/{run_id}/summary.json").exists() for run_id in ("r", "r-seed1"))
     assert not (tmp_path / "runs/r/comparison.json").exists()
-
-
-def test_resume_is_asked_of_the_first_run_and_the_others_start_after_it(
-    phantom_root: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    runs = read("--run_id=r", "--resume", "--n_seeds=2").runs()
-    assert [run.resume for run in runs] == [True, False, False, False]
-    command = keys(phantom_root, tmp_path, weights, "--n_epochs=1")
-    with pytest.raises(UsageError, match="--resume: run r has no checkpoint"):
-        task5.main(read(*command, "--resume"))
-    task5.main(read(*command, "--scratch=False"))
-    with pytest.raises(UsageError, match="run r is finished already"):
-        task5.main(read(*command, "--scratch=False"))
-    capsys.readouterr()
-    task5.main(read(*command, "--resume"))
-    assert "run r is finished already" in capsys.readouterr().out
-    assert (tmp_path / "runs/r/comparison.json").exists()
 
 
 def test_the_cache_changes_how_long_a_run_takes_and_not_what_it_finds(
@@ -315,78 +298,24 @@ def test_the_cache_changes_how_long_a_run_takes_and_not_what_it_finds(
     assert not (tmp_path / "runs/r/comparison.json").exists()
 
 
-def run_with_little_memory(
-    free: int, keys: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> str:
-    """What a command prints where so many bytes of memory are free."""
-    monkeypatch.setattr(features, "free_memory", lambda device: free)
-    task5.main(read(*keys))
-    return capsys.readouterr().out
-
-
-def kill_with_little_memory(
-    step: str, free: int, keys: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Start a command where so many bytes of memory are free, and kill it when the trainer's `step` begins."""
-
-    def killed(self: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(task5.Trainer, step, killed)
-        run_with_little_memory(free, keys, monkeypatch, capsys)
-
-
-# Of 90 training tiles in 8 views, 10 validation tiles plain and under 3 shifts, and 18 test tiles in 8 views:
-# 904 rows of 576 float32 values.
-CACHE_BYTES = 904 * 576 * 4
-
-
-def test_features_that_do_not_fit_into_memory_are_not_cached_and_the_record_says_so(
-    phantom_root: Path,
-    weights: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    command = keys(phantom_root, tmp_path, weights, "--scratch=False", "--n_epochs=1")
-    monkeypatch.setattr(task5, "cached_splits", lambda *_: pytest.fail("nothing may be cached"))
-    printed = run_with_little_memory(CACHE_BYTES, command, monkeypatch, capsys)
-    assert printed.count("features are not cached: the features of all tiles take 0.0 GB") == 1
-    record = json.loads((tmp_path / "runs/r/config.json").read_text())["config"]
-    assert (record["cache_features"], record["feature_views"]) == (False, None)
-
-
 def test_features_are_cached_where_they_fit_into_60_percent_of_the_free_memory(
-    phantom_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    phantom_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = read(*keys(phantom_root, tmp_path, "none", "--train_part=all"))
+    # Of 90 training tiles in 8 views, 10 validation tiles plain and under 3 shifts, and 18 test tiles in 8 views:
+    # 904 rows of 576 float32 values.
+    size = 904 * 576 * 4
+    config = read(*keys(phantom_root, tmp_path, "w.pth"))
     dataset = load_dataset("phantom", 28, phantom_root, 90)
-    config = config.replaced(train_part="classifier", weights="w.pth", cache_features=None)
-    for free, fits in ((CACHE_BYTES / 0.6 + 1, True), (CACHE_BYTES / 0.6 - 1, False)):
+    assert 10**7 < features.free_memory(CPU.device) < 10**14
+    for free, found in ((size / 0.6 + 1, (True, 8)), (size / 0.6 - 1, (False, None))):
         monkeypatch.setattr(features, "free_memory", lambda device, free=free: free)
         decided = features.decide_caching(config, (576,), dataset, CPU.device)
-        assert (decided.cache_features, decided.feature_views) == ((True, 8) if fits else (False, None))
-
-
-def test_caching_that_is_asked_for_and_does_not_fit_is_refused_with_size_and_key(
-    phantom_root: Path,
-    weights: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    command = keys(phantom_root, tmp_path, weights, "--cache_features=True", "--feature_views=8")
-    monkeypatch.setattr(features, "SHIFTS", range(10**7))  # stands for many tiles
-    with pytest.raises(UsageError) as caught:
-        run_with_little_memory(4 * 10**10, command, monkeypatch, capsys)
-    message = str(caught.value)
-    assert message.startswith(
-        "--cache_features: the features of all tiles take 230.4 GB, more than 60% of the 40.0"
-    )
-    assert "use --cache_features=False" in message
-    assert "\n" not in message
-    assert not (tmp_path / "runs").exists()
+        assert (decided.cache_features, decided.feature_views) == found
+    problem = "the features of all tiles take 0.0 GB, more than 60% of the 0.0 GB of free memory"
+    assert capsys.readouterr().out == f"features are not cached: {problem}\n"
+    with pytest.raises(UsageError, match=f"--cache_features: {problem}; lower --input_size or --feature_views"):
+        wanted = config.replaced(cache_features=True)
+        features.decide_caching(wanted, (576,), dataset, CPU.device)
 
 
 @pytest.mark.parametrize(
@@ -399,10 +328,8 @@ def test_cached_splits_have_the_views_that_training_and_test_time_augmentation_n
     views: tuple[int, int],
     phantom_root: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setitem(sys.modules, "ipykernel", sys)  # as in a notebook: progress bars are shown
     config = read(
         "--dataset=phantom", f"--model_name={SMALL}", "--input_size=32", f"--augmentation={augmentation}"
     )
@@ -411,9 +338,7 @@ def test_cached_splits_have_the_views_that_training_and_test_time_augmentation_n
     model = network.build_fine_tuned(SMALL, 9, untrained, 32)
     splits = features.cached_splits(model, load_dataset("phantom", 28, phantom_root, 90), config, CPU)
     first = torch.arange(5)
-    shown = capsys.readouterr()
-    assert shown.out == "computing the features of all tiles, once for all epochs\n"
-    assert re.search(rf"features: .*0/{90 * views[0]} ", shown.err)
+    assert capsys.readouterr().out == "computing the features of all tiles, once for all epochs\n"
     assert model.takes_features
     assert (len(splits.train.features), len(splits.test().features)) == views
     assert len(list(splits.val.views(first)[0])) == 1
@@ -422,44 +347,6 @@ def test_cached_splits_have_the_views_that_training_and_test_time_augmentation_n
         plain, *others = tiles.features[:, first]
         assert torch.equal(plain, tiles.inputs(first)[0])
         assert not any(torch.equal(plain, other) for other in others)
-
-
-@pytest.mark.parametrize(("first", "then"), [(0, 10**12), (10**12, 10**9)])
-def test_a_run_is_resumed_with_the_cache_that_it_was_started_with(
-    first: int,
-    then: int,
-    phantom_root: Path,
-    weights: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    command = keys(phantom_root, tmp_path, weights, "--scratch=False", "--n_epochs=1")
-    kill_with_little_memory("test", first, command, monkeypatch, capsys)
-    record = (tmp_path / "runs/r/config.json").read_text()
-    printed = run_with_little_memory(then, command, monkeypatch, capsys)
-    assert "continuing run r after epoch 1" in printed
-    assert (tmp_path / "runs/r/config.json").read_text() == record
-    assert json.loads(record)["config"]["cache_features"] == (first > 0)
-
-
-def test_a_started_run_whose_cache_does_not_fit_any_more_is_refused_with_what_helps(
-    phantom_root: Path,
-    weights: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    command = keys(phantom_root, tmp_path, weights, "--scratch=False", "--n_epochs=1")
-    kill_with_little_memory("fit", 10**12, command, monkeypatch, capsys)
-    with pytest.raises(UsageError) as caught:
-        run_with_little_memory(CACHE_BYTES, command, monkeypatch, capsys)
-    remedy = "run r was started with them: close other programs, or use another --run_id"
-    assert str(caught.value).endswith(f"of free memory; {remedy}")
-
-
-def test_the_free_memory_of_this_machine_is_found() -> None:
-    assert 10**7 < features.free_memory(CPU.device) < 10**14
 
 
 def test_a_run_starts_from_another_runs_weights(finished: Path, phantom_root: Path) -> None:
@@ -507,19 +394,3 @@ def test_a_run_has_converged_where_its_accuracy_first_comes_within_half_a_point_
     accuracies: list[float], epoch: int
 ) -> None:
     assert convergence_epoch([{"validate/acc": accuracy} for accuracy in accuracies]) == epoch
-
-
-def test_networks_share_everything_but_their_start(tmp_path: Path, weights: Path) -> None:
-    torch.manual_seed(0)
-    found = load_weights(str(weights), SMALL, tmp_path)
-    tuned = network.build_fine_tuned(SMALL, 9, found, 32)
-    torch.manual_seed(0)
-    scratch = network.build_fine_tuned(SMALL, 9, load_weights("none", SMALL, tmp_path), 32, "all")
-    assert isinstance(tuned, FineTunedNetwork)
-    assert torch.equal(tuned.mean, scratch.mean)
-    images = normalise(torch.randint(0, 256, (2, 3, 28, 28), dtype=torch.uint8))
-    assert torch.equal(tuned._prepared(images), scratch._prepared(images))
-    one, other = tuned.state_dict(), scratch.state_dict()
-    assert {name: value.shape for name, value in one.items()} == {n: value.shape for n, value in other.items()}
-    assert torch.equal(one["network.classifier.3.weight"], other["network.classifier.3.weight"])
-    assert not torch.equal(one["network.features.0.0.weight"], other["network.features.0.0.weight"])

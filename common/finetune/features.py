@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
@@ -16,7 +17,6 @@ from common.data.dataset import Dataset, Split
 from common.data.shift import SHIFTS, shifted
 from common.finetune.keys import FineTuningConfig
 from common.finetune.network import FineTunedNetwork
-from common.records.read import read_json, run_folder
 from common.training.device import Compute
 from common.training.loop import generator
 
@@ -47,8 +47,8 @@ class CachedFeatures:
         if draws is None or n_views == 1:
             return self.features[0].index_select(0, indices), labels
         # The augmentation `dihedral` samples its 8 views in the same way: both use the same view of a tile.
-        view = torch.randint(n_views, (len(indices),), generator=draws).to(self.index_device)
-        return self.features[view, indices], labels
+        view = torch.randint(n_views, (len(indices),), generator=draws)
+        return self.features[view.to(self.index_device, non_blocking=True), indices], labels
 
     def views(self, indices: torch.Tensor) -> Batch:
         """Features (views, B, …) of every view, and labels (B,)."""
@@ -103,47 +103,29 @@ def cached_splits(model: FineTunedNetwork, dataset: Dataset, config: FineTuningC
     return Splits(train, val, lambda: test, lambda: iter(foreign))
 
 
-def feature_bytes(config: FineTuningConfig, feature_shape: Sequence[int], dataset: Dataset) -> int:
-    """The size of the cached features of all tiles; `feature_shape` is that of one view of one tile."""
-    views = (config.feature_views or 1) * len(dataset.train) + (1 + len(SHIFTS)) * len(dataset.val)
-    views += (8 if config.tta else 1) * len(dataset.test)
-    return 4 * views * math.prod(feature_shape)
-
-
 def decide_caching(config: C, feature_shape: Sequence[int], dataset: Dataset, device: torch.device) -> C:
     """Set `cache_features`, for all runs of a command: True unless the features do not fit into memory.
 
-    `feature_shape` is that of one view of one tile. A run that was started before keeps its decision, so that the
-    same command can resume it although the free memory has changed. Where the features do not fit, one line is
-    printed; it is a UsageError where `cache_features` is True, or was in that run.
+    `feature_shape` is that of one view of one tile. Where the features do not fit, one line is printed; it is a
+    UsageError where `cache_features` is True.
     """
-    wanted, remedy = config.cache_features, "lower --input_size or --feature_views, or use --cache_features=False"
-    record = run_folder(config.output_dir, config.run_id) / "config.json"
-    if wanted is None and record.exists():
-        wanted = read_json(record)["config"].get("cache_features")
-        remedy = f"run {config.run_id} was started with them: close other programs, or use another --run_id"
-    if wanted is not False:
-        size, free = feature_bytes(config, feature_shape, dataset), free_memory(device)
-        if size > RESIDENT_SHARE * free:
-            problem = (
-                f"the features of all tiles take {size / 1e9:.1f} GB, "
-                f"more than {RESIDENT_SHARE:.0%} of the {free / 1e9:.1f} GB of free memory"
-            )
-            if wanted:
-                raise UsageError(f"--cache_features: {problem}; {remedy}")
-            print(f"features are not cached: {problem}")
-            wanted = False
-    views_if_cached = None if wanted is False else config.feature_views
-    return config.replaced(cache_features=wanted is not False, feature_views=views_if_cached)
+    views = (config.feature_views or 1) * len(dataset.train) + (1 + len(SHIFTS)) * len(dataset.val)
+    views += (8 if config.tta else 1) * len(dataset.test)
+    size, free = 4 * views * math.prod(feature_shape), free_memory(device)  # float32
+    if size <= RESIDENT_SHARE * free:
+        return config.replaced(cache_features=True)
+    problem = f"the features of all tiles take {size / 1e9:.1f} GB, more than {RESIDENT_SHARE:.0%} of the "
+    problem += f"{free / 1e9:.1f} GB of free memory"
+    if config.cache_features:
+        raise UsageError(f"--cache_features: {problem}; lower --input_size or --feature_views, or leave it out")
+    print(f"features are not cached: {problem}")
+    return config.replaced(cache_features=False, feature_views=None)
 
 
 def free_memory(device: torch.device) -> int:
     """The bytes of memory that the device has left; for a CPU those that the system can give without swapping."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            kilobytes = dict(line.split(":") for line in file)["MemAvailable"].split()[0]
-        return int(kilobytes) * 1024
-    except (OSError, KeyError):  # only Linux has it; elsewhere all memory is the best estimate
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, KeyError), open("/proc/meminfo", encoding="ascii") as file:
+        return int(dict(line.split(":") for line in file)["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # only Linux says what is free
