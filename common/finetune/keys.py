@@ -27,9 +27,8 @@ class FineTuningConfig(TrainingConfig):
     )
     weights: str = key(
         None,
-        "where the network starts: a torchvision entry such as ResNet18_Weights.IMAGENET1K_V1, a timm one such as "
-        f"timm:resnet18.a1_in1k, {weights.LITE0_WEIGHTS}, a .pth, .pt or .safetensors file, the id of a run, or "
-        f"{SCRATCH} "
+        "where the network starts: a torchvision entry such as ResNet18_Weights.IMAGENET1K_V1, "
+        f"{weights.LITE0_WEIGHTS}, a file ({', '.join(weights.SUFFIXES)}), the id of a run, or {SCRATCH} "
         "(default: the network's ImageNet weights)",
     )
     train_part: str = key(

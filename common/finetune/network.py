@@ -1,14 +1,19 @@
 """Networks that start from weights trained elsewhere: their inputs, and which part of them is trained."""
 
+import re
+from collections import OrderedDict
+from collections.abc import Collection
+
 import torch
 from torch import nn
 
 from common.cli import UsageError
 from common.finetune.weights import Preset, Weights, library_name
-from common.records import checkpoint
 from common.training.models import build_model
 
 TRAIN_PARTS = ("head", "classifier", "all")
+# The names of torchvision's DenseNet files: its networks have no dot here.
+OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.(?=[12]\.)")
 
 
 def last_layer(network: nn.Module) -> tuple[str, nn.Linear]:
@@ -115,14 +120,57 @@ def build_fine_tuned(
     # PyTorch's initialisation: timm's is twelve times as wide, and undoing it takes hundreds of steps.
     layer.reset_parameters()
     if weights.state_dict is not None:
-        given = weights.state_dict | {f"{last}.{name}": value for name, value in layer.state_dict().items()}
-        if problem := checkpoint.state_problem(given, network.state_dict()):
-            remedy = (
-                f"name the network of these weights with --model_name instead of {model_name}, or other weights"
-            )
-            raise UsageError(f"--weights {weights.name}: {problem}: {remedy}")
-        network.load_state_dict(given)
+        load_into(network, weights, last)
     return FineTunedNetwork(network, weights.preset, size, train_part, adapt_batchnorm)
+
+
+def load_into(network: nn.Module, weights: Weights, last: str) -> None:
+    """Load the weights into `network`, all but its last layer, which is called `last`.
+
+    A prefix that all names have before the network's own, such as `module.` of DataParallel, is left out, with a
+    line. Then the network's own `load_state_dict` converts what older versions of its library have written. Raises
+    UsageError, with the first tensor that does not fit, where the weights belong to another network.
+    """
+    own, state = network.state_dict(), weights.state_dict or {}
+    given = {OLD_DENSENET.sub(r"\1", name): value for name, value in state.items()}
+    if prefix := _prefix(given, own):
+        print(f"weights {weights.name}: all names begin with {prefix}, which is left out")
+    given = OrderedDict((name.removeprefix(prefix), value) for name, value in given.items())
+    given |= {name: value for name, value in own.items() if name.startswith(f"{last}.")}
+    # Without the versions of the network's parts, each converts from its oldest one; MNASNet must know its own.
+    given._metadata = {"": {"version": network._version}}  # type: ignore[attr-defined]
+    remedy = "name the network of these weights with --model_name, or other weights"
+    problem, missing, unknown = None, [], []
+    if odd := [name for name, value in given.items() if value.layout != torch.strided or value.is_quantized]:
+        problem = f"{odd[0]} is no dense tensor"
+    else:
+        try:
+            missing, unknown = network.load_state_dict(given, strict=False)
+        except RuntimeError as error:  # its second line names the first tensor that does not fit
+            problem = str(error).splitlines()[1].strip()
+    if missing or unknown:
+        problem = f"no tensor {missing[0]}" if missing else f"an unknown tensor {unknown[0]}"
+    similar = [name for name in unknown if missing and missing[0] in name]
+    if similar:
+        before, _, after = min(similar, key=len).partition(missing[0])
+        parts = [f"the prefix {before}"] * bool(before) + [f"the suffix {after}"] * bool(after)
+        remedy = f"its name has {' and '.join(parts)} there; save the weights without it"
+    for name, value in network.state_dict().items():
+        if not problem and not value.isfinite().all():
+            problem = f"{name} has values that are not finite"
+    if problem:
+        raise UsageError(f"--weights {weights.name}: {problem}: {remedy}")
+
+
+def _prefix(names: Collection[str], own: Collection[str]) -> str:
+    """The beginning, up to a dot, that all of `names` have before the network's `own` names; "" where none has."""
+    first = next(iter(names), "")
+    for prefix in ("", *(first[: dot.end()] for dot in re.finditer(r"\.", first))):
+        if all(name.startswith(prefix) for name in names) and any(
+            name.removeprefix(prefix) in own for name in names
+        ):
+            return prefix
+    return ""
 
 
 def lr_factors(model: FineTunedNetwork, first: float) -> dict[str, float]:

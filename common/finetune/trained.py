@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from common.cli import Fault, UsageError
+from common.cli import Fault, UsageError, first_line
 from common.data.batches import normalise
 from common.data.dataset import resize
 from common.finetune.network import FineTunedNetwork, build_fine_tuned
-from common.finetune.weights import Preset, Weights, library_name
+from common.finetune.weights import Preset, Weights, best_of_run, input_size_of
 from common.records import checkpoint
-from common.training.models import build_model, check_model_name
+from common.records.read import checkpoint_folder, run_folder
+from common.training.models import build_model
 
 
 class Trained(nn.Module):
@@ -60,30 +61,29 @@ def load_trained(path: Path | str, device: torch.device | str = "cpu") -> Traine
 
     Raises Fault where the file cannot be read, or is no such checkpoint.
     """
-    saved = checkpoint.load(Path(path))
+    return _trained(Path(path), checkpoint.load(Path(path)), device)
+
+
+def load_run(output_dir: Path, run_id: str, device: torch.device | str = "cpu") -> Trained:
+    """The network of a run's best.pt. Raises UsageError where there is none, Fault where it is another run's."""
+    path = checkpoint_folder(output_dir, run_id) / "best.pt"
+    if not path.exists():
+        is_run = (run_folder(output_dir, run_id) / "config.json").exists()
+        problem = "only its records are here: train first, python task1.py" if is_run else "no such file or run"
+        raise UsageError(f"{run_id}: {path} is missing, {problem}")
+    return _trained(path, best_of_run(output_dir, run_id), device)
+
+
+def _trained(path: Path, saved: Mapping[str, Any], device: torch.device | str) -> Trained:
     try:
         name, class_names, config = saved["model_name"], tuple(saved["class_names"]), saved["config"]
-        size = config["size"]
-        side = config["input_size"] if "input_size" in config else config.get("resize_to") or size
-    except KeyError as error:
-        raise Fault(f"{path}: has no {error}: not a best.pt of this project") from None
-    except (AttributeError, TypeError):
-        raise Fault(f"{path}: not a best.pt of this project") from None
-    if not isinstance(name, str) or type(size) is not int or type(side) is not int:
-        raise Fault(f"{path}: not a best.pt of this project")
-    if problem := check_model_name(library_name(name)):
-        raise Fault(f"{path}: its network {name}: {problem}")
-    weights: Any = saved.get("state_dict")
-    # Of a FineTunedNetwork: the mean and std to which it changes its inputs are loaded with the weights.
-    fine_tuned = isinstance(weights, Mapping) and "mean" in weights
-    try:
-        preset = Preset(side, (0.5,) * 3, (0.5,) * 3) if fine_tuned else None
+        size, side, state_dict = config["size"], input_size_of(config), saved["state_dict"]
+        # Of a FineTunedNetwork: the mean and std to which it changes its inputs are loaded with the weights.
+        preset = Preset(side, (0.5,) * 3, (0.5,) * 3) if "mean" in state_dict else None
         network = _build(name, len(class_names), side, preset)
-    except UsageError as error:
-        raise Fault(f"{path}: its network cannot be built ({error})") from error
-    if problem := checkpoint.state_problem(weights, network.state_dict()):
-        raise Fault(f"{path}: its weights do not fit a {name} ({problem}); train again")
-    network.load_state_dict(weights)
+    except (AttributeError, KeyError, TypeError, UsageError) as error:
+        raise Fault(f"{path}: not a best.pt of this project ({first_line(error)})") from None
+    checkpoint.load_weights(network, state_dict, path)
     network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Trained(network, name, class_names, size, side).eval().requires_grad_(False)
 
