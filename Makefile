@@ -10,7 +10,7 @@ FAST ?=
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	@echo "installing PyTorch and other packages into .venv: some minutes, several GB"
-	$(VENV) -m pip install --quiet --editable '.[demo,dev,export]' --constraint constraints.txt
+	$(VENV) -m pip install --quiet --editable '.[demo,dev]' --constraint constraints.txt
 	touch $@
 
 demo: .venv/installed  ## a small study of all tasks on generated tiles, into demo/

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from common.errors import Fault
 from common.files import digest, write_csv
-from common.finetune import predict
+from common.finetune.trained import load_run
 from common.finetune.weights import load_weights
 from common.records.read import Record, best_weights, read_json
 
@@ -170,7 +170,7 @@ def test_the_weights_of_a_finished_run_are_those_with_which_it_finished(tmp_path
     path.write_bytes(b"weights of another run")
     with pytest.raises(Fault, match=r"best\.pt: not the weights with which run r finished"):
         best_weights(tmp_path, "r")
-    for read in (lambda: load_weights("r", "resnet18", tmp_path), lambda: predict.best_weights("r", tmp_path)):
+    for read in (lambda: load_weights("r", "resnet18", tmp_path), lambda: load_run(tmp_path, "r")):
         with pytest.raises(Fault, match="not the weights with which run r finished"):
             read()
     (folder / "summary.json").unlink()
