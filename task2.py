@@ -9,7 +9,7 @@ method: do its maps change when the network is randomised, do its pixels matter 
 than edges? On one core of an AMD EPYC, a ResNet-18 at 28 pixels took three minutes (bench/results/one_offs.md), an
 EfficientNet-Lite0 at 64 pixels thirteen.
 
-Leaves NNNNN-input.png and NNNNN-saliency.png for each tile in fig/task2/<run_id>/, four figures
+Leaves NNNNN-input.png and NNNNN-saliency.png for each tile in fig/task2/<run_id>/, six figures
 fig/task2/<run_id>-*.png, runs/<run_id>/saliency.md and runs/<run_id>/attribution.json.
 """
 
@@ -21,11 +21,10 @@ from common.cli import Fault, key, run_script
 from common.config import LAST_SEED, MOST, RunId, ScriptConfig
 from common.data.batches import DeviceTiles
 from common.data.dataset import load_dataset
-from common.explain.records import write_records
+from common.explain import tiles
 from common.explain.stages import grad_cam_layer
-from common.explain.tiles import TARGETS, choose_tiles, explained_tiles, find_run, one_of_each_class, origin
-from common.finetune.trained import load_trained
-from common.records.read import best_weights, run_folder
+from common.finetune.trained import load_run
+from common.records.read import run_folder
 from common.training.device import Compute
 from common.training.evaluation import evaluate
 from common.training.loop import derived_seed
@@ -39,7 +38,7 @@ class Task2Config(ScriptConfig):
     run_id: RunId | None = key(
         None, "the run to explain (default: Task 1's with most training tiles, the newest of several)"
     )
-    target: str = key("predicted", "the class whose logit is explained", choices=tuple(TARGETS))
+    target: str = key("predicted", "the class whose logit is explained", choices=tuple(tiles.TARGETS))
     checked_tiles: int = key(256, "test tiles for the checks of the methods", ge=6, le=MOST)
     seed: int = key(0, "seed of the choice of tiles, of noise and of random networks", ge=0, le=LAST_SEED)
 
@@ -48,21 +47,18 @@ def main(config: Task2Config) -> None:
     """A run → network and tiles → maps → checks → figures, table and records."""
     compute = Compute.of(config.device, "fp32")
     compute.prepare_process()
-    run = find_run(config.output_dir, config.run_id)
+    run = tiles.find_run(config.output_dir, config.run_id)
     run_id, trained = run["run_id"], run["config"]
-    path = best_weights(config.output_dir, run_id)
-    loaded = load_trained(path, compute.device)
+    loaded = load_run(config.output_dir, run_id, compute.device)
     model, size = loaded.network, loaded.input_size
     grad_cam_layer(model, torch.zeros(1, 3, size, size, device=compute.device))  # refuses a network without maps
     dataset = load_dataset(trained["dataset"], trained["size"], config.data_root, trained["train_tiles"])
     if dataset.fingerprint != run["data_fingerprint"]:
         raise Fault(f"{config.data_root}: its {dataset.title} is not what run {run_id} was trained on")
-    if loaded.class_names != tuple(dataset.class_names):
-        raise Fault(f"{path}: not the weights of run {run_id}: other classes than those of {dataset.title}")
-    network = f"{loaded.model_name}, {origin(trained)} on {dataset.title}, seed {trained['seed']}"
-    print(f"explaining run {run_id}: {network}; test tiles, on {compute.name}")
+    network = f"{loaded.model_name}, {tiles.origin(trained)} on {dataset.title}, seed {trained['seed']}"
+    print(f"explaining run {run_id}: {network}; test tiles, on {compute.name}", flush=True)
 
-    from common.explain.checks import check_methods
+    from common.explain.checks import chance, check_methods, judge
     from common.explain.figures import draw
     from common.explain.maps import METHODS  # Captum and matplotlib: seconds of import, so after a user's errors
 
@@ -77,20 +73,22 @@ def main(config: Task2Config) -> None:
         return inputs, targets[where].to(compute.device)
 
     groups = (
-        choose_tiles(len(test), SHOWN, config.seed),
-        one_of_each_class(labels, labels == predicted, config.seed),
-        one_of_each_class(labels, labels != predicted, config.seed),
+        tiles.choose_tiles(len(test), SHOWN, config.seed),
+        tiles.one_of_each_class(labels, labels == predicted, config.seed),
+        tiles.one_of_each_class(labels, labels != predicted, config.seed),
     )
     pictured = sorted({index for group in groups for index in group})
+    print(f"maps of {len(pictured)} tiles to show, by {len(METHODS)} methods", flush=True)
     inputs = inputs_of(pictured)
     maps = {name: way.maps(model, *inputs, config.seed).cpu().numpy() for name, way in METHODS.items()}
-    explained = explained_tiles(run_id, dataset, probabilities, pictured, maps)
+    explained = tiles.explained_tiles(run_id, dataset, probabilities, pictured, maps)
     shown, right, wrong = ([explained[index] for index in group] for group in groups)
 
     torch.manual_seed(derived_seed(config.seed, 0, "randomised network"))
     fresh = loaded.untrained().to(compute.device)
-    checked = choose_tiles(len(test), config.checked_tiles, config.seed)
-    checks = check_methods(model, fresh, *inputs_of(checked), config.seed)
+    checked = tiles.choose_tiles(len(test), config.checked_tiles, config.seed)
+    print(f"checks on {len(checked)} tiles:", flush=True)
+    checks, means = check_methods(model, fresh, *inputs_of(checked), config.seed)
 
     facts = {
         "run_id": run_id,
@@ -100,11 +98,14 @@ def main(config: Task2Config) -> None:
         "target": config.target,
         "device": compute.name,
     }
-    figures = draw(config.output_dir, facts, dataset.class_names, shown, right, wrong, checks)
+    figures = draw(config.output_dir, facts, dataset.class_names, shown, right, wrong, checks, means)
     folder = run_folder(config.output_dir, run_id)
-    write_records(folder, config, facts, shown, checks, figures)
-    for result in checks["methods"].values():
-        print(result["verdict"])
+    tiles.write_records(folder, config, facts, shown, checks, figures)
+    for method in checks["methods"].values():
+        verdict = judge(method, checks["n"])
+        failed = f"not shown: {'; '.join(verdict.failed)}" if verdict.failed else ""
+        print(f"{method['title']:22}{verdict.outcome:24}{failed}".rstrip())
+    print(chance(len(checks["methods"])))
     print(f"records: {folder / 'saliency.md'}, {folder / 'attribution.json'}; figures:")
     for path in figures.values():
         print(f"  {path}")

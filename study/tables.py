@@ -203,7 +203,7 @@ class Tables:
         for method in content["methods"].values():
             *_, last = method["randomisation"].values()
             scores = [last, method["margin_over_random"], method["margin_over_sobel"]]
-            passes = judge(method["title"], method["randomisation"], method)["passes"]
+            passes = judge(method, content["n"]).passes
             cells = [*map(_estimate, scores), f"{method['infidelity']['value']:.2f}"]
             lines.append([text(method["title"]), "yes" if passes else "no", *cells])
         columns = ["method", "passes", "correlation with the map of random weights", "better than a random order"]
@@ -218,7 +218,7 @@ class Tables:
 
         lines = []
         for content in found:
-            passes = [judge("", one["randomisation"], one)["passes"] for one in content["methods"].values()]
+            passes = [judge(one, content["n"]).passes for one in content["methods"].values()]
             lines.append([text(content["network"]), *("yes" if one else "no" for one in passes)])
         titles = [text(method["title"]) for method in found[0]["methods"].values()]
         return markdown_table(["network", *titles], "l" + "l" * len(titles), lines)

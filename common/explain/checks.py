@@ -15,6 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,6 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import nn
 from torchvision.transforms.v2.functional import gaussian_blur
-from tqdm import tqdm
 
 from common.explain.maps import FORWARD_BATCH, INPUT_RANGE, METHODS, convergence_error, edge_map
 from common.explain.stages import stages
@@ -33,14 +33,18 @@ from common.statistics import spread
 
 FRACTIONS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 CONTROLS = {"random": "Random order", "sobel": "Sobel edges"}
-# A method fails if its maps keep more than this rank correlation when the whole network is random.
+# A method fails if its maps keep more than this rank correlation, of either sign, when all weights are random.
 RANDOMISATION_LIMIT = 0.5
+LEAST_TILES = 16  # of fewer tiles, a t interval says too little for a verdict
 COSTLY = {"randomisation": 32, "infidelity": 64, "max_sensitivity": 16}  # at most so many tiles for these checks
 SENSITIVITY_RADIUS = 0.02 * INPUT_RANGE
 SENSITIVITY_SAMPLES = 4
 INFIDELITY_SAMPLES = 16
 
-Array = NDArray[np.float64]
+PASSES, FAILS, TOO_FEW = "passes", "does not pass", "too few tiles to judge"
+
+Array = NDArray[Any]
+MeanMaps = dict[str, tuple[Array, ...]]  # by method: of the network and of the untrained one, each (H, W)
 
 
 def area(curves: Array) -> Array:
@@ -193,111 +197,123 @@ def removal_report(removals: Mapping[str, Mapping[str, Array]]) -> dict[str, Any
     return report
 
 
-def judge(
-    title: str, randomisation: Mapping[str, Mapping[str, float]], faithful: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Whether a method passes, and the reasons in words; where it does not pass, what failed stands first.
+@dataclass(frozen=True)
+class Verdict:
+    """What the checks say of a method: `PASSES`, `FAILS` or `TOO_FEW`, and which conditions fail, in words."""
+
+    outcome: str
+    failed: tuple[str, ...]
+
+    @property
+    def passes(self) -> bool:
+        """Whether every condition holds, on enough tiles."""
+        return self.outcome == PASSES
+
+
+def judge(method: Mapping[str, Any], n: Mapping[str, int]) -> Verdict:
+    """Judge a method by its numbers in attribution.json; `n` are the record's numbers of tiles.
 
     It passes if its maps lose their order when the whole network is random (the interval of the mean rank
-    correlation ends below `RANDOMISATION_LIMIT`), and its order beats both controls at deletion and insertion
-    (the interval of the paired margin starts above 0).
+    correlation lies within plus and minus `RANDOMISATION_LIMIT`), and its order beats both controls at deletion
+    and insertion (the interval of the paired margin starts above 0). No record has a verdict: it is made from the
+    numbers wherever it is shown.
     """
-    *_, last = randomisation.values()
-    forgets = last["high"] < RANDOMISATION_LIMIT
-    order = "lose" if forgets else "keep much of" if last["low"] >= RANDOMISATION_LIMIT else "do not clearly lose"
-    reasons = [
-        (forgets, f"its maps {order} their order when the weights are random (rank correlation {_words(last)})")
-    ]
-    for control, words in (("random", "a random order"), ("sobel", "plain edges")):
-        margin = faithful[f"margin_over_{control}"]
-        beats = margin["low"] > 0
-        verb = "are better" if beats else "are not clearly better"
-        reasons.append((beats, f"its pixels {verb} than {words} (margin {_words(margin, signed=True)})"))
-    held, failed = ("; ".join(reason for holds, reason in reasons if holds == which) for which in (True, False))
-    if not failed:
-        return {"passes": True, "verdict": f"{title} passes: {held}."}
-    return {
-        "passes": False,
-        "verdict": f"{title} does not pass: {failed}." + (f" What holds: {held}." if held else ""),
+    *_, random = method["randomisation"].values()
+    conditions = {
+        "maps lose their order with random weights": max(-random["low"], random["high"]) < RANDOMISATION_LIMIT,
+        "pixels are better than a random order": method["margin_over_random"]["low"] > 0,
+        "pixels are better than plain edges": method["margin_over_sobel"]["low"] > 0,
     }
+    failed = tuple(name for name, holds in conditions.items() if not holds)
+    few = min(n["randomisation"], n["removal"]) < LEAST_TILES
+    return Verdict(TOO_FEW if few else FAILS if failed else PASSES, failed)
+
+
+def chance(n_methods: int) -> str:
+    """How many tests the verdicts of so many methods are, and what passing by chance would look like, in words."""
+    luck = 1 - 0.975**n_methods
+    return (
+        f"These are {n_methods * (1 + len(CONTROLS))} tests with 95 % intervals, not corrected for their number. "
+        "A method of random values passes the first test, and each of the other two by chance in 2.5 % of cases. "
+        f"Of {n_methods} such methods, one or more would pass in at most {luck:.0%} of cases."
+    )
 
 
 def check_methods(
     model: nn.Module, fresh: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, seed: int
-) -> dict[str, Any]:
-    """Every check of every method, as a record: `methods` and `controls` by name, `n` tiles per check, `seconds`.
+) -> tuple[dict[str, Any], MeanMaps]:
+    """Every check of every method, and each method's mean map of the network and of the untrained one, `fresh`.
 
-    The `COSTLY` checks take only the first tiles.
+    The checks are a record: `methods` and `controls` by name, `n` tiles per check, `seconds`. The `COSTLY` checks
+    take only the first tiles, and so do the mean maps. A line says which method is checked.
     """
     n = {"removal": len(inputs), **{check: min(most, len(inputs)) for check, most in COSTLY.items()}}
     maps: dict[str, torch.Tensor] = {}
-    sensitivity: dict[str, Any] = {}
-    correlations: dict[str, dict[str, Any]] = {name: {} for name in METHODS}
+    checked: dict[str, dict[str, Any]] = {}
     removals: dict[str, Any] = {}
     errors: dict[str, Any] = {}
+    means: MeanMaps = {}
     seconds: dict[str, float] = defaultdict(float)
     networks = randomised(model, fresh, inputs[:1])
-    n_parts = len(METHODS) * (len(networks) + 4) + len(CONTROLS) * 2
-    with tqdm(total=n_parts, unit=" parts", leave=False, disable=None, dynamic_ncols=True) as bar:
 
-        @contextmanager
-        def part(name: str) -> Iterator[None]:
-            bar.set_description(name)
-            started = time.perf_counter()
-            yield
-            seconds[name] += time.perf_counter() - started
-            bar.update()
+    @contextmanager
+    def timed(name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        seconds[name] += time.perf_counter() - started
 
-        def some(check: str) -> tuple[torch.Tensor, torch.Tensor]:
-            return inputs[: n[check]], targets[: n[check]]
+    def some(check: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return inputs[: n[check]], targets[: n[check]]
 
-        for name, method in METHODS.items():
-            with part(f"maps: {method.title}"):
-                maps[name] = method.maps(model, inputs, targets, seed)
-            with part(f"sensitivity: {method.title}"):
-                changes = max_sensitivity(model, *some("max_sensitivity"), name, seed)
-                sensitivity[name] = mean_estimate(changes)
-            for stage, network in networks.items():
-                with part(f"randomisation: {method.title}"):
-                    random_maps = method.maps(network, *some("randomisation"), seed)
-                    ranks = rank_correlation(maps[name][: len(random_maps)], random_maps)
-                    correlations[name][stage] = mean_estimate(ranks)
-        maps.update(control_maps(inputs, seed))
-        for name, values in maps.items():
-            with part("deletion and insertion"):
-                removals[name] = removal(model, inputs, targets, values, seed)
-            with part("infidelity"):
-                squared = infidelity(model, *some("infidelity"), values[: n["infidelity"]], seed)
-                errors[name] = mean_estimate(squared)
-        relative_error = convergence_error(model, *some("infidelity"))
+    for number, (name, method) in enumerate(METHODS.items(), start=1):
+        print(
+            f"{method.title} ({number} of {len(METHODS)}): maps, sensitivity, {len(networks)} networks", flush=True
+        )
+        with timed(f"maps: {method.title}"):
+            maps[name] = method.maps(model, inputs, targets, seed)
+        with timed(f"sensitivity: {method.title}"):
+            changes = max_sensitivity(model, *some("max_sensitivity"), name, seed)
+        correlations, trained = {}, maps[name][: n["randomisation"]]
+        for stage, network in networks.items():
+            with timed(f"randomisation: {method.title}"):
+                untrained = method.maps(network, *some("randomisation"), seed)
+                correlations[stage] = mean_estimate(rank_correlation(trained, untrained))
+        means[name] = tuple(both.abs().mean(0).cpu().numpy() for both in (trained, untrained))
+        checked[name] = {"randomisation": correlations, "max_sensitivity": mean_estimate(changes)}
+    maps.update(control_maps(inputs, seed))
+    print(f"deletion, insertion and infidelity of {len(maps)} orders of pixels", flush=True)
+    for name, values in maps.items():
+        with timed("deletion and insertion"):
+            removals[name] = removal(model, inputs, targets, values, seed)
+        with timed("infidelity"):
+            errors[name] = mean_estimate(infidelity(model, *some("infidelity"), values[: n["infidelity"]], seed))
+    relative_error = convergence_error(model, *some("infidelity"))
     faithful = removal_report(removals)
-    return {
+    titles = {**{name: method.title for name, method in METHODS.items()}, **CONTROLS}
+    both = {
+        name: {
+            "title": title,
+            "tile_correlation": tile_correlation(maps[name]),
+            "infidelity": errors[name],
+            **faithful[name],
+        }
+        for name, title in titles.items()
+    }
+    for name, method in METHODS.items():
+        both[name] |= {
+            "description": method.description,
+            **checked[name],
+            "edge_correlation": mean_estimate(rank_correlation(maps[name], maps["sobel"])),
+            "brightest_quadrant": dict(
+                zip(("trained", "untrained"), map(brightest_quadrant, means[name]), strict=True)
+            ),
+        }
+    record = {
         "n": n,
         "fractions": FRACTIONS,
         "randomisation_limit": RANDOMISATION_LIMIT,
-        "methods": {
-            name: {
-                "title": method.title,
-                "description": method.description,
-                **judge(method.title, correlations[name], faithful[name]),
-                "randomisation": correlations[name],
-                "tile_correlation": tile_correlation(maps[name]),
-                "edge_correlation": mean_estimate(rank_correlation(maps[name], maps["sobel"])),
-                "infidelity": errors[name],
-                "max_sensitivity": sensitivity[name],
-                **faithful[name],
-            }
-            for name, method in METHODS.items()
-        },
-        "controls": {
-            name: {
-                "title": title,
-                "tile_correlation": tile_correlation(maps[name]),
-                "infidelity": errors[name],
-                **faithful[name],
-            }
-            for name, title in CONTROLS.items()
-        },
+        "methods": {name: both[name] for name in METHODS},
+        "controls": {name: both[name] for name in CONTROLS},
         "integrated_gradients_error": {
             "median": relative_error.median().item(),
             "percentile_90": relative_error.quantile(0.9).item(),
@@ -305,13 +321,19 @@ def check_methods(
         },
         "seconds": seconds,
     }
+    return record, means
+
+
+def brightest_quadrant(mean_map: Array) -> float:
+    """The mean of a map's brightest quadrant as a multiple of the map's mean; 1 for a map of zeros."""
+    half = mean_map.shape[0] // 2
+    quadrants = [
+        part for rows in (mean_map[:half], mean_map[-half:]) for part in (rows[:, :half], rows[:, -half:])
+    ]
+    mean = float(mean_map.mean())
+    return float(max(part.mean() for part in quadrants)) / mean if mean else 1.0
 
 
 def _probability(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     probabilities = torch.cat([model(part).float().softmax(1) for part in torch.split(inputs, FORWARD_BATCH)])
     return probabilities.gather(1, targets[:, None])[:, 0]
-
-
-def _words(estimate: Mapping[str, float], signed: bool = False) -> str:
-    value, low, high = (f"{estimate[end]:{'+' if signed else ''}.2f}" for end in ("value", "low", "high"))
-    return f"{value}, 95 % {low} to {high}"

@@ -5,7 +5,6 @@ Tiles are (H, W, 3) uint8, maps (H, W) float32. Importing this module loads matp
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
-from common.explain.checks import CONTROLS, FRACTIONS
+from common.explain.checks import CONTROLS, FRACTIONS, MeanMaps
 from common.explain.maps import METHODS
 from common.explain.tiles import TARGETS, Explained
 from common.figures import PALETTE, STYLE, VERMILLION, save, wrap
@@ -26,6 +25,7 @@ COLOURS = dict(zip(METHODS, PALETTE, strict=False))
 CONTROL_LINES = {"random": ("#777777", "--"), "sobel": ("black", ":")}
 MARKERS = dict(zip(METHODS, "osD^v", strict=True))
 POSITIVE_MAP, SIGNED_MAP = "inferno", "PuOr_r"
+IN_MAIN_FIGURE = 5  # tiles; another figure has all
 ROBUST_PERCENTILE = 99.0  # a map's colour scale ends here, so that one extreme pixel does not darken the rest
 
 
@@ -37,22 +37,25 @@ def draw(
     right: Sequence[Explained],
     wrong: Sequence[Explained],
     checks: Mapping[str, Any],
+    means: MeanMaps,
 ) -> dict[str, Path]:
-    """Draw two figures for each tile in `shown` and four of the run, and return the run's figures by name.
+    """Draw two figures for each tile in `shown` and six of the run, and return the run's figures by name.
 
-    `right` and `wrong` hold at most one tile per class; `facts` are those of task2.py, `checks` those of
-    `check_methods`.
+    `right` and `wrong` hold at most one tile per class; `facts` are those of task2.py, `checks` and `means` those
+    of `check_methods`.
     """
     for one in shown:
         tile_and_saliency(output_dir, one, one.label if facts["target"] == "label" else one.predicted)
-    names = ("methods", "classes", "randomisation", "removal")
+    names = ("methods", "all_methods", "classes", "means", "randomisation", "removal")
     figures = {name: output_dir / "fig" / "task2" / f"{facts['run_id']}-{name}.png" for name in names}
     network, n = facts["network"], checks["n"]
     title = f"{network}; test tiles; class explained: {TARGETS[facts['target']]}"
-    methods_panel(figures["methods"], shown, title=title)
+    methods_panel(figures["methods"], shown[:IN_MAIN_FIGURE], title=title)
+    methods_panel(figures["all_methods"], shown, title=title)
     class_grid(figures["classes"], class_names, right, wrong, title=title)
     title = f"{network}; {n['randomisation']} test tiles"
-    randomisation(figures["randomisation"], checks["methods"], title=title)
+    mean_maps(figures["means"], means, checks["methods"], title=title)
+    randomisation(figures["randomisation"], checks["methods"], checks["randomisation_limit"], title=title)
     orders = {**checks["methods"], **checks["controls"]}
     removal_curves(figures["removal"], orders, title=f"{network}; {n['removal']} test tiles")
     return figures
@@ -126,47 +129,50 @@ def class_grid(
         save(figure, path)
 
 
-def contact_sheet(
-    path: Path, tiles: NDArray[np.uint8], maps: NDArray[Any], words: Sequence[str], *, title: str
-) -> None:
-    """Draw tiles (N, H, W, 3), each with `words` above it and its saliency map (N, H', W') on its right."""
-    pairs = min(4, len(tiles))
-    n_rows = -(-len(tiles) // pairs)
+def mean_maps(path: Path, means: MeanMaps, methods: Mapping[str, Mapping[str, Any]], *, title: str) -> None:
+    """Draw each method's mean map: of the trained network, and below it of the same network with random weights.
+
+    A bright place that both have is of the architecture. Below a map stands how bright its brightest quadrant is.
+    """
     with style.context(["default", STYLE, {"axes.grid": False}]):
-        figure = Figure(figsize=(2.6 * pairs, 1.85 * n_rows + 0.4))
-        panels = figure.subplots(n_rows, 2 * pairs, squeeze=False).reshape(-1, 2)
-        for axes in panels.flat:
-            _bare(axes)
-        for (left, right), tile, map_, text in zip(panels, tiles, maps, words, strict=False):
-            left.imshow(tile, interpolation="nearest")
-            left.set_title("\n".join(fill(line, 30) for line in text.splitlines()), fontsize=6.5, loc="left")
-            _heat(right, map_, signed=False)
-        figure.suptitle(wrap(title, 40 * pairs), fontsize=9)
+        figure = Figure(figsize=(8, 4.3))
+        grid = _grid(figure, 2, [methods[name]["title"] for name in means])
+        for place, which in enumerate(("trained", "untrained")):
+            grid[place, 0].set_ylabel(which, fontsize=9)
+            for axes, (name, both) in zip(grid[place], means.items(), strict=True):
+                _heat(axes, both[place], signed=False)
+                axes.set_xlabel(f"quadrant: {methods[name]['brightest_quadrant'][which]:.2f}", fontsize=8)
+        figure.suptitle(wrap(f"Mean size of the maps; {title}", 105), fontsize=9)
+        figure.supxlabel(
+            "Quadrant: the mean of the brightest quarter of the map, as a multiple of the map's mean.\n"
+            "A place that is bright without training, too, is of the architecture.",
+            fontsize=8,
+        )
         save(figure, path)
 
 
-def randomisation(path: Path, results: Mapping[str, Mapping[str, Any]], *, title: str) -> None:
+def randomisation(path: Path, methods: Mapping[str, Mapping[str, Any]], limit: float, *, title: str) -> None:
     """Draw each method's mean rank correlation with the trained network's maps, while more layers are random.
 
-    `results[method]["randomisation"][stage]` holds value, low and high. Edges do not depend on the network: they
-    stay at 1.
+    `methods[name]["randomisation"][stage]` holds value, low and high. A method passes if the last interval lies
+    within plus and minus `limit`. Edges do not depend on the network: they stay at 1.
     """
     trained = {"value": 1.0, "low": 1.0, "high": 1.0}
     with style.context(["default", STYLE]):
-        figure = Figure(figsize=(6.4, 4.4))
+        figure = Figure(figsize=(6.4, 4.6))
         axes = figure.add_subplot()
-        for name, result in results.items():
+        axes.axhspan(-limit, limit, color="#EAF3EA", zorder=0)
+        axes.text(0, -limit, " a method passes if its last interval lies in this band", fontsize=8, va="bottom")
+        for name, result in methods.items():
             estimates = [trained, *result["randomisation"].values()]
-            colour = _line(axes, range(len(estimates)), estimates, name)
-            low, high = ([estimate[end] for estimate in estimates] for end in ("low", "high"))
-            axes.fill_between(range(len(estimates)), low, high, color=colour, alpha=0.15, linewidth=0)
+            _line(axes, np.arange(len(estimates)), estimates, name)
         colour, line = CONTROL_LINES["sobel"]
         axes.axhline(1, color=colour, linestyle=line, label=f"{CONTROLS['sobel']} (no network)")
         axes.set_xticks(range(len(estimates)), ["none", *result["randomisation"]])
         axes.set(
             xlabel="Layers with random weights: from the head back to maps with a side of … pixels",
             ylabel="Rank correlation with the trained map",
-            ylim=(-0.3, 1.05),
+            ylim=(-0.6, 1.05),
         )
         axes.set_title(wrap(title, 90), fontsize=9)
         figure.legend(loc="outside lower center", ncols=3, fontsize=8)
@@ -174,36 +180,37 @@ def randomisation(path: Path, results: Mapping[str, Mapping[str, Any]], *, title
 
 
 def removal_curves(path: Path, report: Mapping[str, Mapping[str, Any]], *, title: str) -> None:
-    """Draw the mean deletion and insertion curves of every method and both controls.
+    """Draw the mean deletion and insertion curves of every method and both controls, with their intervals.
 
-    They have no bands: the checks use the area between the two curves of a tile, whose interval is narrower.
+    The checks use the area between the two curves of a tile, whose interval is narrower than those of the curves.
     """
     with style.context(["default", STYLE]):
         figure = Figure(figsize=(8, 4.4))
         panels = figure.subplots(1, 2, sharey=True)
         for axes, kind, better in zip(panels, ("deletion", "insertion"), ("lower", "higher"), strict=True):
-            for name, order in report.items():
-                _line(axes, FRACTIONS, order[f"{kind}_curve"], name)
+            for number, (name, order) in enumerate(report.items()):
+                _line(axes, np.array(FRACTIONS) + 0.004 * (number - 3), order[f"{kind}_curve"], name)
             axes.set(title=f"{kind.capitalize()} ({better} is better)", ylim=(0, 1))
             axes.xaxis.set_major_formatter(PercentFormatter(1))
             axes.set_xlabel("Pixels blurred away" if kind == "deletion" else "Pixels brought back")
         panels[0].set_ylabel("Probability of the explained class")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
-        figure.suptitle(wrap(title, 110), fontsize=9)
+        figure.suptitle(wrap(f"{title}; bars: 95\N{NO-BREAK SPACE}% intervals over tiles", 110), fontsize=9)
         save(figure, path)
 
 
-def _line(axes: Axes, places: Sequence[float], estimates: Sequence[Mapping[str, float]], name: str) -> str:
-    """Draw the means of a method or a control; the colour of the line."""
-    middle = [estimate["value"] for estimate in estimates]
+def _line(axes: Axes, places: NDArray[Any], estimates: Sequence[Mapping[str, float]], name: str) -> None:
+    """Draw the means of a method or a control, with thin bars for their intervals."""
+    value, low, high = (np.array([estimate[end] for estimate in estimates]) for end in ("value", "low", "high"))
+    look: dict[str, Any]
     if name in CONTROLS:
         colour, line = CONTROL_LINES[name]
-        axes.plot(places, middle, color=colour, linestyle=line, label=CONTROLS[name])
+        look = {"color": colour, "linestyle": line, "label": CONTROLS[name]}
     else:
-        colour = COLOURS[name]
-        axes.plot(places, middle, color=colour, marker=MARKERS[name], markersize=4, label=METHODS[name].title)
-    return colour
+        look = {"color": COLOURS[name], "marker": MARKERS[name], "markersize": 4, "label": METHODS[name].title}
+    axes.plot(places, value, **look)
+    axes.vlines(places, low, high, color=look["color"], linewidth=1, alpha=0.6)
 
 
 def _grid(figure: Figure, n_rows: int, titles: Sequence[str]) -> NDArray[Any]:

@@ -1,4 +1,4 @@
-"""What Task 2 explains: a trained network, and the test tiles that it shows."""
+"""What Task 2 explains, a trained network and some test tiles, and the records that it leaves of them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,11 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.cli import UsageError
+from common.config import ScriptConfig
 from common.data.dataset import Dataset
+from common.files import write_json, write_text
 from common.finetune.weights import SCRATCH
+from common.markdown import markdown_table
 from common.records.read import checkpoint_folder, is_finished, read_json, run_folder
-from common.records.run import TITLES
+from common.records.run import TITLES, provenance, send, start_wandb
 
+PACKAGES = ("captum", "torch", "torchvision", "numpy", "scipy", "matplotlib")
 TARGETS = {"predicted": "the predicted one", "label": "the true one"}  # the class explained, for keys and titles
 
 
@@ -62,10 +66,10 @@ def find_run(output_dir: Path, run_id: str | None) -> Mapping[str, Any]:
         with_weights = [run for run in ours if (checkpoint_folder(output_dir, run["run_id"]) / "best.pt").exists()]
         if with_weights:
             return max(with_weights, key=lambda run: (run["tiles"]["train"], run["started"], run["run_id"]))
-        problem = f"no finished Task 1 run in {runs}"
-        if ours:
-            weights = output_dir / "checkpoints"
-            problem = f"none of the {len(ours)} finished Task 1 runs in {runs} has its weights in {weights}"
+        found = (
+            f"{len(ours)} in {runs}, but none has its weights in {output_dir / 'checkpoints'}" if ours else runs
+        )
+        problem = f"no finished Task 1 run to explain ({found})"
         raise UsageError(f"{problem}: run python task1.py first, or name its --output_dir")
     path = run_folder(output_dir, run_id) / "config.json"
     if not path.exists():
@@ -126,3 +130,50 @@ def explained_tiles(
         )
         for place, index in enumerate(indices)
     }
+
+
+def write_records(
+    folder: Path,
+    config: ScriptConfig,
+    facts: Mapping[str, Any],
+    shown: Sequence[Explained],
+    checks: Mapping[str, Any],
+    figures: Mapping[str, Path],
+) -> None:
+    """Write saliency.md and attribution.json into `folder`, and send their content to W&B.
+
+    `facts` are those of task2.py; `checks` is the record that `check_methods` returns.
+    """
+    rows = [one.row for one in shown]
+    write_text(folder / "saliency.md", saliency_table(rows))
+    names = {name: path.name for name, path in figures.items()}
+    record = {"config": config.as_dict(), **provenance(PACKAGES), "tiles": rows, **checks, "figures": names}
+    write_json(folder / "attribution.json", {**facts, **record})
+
+    def log(run: Any) -> None:
+        import wandb
+
+        table = wandb.Table(columns=list(rows[0]))
+        for row in rows:
+            images = {part: wandb.Image(str(config.output_dir / row[part])) for part in ("input", "saliency")}
+            table.add_data(*{**row, **images}.values())
+        run.log({"saliency": table})
+        run.log({f"figures/{name}": wandb.Image(str(path)) for name, path in figures.items()})
+        run.finish()
+
+    network = facts["network"].split(" on ")[0]
+    send(start_wandb("task2", f"{facts['run_id']}-task2", config, facts, network), log)
+
+
+def saliency_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The Markdown table Index / Label / Predicted / Input / Saliency of runs/<run_id>/saliency.md."""
+    cells = []
+    for row in rows:
+        tile = f"{row['index']:05d}"
+        mark = "" if row["label"] == row["predicted"] else " ✗"
+        images = [
+            f"![{what} of tile {tile}, {row['label']}](../../{row[part]})"
+            for what, part in (("Tile", "input"), ("Map", "saliency"))
+        ]
+        cells.append([tile, row["label"], f"{row['predicted']} ({row['probability']:.2f}){mark}", *images])
+    return "\n".join(markdown_table(["Index", "Label", "Predicted", "Input", "Saliency"], "lllll", cells)) + "\n"

@@ -13,6 +13,8 @@ from common.explain.checks import (
     SENSITIVITY_RADIUS,
     area,
     blurred,
+    brightest_quadrant,
+    chance,
     check_methods,
     control_maps,
     infidelity,
@@ -30,6 +32,7 @@ from common.explain.stages import stages
 from common.training.models import build_model
 
 SIZE = 28
+HALVES = (slice(14), slice(14, None))
 
 
 class Corner(nn.Module):
@@ -261,21 +264,39 @@ def test_the_blurred_squares_and_the_changes_of_a_tile_have_the_documented_size(
     assert 0.9 * SENSITIVITY_RADIUS < max(largest) <= SENSITIVITY_RADIUS
 
 
-def test_every_check_gets_its_tiles_maps_and_networks(resnet: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_blur_s_deviation_is_an_eighth_of_the_side() -> None:
+    point = torch.zeros(1, 3, 32, 32)
+    point[..., 16, 16] = 1
+    spread = blurred(point)[0, 0, 16]
+    assert spread[20] / spread[16] == pytest.approx(0.6065, abs=1e-4)  # exp(-1/2), 4 pixels off the centre
+
+
+def test_every_check_gets_its_tiles_maps_and_networks(
+    resnet: nn.Module, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     methods = {"saliency": METHODS["saliency"]}
     monkeypatch.setattr(checks, "METHODS", methods)
     monkeypatch.setattr(checks, "COSTLY", {"randomisation": 3, "infidelity": 2, "max_sensitivity": 1})
     torch.manual_seed(1)
     fresh = build_model("resnet18", 9, SIZE).eval().requires_grad_(False)
     inputs, targets = tiles(4), torch.tensor([0, 3, 5, 8])
-    checked = check_methods(resnet, fresh, inputs, targets, 0)
+    checked, means = check_methods(resnet, fresh, inputs, targets, 0)
+    assert capsys.readouterr().out.splitlines()[0] == "Saliency (1 of 1): maps, sensitivity, 6 networks"
     assert checked["n"] == {"removal": 4, "randomisation": 3, "infidelity": 2, "max_sensitivity": 1}
     maps = methods["saliency"].maps(resnet, inputs, targets, 0)
     got = checked["methods"]["saliency"]
+    assert not {"passes", "verdict"} & got.keys()  # they are made from the numbers where they are shown
     assert list(got["randomisation"]) == list(stages(resnet, inputs[:1]))
     for stage, network in randomised(resnet, fresh, inputs[:1]).items():
         of_random = methods["saliency"].maps(network, inputs[:3], targets[:3], 0)
         assert got["randomisation"][stage] == mean_estimate(rank_correlation(maps[:3], of_random))
+    np.testing.assert_allclose(means["saliency"][0], maps[:3].mean(0))
+    untrained = methods["saliency"].maps(fresh, inputs[:3], targets[:3], 0).mean(0)
+    np.testing.assert_allclose(means["saliency"][1], untrained)
+    quadrants = [untrained[rows, columns].mean() for rows in HALVES for columns in HALVES]
+    expected = float(max(quadrants) / untrained.mean())
+    assert got["brightest_quadrant"]["untrained"] == pytest.approx(expected, rel=1e-5)
+    assert brightest_quadrant(np.zeros((4, 4))) == 1
     assert got["tile_correlation"] == mean_estimate(rank_correlation(maps[:2], maps[2:]))
     assert got["edge_correlation"] == mean_estimate(rank_correlation(maps, edge_map(inputs)))
     assert got["infidelity"] == mean_estimate(infidelity(resnet, inputs[:2], targets[:2], maps[:2], 0))
@@ -300,36 +321,41 @@ def test_the_interval_of_a_mean_is_student_s() -> None:
 
 
 @pytest.mark.parametrize(
-    ("correlation", "over_random", "over_sobel", "passes"),
+    ("correlation", "over_random", "over_sobel", "failed"),
     [
-        (0.4, 0.1, 0.1, True),
-        (0.48, 0.1, 0.1, False),
-        (0.6, 0.1, 0.1, False),
-        (0.4, -0.1, 0.1, False),
-        (0.4, 0.1, -0.1, False),
-        (0.4, 0.02, 0.1, False),
-        (0.4, 0.1, 0.02, False),
+        (0.4, 0.1, 0.1, []),
+        (0.48, 0.1, 0.1, ["maps lose their order with random weights"]),
+        (-0.48, 0.1, 0.1, ["maps lose their order with random weights"]),  # the reverse order is the order, too
+        (0.4, 0.02, 0.1, ["pixels are better than a random order"]),
+        (0.4, -0.1, 0.02, ["pixels are better than a random order", "pixels are better than plain edges"]),
     ],
 )
-def test_a_method_passes_only_if_no_check_fails(
-    correlation: float, over_random: float, over_sobel: float, passes: bool
+def test_a_method_passes_only_if_every_interval_is_on_the_right_side(
+    correlation: float, over_random: float, over_sobel: float, failed: list[str]
 ) -> None:
     def around(value: float) -> dict[str, float]:
         return {"value": value, "low": value - 0.05, "high": value + 0.05}
 
-    judged = judge(
-        "A method",
-        {"head": around(0.95), "14": around(correlation)},  # the whole network is random in the last one
-        {"margin_over_random": around(over_random), "margin_over_sobel": around(over_sobel)},
-    )
-    assert judged["passes"] == passes
-    assert judged["verdict"].startswith(f"A method {'passes' if passes else 'does not pass'}: ")
-    words = {0.4: "its maps lose", 0.48: "its maps do not clearly lose", 0.6: "its maps keep much of"}
-    failed, _, held = judged["verdict"].partition(" What holds: ") if not passes else ("", "", judged["verdict"])
-    assert words[correlation] in (held if correlation == 0.4 else failed)
-    for margin, control in ((over_random, "a random order"), (over_sobel, "plain edges")):
-        assert (f"its pixels are better than {control} (" in held) == (margin > 0.05)
-        assert (f"its pixels are not clearly better than {control} (" in failed) == (margin < 0.05)
+    method = {
+        "randomisation": {
+            "head": around(0.95),
+            "14": around(correlation),
+        },  # in the last one, all weights are random
+        "margin_over_random": around(over_random),
+        "margin_over_sobel": around(over_sobel),
+    }
+    verdict = judge(method, {"randomisation": 16, "removal": 16})
+    assert list(verdict.failed) == failed
+    assert verdict.passes == (not failed)
+    assert verdict.outcome == ("does not pass" if failed else "passes")
+    few = judge(method, {"randomisation": 15, "removal": 256})
+    assert (few.outcome, few.passes) == ("too few tiles to judge", False)
+
+
+def test_the_page_is_told_what_passing_by_chance_looks_like() -> None:
+    words = chance(5)
+    assert words.startswith("These are 15 tests with 95 % intervals")
+    assert words.endswith("Of 5 such methods, one or more would pass in at most 12% of cases.")
 
 
 def test_margins_are_paired_tile_by_tile() -> None:
