@@ -36,6 +36,7 @@ def test_tiles_are_always_the_same_and_every_one_differs(sets: dict[str, Tiles])
     # Other pixels need another VERSION. Cosines may differ in the last bit on another processor: so only a mean.
     assert phantom.VERSION == 3
     assert images.mean((0, 1, 2)) == pytest.approx([210.359, 174.088, 219.905], abs=0.01)
+    assert sets["test"][0].mean((0, 1, 2)) == pytest.approx([211.115, 172.999, 204.101], abs=0.01)
 
 
 def test_classes_are_equally_large_and_in_random_order() -> None:

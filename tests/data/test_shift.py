@@ -59,6 +59,17 @@ def test_a_response_curve_keeps_the_order_of_grey_levels() -> None:
     assert middle.min() < 110 < 150 < middle.max()
 
 
+def test_a_response_curve_differs_between_tiles_and_channels_as_far_as_documented() -> None:
+    grey = torch.full((2000, 3, 4, 4), 100, dtype=torch.uint8)
+    split = dict(shifted(Split(grey, torch.zeros(2000, dtype=torch.int64)), 4))["gamma"]
+    powers = torch.log(split.images[:, :, 0, 0] / 255) / torch.log(torch.tensor(100 / 255))
+    # 0.7 to 1.4 for the tile, times 0.9 to 1.1 for the channel.
+    quantiles = np.quantile(powers.log().mean(1).exp(), [0.02, 0.98])
+    np.testing.assert_allclose(quantiles, [0.70, 1.38], atol=0.02)
+    ratios = np.quantile(powers[:, 0] / powers[:, 1], [0.02, 0.98])
+    np.testing.assert_allclose(ratios, [0.845, 1.18], atol=0.01)
+
+
 def test_noise_changes_colours_and_keeps_brightness(one_colour: Split) -> None:
     split = dict(shifted(one_colour, 28))["chromatic_noise"]
     change = split.images.float() - one_colour.images.float()
