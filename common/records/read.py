@@ -116,7 +116,7 @@ class Record:
         if "best" not in summary:
             raise Fault(f"{folder}: the run has no test scores (--test=False); train it without this key")
         history = read_history(folder / "history.csv")
-        problem = history_problem(history)
+        problem = _problem(HISTORY, history)
         if not history and "epoch" in summary["best"]:  # only a baseline, which is no network, has none
             problem = "no epochs"
         if problem:
@@ -203,7 +203,7 @@ def best_weights(output_dir: Path, run_id: str) -> Path:
 def read_history(path: Path) -> list[dict[str, float]]:
     """The rows of a history.csv, one per epoch; Fault where it is missing or damaged.
 
-    The columns may be those of another program's runs; `history_problem` checks those of ours.
+    The columns may be those of another program's runs.
     """
     try:
         rows = [{name: float(value) for name, value in row.items()} for row in read_table(path)]
@@ -225,11 +225,6 @@ def read_table(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-def history_problem(rows: Any) -> str | None:
-    """What is wrong with the epochs of one of our runs, in words, with the key; None where nothing is."""
-    return _problem(HISTORY, rows, strict=False)  # in a table even the epoch is a float
-
-
 def read_json(path: Path) -> Any:
     """The content of a JSON record of a run; that of config.json and summary.json is checked.
 
@@ -240,16 +235,16 @@ def read_json(path: Path) -> Any:
     except (OSError, ValueError, RecursionError) as error:
         raise unreadable(path, error) from error
     model = MODELS.get(path.name, TypeAdapter(dict[str, Any]))
-    if problem := _problem(model, content, strict=True):
+    if problem := _problem(model, content):
         raise unreadable(path, problem)
     if content.get("run_id", path.parent.name) != path.parent.name:
         raise unreadable(path, f"run_id: it is of run {content['run_id']}")
     return content
 
 
-def _problem(model: TypeAdapter[Any], content: Any, strict: bool) -> str | None:
+def _problem(model: TypeAdapter[Any], content: Any) -> str | None:
     try:
-        model.validate_python(content, strict=strict, extra="allow")
+        model.validate_python(content, strict=True, extra="allow")
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         key = ".".join(map(str, first["loc"]))

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -226,7 +227,7 @@ class Run:
         self._wandb = send(self._wandb, action)
 
 
-def check_startable(config: TrainingConfig, facts: Mapping[str, Any] | None = None) -> None:
+def check_startable(config: TrainingConfig, facts: Mapping[str, Any]) -> None:
     """Raise UsageError if the run is finished, if `resume` finds no checkpoint, or if `check_record` does."""
     folder = run_folder(config.output_dir, config.run_id)
     checkpoints = checkpoint_folder(config.output_dir, config.run_id)
@@ -238,25 +239,24 @@ def check_startable(config: TrainingConfig, facts: Mapping[str, Any] | None = No
         check_record(config, read_json(folder / "config.json"), facts)
 
 
-def check_record(config: Config, before: Mapping[str, Any], facts: Mapping[str, Any] | None) -> None:
-    """Raise UsageError where `before`, the run's config.json, has another configuration.
+def check_record(config: Config, before: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Raise UsageError where `before`, the run's config.json, is of another run than `config` and `facts`.
 
-    With `facts`, those of this start, also where it has another task, other data, or other weights to start from.
+    It may have another task, other keys, other data, or other weights to start from.
     """
-    if facts and before["task"] != facts["task"]:
+    if before["task"] != facts["task"]:
         raise UsageError(f"run {config.run_id} is a run of {before['task']}: use another --run_id")
     check_same(config, before["config"])
-    if facts is None:
-        return
     # The source of weights may hold the version of a package, so only their content is compared.
-    weights = [content.get("weights", {}).get("sha256") for content in (before, facts)]
-    data = [content["data_fingerprint"] for content in (before, facts)]
-    for (old, new), problem in (
-        (data, "started on other data (its fingerprint was {}): use that data"),
-        (weights, "started from other weights (their sha256 was {}): use those"),
-    ):
-        if old != new:
-            raise UsageError(f"run {config.run_id} was {problem.format(old)} or another --run_id")
+    weights, own_weights = (content.get("weights", {}).get("sha256") for content in (before, facts))
+    data = before["data_fingerprint"]
+    problem = ""
+    if data != facts["data_fingerprint"]:
+        problem = f"started on other data (its fingerprint was {data}): use that data"
+    elif weights != own_weights:
+        problem = f"started from other weights (their sha256 was {weights}): use those"
+    if problem:
+        raise UsageError(f"run {config.run_id} was {problem} or another --run_id")
 
 
 def check_same(
@@ -292,17 +292,11 @@ def wandb_mode(asked: str) -> str:
         return asked
     if os.environ.get("WANDB_MODE"):
         return os.environ["WANDB_MODE"]
-    return "online" if _has_wandb_key() else "offline"
-
-
-def _has_wandb_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
     host = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    try:  # where `wandb login` keeps the key
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host or "") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+    known = None
+    with suppress(OSError, netrc.NetrcParseError):  # where `wandb login` keeps the key
+        known = netrc.netrc(os.environ.get("NETRC")).authenticators(host or "")
+    return "online" if known or os.environ.get("WANDB_API_KEY") else "offline"
 
 
 def start_wandb(task: str, run_id: str, config: ScriptConfig, facts: Mapping[str, Any], network: str) -> Any:
