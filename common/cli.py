@@ -127,10 +127,12 @@ class Keys(BaseModel):
             super().__init__(**given)
         except ValidationError as error:
             first = error.errors()[0]
+            is_float = any(isinstance(bound, float) for bound in first.get("ctx", {}).values())
+            value = float(first["input"]) if is_float else first["input"]
             reason = first["msg"].split(", unable")[0]
             for words, plainer in PLAINER.items():
                 reason = reason.replace(words, plainer)
-            raise UsageError(f"--{first['loc'][0]} {first['input']}: {reason}") from None
+            raise UsageError(f"--{first['loc'][0]} {value}: {reason}") from None
 
     @classmethod
     def recipe(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:

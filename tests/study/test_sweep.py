@@ -113,7 +113,7 @@ def test_any_damage_of_a_sweep_file_is_refused_or_leaves_a_sweep(
             {"parameters": {"row": {"valeus": ["a"]}}},
             "parameter row has an unknown key valeus; did you mean values?",
         ),
-        ({"parameters": {"quality": {"min": 0, "max": 2}}}, "--quality 2: must be at most 1"),
+        ({"parameters": {"quality": {"min": 0, "max": 2}}}, "--quality 2.0: must be at most 1"),
         ({"parameters": {"quality": {"min": 0, "max": "1e-4"}}}, "'1e-4' is not a number"),
         ({"parameters": {"quality": {"min": 1, "max": 0}}}, "no int_uniform between 1 and 0"),
         (
