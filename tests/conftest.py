@@ -40,9 +40,10 @@ SMALL_RUN: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def isolated(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Run each test without W&B, and without the user's cache folder and API key."""
+    """Run each test without W&B, and without the user's data, cache folder and API key."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
+    monkeypatch.delenv("PATHMNIST_ROOT", raising=False)
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setenv("NETRC", os.devnull)

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-TIMINGS = ("seconds", "tiles_per_second", "wall_seconds", "feature_seconds")
+# What differs between two equal runs; best.pt, of which best_sha256 is, holds its folder and timings.
+TIMINGS = ("seconds", "tiles_per_second", "wall_seconds", "feature_seconds", "best_sha256")
 
 
 def start(action: Callable[[], None], log: Path) -> int:

@@ -97,7 +97,7 @@ def test_a_short_training_learns_real_tissue(
             dataset, val=module._part(dataset.val, 2000), test=module._part(dataset.test, 500)
         )
 
-    monkeypatch.setattr(script, "load_dataset", with_fewer_tiles_to_score)
+    monkeypatch.setattr("common.training.loop.load_dataset", with_fewer_tiles_to_score)
     config_class = task1.Task1Config if script is task1 else train.TrainConfig
     where = [f"--data_root={root}", f"--output_dir={tmp_path}"]
     script.main(parse(config_class, [*SHORT, *keys, *where], ""))

@@ -186,8 +186,7 @@ def _map_split(folder: Path, split: str, layout: Layout) -> Split:
 def _build_splits(folder: Path, layout: Layout, build: Build) -> dict[str, Split]:
     """Build the arrays in a temporary folder, and rename it to `folder`. The caller holds the lock."""
     if folder.exists():
-        print(f"{folder} is damaged or outdated; building it again", file=sys.stderr)
-        shutil.rmtree(folder)
+        print(f"{folder} is damaged or of other data; building it again", file=sys.stderr)
     temporary = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)  # a killed process may have left it
     temporary.mkdir()
@@ -195,6 +194,8 @@ def _build_splits(folder: Path, layout: Layout, build: Build) -> dict[str, Split
         build(temporary)
         splits = {split: _map_split(temporary, split, layout) for split in SPLITS}
         write_json(temporary / "meta.json", _meta(temporary, layout))
+        if folder.exists():  # until here: they are the only ones if these cannot be built
+            shutil.rmtree(folder)
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

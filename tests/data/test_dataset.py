@@ -87,6 +87,17 @@ def test_another_file_is_unpacked_again(tmp_path: Path, monkeypatch: pytest.Monk
     assert load_dataset("pathmnist", 28, tmp_path).val.images.min() == 1
 
 
+def test_arrays_stay_where_others_cannot_be_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_official(tmp_path, monkeypatch)
+    before = load_dataset("pathmnist", 28, tmp_path).val.images
+    official = pathmnist.official_file(28)
+    with monkeypatch.context() as patched, pytest.raises(Fault, match=f"is {official.md5}, not {'0' * 32}"):
+        patched.setattr(pathmnist, "official_file", lambda size: OfficialFile(official.name, "", "0" * 32))
+        load_dataset("pathmnist", 28, tmp_path)
+    monkeypatch.setattr(module, "_unpack", no_build)
+    assert torch.equal(load_dataset("pathmnist", 28, tmp_path).val.images, before)
+
+
 def flip_a_byte(folder: Path) -> None:
     with open(folder / "train_images.npy", "r+b") as file:
         file.seek(500_000)
@@ -120,7 +131,7 @@ def test_damaged_arrays_are_built_anew(
     whole = load_dataset("pathmnist", 28, tmp_path).train.images.clone()
     damage(tmp_path / "pathmnist.arrays")
     assert torch.equal(load_dataset("pathmnist", 28, tmp_path).train.images, whole)
-    assert "is damaged or outdated; building it again" in capsys.readouterr().err
+    assert "is damaged or of other data; building it again" in capsys.readouterr().err
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
