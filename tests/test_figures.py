@@ -1,8 +1,6 @@
 """Figures are readable PNG files of the right size and content, the same each time, complete or absent."""
 
 import re
-import subprocess
-import sys
 
 import matplotlib as mpl
 import numpy as np
@@ -94,7 +92,7 @@ def test_a_title_breaks_neither_within_a_seed_nor_within_a_number_of_pixels():
         assert re.findall(r"\d+ px|seed \d", figures.wrap(text, width)) == ["28 px", "64 px", "seed 0"]
 
 
-@pytest.mark.parametrize("epochs", [1, 2, 3, 7, 20, 100, 150])
+@pytest.mark.parametrize("epochs", [1, 2, 7, 150])
 def test_epoch_ticks_are_whole_and_few(tmp_path, drawn, epochs):
     draw_curve(tmp_path / "curve.png", np.linspace(0, 1, epochs), best_epoch=None)
     [axes] = drawn
@@ -146,12 +144,6 @@ def test_long_class_names_and_titles_fit(tmp_path, drawn):
         box = text.get_window_extent()
         assert page.x0 <= box.x0 < box.x1 <= page.x1
         assert page.y0 <= box.y0 < box.y1 <= page.y1
-
-
-def test_drawing_needs_no_pyplot():
-    code = "import sys, common.figures; print('matplotlib.pyplot' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "False"
 
 
 def test_the_longest_names_fit_under_a_tile_and_its_map(tmp_path, drawn):

@@ -18,19 +18,10 @@ def test_a_spread_has_the_t_interval_of_the_mean() -> None:
     assert (over.low, over.high) == pytest.approx(stats.t.interval(0.95, 3, 0.615, stats.sem(values)))
 
 
-def test_a_single_value_has_no_interval() -> None:
-    over = spread([0.5])
-    assert (over.n, over.mean) == (1, 0.5)
-    assert math.isnan(over.sd)
-    assert math.isnan(over.low)
-    assert math.isnan(paired_p([0.1, 0.2]))
-
-
-def test_two_values_have_a_standard_deviation_but_no_interval() -> None:
-    over = spread([0.5, 0.7])
-    assert (over.mean, over.sd) == (pytest.approx(0.6), pytest.approx(0.02**0.5))
-    assert math.isnan(over.low)
-    assert math.isnan(over.high)
+def test_fewer_than_three_values_have_no_interval_and_no_test() -> None:
+    one, two = spread([0.5]), spread([0.5, 0.7])
+    assert (one.n, one.mean, two.mean, two.sd) == (1, 0.5, pytest.approx(0.6), pytest.approx(0.02**0.5))
+    assert all(math.isnan(value) for value in (one.sd, one.low, two.low, two.high, paired_p([0.1, 0.2])))
     assert not math.isnan(spread([0.5, 0.6, 0.7]).low)
 
 
