@@ -106,6 +106,22 @@ def compare(rows: Mapping[str, Mapping[int, float]], identical: Collection[str] 
     }
 
 
+def smallest_difference(sd: float, n: int, family: int, power: float = 0.8) -> float:
+    """The smallest true difference that a paired t test of `n` seeds shows with this probability (its power).
+
+    `sd` is the standard deviation of the paired differences. The test is two-sided, at the most severe step of
+    Holm's correction over `family` tests: SIGNIFICANT / family. With a true difference, the square of the t
+    statistic has the noncentral F distribution (Cohen, Statistical Power Analysis, 1988).
+    """
+    from scipy.optimize import brentq
+    from scipy.special import ncfdtr
+    from scipy.stats import f
+
+    limit = float(f.isf(SIGNIFICANT / family, 1, n - 1))
+    shift = brentq(lambda shift: 1 - power - ncfdtr(1, n - 1, shift**2, limit), 0, 3 * math.sqrt(limit))
+    return float(shift) * sd / math.sqrt(n)
+
+
 def counted(number: int, noun: str) -> str:
     """`1 epoch` or `1,000 epochs`: a number, and its noun in the singular or the plural."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

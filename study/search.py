@@ -1,304 +1,253 @@
-"""Search a sweep's parameters with Optuna: all workers share one journal file or one database."""
+"""Search a sweep's parameters with Optuna; the commands that share a search share its database."""
 
-import json
-import math
-import os
-import re
-import socket
+import shlex
 import time
 import warnings
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.exceptions import ExperimentalWarning, StorageInternalError
+import sqlalchemy
+from filelock import FileLock
+from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner, NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
-from optuna.storages import RDBStorage, fail_stale_trials
-from optuna.storages.journal import JournalFileBackend, JournalStorage
-from optuna.study import StudyDirection
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState
 
-from common.errors import Fault, Untrainable, UsageError, first_line
-from study.sweep_file import Range, Sweep
-from study.trials import Running, Trial, TrialRecords, Workers, failed_runs, locked
+from common.cli import Fault, Stopped, Untrainable, UsageError, first_line
+from common.files import public, write_text
+from common.records.read import is_finished, read_history, read_json, run_folder
+from study.processes import WAIT, Processes, failed_runs, planned
+from study.sweep_spec import Sweep
+from study.sweep_tables import Ended, ranked, search_table
 
-ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+HEARTBEAT = 60  # seconds between two signs of life of a trial
+GRACE = 180  # seconds without a sign of life, after which a trial is tried again
 MAX_FAILURES = 3  # then the machine is broken, for example its disk is full: a command starts no other trial
-HEARTBEAT = 60  # seconds between two signs of life of a trial in a database
-GRACE = 600  # seconds without a sign of life, after which other machines repeat a trial
+REFUSED = "refused"  # marks a failed trial whose configuration was the reason: it is not tried again
+
+warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats
+try_again = RetryHeartbeatStaleTrialCallback()
 
 
-class Search:
-    """A search and its trials, as this command sees them.
+class Failed(Exception):
+    """A trial failed; the search goes on."""
 
-    Optuna's storage is a journal file in the sweep's folder, and commands that share the folder share the search.
-    Or it is a database, for commands on several machines, each with a folder for itself. A command continues the
-    trials that a killed command left in the same folder. With a database, a trial of a machine that is lost is
-    repeated by another machine after GRACE seconds.
+
+def search(sweep: Sweep, processes: Processes, count: int, n_workers: int, storage: str | None) -> None:
+    """Run trials until `count` have ended, those of other commands included, and write their table.
+
+    Without workers, only write the table. Raises Fault naming the trials that failed for another reason than their
+    configuration: the next command tries these again. UsageError where the search had other parameters.
     """
+    file = processes.logs / "search.db"
+    with _one_line(storage or str(file)):
+        study = _open(sweep, storage or f"sqlite:///{file.absolute()}", file)
+        objective = Objective(study, sweep, processes)
+        if n_workers:
+            objective.run(count, n_workers)
+        ended = [objective.ended(trial) for trial in ended_trials(study)]
+    if ended:
+        _write(sweep, ranked(sweep, ended), processes.logs)
+    if objective.failed:
+        raise failed_runs(objective.failed)
+    if not ended:
+        raise UsageError(f"no trial of {sweep.name} has ended yet")
+    if all(trial.state == "failed" for trial in ended):
+        raise Fault(f"all {len(ended)} trials failed")
 
-    def __init__(self, records: TrialRecords, url: str | None = None) -> None:
-        """Create or open the search. UsageError where it was started with other parameters, or for a bad URL."""
-        self.records = records
-        self.failed: list[str] = []  # trials that this command could not finish, and not by their configuration
-        self._database: RDBStorage | None = None
-        self._owner = ""  # whose folder a trial's records and locks are in; a journal has only one folder
-        self._beats: dict[int, float] = {}  # trial → time of its last heartbeat
-        records.folder.mkdir(parents=True, exist_ok=True)
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        warnings.filterwarnings("ignore", "Heartbeat of storage")  # this module sends them
-        with locked(records.folder / "search.lock", wait=True):
-            if url is None:
-                self.study = self._create(JournalStorage(_Journal(records.folder / "search.journal")))
-            else:
-                self._database = _open_database(url, self._repeat)
-                self._owner = f"{socket.gethostname()}:{records.folder.resolve()}"
-                self.study = self._create(self._database)
-            self._check_space()
 
-    def _create(self, storage: JournalStorage | RDBStorage) -> optuna.Study:
-        sweep = self.records.sweep
-        pruner: BasePruner = NopPruner()
-        if sweep.min_iter is not None:  # W&B's hyperband with `min_iter` is one bracket of successive halving
-            pruner = SuccessiveHalvingPruner(min_resource=sweep.min_iter, reduction_factor=sweep.eta)
-        return optuna.create_study(
+def ended_trials(study: optuna.Study) -> list[FrozenTrial]:
+    """The trials that have ended, but for those that are tried again."""
+    trials = study.get_trials(deepcopy=False)
+    done = (TrialState.COMPLETE, TrialState.PRUNED)
+    return [trial for trial in trials if trial.state in done or REFUSED in trial.user_attrs]
+
+
+class Objective:
+    """Trains the trials of a search. `failed` names those that failed, but not by their configuration."""
+
+    def __init__(self, study: optuna.Study, sweep: Sweep, processes: Processes) -> None:
+        self.study, self.sweep, self.processes = study, sweep, processes
+        self.failed: list[str] = []
+
+    def run(self, count: int, n_workers: int) -> None:
+        """Run trials until `count` have ended."""
+
+        def left() -> int:
+            running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+            return count - len(ended_trials(self.study)) - len(running)
+
+        def stop_in_time(study: optuna.Study, trial: FrozenTrial) -> None:
+            if left() <= 0 or len(self.failed) >= MAX_FAILURES:
+                study.stop()
+
+        with self.processes:
+            while len(ended_trials(self.study)) < count and len(self.failed) < MAX_FAILURES:
+                fail_stale_trials(self.study)
+                if (missing := left()) > 0:
+                    n_jobs = min(n_workers, missing)
+                    self.study.optimize(self, n_jobs=n_jobs, catch=(Failed,), callbacks=[stop_in_time])
+                else:  # other commands run the last ones; if one is killed, this command continues its trial
+                    self.processes.check()
+                    time.sleep(WAIT)
+
+    def __call__(self, trial: optuna.Trial) -> float:
+        """The best value of the metric over the epochs. Raises TrialPruned, Failed, and Stopped after Ctrl-C."""
+        started, processes = time.monotonic(), self.processes
+        run_id = self.run_id(self._frozen(trial))
+        values = {name: parameter.suggest(trial, name) for name, parameter in self.sweep.swept.items()}
+        try:
+            self.sweep.config(values)
+        except UsageError as error:  # swept values that exclude each other
+            raise self._refused(trial, f"{run_id}: FAILED: {error}") from None
+        run = planned(self.sweep, run_id, values, processes.output_dir)
+        reported, pruned = 0, False
+
+        def report() -> bool:
+            nonlocal reported, pruned
+            history = self.history(run_id)
+            for epoch in sorted(history)[reported:]:
+                reported = epoch
+                trial.report(history[epoch], epoch)
+                pruned = pruned or trial.should_prune()
+            return pruned
+
+        try:
+            while processes.is_running(run):  # its command was killed
+                processes.check()
+                time.sleep(WAIT)
+            status = 0 if processes.is_finished(run) else processes.train(run, report)
+        except Stopped:
+            try_again(self.study, self._frozen(trial))
+            raise
+        report()  # the last epochs
+        best = self.sweep.best(self.history(run_id).values())
+        value = "" if best is None else f", {self.sweep.metric_name} {best:.4f}"
+        seconds = f"({time.monotonic() - started:.0f} s)"
+        if processes.is_finished(run) and best is not None:
+            print(f"{run_id}: finished{value} {seconds}", flush=True)
+            return best
+        if pruned:
+            print(f"{run_id}: pruned{value} {seconds}", flush=True)
+            raise optuna.TrialPruned
+        line = f"{run_id}: {processes.failure(run, status)} {seconds}"
+        if status in (UsageError.exit_status, Untrainable.exit_status):  # every attempt would end like this
+            raise self._refused(trial, line)
+        print(line, flush=True)
+        self.failed.append(run_id)
+        try_again(self.study, self._frozen(trial))
+        raise Failed
+
+    def _frozen(self, trial: optuna.Trial) -> FrozenTrial:
+        return self.study.get_trials(deepcopy=False)[trial.number]
+
+    def _refused(self, trial: optuna.Trial, line: str) -> Failed:
+        print(line, flush=True)
+        trial.set_user_attr(REFUSED, True)
+        return Failed()
+
+    def run_id(self, trial: FrozenTrial) -> str:
+        """The id of a trial's run; a trial that is tried again continues the run of the first attempt."""
+        first = try_again.retried_trial_number(trial)
+        return f"{self.sweep.name}-{trial.number if first is None else first}"
+
+    def history(self, run_id: str) -> dict[int, float]:
+        """The metric of each epoch until now; Fault where the program does not record it."""
+        path = run_folder(self.processes.output_dir, run_id) / "history.csv"
+        rows = read_history(path) if path.exists() else []
+        if rows and self.sweep.metric_name not in rows[0]:
+            raise Fault(f"{path} has no column {self.sweep.metric_name}, the sweep's metric")
+        return {int(row["epoch"]): row[self.sweep.metric_name] for row in rows}
+
+    def ended(self, trial: FrozenTrial) -> Ended:
+        """A trial by its run's own records; what Optuna knows of it only fills in what these lack."""
+        run_id, params, dataset = self.run_id(trial), trial.params, None
+        path = run_folder(self.processes.output_dir, run_id) / "config.json"
+        if path.exists():
+            facts = read_json(path)
+            params, dataset = {name: facts["config"][name] for name in self.sweep.swept}, facts["dataset"]
+        here = "finished" if is_finished(self.processes.output_dir, run_id) else "elsewhere"
+        state = {TrialState.COMPLETE: here, TrialState.PRUNED: "pruned"}.get(trial.state, "failed")
+        return Ended(run_id, state, params, self.history(run_id), dataset)
+
+
+def _write(sweep: Sweep, trials: list[Ended], folder: Path) -> None:
+    """Write table.md, and print where they are and how to train the best trial's configuration."""
+    text = search_table(sweep, trials)
+    if trials[0].state == "finished":
+        command = shlex.join(["python", sweep.program, *sweep.recipe(trials[0].params)])
+        text += ["", f"The best trial's configuration, on all training tiles: `{command}`"]
+        print(text[-1])
+    write_text(folder / "table.md", "\n".join(text) + "\n")
+    print(f"{sweep.name}: {len(trials)} trials, the best one first: {folder / 'table.md'}", flush=True)
+
+
+def _open(sweep: Sweep, url: str, file: Path) -> optuna.Study:
+    """Create or open the search in the database at `url`. UsageError where it had other parameters."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        place = sqlalchemy.make_url(url)
+        place.get_dialect()
+    except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
+        raise UsageError(f"--storage: {first_line(error)}") from None
+    path = Path(place.database or "")
+    if place.drivername.startswith("sqlite") and path.exists() and not path.is_file():
+        raise UsageError(f"{path}: a search's database must be a regular file")
+    pruner: BasePruner = NopPruner()
+    if early := sweep.early_terminate:  # W&B's hyperband with `min_iter` is one bracket of successive halving
+        pruner = SuccessiveHalvingPruner(min_resource=early.min_iter, reduction_factor=early.eta)
+    # Constant liar: trials at the same time try different values.
+    sampler: BaseSampler = TPESampler(constant_liar=True) if sweep.method == "bayes" else RandomSampler()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_suffix(".lock")):  # two commands that start together must not both create the tables
+        storage = RDBStorage(
+            url, heartbeat_interval=HEARTBEAT, grace_period=GRACE, heartbeat_stale_trial_callback=try_again
+        )
+        if place.drivername.startswith("sqlite"):  # else two workers could take the same waiting trial
+            sqlalchemy.event.listen(storage.engine, "connect", _leave_begin_to_us)
+            sqlalchemy.event.listen(storage.engine, "begin", _lock_at_begin)
+            storage.engine.dispose()
+        study = optuna.create_study(
             storage=storage,
             study_name=sweep.name,
             direction="maximize" if sweep.maximize else "minimize",
+            sampler=sampler,
             pruner=pruner,
             load_if_exists=True,
         )
-
-    def _check_space(self) -> None:
-        sweep = self.records.sweep
-        fixed = {name: value for name, value in sweep.fixed.items() if name not in sweep.per_machine()}
-        space = {"metric": sweep.metric, "fixed": fixed, "swept": str(dict(sweep.swept))}
-        other_goal = sweep.maximize != (self.study.direction == StudyDirection.MAXIMIZE)
-        if other_goal or self.study.user_attrs.get("space", space) != space:
+        if study.user_attrs.get("space", sweep.space) != sweep.space:
             raise UsageError(
                 f"search {sweep.name} was started with other parameters: use another --output_dir, or another "
                 "name in the sweep file"
             )
-        self.study.set_user_attr("space", space)
-
-    def trials(self) -> list[FrozenTrial]:
-        """The trials of all commands and of earlier starts, without those that another machine repeats."""
-        trials = self.study.get_trials(deepcopy=False)
-        repeated = {trial.user_attrs.get("repeats") for trial in trials}
-        return [trial for trial in trials if trial.number not in repeated]
-
-    def ended(self) -> list[FrozenTrial]:
-        """Those of `trials` that have ended."""
-        return [trial for trial in self.trials() if trial.state in ENDED]
-
-    def run(self, count: int, n_workers: int) -> None:
-        """Run trials until `count` have ended, including those of other commands and of earlier starts.
-
-        Raises Fault naming the trials that failed, unless their configuration was the reason: the next command
-        tries these again.
-        """
-        asked: dict[str, optuna.Trial] = {}
-        with _one_line_for_the_database(), Workers(self.records.sweep.name, count, " trials") as workers:
-            while True:
-                ended = self.ended()
-                workers.bar.update(len(ended) - workers.bar.n)
-                left = count - len(ended) - len(self.failed) if len(self.failed) < MAX_FAILURES else 0
-                if left <= 0 and not workers.running:
-                    break
-                while left > 0 and len(workers.running) < n_workers:
-                    with self._next_trial(count) as found:
-                        if found is None:
-                            break  # other commands run the last ones; if one is killed, this command continues it
-                        optuna_trial, lock = found
-                        trial = Trial(self.run_id(optuna_trial), _suggest(optuna_trial, self.records.sweep))
-                        if self.records.is_finished(trial):  # its process outlived the command that started it
-                            workers.print(f"{trial.run_id}: {self._end(optuna_trial, trial)}")
-                            left -= 1
-                        else:
-                            asked[trial.run_id] = optuna_trial
-                            workers.running.append(Running(trial, self.records, lock))
-                for running, status in workers.wait():
-                    trial = running.trial
-                    with running.lock:
-                        outcome = self._end(asked[trial.run_id], trial, status, pruned=running.stopped)
-                    workers.print(f"{trial.run_id}: {outcome} ({running.seconds:.0f} s)")
-                self._send_heartbeats([asked[running.trial.run_id] for running in workers.running])
-                for running in workers.running:
-                    run_id = running.trial.run_id
-                    if self._report(asked[run_id], self.records.history(run_id)):
-                        running.stop()
-        if self.failed:
-            raise failed_runs(self.failed)
-        if all(trial.state == TrialState.FAIL for trial in ended):
-            raise Fault(f"all {len(ended)} trials failed")
-
-    def run_id(self, trial: optuna.Trial | FrozenTrial) -> str:
-        """The id of a trial's run."""
-        return f"{self.records.sweep.name}-{trial.number}"
-
-    @contextmanager
-    def _next_trial(self, count: int) -> Iterator[tuple[optuna.Trial, int] | None]:
-        """Yield a trial that a command left, else a new one, with its lock; None where others run the last ones.
-
-        In a folder, only one command at a time does this. So no command sees a new trial before its lock is taken.
-        """
-        with locked(self.records.folder / "search.lock", wait=True), self._left_trial() as left:
-            if left is not None:
-                yield left
-                return
-            fail_stale_trials(self.study)  # calls self._repeat for each
-            if len(self.trials()) < count:
-                self._add(self._sample(), {})
-            with self._left_trial() as new:
-                yield new
-
-    @contextmanager
-    def _left_trial(self) -> Iterator[tuple[optuna.Trial, int] | None]:
-        """Yield a trial of this folder that no process runs, with its lock."""
-        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if trial.user_attrs["owner"] == self._owner and self.run_id(trial) not in self.failed:
-                with locked(self.records.lock_path(self.run_id(trial))) as lock:
-                    if lock is not None:
-                        yield optuna.Trial(self.study, trial._trial_id), lock
-                        return
-        yield None
-
-    def _add(self, values: FrozenTrial, attributes: Mapping[str, Any]) -> None:
-        """Add a trial of this folder with the values of another one, in one write: after a kill it is whole."""
-        new = optuna.create_trial(
-            state=TrialState.RUNNING,
-            params=values.params,
-            distributions=values.distributions,
-            user_attrs={"owner": self._owner, **attributes},
-        )
-        self.study.add_trial(new)
-
-    def _repeat(self, _: optuna.Study, lost: FrozenTrial) -> None:
-        """Add a trial in the place of one whose machine is lost."""
-        self._add(lost, {"repeats": lost.number})
-
-    def _sample(self) -> FrozenTrial:
-        """A trial with the values to try next, by the sweep's method.
-
-        The seed is the trial's number: so kills do not change the samples, and each trial has other ones. Machines
-        that sample at the same time have different seeds.
-        """
-        trials = self.study.get_trials(deepcopy=False)
-        seed = zlib.crc32(f"{len(trials)} {self._owner}".encode())
-        sampler: BaseSampler = RandomSampler(seed=seed)
-        if self.records.sweep.method == "bayes":  # constant liar: trials at the same time try different values
-            sampler = TPESampler(seed=seed, constant_liar=True)
-        in_memory = optuna.create_study(direction=self.study.direction, sampler=sampler)
-        in_memory.add_trials(trials)
-        _suggest(in_memory.ask(), self.records.sweep)
-        return in_memory.trials[-1]
-
-    def _end(self, optuna_trial: optuna.Trial, trial: Trial, status: int = 0, pruned: bool = False) -> str:
-        """Tell Optuna how a trial ended, unless it is to be tried again; returns the outcome in words."""
-        records = self.records
-        self._report(optuna_trial, records.history(trial.run_id))  # the epochs since the last report
-        best = records.best(trial.run_id)
-        if records.is_finished(trial) and best is not None:
-            self.study.tell(optuna_trial, best, skip_if_finished=True)
-            return records.outcome(trial.run_id, "finished")
-        if pruned:
-            self.study.tell(optuna_trial, state=TrialState.PRUNED, skip_if_finished=True)
-            return records.outcome(trial.run_id, "pruned")
-        if status in (UsageError.exit_status, Untrainable.exit_status):  # every attempt would end like this
-            self.study.tell(optuna_trial, state=TrialState.FAIL, skip_if_finished=True)
-        else:
-            self.failed.append(trial.run_id)
-        return records.failure(trial.run_id, status)
-
-    def _report(self, optuna_trial: optuna.Trial, history: dict[int, float]) -> bool:
-        """Report each new epoch to Optuna; returns whether the trial is to be stopped."""
-        known = self.study.get_trials(deepcopy=False)[optuna_trial.number]
-        if known.state != TrialState.RUNNING:  # this machine gave no sign of life, and another one repeats it
-            return True
-        prune = False
-        for epoch in sorted(history.keys() - known.intermediate_values.keys()):
-            optuna_trial.report(history[epoch], epoch)
-            prune |= optuna_trial.should_prune()
-        return prune
-
-    def _send_heartbeats(self, trials: Sequence[optuna.Trial]) -> None:
-        if self._database is None:
-            return
-        for trial in trials:
-            if time.monotonic() > self._beats.get(trial.number, -math.inf) + HEARTBEAT:
-                self._database.record_heartbeat(trial._trial_id)
-                self._beats[trial.number] = time.monotonic()
+        study.set_user_attr("space", sweep.space)
+    return study
 
 
-def _open_database(url: str, repeat: Callable[[optuna.Study, FrozenTrial], None]) -> RDBStorage:
-    """Optuna's tables in the database at `url`; UsageError where it cannot be opened."""
-    until = time.monotonic() + 10
-    while True:
-        try:
-            return RDBStorage(
-                url,
-                heartbeat_interval=HEARTBEAT,
-                grace_period=GRACE,
-                heartbeat_stale_trial_callback=repeat,
-            )
-        except Exception as error:  # of Optuna, SQLAlchemy, or the database's driver
-            # Another machine may be creating the tables at this moment.
-            at_once = re.search("already exists|duplicate key|UNIQUE constraint", str(error))
-            if not at_once or time.monotonic() > until:
-                reason = first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
-                raise UsageError(f"--storage: no database can be opened: {reason}") from None
-        time.sleep(0.2)
+def _leave_begin_to_us(connection: Any, _: Any) -> None:
+    connection.isolation_level = None
+
+
+def _lock_at_begin(connection: Any) -> None:
+    """Lock a SQLite database for a whole transaction, as SQLAlchemy's documentation of SQLite recommends."""
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 @contextmanager
-def _one_line_for_the_database() -> Iterator[None]:
+def _one_line(place: str) -> Iterator[None]:
+    """Turn an error of the database at `place`, which may have any type, into one line that names it."""
     try:
         yield
-    except StorageInternalError as error:
-        raise Fault(f"the search's database: {first_line(error)}; the same command continues") from error
-
-
-class _Journal(JournalFileBackend):
-    """Optuna's journal file, with a lock that the kernel releases when its process ends.
-
-    Optuna's own lock is a symbolic link that stays after a kill. Then the next process waits for 30 seconds or, if
-    the journal's path is relative, forever.
-    """
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(str(path))
-        self._path = path
-
-    def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Append each log as a line of JSON; OSError with the file's name where the disk is full."""
-        lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
-        try:
-            with locked(self._path.with_name("journal.lock"), wait=True), open(self._path, "r+b") as file:
-                # A full disk or a kill may have left part of a line: remove it before appending.
-                file.truncate(file.read().rfind(b"\n") + 1)
-                file.seek(0, os.SEEK_END)
-                file.write(lines.encode())
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            error.filename = error.filename or str(self._path)
-            raise
-
-
-def _suggest(trial: optuna.Trial, sweep: Sweep) -> dict[str, Any]:
-    """The trial's values: those that it has, or new samples."""
-    chosen: dict[str, Any] = {}
-    for name, values in sweep.swept.items():
-        if not isinstance(values, Range):
-            chosen[name] = trial.suggest_categorical(name, values)
-        elif values.distribution == "int_uniform":
-            chosen[name] = trial.suggest_int(name, int(values.low), int(values.high))
-        else:
-            log = values.distribution == "log_uniform_values"
-            chosen[name] = trial.suggest_float(name, values.low, values.high, log=log)
-    return chosen
+    except (UsageError, Fault, Stopped, OSError):
+        raise
+    except Exception as error:
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        what = f"{type(cause).__name__}: {first_line(cause)}"
+        raise Fault(
+            f"{public(place)}: the search's database cannot be read or written ({what}); the same command tries "
+            "again; if the file is damaged, restore it, or search with another --output_dir"
+        ) from error

@@ -8,6 +8,7 @@ from typing import Any
 
 import example_records
 import numpy as np
+from filelock import FileLock, Timeout
 
 from common.cli import Fault, Untrainable, UsageError, key, run_script
 from common.config import Config
@@ -27,7 +28,13 @@ class FakeConfig(Config):
 
 def main(config: FakeConfig) -> None:
     """Write all records, and a line in starts.txt, spans.txt and, at SIGTERM, in terms.txt."""
-    begun = time.monotonic()
+    begun, folder = time.monotonic(), config.output_dir / "runs" / config.run_id
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UsageError("another process trains this run") from None
 
     def note(name: str, *words: Any) -> None:
         with open(config.output_dir / name, "a") as file:
@@ -42,7 +49,12 @@ def main(config: FakeConfig) -> None:
         signal.signal(signal.SIGTERM, linger)
     note("processes.txt", os.getpid())
     note("starts.txt", config.run_id)
-    note("wandb.txt", os.environ.get("WANDB_PROJECT"), os.environ.get("WANDB_ENTITY"))
+    note(
+        "wandb.txt",
+        os.environ.get("WANDB_PROJECT"),
+        os.environ.get("WANDB_ENTITY"),
+        os.environ.get("WANDB_RUN_GROUP"),
+    )
     while len((config.output_dir / "starts.txt").read_text().split()) < config.together:
         if time.monotonic() > begun + 15:
             raise UsageError("it is alone")
@@ -53,7 +65,6 @@ def main(config: FakeConfig) -> None:
         raise Untrainable("the loss became nan")
     if config.quality < 0:
         raise UsageError(f"--quality {config.quality}: broken")
-    folder = config.output_dir / "runs" / config.run_id
     facts = {**example_records.facts(config.as_dict(), "task3"), "dataset": "no data"}
     write_json(folder / "config.json", facts)
     history = []
@@ -63,7 +74,11 @@ def main(config: FakeConfig) -> None:
         write_csv(folder / "history.csv", history)
     # The outputs are the same for rows that end in the same letter.
     np.savez(folder / "scores.npz", **example_records.outputs(ord(config.row[-1]) + config.quality))
-    write_json(folder / "summary.json", example_records.summary(facts, history, config.quality, config.quality))
+    changed = {"gamma": config.quality - 0.1, "chromatic_noise": config.quality - 0.1}
+    summary = example_records.summary(facts, history, config.quality, config.quality)
+    write_json(
+        folder / "summary.json", {**summary, "shifted": changed, "validate/shifted_acc": config.quality - 0.1}
+    )
     while (config.output_dir / f"hold-{config.run_id}").exists() and time.monotonic() < begun + 60:
         time.sleep(0.02)
     note("spans.txt", begun, time.monotonic(), os.environ.get("OMP_NUM_THREADS"))

@@ -8,9 +8,8 @@ from typing import Any
 
 from processes import start
 
-from common.config import run_script
+from common.cli import run_script
 from study import sweep
-from study.trials import locked
 
 GRID = {"method": "grid", "parameters": {"row": {"values": ["a", "b", "c"]}, "seed": {"values": [0, 1]}}}
 SEARCH = {
@@ -36,7 +35,7 @@ def begin(path: Path, output: Path, **keys: Any) -> int:
 
 
 def wait_for(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -57,15 +56,13 @@ def most_at_once(output: Path) -> int:
     return max(sum(begun <= moment < ended for begun, ended in spans) for moment, _ in spans)
 
 
-def is_locked(path: Path) -> bool:
-    with locked(path) as lock:
-        return lock is None
-
-
 def read_csv(path: Path) -> list[dict[str, str]]:
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
 
 
 def table(output: Path, name: str = "try") -> list[dict[str, str]]:
-    return read_csv(output / "sweeps" / name / "table.csv")
+    """The lines of a table.md."""
+    text = (output / "sweeps" / name / "table.md").read_text().replace(r"\_", "_")
+    columns, _, *lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    return [dict(zip(columns, line, strict=False)) for line in lines]

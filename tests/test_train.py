@@ -116,8 +116,8 @@ def test_a_run_with_every_technique_records_scores_with_and_without_tta(
 
 
 def test_without_the_courseworks_weight_decay_the_weights_are_the_same_to_the_last_bit() -> None:
-    def trained(row: str) -> torch.Tensor:
-        config = read("--ablation", row)
+    def trained(argument: str) -> torch.Tensor:
+        config = read(argument)
         layer = torch.nn.Linear(50, 40)
         with torch.no_grad():
             layer.weight.copy_(torch.linspace(-3, 3, 2000).view(40, 50))
@@ -130,6 +130,6 @@ def test_without_the_courseworks_weight_decay_the_weights_are_the_same_to_the_la
         return layer.weight.detach()
 
     torch.manual_seed(0)
-    combined = trained("combined")
-    assert torch.equal(trained("without_weight_decay"), combined)
-    assert not torch.equal(trained("with_weight_decay"), combined)
+    combined = trained("--ablation=combined")
+    assert torch.equal(trained("--ablation=without_weight_decay"), combined)
+    assert not torch.equal(trained("--weight_decay=0.05"), combined)
