@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from common.cli import Fault
 from common.config import TrainingConfig
-from common.errors import Fault
 from common.records.read import Record, is_finished, read_json
 from common.statistics import Spread, compare, spread
 from common.training.metrics import Estimate, recalls
@@ -35,9 +35,9 @@ TECHNIQUES = {  # rows of the ablation
 }
 CONVERGED_WITHIN = 0.005
 REFERENCE = "combined"  # the row of the ablation with which the others are compared
-# Keys in which runs of one row may differ: the seed, and where and how a run is kept.
+# Keys in which runs of one row may differ: the seed, where and how a run is kept; only older runs have dry_run.
 # The number of training tiles stands in the summary, too, and there it is never None.
-APART = {"seed", "run_id", "device", "scratch", "n_seeds", "train_tiles"} | TrainingConfig.bookkeeping()
+APART = {"seed", "run_id", "device", "scratch", "n_seeds", "train_tiles", "dry_run"} | TrainingConfig.bookkeeping()
 SCORES = {  # of a run, by their names on the page: where they stand in summary.json
     "acc": ("best", "acc"),
     "auc": ("best", "auc"),

@@ -13,7 +13,7 @@ from urllib.parse import unquote
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from common.errors import Fault
+from common.cli import Fault
 from common.files import read_text
 
 TEMPLATE = Path(__file__).with_name("page.html")

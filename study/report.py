@@ -69,13 +69,13 @@ def main(config: ReportConfig) -> None:
         tables = Tables(runs, runs.groups(), runs.ablation(), runs.curves())
     else:
         tables = Tables(runs, runs.recipes())
+    check_runs(runs.read.values(), seeds_in_names=by_hand)
     pages = {page: read_text(page) if by_hand else own_page(tables)}
     if by_hand and (readme := folder / "README.md").exists():
         pages[readme] = read_text(readme)
     made = {path: fill(content, tables) for path, content in pages.items()}
     if not by_hand:  # without comments: the next call makes the page anew
         made[page] = BLOCK.sub(lambda found: found[2].rstrip(), made[page])
-    check_runs(runs.read.values(), seeds_in_names=by_hand)
     if not config.check:
         draw(tables, by_hand)
     made = {path: with_digests(content, folder) for path, content in made.items()}

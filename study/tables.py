@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from common.cli import Fault
 from common.data.pathmnist import CLASS_NAMES
-from common.errors import Fault
 from common.files import digest
 from common.markdown import markdown_table
 from common.records.read import Record, read_json
@@ -107,10 +107,10 @@ class Tables:
                         f"{multiplications / 1e6:,.0f} M",
                         _side(group),
                         f"{lengths[0]} to {lengths[-1]}" if lengths[1:] else str(lengths[0]),
-                        f"{config['batch_size']}",
-                        text(f"{config['optimizer']}, {config['lr']:.2g}"),
-                        text(config["augmentation"].replace(",", ", ")),
-                        "yes" if config["ema_decay"] else "no",
+                        str(config.get("batch_size", "")),
+                        text(f"{config.get('optimizer')}, {config.get('lr', math.nan):.2g}"),
+                        text(config.get("augmentation", "").replace(",", ", ")),
+                        "yes" if config.get("ema_decay") else "no",
                     ]
                 )
         columns = ["network", "parameters", "multiply-adds of a tile", "input", "epochs", "batch"]
@@ -229,7 +229,6 @@ class Tables:
         for run_id in run_ids:
             path = self.runs.folder / "runs" / run_id / "attribution.json"
             if path.exists():
-                self.runs.record(run_id)
                 contents.append(read_json(path))
                 check_attribution(contents[-1], str(path))
         return contents

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from common.errors import Fault
+from common.cli import Fault
 from study.html_page import html_page
 
 PAGE = """# A study

@@ -11,8 +11,7 @@ import pytest
 from conftest import ROOT
 from example_records import CONFIG, write_run
 
-from common.config import run_script
-from common.errors import Fault
+from common.cli import Fault, run_script
 from common.records.read import Record
 from common.statistics import spread
 from study import report
