@@ -11,10 +11,6 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, model_validator
 
 from common.cli import Keys, UsageError, closest, key
-from common.cli import expanded as expanded  # these names only for modules that still import them from here
-from common.cli import parse as parse
-from common.cli import program as program
-from common.cli import run_script as run_script
 from common.data import pathmnist, phantom
 
 MOST = 1_000_000  # of what is counted: more is a slip of the keyboard

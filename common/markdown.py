@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from common.errors import Fault
+from common.cli import Fault
 
 
 def filled(page: str, name: str, lines: Iterable[str]) -> str:

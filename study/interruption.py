@@ -5,7 +5,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-from common.errors import Stopped
+from common.cli import Stopped
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

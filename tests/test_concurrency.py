@@ -7,7 +7,7 @@ import pytest
 from processes import end, records, start
 
 import task1
-from common.config import run_script
+from common.cli import run_script
 from common.data import phantom
 from common.records.read import read_history
 

@@ -13,7 +13,7 @@ from conftest import ROOT
 from processes import assert_same, end, mount, start
 
 import train
-from common.config import run_script
+from common.cli import run_script
 
 KEYS = [
     *("--dataset=phantom", "--size=28", "--input_size=28", "--train_tiles=90", "--batch_size=45", "--n_epochs=2"),

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from bad_input import special_file
 
+from common.cli import UsageError
 from common.config import TrainingConfig
 from common.data.dataset import Dataset
-from common.errors import UsageError
 from common.files import atomic_path, digest, open_regular, read_text, sweep_up, write_csv, write_json
 from common.records.run import Run
 

@@ -14,7 +14,7 @@ import pytest
 from processes import assert_same, end, records, start
 
 import train
-from common.config import run_script
+from common.cli import run_script
 from common.records import checkpoint
 from common.training import loop
 from common.training.loop import Trainer

@@ -15,7 +15,7 @@ import torch
 
 import task1
 import train
-from common.config import parse
+from common.cli import parse
 from common.data import dataset as module
 from common.data.dataset import Dataset, load_dataset, stratified_part
 from common.training.metrics import accuracy, auc

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 import task1
-from common.config import parse
+from common.cli import UsageError, parse
 from common.data.dataset import load_dataset
-from common.errors import UsageError
 from common.finetune.trained import load_trained
 from common.records import checkpoint
 from common.training.metrics import accuracy, auc, softmax

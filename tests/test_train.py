@@ -7,8 +7,7 @@ import pytest
 import torch
 
 import train
-from common.config import parse
-from common.errors import UsageError
+from common.cli import UsageError, parse
 from common.training.metrics import softmax
 from common.training.optimizer import build_optimizer
 

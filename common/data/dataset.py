@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from filelock import FileLock
 
+from common.cli import Fault, UsageError, first_line
 from common.data import pathmnist, phantom
 from common.data.pathmnist import OfficialFile
-from common.errors import Fault, UsageError, first_line
 from common.files import digest, write_json
 
 SPLITS = tuple(pathmnist.COUNTS)

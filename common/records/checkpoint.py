@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import nn
 
-from common.errors import Fault
+from common.cli import Fault
 from common.files import atomic_path, is_of_disk, open_regular
 
 

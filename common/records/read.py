@@ -23,7 +23,7 @@ from pydantic import (
 )
 from typing_extensions import TypedDict  # Python 3.11 has none that pydantic can use
 
-from common.errors import Fault, first_line
+from common.cli import Fault, first_line
 from common.files import digest, open_regular, read_text
 
 METRICS = ("train/loss", "validate/loss", "validate/auc", "validate/acc", "validate/balanced_acc")

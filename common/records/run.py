@@ -22,11 +22,10 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from common.cli import program
+from common.cli import UsageError, first_line, program
 from common.config import Config, ScriptConfig, TrainingConfig
 from common.data import pathmnist
 from common.data.dataset import Dataset
-from common.errors import UsageError, first_line
 from common.files import atomic_path, digest, public, sweep_up, write_csv, write_json
 from common.records.read import checkpoint_folder, is_finished, read_json, run_folder
 

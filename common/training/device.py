@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from common.errors import UsageError
+from common.cli import UsageError
 from common.statistics import counted
 
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from common.cli import Untrainable
 from common.config import TrainingConfig
 from common.data.batches import Tiles, batches
-from common.errors import Untrainable
 from common.training import metrics
 from common.training.device import Compute
 

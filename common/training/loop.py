@@ -15,12 +15,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from common.cli import Fault, Stopped, Untrainable
 from common.config import TrainingConfig
 from common.data.augment import build_augmentation
 from common.data.batches import Splits, Tiles, batches, device_splits
 from common.data.dataset import load_dataset
 from common.data.pathmnist import CLASS_NAMES
-from common.errors import Fault, Stopped, Untrainable
 from common.records import checkpoint
 from common.records.run import Run, check_same
 from common.training import metrics

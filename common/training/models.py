@@ -6,7 +6,7 @@ from functools import cache
 import torch
 from torch import nn
 
-from common.errors import UsageError, closest, first_line, is_out_of_memory
+from common.cli import UsageError, closest, first_line, is_out_of_memory
 from common.training.convolutions import use_small_map_convolutions
 
 TIMM = "timm:"  # the names of timm's networks begin with it

@@ -16,12 +16,12 @@ from conftest import COUNTS, official_arrays, write_official
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from common.cli import Fault, UsageError
 from common.data import dataset as module
 from common.data import pathmnist, phantom
 from common.data.batches import DeviceTiles
 from common.data.dataset import Dataset, load_dataset, stratified_part
 from common.data.pathmnist import OfficialFile
-from common.errors import Fault, UsageError
 from common.files import digest
 
 PHANTOM = f"phantom-v{phantom.VERSION}_28_45.arrays"

@@ -15,8 +15,8 @@ from conftest import trainer_of
 from processes import plain
 from torch import nn
 
+from common.cli import Fault
 from common.data.dataset import Dataset
-from common.errors import Fault
 from common.records import checkpoint
 from common.training.loop import Trainer
 

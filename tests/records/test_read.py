@@ -13,7 +13,7 @@ from example_records import CONFIG, outputs, row, write_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from common.errors import Fault
+from common.cli import Fault
 from common.files import digest, write_csv
 from common.finetune.trained import load_run
 from common.finetune.weights import load_weights

@@ -12,9 +12,9 @@ import pytest
 from conftest import ROOT
 from example_records import row, scored
 
+from common.cli import UsageError
 from common.config import TrainingConfig
 from common.data.dataset import Dataset
-from common.errors import UsageError
 from common.records import run as module
 from common.records.read import best_weights
 from common.records.run import AXIS_LABELS, Run, group, wandb_mode

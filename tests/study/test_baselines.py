@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from common.config import run_script
+from common.cli import UsageError, run_script
 from common.data.dataset import Split
 from common.data.shift import SHIFTS
-from common.errors import UsageError
 from common.records.read import Record
 from study import baselines
 from study.baselines import BASELINES, Baseline, features, fit_and_score

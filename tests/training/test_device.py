@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import CPU
 
-from common.errors import UsageError
+from common.cli import UsageError
 from common.training import device
 from common.training.device import Compute
 

@@ -17,11 +17,11 @@ import torch
 from conftest import CPU, trainer_of
 from processes import without_timings
 
+from common.cli import Fault, Untrainable
 from common.data import batches as batches_module
 from common.data.batches import DeviceTiles, batches
 from common.data.dataset import Dataset
 from common.data.shift import shifted
-from common.errors import Fault, Untrainable
 from common.records import checkpoint
 from common.records.read import COLUMNS
 from common.training import loop

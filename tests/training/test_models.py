@@ -3,7 +3,7 @@ import sys
 import pytest
 import torch
 
-from common.errors import UsageError
+from common.cli import UsageError
 from common.training.convolutions import SmallMapConv2d
 from common.training.models import build_model, check_model_name, model_names
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from common.errors import Fault
+from common.cli import Fault
 from common.records.read import Record
 from common.training.verification import check_scores
 
