@@ -110,7 +110,7 @@ def plain_loop(config: TrainingConfig, root: Path, workers: int, device: torch.d
 def our_loop(config: TrainingConfig, root: Path, compute: Compute) -> Callable[[], int]:
     """An epoch as `Trainer.fit` runs it, which returns its tiles."""
     compute.prepare_process()
-    with np.load(root / "pathmnist_64.npz") as file:
+    with np.load(root / "pathmnist_64.npz", allow_pickle=False) as file:
         images, labels = file["train_images"], file["train_labels"]
     split = Split(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels[:, 0]).long())
     torch.manual_seed(config.seed)
