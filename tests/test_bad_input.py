@@ -83,7 +83,11 @@ OPTIONS: list[tuple[str, int, str]] = [
     ("study.sweep ablation.yaml -- --sise=28", 2, "unknown key --sise; did you mean --size"),
     ("study.sweep ablation.yaml -- --augmentation=flipp", 2, "--augmentation flipp: .*did you mean flip"),
     ("study.sweep ablation.yaml -- --model_name=resnet17", 2, "--model_name resnet17: .*did you mean resnet"),
-    ("study.sweep ablation.yaml --workers=0 --output_dir={}", 2, "no run of ablation is finished yet"),
+    (
+        "study.sweep ablation.yaml --workers=0 --output_dir={}",
+        2,
+        "no run of combined is finished yet, the first row",
+    ),
     ("study.report --chek", 2, "unknown key --chek; did you mean --check"),
     ("study.report --output_dir={}", 2, r"runs: no finished run"),
     ("study.__main__ --size=1", 2, "--size 1: choose from"),
