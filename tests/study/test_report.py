@@ -137,7 +137,9 @@ def test_swapped_seeds_a_forged_score_and_an_edited_figure_are_one_line_each(
     summary = study / "runs/task1-0/summary.json"
     text = summary.read_text()
     summary.write_text(text.replace('"gamma": 0.7064', '"gamma": 0.8064'))
-    assert "runs/task1-0: the ACC on shifted validation tiles" in refused(study, capsys)
+    assert "runs/task1-0/summary.json: not a readable record (shifted.gamma: it is 0.8064" in refused(
+        study, capsys
+    )
     summary.write_text("{")
     assert "summary.json: not a readable record" in refused(study, capsys, "--check")
     summary.write_text(text)
