@@ -58,7 +58,7 @@ def main(config: Task2Config) -> None:
     network = f"{loaded.model_name}, {tiles.origin(trained)} on {dataset.title}, seed {trained['seed']}"
     print(f"explaining run {run_id}: {network}; test tiles, on {compute.name}", flush=True)
 
-    from common.explain.checks import chance, check_methods, judge
+    from common.explain.checks import FAILS, chance, check_methods, judge
     from common.explain.figures import draw
     from common.explain.maps import METHODS  # Captum and matplotlib: seconds of import, so after a user's errors
 
@@ -103,7 +103,7 @@ def main(config: Task2Config) -> None:
     tiles.write_records(folder, config, facts, shown, checks, figures)
     for method in checks["methods"].values():
         verdict = judge(method, checks["n"])
-        failed = f"not shown: {'; '.join(verdict.failed)}" if verdict.failed else ""
+        failed = f"not shown: {'; '.join(verdict.failed)}" if verdict.outcome == FAILS else ""
         print(f"{method['title']:22}{verdict.outcome:24}{failed}".rstrip())
     print(chance(len(checks["methods"])))
     print(f"records: {folder / 'saliency.md'}, {folder / 'attribution.json'}; figures:")
