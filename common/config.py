@@ -11,7 +11,7 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, model_validator
 
 from common.cli import Keys, UsageError, closest, key
-from common.data import pathmnist, phantom
+from common.data import pathmnist
 
 MOST = 1_000_000  # of what is counted: more is a slip of the keyboard
 LAST_SEED = 2**32 - 1
@@ -96,9 +96,9 @@ class Config(ScriptConfig):
     )
     size: int = size_key(64)
     train_tiles: int | None = key(
-        lambda given: phantom.TRAIN_TILES if given["dataset"] == "phantom" else None,
+        lambda given: pathmnist.PHANTOM_TRAIN_TILES if given["dataset"] == "phantom" else None,
         f"number of training tiles; {pathmnist.NAME}: a part in which each class keeps its share (default: all); "
-        f"phantom: so many are generated (default: {phantom.TRAIN_TILES})",
+        f"phantom: so many are generated (default: {pathmnist.PHANTOM_TRAIN_TILES})",
         ge=1,
         le=MOST,
     )

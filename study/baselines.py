@@ -29,8 +29,9 @@ from sklearn.preprocessing import StandardScaler
 
 from common.cli import UsageError, key, run_script
 from common.config import LAST_SEED, FolderConfig, size_key
-from common.data import pathmnist, phantom
+from common.data import pathmnist
 from common.data.dataset import SPLITS, Split, load_dataset
+from common.data.pathmnist import PHANTOM_TRAIN_TILES
 from common.data.shift import CHUNK, SHIFTS, shifted
 from common.files import atomic_path, write_json, write_text
 from common.records.read import COLUMNS, is_finished, read_json, run_folder
@@ -95,8 +96,8 @@ class BaselinesConfig(FolderConfig):
     dataset: str = key(pathmnist.NAME, "data set", choices=(pathmnist.NAME, "phantom"))
     size: int = size_key(28)
     train_tiles: int = key(
-        lambda given: phantom.TRAIN_TILES if given["dataset"] == "phantom" else pathmnist.COUNTS["train"],
-        f"number of training tiles, as for a network (default: all; phantom: {phantom.TRAIN_TILES})",
+        lambda given: PHANTOM_TRAIN_TILES if given["dataset"] == "phantom" else pathmnist.COUNTS["train"],
+        f"number of training tiles, as for a network (default: all; phantom: {PHANTOM_TRAIN_TILES})",
         ge=max(setting["n_neighbors"] for setting in BASELINES["neighbours"].settings),
         le=pathmnist.COUNTS["train"],
     )

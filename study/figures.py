@@ -15,8 +15,8 @@ from common.figures import PALETTE, STYLE, save, wrap
 from common.records.read import Record
 from common.records.run import AXIS_LABELS
 from common.statistics import spread
+from study.facts import PUBLISHED, cost
 from study.groups import Group
-from study.tables import PUBLISHED, cost
 
 GREY = "#777777"
 COLOURS = {"resnet18": PALETTE[0], "mobilenet_v3_large": PALETTE[1]}  # a network has one colour in every figure

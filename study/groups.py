@@ -272,3 +272,12 @@ def convergence_epoch(history: Sequence[Mapping[str, float]]) -> int:
     # In floating point 0.920 - 0.915 is above 0.005; 1e-9 is far below one tile's share of an ACC.
     reached = max(accuracies) - CONVERGED_WITHIN - 1e-9
     return next(epoch for epoch, accuracy in enumerate(accuracies, start=1) if accuracy >= reached)
+
+
+def identical(group: Group, other: Group) -> bool:
+    """Whether the runs with a common seed gave the same outputs: early stopping stopped none of them."""
+    twins = {record.config["seed"]: record for record in other.records}
+    pairs = [(one, twins[one.config["seed"]]) for one in group.records if one.config["seed"] in twins]
+    return bool(pairs) and all(
+        np.array_equal(one.arrays()["best_logits"], twin.arrays()["best_logits"]) for one, twin in pairs
+    )

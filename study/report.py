@@ -21,10 +21,11 @@ from pathlib import Path
 
 from common.cli import Fault, Keys, UsageError, key, run_script
 from common.files import digest, read_text, write_text
+from common.markdown import text
 from study.check import check_runs
 from study.groups import Runs
 from study.html_page import html_page
-from study.tables import Tables, text
+from study.tables import Tables
 
 BLOCK = re.compile(r"<!-- ([^\n>]+): begin -->\n(.*?)<!-- ([^\n>]+): end -->", re.DOTALL)
 NUMBER = re.compile(r"<!-- = ([^\n>]+) -->(.*?)<!-- -->", re.DOTALL)

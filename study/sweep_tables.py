@@ -10,12 +10,11 @@ from matplotlib import style
 from matplotlib.figure import Figure
 
 from common.figures import STYLE, VERMILLION, save, wrap
-from common.markdown import markdown_table
+from common.markdown import markdown_table, text
 from common.records.read import Record
 from common.statistics import LEAST_SEEDS, SIGNIFICANT, Comparison, compare, interval, smallest_difference, spread
-from study.groups import TECHNIQUES, Group
+from study.groups import TECHNIQUES, Group, identical
 from study.sweep_spec import Sweep
-from study.tables import identical, text
 
 COLUMNS = {"validation": "validation ACC", "acc": "test ACC", "auc": "test AUC", "views": "test ACC, 8 views"}
 NOTE = (

@@ -2,44 +2,24 @@
 
 import dataclasses
 import hashlib
-import html
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from common.cli import Fault
-from common.data.pathmnist import CLASS_NAMES
 from common.files import digest
-from common.markdown import markdown_table
+from common.markdown import markdown_table, text
 from common.records.read import Record, read_json
 from common.statistics import Spread, compare, holm, interval
-from common.training.models import TIMM, build_model, model_names
-from study.groups import REFERENCE, ROWS, Group, Runs, convergence_epoch
+from study.facts import PUBLISHED, cost
+from study.groups import REFERENCE, ROWS, Group, Runs, convergence_epoch, identical
 
 # Rows of the ablation that change another row than the reference.
 AGAINST = {"with_stain_only": "without_augmentation", "with_all": "with_stain_only"}
 # Scores that others report for all training tiles and the official test tiles: network, side, ACC, AUC.
-PUBLISHED = {
-    "published_task1": [
-        ("coursework, one seed: ResNet-18 from scratch", 64, 0.8951, 0.9803),
-        ("Yang et al. 2023: ResNet-18 from scratch", 28, 0.907, 0.983),
-    ],
-    "published_task3": [
-        ("coursework, one seed: MobileNetV3-Large from scratch", 64, 0.9132, 0.9876),
-        ("Yang et al. 2023: ResNet-50 from scratch", 28, 0.911, 0.990),
-    ],
-    "published_task5": [
-        ("coursework, one seed: MobileNetV3-Large, fine-tuned", 64, 0.9123, 0.9889),
-        ("Doerrich et al. 2025, 3 seeds: VGG16 fine-tuned, padded to 224 px", 28, 0.889, 0.986),
-        ("Doerrich et al. 2025, 3 seeds: VGG16 fine-tuned, padded to 224 px", 64, 0.938, 0.993),
-    ],
-}
 WATTS = 10  # of a core, an assumption
 RECORDS = ("config.json", "history.csv", "scores.npz", "summary.json", "attribution.json")
 
@@ -330,12 +310,6 @@ BLOCKS: dict[str, Callable[..., list[str]]] = {
 }
 
 
-def text(value: Any) -> str:
-    """A text of the records as a cell: it cannot become HTML, a link, or another column."""
-    words = html.escape(" ".join(str(value).split()), quote=False)
-    return words.replace("|", "\\|").replace("[", "\\[").replace("*", "\\*").replace("_", "\\_")
-
-
 def _side(group: Group) -> str:
     return f"{group.side} px"
 
@@ -360,25 +334,6 @@ def _estimate(value: Mapping[str, float]) -> str:
 def convergence(group: Group) -> list[int]:
     """The epoch of convergence of each run."""
     return [convergence_epoch(record.history) for record in group.records]
-
-
-def identical(group: Group, other: Group) -> bool:
-    """Whether the runs with a common seed gave the same outputs: early stopping stopped none of them."""
-    twins = {record.config["seed"]: record for record in other.records}
-    pairs = [(one, twins[one.config["seed"]]) for one in group.records if one.config["seed"] in twins]
-    return bool(pairs) and all(
-        np.array_equal(one.arrays()["best_logits"], twin.arrays()["best_logits"]) for one, twin in pairs
-    )
-
-
-@cache
-def cost(model_name: str, side: int) -> tuple[int, int]:
-    """The parameters of a network with nine outputs, and its multiply-adds for one input of `side` pixels."""
-    name = model_name if model_name in model_names() else f"{TIMM}{model_name.removeprefix(TIMM)}"
-    model = build_model(name, len(CLASS_NAMES), side).eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(1, 3, side, side))
-    return sum(one.numel() for one in model.parameters()), counter.get_total_flops() // 2
 
 
 def check_attribution(content: Mapping[str, Any], path: str) -> None:

@@ -103,7 +103,7 @@ def load_dataset(name: str, size: int, data_root: Path, train_tiles: int | None 
     if data_root.exists() and not data_root.is_dir():
         raise UsageError(f"--data_root {data_root}: not a folder")
     if name == "phantom":
-        n_tiles = train_tiles or phantom.TRAIN_TILES
+        n_tiles = train_tiles or pathmnist.PHANTOM_TRAIN_TILES
         layout = Layout(f"phantom-v{phantom.VERSION}-{n_tiles}x{size}px", size, phantom.split_sizes(n_tiles))
         folder = data_root / f"phantom-v{phantom.VERSION}_{size}_{n_tiles}.arrays"
         splits = _arrays(folder, layout, partial(_draw_phantom, layout))

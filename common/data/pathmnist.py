@@ -33,6 +33,9 @@ LABELS_SHA256 = {  # of the labels as uint8, in the order of the file with 28 px
 }
 
 
+PHANTOM_TRAIN_TILES = 9000  # of the generated tiles in the place of PathMNIST's, without --train_tiles
+
+
 @dataclass(frozen=True)
 class OfficialFile:
     """An official file: its name, its address and its MD5."""

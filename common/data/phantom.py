@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from common.data import pathmnist
 
-TRAIN_TILES = 9000  # without --train_tiles
 VERSION = 3  # a change of any pixel needs a new number
 FIELD = 112.0  # side of a tile in µm: 224 pixels of 0.5 µm in NCT-CRC-HE-100K
 BLOCK = 256  # tiles that are drawn at the same time; their random numbers depend on it

@@ -230,7 +230,7 @@ def test_processes_that_start_at_once_build_once(tmp_path: Path, capfd: pytest.C
 
 
 def test_the_phantom_is_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(phantom, "TRAIN_TILES", 90)
+    monkeypatch.setattr(pathmnist, "PHANTOM_TRAIN_TILES", 90)
     first = load_dataset("phantom", 28, tmp_path)
     assert (len(first.train), len(first.val), len(first.test)) == (90, 10, 18)
     assert first.title == "phantom (90 training tiles, 28 px)"

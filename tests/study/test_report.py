@@ -15,8 +15,9 @@ from common.cli import Fault, run_script
 from common.records.read import Record
 from common.statistics import spread
 from study import report
+from study.facts import cost
 from study.groups import Group, Runs
-from study.tables import Tables, check_attribution, cost
+from study.tables import Tables, check_attribution
 
 PAGE = """# A study
 

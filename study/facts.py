@@ -1,0 +1,36 @@
+"""What the page knows without records: published scores, and the size and cost of a network."""
+
+from functools import cache
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from common.data.pathmnist import CLASS_NAMES
+from common.training.models import TIMM, build_model, model_names
+
+# Network, side of the tiles in pixels, test ACC and AUC.
+PUBLISHED = {
+    "published_task1": [
+        ("coursework, one seed: ResNet-18 from scratch", 64, 0.8951, 0.9803),
+        ("Yang et al. 2023: ResNet-18 from scratch", 28, 0.907, 0.983),
+    ],
+    "published_task3": [
+        ("coursework, one seed: MobileNetV3-Large from scratch", 64, 0.9132, 0.9876),
+        ("Yang et al. 2023: ResNet-50 from scratch", 28, 0.911, 0.990),
+    ],
+    "published_task5": [
+        ("coursework, one seed: MobileNetV3-Large, fine-tuned", 64, 0.9123, 0.9889),
+        ("Doerrich et al. 2025, 3 seeds: VGG16 fine-tuned, padded to 224 px", 28, 0.889, 0.986),
+        ("Doerrich et al. 2025, 3 seeds: VGG16 fine-tuned, padded to 224 px", 64, 0.938, 0.993),
+    ],
+}
+
+
+@cache
+def cost(model_name: str, side: int) -> tuple[int, int]:
+    """The parameters of a network with nine outputs, and its multiply-adds for one input of `side` pixels."""
+    name = model_name if model_name in model_names() else f"{TIMM}{model_name.removeprefix(TIMM)}"
+    model = build_model(name, len(CLASS_NAMES), side).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, 3, side, side))
+    return sum(one.numel() for one in model.parameters()), counter.get_total_flops() // 2
