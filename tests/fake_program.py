@@ -35,6 +35,8 @@ def main(config: FakeConfig) -> None:
         lock.acquire(blocking=False)
     except Timeout:
         raise UsageError("another process trains this run") from None
+    if (folder / "summary.json").exists():
+        raise UsageError("this run is finished already")
 
     def note(name: str, *words: Any) -> None:
         with open(config.output_dir / name, "a") as file:
