@@ -147,8 +147,8 @@ class TrainingConfig(Config):
 
     augmentation: str = key(
         "none",
-        "augmentation of the training tiles, parts joined by commas: none, auto, ta_wide, ta_wide_scaled, "
-        "dihedral, stain, randstain, randstain_quarter, flip, erase, channel, scale",
+        "augmentation of the training tiles: none, or parts joined by commas such as ta_wide,stain, which "
+        "`python -m common.data.augment` lists",
     )
     label_smoothing: float = key(
         0.0, "share of the target probability that is spread evenly over all classes", ge=0, lt=1

@@ -45,7 +45,6 @@ RUNGS = {
 }
 OPERATIONS = {
     "ta_wide": "TrivialAugment",
-    "ta_wide_scaled": "TrivialAugment,\nshifts that fit",
     "auto": "AutoAugment",
     "stain": "stain",
 }

@@ -43,7 +43,6 @@ OPERATIONS = tuple(RANGES)
 MOVE, LAST_MOVE = OPERATIONS.index("ShearX"), OPERATIONS.index("Rotate")  # these and all between move pixels
 WIDE_BINS = 31
 AUTO_BINS = 10
-IMAGENET_SIDE = 224  # of the images for which TrivialAugmentWide's translations of up to 32 pixels are made
 
 ERASE_PROBABILITY = 0.1
 ERASE_AREA = (0.02, 0.33)
@@ -263,16 +262,6 @@ def apply_operations(images: torch.Tensor, operation: torch.Tensor, magnitude: t
     for operations, magnitudes in zip(operation, magnitude, strict=True):
         images = _operate(images, operations, magnitudes)
     return images
-
-
-def apply_scaled_operations(
-    images: torch.Tensor, operation: torch.Tensor, magnitude: torch.Tensor
-) -> torch.Tensor:
-    """As `apply_operations`, but translations are scaled to the tile: 32 of 224 pixels are 1/7 of its side."""
-    scale = torch.ones(len(OPERATIONS), dtype=torch.float64)
-    scale[OPERATIONS.index("TranslateX")] = images.shape[3] / IMAGENET_SIDE
-    scale[OPERATIONS.index("TranslateY")] = images.shape[2] / IMAGENET_SIDE
-    return apply_operations(images, operation, magnitude * scale[operation])
 
 
 def _magnitudes(column: int, bins: int) -> torch.Tensor:
@@ -565,14 +554,12 @@ _stain, _zoom = _step(sample_stain, stain), _step(sample_zoom, zoom)
 
 _auto = _step(sample_auto_augment, apply_operations)
 _wide = _step(sample_trivial_augment, apply_operations)
-_wide_scaled = _step(sample_trivial_augment, apply_scaled_operations)
 
 # By name: what the part does, in one line, and its steps. A new augmentation needs a line here and no other place.
 PARTS: dict[str, tuple[str, tuple[Augmentation, ...]]] = {
     "none": ("nothing", ()),
     "auto": ("flips, AutoAugment with its ImageNet policy, random erasing", (_flip, _auto, _erase)),
     "ta_wide": ("flips, TrivialAugmentWide, random erasing", (_flip, _wide, _erase)),
-    "ta_wide_scaled": ("ta_wide with shifts by at most 1/7 of a tile's side", (_flip, _wide_scaled, _erase)),
     "dihedral": ("one of the 8 combinations of flips and quarter turns", (_dihedral,)),
     "stain": ("dihedral, amounts of haematoxylin and eosin, hue, zoom", (_dihedral, _stain, _zoom)),
     "flip": ("flips", (_flip,)),

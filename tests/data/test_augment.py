@@ -115,21 +115,6 @@ def test_the_order_of_operations_is_torchvisions():
     assert wide == list(v2.TrivialAugmentWide._AUGMENTATION_SPACE)
 
 
-@pytest.mark.parametrize(("height", "width", "down", "right"), [(28, 28, 4, 4), (64, 64, 9, 9), (28, 56, 4, 8)])
-def test_scaled_translations_move_a_tile_by_a_seventh_of_its_side_at_most(height, width, down, right):
-    images = tiles(4, height, width)
-    for name, most in (("TranslateX", right), ("TranslateY", down)):
-        kind = torch.full((1, 4), OPERATIONS.index(name))
-        for sign in (1, -1):
-            strength = torch.full((1, 4), sign * 32.0, dtype=torch.float64)
-            expected = augment.apply_operations(images, kind, torch.full_like(strength, sign * most))
-            assert torch.equal(augment.apply_scaled_operations(images, kind, strength), expected)
-    rotated = (torch.full((1, 4), OPERATIONS.index("Rotate")), torch.full((1, 4), 30.0, dtype=torch.float64))
-    assert torch.equal(
-        augment.apply_scaled_operations(images, *rotated), augment.apply_operations(images, *rotated)
-    )
-
-
 # Views
 
 
@@ -347,10 +332,9 @@ def test_parts_are_their_steps_from_left_to_right():
         return augment.zoom(x, augment.sample_zoom(40, g))
 
     images = tiles(40, 28, 28)
-    apply, apply_scaled = augment.apply_operations, augment.apply_scaled_operations
+    apply = augment.apply_operations
     for names, steps in {
         "ta_wide": [flip, lambda x, g: apply(x, *augment.sample_trivial_augment(40, g)), erase],
-        "ta_wide_scaled": [flip, lambda x, g: apply_scaled(x, *augment.sample_trivial_augment(40, g)), erase],
         "auto": [flip, lambda x, g: apply(x, *augment.sample_auto_augment(40, g)), erase],
         "stain": [lambda x, g: flip(x, g, 8), lambda x, g: augment.stain(x, *augment.sample_stain(40, g)), zoom],
         "dihedral,erase,scale": [lambda x, g: flip(x, g, 8), erase, zoom],
