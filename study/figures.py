@@ -8,7 +8,6 @@ import torch
 from matplotlib import style
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from PIL import Image
 
 from common.data.augment import build_augmentation
 from common.figures import PALETTE, STYLE, save, wrap
@@ -181,11 +180,8 @@ def draw_learning_curve(path: Path, curves: Mapping[str, Sequence[Group]]) -> No
         save(figure, path)
 
 
-def draw_augmentations(path: Path, tile: Path, side: int) -> None:
-    """Draw a tile at the inputs' side, and DRAWS draws of each augmentation of it."""
-    with Image.open(tile) as picture:
-        pixels = np.asarray(picture.convert("RGB").resize((side, side), Image.Resampling.BILINEAR))
-    original = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+def draw_augmentations(path: Path, original: torch.Tensor) -> None:
+    """Draw a tile (3, H, W) uint8, and DRAWS draws of each augmentation of it."""
     with style.context(["default", STYLE, {"axes.grid": False}]):
         figure = Figure(figsize=(8, 1.05 * len(OPERATIONS) + 0.4))
         grid = figure.subplots(len(OPERATIONS), DRAWS + 1, squeeze=False)
@@ -198,6 +194,6 @@ def draw_augmentations(path: Path, tile: Path, side: int) -> None:
             for axes, image in zip(line[1:], changed, strict=True):
                 axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
             line[1].set_ylabel(title, rotation=0, ha="right", va="center")
-        grid[0, 0].imshow(pixels, interpolation="nearest")
+        grid[0, 0].imshow(original.permute(1, 2, 0).numpy(), interpolation="nearest")
         grid[0, 0].set_title("original", fontsize=9)
         save(figure, path)

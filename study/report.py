@@ -20,6 +20,8 @@ import re
 from pathlib import Path
 
 from common.cli import Fault, Keys, UsageError, key, run_script
+from common.data import pathmnist
+from common.data.dataset import load_dataset, resize
 from common.files import digest, read_text, write_text
 from common.markdown import text
 from study.check import check_runs
@@ -38,7 +40,7 @@ COLOURS = (
     "ACC on the validation tiles, and on three copies with changed colours; then test ACC, and the gap between "
     "the network's confidence and its accuracy."
 )
-TILE = FIGURES / "tile.png"  # a test tile of PathMNIST
+SHOWN_TILE = 6099  # of the test tiles, in the figure of the augmentations: the first of the coursework's ten
 IN_CURVES = (
     "task1",
     "task1_64",
@@ -57,6 +59,7 @@ class ReportConfig(Keys):
 
     output_dir: Path = key(Path(), "folder of the study: has runs/ and gets report.md")
     check: bool = key(False, "write nothing: exit with 1 if report.md is not what the records give")
+    data_root: Path | None = key(None, "folder of PathMNIST's 28 px file: also draw the augmentations of a tile")
 
 
 def main(config: ReportConfig) -> None:
@@ -78,7 +81,7 @@ def main(config: ReportConfig) -> None:
     if not by_hand:  # without comments: the next call makes the page anew
         made[page] = BLOCK.sub(lambda found: found[2].rstrip(), made[page])
     if not config.check:
-        draw(tables, by_hand)
+        draw(tables, by_hand, config.data_root)
     made = {path: with_digests(content, folder) for path, content in made.items()}
     if config.check:
         for path, content in made.items():
@@ -139,7 +142,7 @@ def first_difference(page: str, made: str) -> str | None:
     return None
 
 
-def draw(tables: Tables, by_hand: bool) -> None:
+def draw(tables: Tables, by_hand: bool, data_root: Path | None = None) -> None:
     """Draw the figures of the page."""
     from study import figures  # matplotlib
 
@@ -154,8 +157,9 @@ def draw(tables: Tables, by_hand: bool) -> None:
         figures.draw_curves(folder / CURVES, trained, str(next(iter(trained.values()))[0].summary["dataset"]))
     if by_hand and tables.curves:
         figures.draw_learning_curve(folder / LEARNING, tables.curves)
-    if (folder / TILE).exists():
-        figures.draw_augmentations(folder / AUGMENTATIONS, folder / TILE, side=64)
+    if data_root:
+        tiles = load_dataset(pathmnist.NAME, 28, data_root).test.images[SHOWN_TILE : SHOWN_TILE + 1]
+        figures.draw_augmentations(folder / AUGMENTATIONS, resize(tiles, 64)[0])
 
 
 def own_page(tables: Tables) -> str:
