@@ -86,7 +86,7 @@ def row(output_dir: Path, run_id: str) -> tuple[str, dict[str, str]]:
             cells |= {
                 "state": "finished" if weights.exists() or "baseline" in config else "finished (no weights)",
                 "validation ACC": f"{accuracy:.4f}",
-                "test ACC": f"{summary['test/acc']:.4f}",
+                "test ACC": f"{summary['test/acc']:.4f}" if "test/acc" in summary else "not scored",
             }
     except (Fault, OSError, KeyError, TypeError, ValueError):
         return "", cells | {"state": "damaged"}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import os
 import re
 import signal
@@ -166,11 +167,18 @@ def test_the_table_of_runs_says_what_is_finished_stopped_and_damaged(
     for name in ("config.json", "summary.json"):
         text = (odd / name).read_text().replace("phantom (90", "\\u001b[31mphantom (90")
         (odd / name).write_text(text.replace("2026-01-01", "2099-01-01"))
+    choice = write_run(tmp_path, {**CONFIG, "run_id": "choice"}) / "summary.json"  # a run of --test=False
+    scores = json.loads(choice.read_text())
+    choice.write_text(
+        json.dumps({name: scores[name] for name in scores if name not in ("best", "last", "test/acc")})
+    )
     runs.main(runs.RunsConfig(output_dir=tmp_path))
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert "finished (no weights)" in lines["done"]
     assert "stopped (2 of 9 epochs)" in lines["half"]
     assert "damaged" in lines["torn"]
+    assert "finished" in lines["choice"]
+    assert "not scored" in lines["choice"]
     assert "(2 of 9 epochs)" in lines["fifo"] or "damaged" in lines["fifo"]
     assert "?[31mphantom" in lines["odd"]
     assert lines["odd"].endswith("?")

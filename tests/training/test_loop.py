@@ -1,5 +1,6 @@
 import contextlib
 import copy
+import dataclasses
 import io
 import itertools
 import math
@@ -117,6 +118,18 @@ def test_the_best_weights_are_kept_and_scored_not_the_last(
             np.testing.assert_array_equal(arrays[f"shifted_{name}"], predicted)
             assert summary["shifted"][name] == np.mean(predicted == tiny.val.labels.numpy())
     assert summary["validate/shifted_acc"] == pytest.approx(np.mean(list(summary["shifted"].values())))
+
+
+def test_a_run_that_serves_to_choose_a_recipe_never_reads_a_test_tile(tiny: Dataset, tmp_path: Path) -> None:
+    trainer = trainer_of(tiny, tmp_path, n_epochs=1, test=False)
+    trainer.splits = dataclasses.replace(trainer.splits, test=lambda: pytest.fail("the test tiles were asked for"))
+    trainer.fit()
+    summary = trainer.test()
+    assert not [name for name in summary if name.startswith("test/") or name in ("best", "last", "tta")]
+    assert set(summary["shifted"]) == {"lab_statistics", "gamma", "chromatic_noise"}
+    with np.load(trainer.run.folder / "scores.npz", allow_pickle=False) as arrays:
+        names = {"validate_logits", "validate_targets", *(f"shifted_{name}" for name in summary["shifted"])}
+        assert set(arrays.files) == names
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
