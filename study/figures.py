@@ -93,7 +93,8 @@ def draw_ladder(path: Path, rows: Mapping[str, Group], aim: float | None = None)
         values = [rung[0].mean for rung in rungs]
         axes.set_xlim(min(values) - 0.04, min(1.0, max(values) + 0.04))
         axes.grid(axis="y", visible=False)
-        axes.set_xlabel("Test ACC")
+        data = sorted({str(group.first.summary["dataset"]) for group in rows.values()})
+        axes.set_xlabel(wrap(f"Test ACC, {'; '.join(data)}", 80))  # so a phantom says that it is one
         if aim:
             axes.axhline(len(others) - 0.5, color="#BBBBBB", linewidth=0.8)
             axes.axvline(aim, color="black", linestyle="--", linewidth=1)
