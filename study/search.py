@@ -89,8 +89,9 @@ class Objective:
             while len(ended_trials(self.study)) < count and len(self.failed) < MAX_FAILURES:
                 fail_stale_trials(self.study)
                 if (missing := left()) > 0:
+                    # `n_trials` is exact for this command; the callback sees the trials of others.
                     n_jobs = min(n_workers, missing)
-                    self.study.optimize(self, n_jobs=n_jobs, catch=(Failed,), callbacks=[stop_in_time])
+                    self.study.optimize(self, missing, n_jobs=n_jobs, catch=(Failed,), callbacks=[stop_in_time])
                 else:  # other commands run the last ones; if one is killed, this command continues its trial
                     self.processes.check()
                     time.sleep(WAIT)
