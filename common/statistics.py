@@ -133,8 +133,3 @@ def interval(value: float, low: float | None, high: float | None, digits: int = 
     if low is None or high is None or math.isnan(low) or math.isnan(high):
         return f"{value:{number}}"
     return f"{value:{number}} [{low:{number}}, {high:{number}}]"
-
-
-def mean_sd(values: Spread) -> str:
-    """`mean ± sd`; the mean alone where there is one value."""
-    return f"{values.mean:.4f}" if values.n < 2 else f"{values.mean:.4f} ± {values.sd:.4f}"

@@ -9,7 +9,7 @@ import numpy as np
 
 from common.cli import Fault
 from common.config import TrainingConfig
-from common.records.read import Record, is_finished, read_json
+from common.records.read import Record, input_size_of, is_finished, read_json
 from common.statistics import Spread, compare, spread
 from common.training.metrics import Estimate, recalls
 
@@ -131,9 +131,8 @@ class Group:
 
     @property
     def side(self) -> int:
-        """The side of the inputs in pixels; older runs have `resize_to`."""
-        config = self.first.config
-        return int(config.get("input_size") or config.get("resize_to") or config["size"])
+        """The side of the inputs in pixels."""
+        return input_size_of(self.first.config)
 
     @property
     def tiles(self) -> int:

@@ -18,9 +18,9 @@ from common.cli import Fault, UsageError, first_line
 from common.data.batches import normalise
 from common.data.dataset import resize
 from common.finetune.network import FineTunedNetwork, build_fine_tuned
-from common.finetune.weights import Preset, Weights, best_of_run, input_size_of
+from common.finetune.weights import Preset, Weights, best_of_run
 from common.records import checkpoint
-from common.records.read import checkpoint_folder, run_folder
+from common.records.read import checkpoint_folder, input_size_of, run_folder
 from common.training.models import build_model
 
 

@@ -17,7 +17,7 @@ from common.cli import Fault, UsageError, closest, expanded, first_line
 from common.config import check_run_id
 from common.files import digest, open_regular
 from common.records import checkpoint
-from common.records.read import best_weights, checkpoint_folder, is_finished
+from common.records.read import best_weights, checkpoint_folder, input_size_of, is_finished
 from common.training.models import TIMM, build_model, check_model_name, model_names
 
 # Networks of timm that need no prefix, because a Python package has their ImageNet weights: the sha256 of its
@@ -210,11 +210,6 @@ def best_of_run(output_dir: Path, run_id: str) -> dict[str, Any]:
     if owner != run_id:
         raise Fault(f"{path}: not the weights of run {run_id}, but of {owner}; bring its own back, or train again")
     return saved
-
-
-def input_size_of(config: Mapping[str, Any]) -> int:
-    """The side in pixels of a run's inputs; earlier versions of the project called it `resize_to`."""
-    return int(config.get("input_size") or config.get("resize_to") or config["size"])
 
 
 def _from_run(run_id: str, model_name: str, output_dir: Path) -> Weights:

@@ -178,6 +178,11 @@ def checkpoint_folder(output_dir: Path, run_id: str) -> Path:
     return output_dir / "checkpoints" / run_id
 
 
+def input_size_of(config: Mapping[str, Any]) -> int:
+    """The side in pixels of a run's inputs; earlier versions of the project called it `resize_to`."""
+    return int(config.get("input_size") or config.get("resize_to") or config["size"])
+
+
 def is_finished(output_dir: Path, run_id: str) -> bool:
     """Whether the run's records are complete: summary.json is written last."""
     return (run_folder(output_dir, run_id) / "summary.json").exists()
