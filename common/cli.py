@@ -6,26 +6,21 @@ value may be written as a W&B agent writes it (`--amsgrad=False`, `512.0`, `None
 
 import argparse
 import difflib
-import errno
 import os
 import re
-import shlex
 import signal
 import sys
-import tempfile
 import traceback
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic.fields import FieldInfo
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from common.files import public, write_text
+from common.files import public
 
-OTHER_NAMES = {"gpu": "cuda", "off": "disabled"}  # of values, as users may call them
 PLAINER = {  # words for those of pydantic's messages
     "Value error, ": "",
     "Input should be": "must be",
@@ -34,28 +29,23 @@ PLAINER = {  # words for those of pydantic's messages
     "greater than": "above",
     "less than": "below",
     "a valid integer": "a whole number",
-    "a valid number": "a number",
-    "a valid boolean": "True or False",
 }
 
 
 class UsageError(Exception):
-    """The user asked for something impossible; the message names it and the remedy. Exit status 2."""
+    """The user asked for something impossible; the message names it and the remedy."""
 
     exit_status = 2
 
 
 class Fault(Exception):
-    """Something outside the command failed: a file, the network, the numbers. Exit status 1."""
+    """Something outside the command failed: a file, the network, the numbers."""
 
     exit_status = 1
 
 
 class Untrainable(Fault):
-    """Every run of this configuration on this machine fails: its numbers diverge, or it needs more memory.
-
-    Exit status 3. So a search does not try it again.
-    """
+    """Every run of this configuration on this machine fails, so a search does not try it again."""
 
     exit_status = 3
 
@@ -77,23 +67,13 @@ def first_line(error: Exception) -> str:
 def is_out_of_memory(error: Exception) -> bool:
     """Whether the system, a GPU or one of their libraries had too little memory left."""
     words = "out of memory|allocate memory|ALLOC_FAILED|failed to map segment|could not create a primitive$"
-    known = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
-    return known or re.search(words, str(error)) is not None
+    return isinstance(error, MemoryError) or re.search(words, str(error)) is not None
 
 
 def closest(name: str, known: Sequence[str]) -> str:
     """`; did you mean X?` with the known name that is most similar to `name`; empty where none is similar."""
-    other = [OTHER_NAMES[name]] if OTHER_NAMES.get(name) in known else []
-    matches = other or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
     return f"; did you mean {matches[0]}?" if matches else ""
-
-
-def expanded(path: str | Path, name: str = "") -> Path:
-    """The path with the home folder in the place of `~`; UsageError, beginning with `name`, if it is unknown."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise UsageError(f"{name}{path}: begins with an unknown home folder; write the whole path") from None
 
 
 def key(
@@ -107,9 +87,9 @@ def key(
 ) -> Any:
     """A key: its default, its help, and its values, by `choices` or by pydantic's bounds ge, gt, le and lt.
 
-    The default may be a function (of the keys that stand before it), and None where a validator of the class fills
-    it in. A bookkeeping key changes where and how a run is kept, not what it computes: a resumed run may have
-    another value. The value of a positional key is written without the key's name.
+    The default may be a function of the keys before it, and None where a validator of the class fills it in. A
+    bookkeeping key changes where and how a run is kept, not what it computes. The value of a positional key is
+    written without the key's name.
     """
     extra: Any = {"choices": list(choices), "bookkeeping": bookkeeping, "positional": positional}
     options: Any = {"default_factory" if callable(default) else "default": default, **bounds}
@@ -120,11 +100,10 @@ class Keys(BaseModel):
     """The base of every configuration, without any key. A wrong value is a UsageError that names key and value."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
-    hint: ClassVar[str] = "--help lists the keys"  # after an unknown key
 
     def __init__(self, **given: Any) -> None:
         try:
-            super().__init__(**given)
+            super().__init__(**{**self.recipe(given), **given})
         except ValidationError as error:
             first = error.errors()[0]
             is_float = any(isinstance(bound, float) for bound in first.get("ctx", {}).values())
@@ -139,25 +118,19 @@ class Keys(BaseModel):
         """Values in the place of the keys' defaults; they may depend on the `given` keys, not yet checked."""
         return {}
 
-    @model_validator(mode="before")
-    @classmethod
-    def _with_recipe(cls, given: dict[str, Any]) -> dict[str, Any]:
-        return {**cls.recipe(given), **given}
-
     @field_validator("*", mode="wrap")
     @classmethod
     def _value(cls, value: Any, validate: Callable[[Any], Any], info: Any) -> Any:
-        field = cls.model_fields[info.field_name]
+        field: Any = cls.model_fields[info.field_name]
         if value in ("None", "none", "null") and type(None) in typing.get_args(field.annotation):
             return None  # `null` of a sweep file
         if value is None and field.default is None:
             return None
         value = validate(value)
-        choices = _extra(field)["choices"]
-        if choices and value not in choices:
-            names = [str(choice) for choice in choices]
+        names = [str(choice) for choice in field.json_schema_extra["choices"]]
+        if names and str(value) not in names:
             raise ValueError(f"choose from {', '.join(names)}{closest(str(value), names)}")
-        return expanded(value, f"--{info.field_name} ") if isinstance(value, Path) else value
+        return value.expanduser() if isinstance(value, Path) else value
 
     def _set(self, name: str, value: Any) -> None:
         """For validators alone, which fill in a default that depends on other keys."""
@@ -169,13 +142,13 @@ class Keys(BaseModel):
 
     def as_dict(self) -> dict[str, Any]:
         """Every key and its value, ready for JSON, as records may show them (`public`)."""
-        content: dict[str, Any] = public(self.model_dump(mode="json"))
-        return content
+        return dict(public(self.model_dump(mode="json")))
 
     @classmethod
     def bookkeeping(cls) -> set[str]:
         """The names of the bookkeeping keys; see `key`."""
-        return {name for name, field in cls.model_fields.items() if _extra(field)["bookkeeping"]}
+        fields: Mapping[str, Any] = cls.model_fields
+        return {name for name, field in fields.items() if field.json_schema_extra["bookkeeping"]}
 
     def identity(self) -> dict[str, Any]:
         """The keys that decide what a run computes: all but the bookkeeping keys. Ready for JSON."""
@@ -185,10 +158,6 @@ class Keys(BaseModel):
 K = TypeVar("K", bound=Keys)
 
 
-def _extra(field: FieldInfo) -> Any:
-    return field.json_schema_extra
-
-
 def program() -> list[str]:
     """How this program was started, without its keys: `["task1.py"]`, or `["-m", "study.report"]`."""
     module = sys.modules["__main__"].__spec__  # of `python -m MODULE`, where sys.argv has the whole path of a file
@@ -196,10 +165,7 @@ def program() -> list[str]:
 
 
 def parse(keys: type[K], arguments: Sequence[str], description: str = "") -> K:
-    """Read a command line: `--key=value` or `--key value`, with '_' or '-' in the key.
-
-    Raises UsageError for unknown keys, wrong types and impossible values.
-    """
+    """Read `--key=value` or `--key value`; UsageError for unknown keys, wrong types and impossible values."""
     parser = argparse.ArgumentParser(
         prog=" ".join(["python", *program()]),
         description=description,
@@ -208,55 +174,41 @@ def parse(keys: type[K], arguments: Sequence[str], description: str = "") -> K:
         allow_abbrev=False,
         exit_on_error=False,
     )
-    for name, field in keys.model_fields.items():
+    fields: Mapping[str, Any] = keys.model_fields
+    for name, field in fields.items():
         kind = (typing.get_args(field.annotation) or (field.annotation,))[0]  # `int | None` is (int, NoneType)
-        default, extra = keys.recipe({}).get(name, field.default), _extra(field)
-        text = str(field.description).replace("%", "%%")
+        default, extra, text = keys.recipe({}).get(name, field.default), field.json_schema_extra, field.description
         if extra["choices"]:
             text += f" [{' | '.join(map(str, extra['choices']))}]"
-        if not field.default_factory and default not in (None, ()):
-            text = re.sub(r" \(default: [^)]*\)$", "", text)  # says what None would mean
+        if "(default: " not in text:
             text += f" (default: {default})"
+        options: dict[str, Any] = {"help": text.replace("%", "%%"), "metavar": kind.__name__.upper()}
         if extra["positional"]:
-            parser.add_argument(name, nargs="*" if default == () else "?", metavar=name.upper(), help=text)
+            options |= {"nargs": "*" if default == () else "?", "metavar": name.upper()}
         elif kind is bool:
-            parser.add_argument(f"--{name}", nargs="?", const=True, metavar="BOOL", help=text)
-        else:
-            parser.add_argument(f"--{name}", metavar=kind.__name__.upper(), help=text)
+            options |= {"nargs": "?", "const": True}
+        parser.add_argument(name if extra["positional"] else f"--{name}", **options)
     try:
-        given, unknown = parser.parse_known_intermixed_args(map(_with_underscores, arguments))
+        given, unknown = parser.parse_known_intermixed_args(arguments)
     except argparse.ArgumentError as error:
         raise UsageError(str(error).removeprefix("argument ")) from None
     if unknown:
-        name, equals, _ = unknown[0].removeprefix("--").partition("=")
-        if name in keys.model_fields:
-            raise UsageError(f"{unknown[0]}: write --{unknown[0] if equals else f'{name}=…'}")
-        if name.removeprefix("no_") in keys.model_fields:
-            raise UsageError(f"unknown key {unknown[0]}; write --{name.removeprefix('no_')}=False")
-        shown = unknown[0].partition("=")[0]
-        hint = closest(name, list(keys.model_fields)).replace("mean ", "mean --") or f"; {keys.hint}"
-        raise UsageError(f"unknown key {shown}{hint}")
+        name = unknown[0].partition("=")[0]
+        hint = closest(name, [f"--{known}" for known in fields]) or "; --help lists the keys"
+        raise UsageError(f"unknown key {name}{hint}")
     return keys(**vars(given))
-
-
-def _with_underscores(argument: str) -> str:
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument.partition("=")
-    return f"--{name[2:].replace('-', '_')}{equals}{value}"
 
 
 def run_script(main: Callable[[K], None], keys: type[K], arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and call `main`; an error becomes one line and an exit status.
 
-    The traceback of an unexpected error goes into a file beside the run; the exit status is then 70.
+    Before the line of an unexpected error stands its traceback; the exit status is then 70.
     """
-    command, number, folders = "", None, list[Path]()
+    command, number = "", None
     try:
         given = sys.argv[1:] if arguments is None else arguments
         config = parse(keys, given, sys.modules[main.__module__].__doc__ or "")
-        run_id, output_dir = getattr(config, "run_id", None), getattr(config, "output_dir", Path())
-        folders = [*([output_dir / "runs" / run_id] if run_id else []), output_dir]
+        run_id = getattr(config, "run_id", None)
         command = f"the same command{f' with --run_id={run_id}' if run_id else ''}"
         return main(config)
     except Stopped as stopped:
@@ -265,39 +217,22 @@ def run_script(main: Callable[[K], None], keys: type[K], arguments: Sequence[str
         message, status = str(error), error.exit_status
     except Exception as error:
         if is_out_of_memory(error):
-            # Tiles are scored in batches of a fixed number.
-            names = {"input_size": "", "batch_size": "(in training) ", "checked_tiles": ""}
-            found = [f"{when}--{name}" for name, when in names.items() if name in keys.model_fields]
-            remedy = f"lower {' or '.join(found)}" if found else "close other programs"
+            sizes = [name for name in ("input_size", "batch_size", "checked_tiles") if name in keys.model_fields]
+            remedy = " or ".join(f"lower --{name}" for name in sizes) or "close other programs"
             message, status = f"out of memory ({first_line(error)}): {remedy}", Untrainable.exit_status
         elif isinstance(error, OSError):
             what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-            message, status = f"{what}; fix this, then start {command} again", 1
+            message, status = f"{what}; fix this, then start {command} again", Fault.exit_status
         else:
-            path = _keep_traceback(error, folders)
+            traceback.print_exc()
             what = f"{type(error).__name__}: {first_line(error)}"
-            message, status = f"unexpected: {what}; please report it{f' with {path}' if path else ''}", 70
+            message, status = f"unexpected: {what}; please report it with the lines above", 70
     except KeyboardInterrupt:
         message, status = f"interrupted; {command} continues" if command else "interrupted", 130
     with suppress(OSError):  # nobody may read stderr any more
         print(f"{Path(program()[-1]).name}: {' '.join(message.splitlines())}", file=sys.stderr)
     if number and "WANDB_SWEEP_ID" in os.environ:  # its agent takes an exit status for a failure, but not a signal
         sys.stdout.flush()
-        sys.stderr.flush()
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
     sys.exit(status)
-
-
-def _keep_traceback(error: Exception, folders: Sequence[Path]) -> Path | None:
-    """Write the command and the traceback to a file in the first of these folders, or the system's for temporary
-    files, that can be written. Returns the file's path, or None where there is no such folder.
-    """
-    text = f"{shlex.join(sys.argv)}\n\n{''.join(traceback.format_exception(error))}"
-    for folder in (*folders, None):
-        with suppress(OSError, ValueError):
-            path = (folder or Path(tempfile.gettempdir())) / "unexpected-error.txt"
-            if path.parent.is_dir():
-                write_text(path, public(text))
-                return path
-    return None

@@ -4,33 +4,26 @@ import os
 import re
 import secrets
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, model_validator
 
-from common.cli import Keys, UsageError, closest, key
+from common.cli import Keys, UsageError, key
 from common.data import pathmnist
 
 MOST = 1_000_000  # of what is counted: more is a slip of the keyboard
 LAST_SEED = 2**32 - 1
+LEAST_TILES = 45  # of training: every class has some, and the phantom's other splits have every class
 
 
-def check_run_id(run_id: str) -> str | None:
-    """What is wrong with a run id, or None."""
-    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", run_id):
-        return None
-    return "a run id names files: use up to 64 letters, digits, '.', '_' and '-'"
-
-
-def _run_id(run_id: str) -> str:
-    if problem := check_run_id(run_id):
-        raise ValueError(problem)
+def _checked_run_id(run_id: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", run_id):
+        raise ValueError("a run id names files: use up to 64 letters, digits, '.', '_' and '-'")
     return run_id
 
 
-RunId = Annotated[str, AfterValidator(_run_id)]
+RunId = Annotated[str, AfterValidator(_checked_run_id)]
 
 
 def _new_run_id(given: Mapping[str, Any]) -> str:
@@ -40,11 +33,6 @@ def _new_run_id(given: Mapping[str, Any]) -> str:
     if "WANDB_SWEEP_ID" in os.environ and "WANDB_RUN_ID" in os.environ:
         return os.environ["WANDB_RUN_ID"]
     return secrets.token_hex(4)
-
-
-@cache
-def _print_once(line: str) -> None:
-    print(line)
 
 
 def device_key() -> Any:
@@ -80,13 +68,6 @@ class ScriptConfig(FolderConfig):
         bookkeeping=True,
     )
 
-    @model_validator(mode="after")
-    def _known_wandb_mode(self) -> Self:
-        mode, modes = os.environ.get("WANDB_MODE"), ("online", "offline", "disabled")
-        if self.wandb == "auto" and mode and mode not in modes:
-            raise UsageError(f"WANDB_MODE={mode} is no mode; choose from {', '.join(modes)}{closest(mode, modes)}")
-        return self
-
 
 class Config(ScriptConfig):
     """The keys of a script that trains: its data, and the run's name."""
@@ -99,7 +80,7 @@ class Config(ScriptConfig):
         lambda given: pathmnist.PHANTOM_TRAIN_TILES if given["dataset"] == "phantom" else None,
         f"number of training tiles; {pathmnist.NAME}: a part in which each class keeps its share (default: all); "
         f"phantom: so many are generated (default: {pathmnist.PHANTOM_TRAIN_TILES})",
-        ge=1,
+        ge=LEAST_TILES,
         le=MOST,
     )
     resume: bool = key(False, "continue run_id; an error if it has no checkpoint", bookkeeping=True)
@@ -113,9 +94,7 @@ class Config(ScriptConfig):
     @model_validator(mode="after")
     def _as_many_tiles_as_there_are(self) -> Self:
         whole = pathmnist.COUNTS["train"]
-        if self.dataset == "phantom" and self.train_tiles is not None and self.train_tiles < 45:
-            raise UsageError(f"--train_tiles {self.train_tiles}: must be at least 45 on the phantom")
-        if self.dataset == pathmnist.NAME and self.train_tiles is not None and self.train_tiles > whole:
+        if self.dataset == pathmnist.NAME and (self.train_tiles or 0) > whole:
             raise UsageError(f"--train_tiles {self.train_tiles}: {pathmnist.TITLE} has {whole:,} training tiles")
         return self
 
@@ -143,7 +122,7 @@ class TrainingConfig(Config):
     )
     lr_warmup_decay: float = key(0.1, "the warm-up starts at this factor of lr", gt=0, le=1)
     weight_decay: float = key(0.0, "weight decay", ge=0)
-    norm_weight_decay: float | None = key(None, "decay of norms and biases (default: weight_decay)", ge=0)
+    norm_weight_decay: float | None = key(None, "decay of norms and biases; None: weight_decay", ge=0)
 
     augmentation: str = key(
         "none",
@@ -157,7 +136,7 @@ class TrainingConfig(Config):
     cutmix_alpha: float = key(0.0, "cutmix's Beta parameter; 0: off", ge=0)
 
     early_stopping_patience: int | None = key(
-        None, "stop after this many epochs without improvement (default: never)", ge=1, le=MOST
+        None, "stop after this many epochs without improvement; None: never", ge=1, le=MOST
     )
     early_stopping_delta: float = key(
         0.0, "smallest rise of ACC or AUC, or fall of the loss, that is an improvement", ge=0
@@ -184,11 +163,7 @@ class TrainingConfig(Config):
 
     @model_validator(mode="after")
     def _room_after_the_warm_up(self) -> Self:
-        """Shorten a warm-up that would fill the whole run, with one line."""
+        """Shorten a warm-up that would fill the whole run."""
         if 0 < self.lr_warmup_epochs >= self.n_epochs:
-            shorter = self.n_epochs // 2
-            _print_once(
-                f"lr_warmup_epochs {self.lr_warmup_epochs} → {shorter}, because n_epochs is {self.n_epochs}"
-            )
-            self._set("lr_warmup_epochs", shorter)
+            self._set("lr_warmup_epochs", self.n_epochs // 2)
         return self

@@ -1,8 +1,7 @@
 """The figures of a run as PNG files: a curve over the epochs and a confusion matrix.
 
 Importing this module loads matplotlib, so callers import it when they draw. Figures are drawn without pyplot: they
-need no display and change no global state. With the same versions of matplotlib and its libraries, the same input
-gives the same bytes. Files are written atomically.
+need no display. With the same versions of matplotlib and its libraries, the same input gives the same bytes.
 """
 
 import re
@@ -22,7 +21,7 @@ from common.files import atomic_path
 
 # Okabe and Ito's colours, which colour-blind readers can distinguish (https://jfly.uni-koeln.de/color/).
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-BLUE, VERMILLION, GREEN, PURPLE = PALETTE[:4]
+BLUE, VERMILLION = PALETTE[:2]
 # A report shows a figure 700 pixels wide: 6.4 inches at 150 dots leave room for sharper screens.
 STYLE: dict[str, Any] = {
     "figure.dpi": 150,
@@ -43,31 +42,21 @@ STYLE: dict[str, Any] = {
 }
 
 
-def curve(
-    path: Path,
-    values: Sequence[float],
-    *,
-    ylabel: str,
-    title: str,
-    best_epoch: int | None = None,
-    colour: str = BLUE,
-) -> None:
+def curve(path: Path, values: Sequence[float], *, ylabel: str, title: str, best_epoch: int | None = None) -> None:
     """Draw one value per epoch against the epoch's number, which starts at 1, into the PNG file `path`.
 
-    A value that is not finite leaves a gap. `best_epoch`, the number of the epoch whose weights were selected, is
-    marked and named in the legend.
+    `best_epoch`, whose weights were selected, is marked.
     """
-    heights = np.where(np.isfinite(values), values, np.nan)
-    epochs = np.arange(1, len(heights) + 1)
+    epochs = range(1, len(values) + 1)
     with style.context(["default", STYLE]):
         figure = Figure(figsize=(6.4, 4))
         axes = figure.add_subplot()
-        axes.plot(epochs, heights, color=colour, marker="o", markersize=4)
-        axes.set(title=wrap(title, 75), xlabel="Epoch", ylabel=ylabel, xlim=(0.5, len(heights) + 0.5))
+        axes.plot(epochs, values, color=BLUE, marker="o", markersize=4)
+        axes.set(title=wrap(title, 75), xlabel="Epoch", ylabel=ylabel, xlim=(0.5, len(values) + 0.5))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10, min_n_ticks=1))
         if best_epoch is not None:
-            height = heights[best_epoch - 1]
-            label = f"selected: epoch {best_epoch} ({'no value' if np.isnan(height) else f'{height:.4g}'})"
+            height = values[best_epoch - 1]
+            label = f"selected: epoch {best_epoch} ({height:.4g})"
             axes.axvline(best_epoch, color=VERMILLION, linestyle="--", linewidth=1)
             axes.plot(best_epoch, height, "D", color=VERMILLION, markersize=7, label=label)
             axes.legend()
@@ -101,8 +90,7 @@ def confusion(path: Path, matrix: NDArray[Any], class_names: Sequence[str], *, t
 def wrap(text: str, width: int) -> str:
     """The text in lines of about `width` letters; a number and its unit (`28 px`, `seed 0`) stay together."""
     joined = re.sub(r"(?<=seed) (?=\d)|(?<=\d) (?=px)", "\N{NO-BREAK SPACE}", text)
-    lines = textwrap.fill(joined, width, break_long_words=False, break_on_hyphens=True)
-    return lines.replace("\N{NO-BREAK SPACE}", " ")
+    return textwrap.fill(joined, width, break_long_words=False).replace("\N{NO-BREAK SPACE}", " ")
 
 
 def save(figure: Figure, path: Path) -> None:

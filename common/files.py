@@ -1,9 +1,7 @@
 """Files that appear complete or not at all, and what a record may show."""
 
 import csv
-import errno
 import hashlib
-import io
 import json
 import os
 import re
@@ -13,33 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-TEMPORARY = re.compile(r"\..+\.unfinished-[0-9a-f]{8}(\.\w+)?")  # the names of `atomic_path`
-
-
-def open_regular(path: Path) -> io.BufferedReader:
-    """Open a regular file for reading. Raises OSError for anything else: a FIFO may never send a byte."""
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return open(path, "rb")
-
-
-def is_of_disk(error: Exception) -> bool:
-    """Whether a file could not be read because of the disk, and not because of its content.
-
-    A damaged file may refer to a place before its own beginning: that error (EINVAL) is one of the content.
-    """
-    return isinstance(error, OSError) and error.errno != errno.EINVAL
-
 
 def read_text(path: Path) -> str:
-    """The text of a regular file in UTF-8. Raises OSError, and UnicodeDecodeError, which is a ValueError."""
-    with open_regular(path) as file:
-        return file.read().decode("utf-8")
+    """The text of a file in UTF-8. Raises OSError, and UnicodeDecodeError, which is a ValueError."""
+    return path.read_bytes().decode("utf-8")
 
 
 def digest(path: Path, algorithm: str = "sha256") -> str:
-    """The digest of a regular file's content in hexadecimal digits. Raises OSError."""
-    with open_regular(path) as file:
+    """The digest of a file's content in hexadecimal digits. Raises OSError."""
+    with open(path, "rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()
 
 
@@ -82,10 +62,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def sweep_up(folder: Path) -> None:
-    """Delete the temporary files that a killed process has left in `folder`, and no other file."""
-    for path in folder.glob(".*"):
-        if TEMPORARY.fullmatch(path.name):
-            path.unlink(missing_ok=True)
+    """Delete the temporary files that a killed process has left in `folder`."""
+    for path in folder.glob(".*.unfinished-*"):
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

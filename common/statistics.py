@@ -12,9 +12,9 @@ ROUNDING = 1e-9  # far below one tile's share of an ACC, far above what floating
 
 @dataclass(frozen=True)
 class Spread:
-    """The mean of n values, their standard deviation (n - 1) and the mean's 95 % t interval.
+    """The mean of n values, their standard deviation (n - 1; NaN for one) and the mean's 95 % t interval.
 
-    The interval is NaN for fewer than LEAST_SEEDS values, the standard deviation for a single one.
+    The interval is NaN for fewer than LEAST_SEEDS values.
     """
 
     n: int
@@ -26,9 +26,9 @@ class Spread:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The differences between two rows, seed by seed, and the p value of the paired t test.
+    """The differences between two rows, seed by seed, and the p value of the paired t test; NaN without a test.
 
-    `p_holm` is p after Holm's correction, or NaN. `identical` says that both rows have the same networks.
+    `identical` says that both rows have the same networks.
     """
 
     differences: Spread
@@ -90,8 +90,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def compare(rows: Mapping[str, Mapping[int, float]], identical: Collection[str] = ()) -> dict[str, Comparison]:
     """Compare each row with the first one, over the seeds that both have; rows without such a seed are left out.
 
-    `rows[row][seed]` is a value. Rows that are `identical` to the first one, or have fewer than LEAST_SEEDS seeds,
-    have no p value, and Holm's correction does not count them; so it is where `paired_p` gives none.
+    `rows[row][seed]` is a value. Rows that are `identical` to the first one, or have too few seeds, have no p
+    value, and Holm's correction does not count them.
     """
     reference, *others = rows
     differences = {
@@ -109,9 +109,8 @@ def compare(rows: Mapping[str, Mapping[int, float]], identical: Collection[str] 
 def smallest_difference(sd: float, n: int, family: int, power: float = 0.8) -> float:
     """The smallest true difference that a paired t test of `n` seeds shows with this probability (its power).
 
-    `sd` is the standard deviation of the paired differences. The test is two-sided, at the most severe step of
-    Holm's correction over `family` tests: SIGNIFICANT / family. With a true difference, the square of the t
-    statistic has the noncentral F distribution (Cohen, Statistical Power Analysis, 1988).
+    `sd` is that of the paired differences. The test is at the most severe step of Holm's correction over `family`
+    tests. The square of t has the noncentral F distribution (Cohen, Statistical Power Analysis, 1988).
     """
     from scipy.optimize import brentq
     from scipy.special import ncfdtr

@@ -25,7 +25,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
 
 from common.cli import Keys, UsageError, key, run_script
 from common.files import write_text
@@ -39,8 +38,6 @@ MAX_RUNS = 10_000
 
 class SweepConfig(Keys):
     """The keys of a sweep; those of its runs are in its file."""
-
-    hint: ClassVar[str] = "--help lists the keys; write those of the runs after --"
 
     file: Path | None = key(None, "the sweep's YAML file; as the first argument it needs no --file")
     count: int = key(20, "trials of a search, of all workers together; a grid ignores it", ge=1, le=MAX_RUNS)

@@ -1,11 +1,11 @@
 """Augments a batch of uint8 tiles on the device where it lies; every tile gets other random parameters.
 
 torchvision's v2 transforms use one set of parameters for a whole batch, and its PIL path needs worker processes.
-Here each augmentation is a pair of functions. `sample_…` samples the parameters of every tile, on the CPU and from
-the caller's generator; the other function applies them to the batch. So CPU and CUDA runs use the same parameters,
-and the host knows the operation of each tile without waiting for the device.
+Here each augmentation is a pair of functions. `sample_…` draws the parameters of every tile on the CPU, from the
+caller's generator; the other function applies them to the batch, on any device. So CPU and CUDA runs use the same
+parameters, and the host never waits for the device.
 
-Images are uint8 (N, 3, H, W). Results have channels_last memory; inputs are not changed.
+Images are uint8 (N, 3, side, side). Results have channels_last memory; inputs are not changed.
 """
 
 import math
@@ -15,7 +15,7 @@ from functools import lru_cache, partial
 import torch
 import torch.nn.functional as F
 
-from common.cli import UsageError, closest
+from common.cli import UsageError
 
 Augmentation = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 
@@ -64,10 +64,6 @@ LAB_MATRIX = torch.tensor(
 ).double()
 LAB_WHITE = torch.tensor([[0.95047], [1.0], [1.08883]]).double()
 
-CHANNEL_PROBABILITY = 0.9
-CHANNEL_SHIFT = 0.15 * 255
-CHANNEL_GAIN = 0.15
-
 ZOOM_LIMIT = 1.25
 
 # RandStainNA: in each colour space, for each of its three channels, the mean and the standard deviation over tiles
@@ -106,8 +102,7 @@ def _by_kind(
 ) -> torch.Tensor:
     """Replace the images of each kind by `apply(kind, those images, their slice of the sorted batch)`.
 
-    `kind` is an integer (N,) tensor on the CPU, so that the host knows the sizes of the groups, and `order` (N,)
-    sorts it. The result has the order of `images`.
+    `kind` is int64 (N,) on the CPU, so that the host knows the sizes of the groups; `order` (N,) sorts it.
     """
     sort, unsort = _on_device(torch.stack([order, order.argsort()]), images.device)
     grouped = _take(images, sort)
@@ -130,20 +125,14 @@ def dihedral_view(images: torch.Tensor, view: int) -> torch.Tensor:
 
     `view` is a number of three bits: bit 4 swaps rows and columns first, then bit 1 flips left and right, and
     bit 2 flips top and bottom. View 0 changes nothing.
-
-    Raises ValueError for views outside 0 … 7, and for a swap where H is not W.
     """
-    if not 0 <= view <= 7:
-        raise ValueError(f"views are 0 … 7, not {view}")
     if view & 4:
-        if images.shape[2] != images.shape[3]:
-            raise ValueError(f"quarter turns need square tiles, not {images.shape[2]} × {images.shape[3]}")
         images = images.transpose(2, 3)
     return images.flip([axis for bit, axis in ((1, 3), (2, 2)) if view & bit])
 
 
 def dihedral(images: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
-    """Image i in its view `view[i]` (int64 (N,) on the CPU); see `dihedral_view`, also for what it raises."""
+    """Image i in its view `view[i]` (int64 (N,) on the CPU); see `dihedral_view`."""
     return _by_kind(images, view, view.argsort(), lambda number, part, _: dihedral_view(part, number))
 
 
@@ -154,10 +143,9 @@ def dihedral_views(images: torch.Tensor) -> torch.Tensor:
 
 @lru_cache(maxsize=4096)
 def _sources(name: str, magnitude: float, height: int, width: int, device: torch.device) -> torch.Tensor:
-    """For each pixel of the moved tile the number of the pixel that comes there, int64 (H · W,).
+    """The number of the pixel that comes to each pixel of the moved tile, int64 (H · W,); 0 means outside.
 
-    Pixels count from 1, row by row; 0 means outside. torchvision itself moves a tile of pixel numbers: so ties are
-    rounded as torchvision rounds them, and on CUDA as on the CPU.
+    torchvision itself moves a tile of pixel numbers: so ties are rounded as it rounds them, on CUDA as on the CPU.
     """
     from torchvision.transforms.v2 import functional
 
@@ -195,8 +183,6 @@ def _grey(images: torch.Tensor) -> torch.Tensor:
 
 def _sharpness(images: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
     """Go `rest` of the way to the 3 × 3 mean whose centre counts five times; the outermost pixels stay."""
-    if min(images.shape[2:]) <= 2:
-        return images
     rows = images[:, :, :-2] + images[:, :, 1:-1] + images[:, :, 2:]
     inner = images[:, :, 1:-1, 1:-1]
     box = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
@@ -256,8 +242,7 @@ def _operate(images: torch.Tensor, operation: torch.Tensor, magnitude: torch.Ten
 def apply_operations(images: torch.Tensor, operation: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
     """Apply `OPERATIONS[operation[s, i]]` with `magnitude[s, i]` to image i, for each step s in order.
 
-    `operation` is int64 (steps, N) and `magnitude` float64 (steps, N), both on the CPU. Results are those of
-    torchvision's v2 functional operations on uint8 tensors, with nearest interpolation and black fill.
+    `operation` is int64 (steps, N), `magnitude` float64 (steps, N), both on the CPU. Results equal torchvision's.
     """
     for operations, magnitudes in zip(operation, magnitude, strict=True):
         images = _operate(images, operations, magnitudes)
@@ -321,35 +306,32 @@ def sample_auto_augment(count: int, generator: torch.Generator) -> tuple[torch.T
     return _with_signs(operation, AUTO_MAGNITUDES[operation, bins[:, policy]], generator)
 
 
-def sample_erasing(count: int, height: int, width: int, generator: torch.Generator) -> torch.Tensor:
+def sample_erasing(side: int, count: int, generator: torch.Generator) -> torch.Tensor:
     """Top, left, height and width of each tile's erased rectangle, int64 (count, 4); all 0 for none.
 
-    Random erasing (Zhong et al. 2017, arXiv:1708.04896) as torchvision's RandomErasing, with probability .1. The
-    area is uniform, the ratio of height to width log-uniform. Of ten attempts the first one counts whose rectangle
-    is lower and narrower than the tile.
+    As torchvision's RandomErasing (Zhong et al. 2017, arXiv:1708.04896): the area is uniform, the ratio of height
+    to width log-uniform. Of ten attempts the first one counts whose rectangle is lower and narrower than the tile.
     """
-    area = height * width * _uniform((count, 10), *ERASE_AREA, generator)
+    area = side * side * _uniform((count, 10), *ERASE_AREA, generator)
     low, high = (math.log(ratio) for ratio in ERASE_RATIO)
     ratio = _uniform((count, 10), low, high, generator).exp()
     sizes = torch.stack([(area * ratio).sqrt().round(), (area / ratio).sqrt().round()], dim=2)
-    limits = torch.tensor([height, width])
-    fits = (sizes < limits).all(2)
+    fits = (sizes < side).all(2)
     # argmax gives the first maximum: the first attempt that fits.
     size = sizes[torch.arange(count), fits.int().argmax(1)].long()
-    corner = (_uniform((count, 2), 0.0, 1.0, generator) * (limits - size + 1)).long()
+    corner = (_uniform((count, 2), 0.0, 1.0, generator) * (side - size + 1)).long()
     happens = fits.any(1) & (torch.rand(count, generator=generator) < ERASE_PROBABILITY)
     return torch.cat([corner, size], dim=1) * happens.unsqueeze(1)
 
 
 def erase(images: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
     """Fill rectangle `boxes[i]` (top, left, height, width; CPU) of image i with mid-grey, 128."""
-    height, width = images.shape[2:]
     chosen = boxes[:, 2].nonzero()
     parameters = _on_device(torch.cat([chosen, boxes[chosen.flatten()]], dim=1), images.device)
     index, start, extent = parameters[:, 0], parameters[:, 1:3, None], parameters[:, 3:5, None]
-    pixel = torch.arange(max(height, width), device=images.device)
+    pixel = torch.arange(images.shape[2], device=images.device)
     inside = (pixel >= start) & (pixel < start + extent)
-    erased = inside[:, 0, :height, None] & inside[:, 1, None, :width]
+    erased = inside[:, 0, :, None] & inside[:, 1, None, :]
     result = images.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
     result.index_copy_(0, index, result.index_select(0, index).masked_fill_(erased[..., None], ERASE_GREY))
     return result.permute(0, 3, 1, 2)
@@ -376,8 +358,7 @@ def stain(images: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, hue: t
     Optical density −ln((v + 1) / 256) is split into haematoxylin, eosin and a remainder; each concentration
     is multiplied by `scale` (N, 3) and increased by `shift` (N, 3) (Tellez et al. 2019, arXiv:1902.06543;
     colour deconvolution by Ruifrok & Johnston 2001). Then the density turns by `hue` (N,) radians about the
-    grey axis, which is the hue of the HSD model (van der Laak et al. 2000). Scale and hue leave white as it
-    is; a shift tints it slightly. All three are float64 on the CPU.
+    grey axis, which is the hue of the HSD model (van der Laak et al. 2000). All three are float64 on the CPU.
     """
     turn = _turn_about_grey(hue)
     # Splitting, scaling, mixing and turning are linear: together one 3 × 3 matrix and one offset for each tile.
@@ -480,36 +461,22 @@ def randstain(images: torch.Tensor, space: torch.Tensor, mean: torch.Tensor, spr
     return _by_kind(images, space, order, apply)
 
 
-def sample_channels(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shift in grey levels and gain of every channel, float64 (count, 3); 0 and 1 in a tenth of the tiles."""
-    happens = torch.rand(count, 1, generator=generator) < CHANNEL_PROBABILITY
-    shift = _uniform((count, 3), -CHANNEL_SHIFT, CHANNEL_SHIFT, generator)
-    gain = _uniform((count, 3), 1.0 - CHANNEL_GAIN, 1.0 + CHANNEL_GAIN, generator)
-    return shift * happens, torch.where(happens, gain, 1.0)
-
-
-def shift_channels(images: torch.Tensor, shift: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
-    """Channel c of image i becomes (value + shift[i, c]) · gain[i, c], rounded and clipped to uint8."""
-    shift, gain = _on_device(torch.stack([shift, gain]).float(), images.device)[..., None, None]
-    return _to_uint8(images.float().add_(shift).mul_(gain))
-
-
 def sample_zoom(count: int, generator: torch.Generator) -> torch.Tensor:
     """Zoom factors 0.8 … 1.25, float64 (count,); log-uniform, so that both directions are equally likely."""
     limit = math.log(ZOOM_LIMIT)
     return _uniform((count,), -limit, limit, generator).exp()
 
 
-def _zoom_sources(factor: torch.Tensor, size: int) -> torch.Tensor:
-    """(N, size) float32: where each new row comes from, as a row number that may lie between two rows."""
-    new = torch.arange(size, dtype=torch.float64)
-    source = ((new + 0.5 - size / 2) / factor.unsqueeze(1) + size / 2).abs()
+def _zoom_sources(factor: torch.Tensor, side: int) -> torch.Tensor:
+    """(N, side) float32: where each new row comes from, as a row number that may lie between two rows."""
+    new = torch.arange(side, dtype=torch.float64)
+    source = ((new + 0.5 - side / 2) / factor.unsqueeze(1) + side / 2).abs()
     # Beyond an edge the tile continues as its mirror image.
-    return (size - (size - source).abs() - 0.5).clamp(0, size - 1).float()
+    return (side - (side - source).abs() - 0.5).clamp(0, side - 1).float()
 
 
 def _linear_weights(source: torch.Tensor) -> torch.Tensor:
-    """(N, size, size): how much of each old row goes into each new row, by linear interpolation."""
+    """(N, side, side): how much of each old row goes into each new row, by linear interpolation."""
     old = torch.arange(source.shape[1], dtype=source.dtype, device=source.device)
     return (1.0 - (source.unsqueeze(2) - old).abs()).clamp_(min=0.0)
 
@@ -518,16 +485,14 @@ def zoom(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """Magnify image i about its centre by `factor[i]`, bilinearly, mirrored beyond the edges.
 
     Equals `F.grid_sample(…, padding_mode="reflection", align_corners=False)` within one grey level. `factor`
-    is float64 (N,) on the CPU, at least 0.5.
+    is float64 (N,) on the CPU.
     """
-    count, _, height, width = images.shape
-    sources = torch.cat([_zoom_sources(factor, height), _zoom_sources(factor, width)], dim=1)
-    sources = _on_device(sources, images.device)
-    rows, columns = _linear_weights(sources[:, :height]), _linear_weights(sources[:, height:])
+    count, side = len(images), images.shape[2]
+    weights = _linear_weights(_on_device(_zoom_sources(factor, side), images.device))
     # Bilinear interpolation on an upright grid is two matrix products, faster than four gathers a pixel.
     pixels = images.permute(0, 2, 3, 1).float()
-    planes = rows.bmm(pixels.reshape(count, height, 3 * width)).view(pixels.shape).permute(0, 3, 1, 2)
-    return _to_uint8(planes.reshape(count, 3 * height, width).bmm(columns.mT).view(images.shape))
+    planes = weights.bmm(pixels.reshape(count, side, 3 * side)).view(pixels.shape).permute(0, 3, 1, 2)
+    return _to_uint8(planes.reshape(count, 3 * side, side).bmm(weights.mT).view(images.shape))
 
 
 def _step(
@@ -542,7 +507,7 @@ def _step(
 
 
 def _erase(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    return erase(images, sample_erasing(len(images), images.shape[2], images.shape[3], generator))
+    return erase(images, sample_erasing(images.shape[2], len(images), generator))
 
 
 def _randstain(probability: float) -> Augmentation:
@@ -566,7 +531,6 @@ PARTS: dict[str, tuple[str, tuple[Augmentation, ...]]] = {
     "erase": ("random erasing", (_erase,)),
     "randstain": ("RandStainNA: other colour statistics for half of the tiles", (_randstain(0.5),)),
     "randstain_quarter": ("RandStainNA for a quarter of the tiles", (_randstain(0.25),)),
-    "channel": ("gain and shift of each colour channel", (_step(sample_channels, shift_channels),)),
     "scale": ("zoom", (_zoom,)),
 }
 
@@ -574,29 +538,19 @@ PARTS: dict[str, tuple[str, tuple[Augmentation, ...]]] = {
 def build_augmentation(names: str) -> Augmentation:
     """The augmentation of a comma-joined list such as "ta_wide,stain", applied left to right.
 
-    It takes uint8 (N, 3, H, W) images on any device and a CPU `torch.Generator`, the source of all its random
-    numbers. It returns images of the same shape, dtype, device and memory format (channels_last or contiguous).
-    Its input is not changed; "none" returns the input itself. "dihedral" and "stain" need square tiles.
-
-    Raises UsageError for an unknown part, with the closest known name, and for "none" joined with others.
+    It takes uint8 (N, 3, side, side) images on any device and a CPU `torch.Generator`, the source of all its
+    random numbers, and returns images of the same shape and dtype. "none" returns the input itself. Raises
+    UsageError for an unknown part.
     """
     chosen = names.split(",")
-    for name in chosen:
-        if name not in PARTS:
-            known = ", ".join(PARTS)
-            raise UsageError(
-                f"--augmentation {names}: unknown part {name}; choose from {known}{closest(name, list(PARTS))}"
-            )
-    if "none" in chosen and len(chosen) > 1:
-        raise UsageError(f"--augmentation {names}: none cannot be joined with other parts")
+    if unknown := [name for name in chosen if name not in PARTS]:
+        raise UsageError(f"--augmentation {names}: unknown part {unknown[0]}; choose from {', '.join(PARTS)}")
     steps = [step for name in chosen for step in PARTS[name][1]]
 
     def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        result = images
         for step in steps:
-            result = step(result, generator)
-        in_channels_last = images.is_contiguous(memory_format=torch.channels_last)
-        return result if in_channels_last or result is images else result.contiguous()
+            images = step(images, generator)
+        return images
 
     return augment
 

@@ -19,8 +19,8 @@ Batch = tuple[torch.Tensor, torch.Tensor]  # tiles or inputs, and labels
 class Tiles(Protocol):
     """A split as training and evaluation use it: tiles, or features that were computed from them.
 
-    Indices (B,) int64 on `index_device` choose tiles. The network's inputs are float32 (B, …), the labels are (B,)
-    int64. Both are on the computing device.
+    Indices (B,) int64 on `index_device` choose tiles. Inputs (B, …) float32 and labels (B,) int64 are on the
+    computing device.
     """
 
     index_device: torch.device
@@ -37,10 +37,9 @@ class Tiles(Protocol):
 
 @dataclass(frozen=True)
 class Splits:
-    """The tiles of a run: it trains on `train`, validates on `val`, and scores the others at its end.
+    """The tiles of a run. `shifted` gives the name of each shift and the validation tiles under it.
 
-    `shifted` gives the name of each shift of common/data/shift.py and the validation tiles under it. `test` and
-    `shifted` are functions, so that these tiles take no memory of a GPU before they are scored.
+    `test` and `shifted` are functions, so that these tiles take no memory of a GPU before they are scored.
     """
 
     train: Tiles
@@ -52,9 +51,8 @@ class Splits:
 class DeviceTiles:
     """`Tiles` on the computing device or, where they do not fit there, in pinned memory of the host.
 
-    Inputs are (B, 3, input_size, input_size) in -1..1. A tile is resized before anything else happens to it: an
-    augmentation sees tiles of `input_size`. Raises UsageError for an augmentation that `build_augmentation` does
-    not know.
+    Inputs are (B, 3, input_size, input_size) in -1..1. A tile is resized before it is augmented. Raises UsageError
+    for an unknown augmentation.
     """
 
     def __init__(self, split: Split, device: torch.device, input_size: int, augmentation: str = "none") -> None:
@@ -93,7 +91,7 @@ class DeviceTiles:
 
 
 def device_splits(dataset: Dataset, device: torch.device, input_size: int, augmentation: str = "none") -> Splits:
-    """A data set's splits as `DeviceTiles`; only training tiles are augmented. Raises the same UsageError."""
+    """A data set's splits as `DeviceTiles`; only training tiles are augmented."""
 
     def plain(split: Split) -> DeviceTiles:
         return DeviceTiles(split, device, input_size)

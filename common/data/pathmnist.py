@@ -32,7 +32,6 @@ LABELS_SHA256 = {  # of the labels as uint8, in the order of the file with 28 px
     "test": "3d08a60fe2cfec1415a3f0d38aabb442c646ec290e6be54b9e0242dff38730a7",
 }
 
-
 PHANTOM_TRAIN_TILES = 9000  # of the generated tiles in the place of PathMNIST's, without --train_tiles
 
 

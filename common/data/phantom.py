@@ -1,8 +1,7 @@
 """Draws PathMNIST's nine kinds of tissue as synthetic H&E tiles, for tests and for work without the real data set.
 
-A tile shows 112 µm at every size. The scene of its class gives the amounts of haematoxylin and eosin, and the
-stain vectors turn them into light. Training and validation tiles are stained alike, test tiles differently, as in
-PathMNIST.
+The scene of a class gives the amounts of haematoxylin and eosin, and the stain vectors turn them into light.
+Training and validation tiles are stained alike, test tiles differently, as in PathMNIST.
 """
 
 from functools import partial
@@ -11,8 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
-
-from common.data import pathmnist
 
 VERSION = 3  # a change of any pixel needs a new number
 FIELD = 112.0  # side of a tile in µm: 224 pixels of 0.5 µm in NCT-CRC-HE-100K
@@ -30,10 +27,7 @@ STAINING = {"train": ((0.0, 0.5), (0.8, 0.6)), "val": ((0.0, 0.5), (0.8, 0.6)), 
 
 
 class Canvas:
-    """The places of B tiles' pixels in the section, `x` and `y` (B, size, size) in µm, and their random numbers.
-
-    Random numbers are drawn per tile, never per pixel, so a scene is the same at every size.
-    """
+    """The places of B tiles' pixels, `x` and `y` (B, size, size) in µm, and random numbers per tile."""
 
     def __init__(self, random: np.random.Generator, n_tiles: int, size: int) -> None:
         self.random, self.n_tiles, self.pixel = random, n_tiles, FIELD / size
@@ -57,22 +51,17 @@ class Canvas:
         return np.float32((2 / WAVES) ** 0.5) * total
 
     def spots(self, spacing: float, disorder: float = 0.25, aspect: float = 1.0) -> Array:
-        """The distance in µm to the nearest point of a lattice, which is bent by `disorder` spacings.
-
-        Across x the points are `spacing` µm apart, along x `aspect` times as far.
-        """
+        """The distance in µm to the nearest point of a bent lattice, which is `aspect` times as wide along x."""
         bend = disorder * spacing
         x = self.x / aspect + bend * self.noise(3 * spacing) + self.draw(0, spacing)
         y = self.y + bend * self.noise(3 * spacing) + self.draw(0, spacing)
         # Near a point 2 - cos - cos is the squared distance, up to a factor.
         height = np.cos(x * (2 * np.pi / spacing)) + np.cos(y * (2 * np.pi / spacing))
-        distance: Array = np.sqrt(np.maximum(2 - height, 0)) * np.float32(spacing / (2**0.5 * np.pi))
-        return distance
+        return np.asarray(np.sqrt(np.maximum(2 - height, 0)) * np.float32(spacing / (2**0.5 * np.pi)))
 
     def inside(self, distance: Array) -> Array:
         """The share of each pixel, in [0, 1], where the signed distance in µm is negative."""
-        coverage: Array = np.clip(0.5 - distance / max(self.pixel, 1.0), 0, 1)
-        return coverage
+        return np.asarray(np.clip(0.5 - distance / max(self.pixel, 1.0), 0, 1))
 
 
 def adipose(canvas: Canvas) -> Stains:
@@ -142,9 +131,7 @@ SCENES = (adipose, background, debris, lymphocytes, mucus, MUSCLE, mucosa, STROM
 
 
 def split_sizes(train_tiles: int) -> dict[str, int]:
-    """Tiles of each split for `train_tiles` training tiles; PathMNIST's number gives PathMNIST's splits."""
-    if train_tiles == pathmnist.COUNTS["train"]:
-        return dict(pathmnist.COUNTS)
+    """Tiles of each split for `train_tiles` training tiles."""
     return {"train": train_tiles, "val": train_tiles // 9, "test": train_tiles // 5}
 
 
@@ -174,5 +161,4 @@ def _draw_block(random: np.random.Generator, labels: Array, size: int, split: st
     vectors *= np.exp(random.normal(0, 0.25, (len(labels), 2, 1)))  # each tile is stained more or less strongly
     light = 250 * np.exp(-np.einsum("sbyx,bsc->byxc", stains, vectors.astype(np.float32)))
     light += 2 * random.standard_normal(light.shape, np.float32)  # the camera's noise
-    pixels: Array = np.clip(light + 0.5, 0, 255).astype(np.uint8)
-    return pixels
+    return np.asarray(np.clip(light + 0.5, 0, 255).astype(np.uint8))

@@ -1,8 +1,8 @@
 """Shifted validation tiles: their colours change as in another laboratory or with another scanner.
 
-So a network can be scored on foreign-looking tiles without the test split. The methods are others than those of
-the augmentations; stain augmentation has effects like the first two, none adds noise. Each tile gets a different
-change, which is the same in every run. The strengths were fixed before any network was scored on shifted tiles.
+So a network can be scored on foreign-looking tiles without the test split. Stain augmentation has effects like the
+first two, none adds noise. Each tile gets a different change, which is the same in every run. The strengths were
+fixed before any network was scored on shifted tiles.
 """
 
 import warnings
@@ -20,11 +20,7 @@ Tiles = NDArray[np.float32]
 
 
 def lab_statistics(tiles: Tiles, draws: np.random.Generator) -> Tiles:
-    """Change each tile's mean and spread in CIELAB, as RandStainNA does (Shen et al. 2022): another staining.
-
-    The means move by normal draws with standard deviation 6 for lightness and 5 for both colour axes. The spreads
-    are multiplied by 0.7 to 1.4.
-    """
+    """Change each tile's mean and spread in CIELAB, as RandStainNA does (Shen et al. 2022): another staining."""
     from skimage.color import lab2rgb, rgb2lab
 
     lab = rgb2lab(tiles)
@@ -38,20 +34,14 @@ def lab_statistics(tiles: Tiles, draws: np.random.Generator) -> Tiles:
 
 
 def gamma(tiles: Tiles, draws: np.random.Generator) -> Tiles:
-    """Raise each tile to a power of 0.7 to 1.4 and each of its colour channels to one of 0.9 to 1.1.
-
-    Another scanner's response curve has this effect.
-    """
+    """Raise each tile and each of its colour channels to a power: another scanner's response curve."""
     powers = np.exp(draws.uniform(np.log(0.7), np.log(1.4), (len(tiles), 1, 1, 1)))
     powers = powers * np.exp(draws.uniform(np.log(0.9), np.log(1.1), (len(tiles), 1, 1, 3)))
     return tiles ** powers.astype(np.float32)
 
 
 def chromatic_noise(tiles: Tiles, draws: np.random.Generator) -> Tiles:
-    """Add noise that changes the colour of each pixel but not its brightness: another camera at low light.
-
-    Each tile's noise has another strength: a channel's standard deviation is 0.016 to 0.065 of the full range.
-    """
+    """Add noise that changes the colour of each pixel but not its brightness: another camera at low light."""
     noise = draws.standard_normal(tiles.shape, np.float32)
     noise -= noise.mean(3, keepdims=True)
     return tiles + noise * draws.uniform(0.02, 0.08, (len(tiles), 1, 1, 1)).astype(np.float32)

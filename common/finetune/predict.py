@@ -20,10 +20,10 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import field_validator
 
-from common.cli import Fault, Keys, UsageError, expanded, first_line, key, run_script
+from common.cli import Fault, Keys, UsageError, first_line, key, run_script
 from common.config import device_key
 from common.data.pathmnist import TITLE, has_stained_colours
-from common.files import open_regular, write_text
+from common.files import write_text
 from common.finetune.trained import load_run, load_trained
 from common.training.device import Compute
 
@@ -59,7 +59,7 @@ def main(config: PredictConfig) -> None:
             "needs a network and pictures: python -m common.finetune.predict RUN_ID_OR_BEST.PT PICTURE_OR_FOLDER…"
         )
     device = Compute.of(config.device, "fp32").device
-    file = expanded(config.network)
+    file = Path(config.network).expanduser()
     paths = [path for name in config.pictures for path in picture_files(name)]
     for path in [*paths, file]:
         if config.csv and config.csv.exists() and path.exists() and path.samefile(config.csv):
@@ -114,10 +114,10 @@ def read_picture(path: Path, size: int) -> tuple[torch.Tensor, str]:
     frames or pages the first one is taken. Raises Fault where the file is no picture of 8 bits per channel.
     """
     try:
-        with warnings.catch_warnings(), open_regular(path) as file:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file, formats=FORMATS) as picture:
+            with Image.open(path, formats=FORMATS) as picture:
                 bits = getattr(picture, "tag_v2", {}).get(BITS_PER_SAMPLE, (8,))
                 if picture.mode.startswith(("I", "F")) or max(bits) > 8:  # Pillow reads some of them wrongly
                     raise ValueError("more than 8 bits per channel: save it as an 8-bit RGB picture")

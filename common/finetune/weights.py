@@ -13,9 +13,8 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from common.cli import Fault, UsageError, closest, expanded, first_line
-from common.config import check_run_id
-from common.files import digest, open_regular
+from common.cli import Fault, UsageError, closest, first_line
+from common.files import digest
 from common.records import checkpoint
 from common.records.read import best_weights, checkpoint_folder, input_size_of, is_finished
 from common.training.models import TIMM, build_model, check_model_name, model_names
@@ -136,7 +135,7 @@ def load_weights(name: str, model_name: str, output_dir: Path) -> Weights:
         entry = _entries()[name][1]
         return Weights(name, entry.url, *_read(*_downloaded(entry)), _preset(model_name, entry))
     if name.lower().endswith(SUFFIXES):
-        return Weights(name, name, *_read(expanded(name)), _preset(model_name))
+        return Weights(name, name, *_read(Path(name).expanduser()), _preset(model_name))
     return _from_run(name, model_name, output_dir)
 
 
@@ -181,7 +180,7 @@ def _read(path: Path, begins: str = "") -> tuple[str, dict[str, torch.Tensor]]:
     Raises UsageError where the file is missing, damaged or no state dict, or its sha256 does not begin so.
     """
     try:
-        with open_regular(path) as file:
+        with open(path, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             if not sha256.startswith(begins):
                 problem = f"its sha256 is {sha256}, not {begins}…"
@@ -215,7 +214,7 @@ def best_of_run(output_dir: Path, run_id: str) -> dict[str, Any]:
 def _from_run(run_id: str, model_name: str, output_dir: Path) -> Weights:
     """The best weights of a run of this project; they expect the inputs of that run."""
     path = checkpoint_folder(output_dir, run_id) / "best.pt"
-    if check_run_id(run_id) is not None or not path.exists():
+    if not path.exists():
         known = f"{', '.join(PACKAGED_WEIGHTS)}, torchvision weights, a {', '.join(SUFFIXES)} file"
         raise UsageError(f"--weights {run_id}: neither {known}, nor a run with weights in {path.parent.parent}")
     if not is_finished(output_dir, run_id):

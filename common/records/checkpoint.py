@@ -4,6 +4,7 @@ A checkpoint is the zip archive that torch.save writes. It has a checksum (CRC-3
 rest; PyTorch does not look at these checksums, `read_plain` does.
 """
 
+import errno
 import io
 import os
 import sys
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 from common.cli import Fault
-from common.files import atomic_path, is_of_disk, open_regular
+from common.files import atomic_path
 
 
 def save(path: Path, content: dict[str, Any], previous: Path | None = None) -> None:
@@ -41,7 +42,7 @@ def load(path: Path) -> dict[str, Any]:
     read.
     """
     try:
-        with open_regular(path) as file:
+        with open(path, "rb") as file:
             content = read_plain(file)
     except FileNotFoundError:
         raise Fault(f"{path}: no such checkpoint; train first, or name another --run_id") from None
@@ -84,7 +85,8 @@ def read_plain(file: BinaryIO) -> Any:
         with warnings.catch_warnings(action="ignore"):
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes zipfile and the unpickler raise many types
-        if isinstance(error, MemoryError) or is_of_disk(error):
+        # A damaged file may refer to a place before its own beginning: that error of the disk (EINVAL) is damage.
+        if isinstance(error, MemoryError) or getattr(error, "errno", errno.EINVAL) != errno.EINVAL:
             raise
         # PyTorch's own message would advise to switch weights_only off.
         raise ValueError("it is damaged, or holds more than tensors, numbers and text") from error

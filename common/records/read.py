@@ -24,7 +24,7 @@ from pydantic import (
 from typing_extensions import TypedDict  # Python 3.11 has none that pydantic can use
 
 from common.cli import Fault, first_line
-from common.files import digest, open_regular, read_text
+from common.files import digest, read_text
 
 METRICS = ("train/loss", "validate/loss", "validate/auc", "validate/acc", "validate/balanced_acc")
 COLUMNS = ("epoch", *METRICS, "lr", "tiles_per_second", "seconds")  # of history.csv
@@ -143,7 +143,7 @@ class Record:
         path = self.folder / "scores.npz"
         tiles, n_classes = self.summary["tiles"], len(self.summary["best"]["auc_per_class"])
         try:
-            with open_regular(path) as file, np.load(file, allow_pickle=False) as archive:
+            with np.load(path, allow_pickle=False) as archive:
                 arrays = dict(archive)
             for name in {*arrays, "best_logits", "targets"}:
                 values = arrays[name]
