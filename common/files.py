@@ -17,10 +17,10 @@ def read_text(path: Path) -> str:
     return path.read_bytes().decode("utf-8")
 
 
-def digest(path: Path, algorithm: str = "sha256") -> str:
-    """The digest of a file's content in hexadecimal digits. Raises OSError."""
+def digest(path: Path) -> str:
+    """The SHA-256 of a file in hexadecimal digits. Raises OSError."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, algorithm).hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def public(content: Any) -> Any:

@@ -1,6 +1,5 @@
-"""What the tests of bad input share: commands that refuse it, and files that are no files, torn or damaged."""
+"""What the tests of bad input share: commands that refuse it, and damaged files."""
 
-import os
 import re
 import shlex
 from pathlib import Path
@@ -45,32 +44,10 @@ def assert_refused(line: str, status: int, message: str, folder: Path, capsys: p
     assert ended.value.code == status
     after = contents(folder)
     assert {name: after.get(name) for name in before} == before
-    assert not Path("exploded").exists()
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def special_file(path: Path, kind: str) -> None:
-    """In the place of a file: a `fifo`, a `folder`, a `loop` of symbolic links, or a link to /dev/`zero`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    match kind:
-        case "fifo":
-            os.mkfifo(path)
-        case "folder":
-            path.mkdir()
-        case "loop":
-            path.symlink_to(path)
-        case "zero":
-            path.symlink_to("/dev/zero")
-
-
-def npy(header: str, content: bytes = b"") -> bytes:
-    """A .npy file with this header."""
-    text = header.encode().ljust(117) + b"\n"
-    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + content
 
 
 def damaged(content: bytes, data: st.DataObject) -> bytes:

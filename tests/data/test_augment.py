@@ -7,14 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from skimage.color import rgb2hsv, rgb2lab
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 
 from common.cli import UsageError
 from common.data import augment
 from common.data.augment import OPERATIONS, PARTS, build_augmentation
 
-SIZES = [(28, 28), (64, 64), (20, 36)]
+SIZES = (28, 64)
 MANY = 60_000
 
 
@@ -22,12 +21,12 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def tiles(count: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
+def tiles(count: int, side: int = 28) -> torch.Tensor:
     """Half noise, half smooth pink and violet blobs on near-white as of stained tissue; the last tile is flat."""
-    generator = seeded(seed)
-    noise = torch.randint(0, 256, (count // 2, 3, height, width), generator=generator, dtype=torch.uint8)
+    generator = seeded()
+    noise = torch.randint(0, 256, (count // 2, 3, side, side), generator=generator, dtype=torch.uint8)
     blobs = torch.rand(count - count // 2, 2, 5, 5, generator=generator)
-    blobs = F.interpolate(blobs, size=(height, width), mode="bicubic").clamp(0, 1).pow(2)
+    blobs = F.interpolate(blobs, size=side, mode="bicubic").clamp(0, 1).pow(2)
     dyes = torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11]]) * torch.tensor([[1.5], [0.8]])
     tissue = 244 * torch.exp(-torch.einsum("ndhw,dc->nchw", blobs, dyes))
     batch = torch.cat([noise, tissue.round().to(torch.uint8)])
@@ -74,9 +73,9 @@ def test_operations_equal_torchvision(transform, column, bins, name):
         pytest.skip("not an operation of this transform")
     magnitudes_of, signed = transform._AUGMENTATION_SPACE[name]
     ours = (augment.WIDE_MAGNITUDES, augment.AUTO_MAGNITUDES)[column][OPERATIONS.index(name)].tolist()
-    for height, width in SIZES:
-        images = tiles(7, height, width)
-        theirs = magnitudes_of(bins, height, width)
+    for side in SIZES:
+        images = tiles(7, side)
+        theirs = magnitudes_of(bins, side, side)
         strengths = [0.0] if theirs is None else [float(m) for m in theirs]
         assert ours == (strengths * bins if theirs is None else strengths)
         assert bool(augment.SIGNED[OPERATIONS.index(name)]) == signed
@@ -93,11 +92,11 @@ def test_operations_equal_torchvision(transform, column, bins, name):
             strength = torch.full((1, len(images)), magnitude, dtype=torch.float64)
             result = augment.apply_operations(images, kind, strength)
             difference = (result.int() - expected.int()).abs().max().item()
-            assert difference <= (1 if name in BLENDS else 0), (height, width, magnitude)
+            assert difference <= (1 if name in BLENDS else 0), (side, magnitude)
 
 
 def test_blends_seldom_differ_from_torchvision_at_all():
-    images, generator = tiles(200, 28, 28), seeded(3)
+    images, generator = tiles(200), seeded(3)
     transform = v2.TrivialAugmentWide()
     for name in BLENDS:
         strength = torch.rand(1, 200, generator=generator, dtype=torch.float64) * 1.98 - 0.99
@@ -121,7 +120,7 @@ def test_the_order_of_operations_is_torchvisions():
 
 
 def test_dihedral_views_are_the_eight_symmetries_of_the_square():
-    images = tiles(3, 28, 28)
+    images = tiles(3)
     views = augment.dihedral_views(images)
     assert views.shape == (8, 3, 3, 28, 28)
     turns = [images.rot90(k, (2, 3)) for k in range(4)]
@@ -133,18 +132,9 @@ def test_dihedral_views_are_the_eight_symmetries_of_the_square():
     assert torch.equal(views[2], images.flip(2))
     # Bit 4 acts first: swap, then flip left and right.
     assert torch.equal(views[5], images.transpose(2, 3).flip(3))
-    many = tiles(32, 28, 28)
+    many = tiles(32)
     view = torch.randint(8, (32,), generator=seeded())
     assert torch.equal(augment.dihedral(many, view), augment.dihedral_views(many)[view, torch.arange(32)])
-
-
-def test_dihedral_refuses_other_views_and_oblong_quarter_turns():
-    with pytest.raises(ValueError, match="0 … 7"):
-        augment.dihedral(tiles(1, 28, 28), torch.tensor([8]))
-    with pytest.raises(ValueError, match="square"):
-        augment.dihedral(tiles(1, 20, 36), torch.tensor([4]))
-    with pytest.raises(ValueError, match="square"):
-        augment.dihedral_views(tiles(1, 20, 36))
 
 
 # Random parameters
@@ -191,7 +181,7 @@ def test_auto_augment_samples_policies_with_their_probabilities():
 
 
 def test_erasing_geometry_follows_torchvisions_definition():
-    boxes = augment.sample_erasing(MANY, 64, 64, seeded())
+    boxes = augment.sample_erasing(64, MANY, seeded())
     happened = boxes[:, 2] > 0
     check_proportion(happened, 0.1)
     assert not boxes[~happened].any()
@@ -209,7 +199,7 @@ def test_erasing_geometry_follows_torchvisions_definition():
 
 
 def test_erase_fills_its_box_with_grey_and_nothing_else():
-    images = tiles(3, 28, 28)
+    images = tiles(3)
     boxes = torch.tensor([[0, 0, 0, 0], [3, 5, 7, 11], [20, 0, 8, 27]])
     result = augment.erase(images, boxes)
     expected = images.clone()
@@ -218,7 +208,7 @@ def test_erase_fills_its_box_with_grey_and_nothing_else():
     assert torch.equal(result, expected)
 
 
-# Stain, channels, scale
+# Stain, scale
 
 
 def test_dyes_change_by_a_fifth_and_hue_by_ten_degrees_at_most():
@@ -231,7 +221,7 @@ def test_dyes_change_by_a_fifth_and_hue_by_ten_degrees_at_most():
 
 
 def test_stain_follows_its_formula_tile_by_tile():
-    images = tiles(6, 20, 36)
+    images = tiles(6)
     # Far stronger than in training, so that every term matters.
     scale, shift, hue = augment.sample_stain(6, seeded())
     parameters = (scale, 4 * shift, 6 * hue)
@@ -248,39 +238,13 @@ def test_stain_follows_its_formula_tile_by_tile():
         assert (stained - expected).abs().max() <= 1
 
 
-def test_hue_turns_about_grey():
-    images = tiles(4, 28, 28)
-    images[1] = images[1, :1]
-    one, zero = torch.ones(4, 3, dtype=torch.float64), torch.zeros(4, 3, dtype=torch.float64)
-    third = torch.full((4,), math.tau / 3, dtype=torch.float64)
-    result = augment.stain(images, one, zero, third)
-    # A third of a turn sends red to green to blue to red; grey stays grey.
-    assert (result.int() - images.roll(1, 1).int()).abs().max() <= 1
-    assert (result[1].int() - images[1].int()).abs().max() <= 1
-
-
-def test_channels_shift_then_gain_per_channel():
-    images = tiles(4, 28, 28)
-    shift, gain = augment.sample_channels(4, seeded(1))
-    result = augment.shift_channels(images, shift, gain)
-    expected = (images + shift[:, :, None, None]) * gain[:, :, None, None]
-    assert (result - expected.round().clamp(0, 255)).abs().max() <= 1
-    shifts, gains = augment.sample_channels(MANY, seeded())
-    changed = (gains != 1).all(1)
-    check_proportion(changed, 0.9)
-    assert not shifts[~changed].any()
-    assert bool((gains[~changed] == 1).all())
-    check_uniform(shifts[changed], -0.15 * 255, 0.15 * 255)
-    check_uniform(gains[changed], 0.85, 1.15)
-
-
 def test_zoom_equals_grid_sample():
-    for height, width in SIZES:
-        images = tiles(16, height, width)
+    for side in SIZES:
+        images = tiles(16, side)
         factor = augment.sample_zoom(16, seeded())
         theta = torch.zeros(16, 2, 3, dtype=torch.float64)
         theta[:, 0, 0] = theta[:, 1, 1] = 1 / factor
-        grid = F.affine_grid(theta, [16, 3, height, width], align_corners=False)
+        grid = F.affine_grid(theta, [16, 3, side, side], align_corners=False)
         expected = F.grid_sample(images.double(), grid, padding_mode="reflection", align_corners=False)
         result = augment.zoom(images, factor)
         assert (result - expected).abs().max() < 0.501
@@ -299,7 +263,7 @@ CHAINS = [name for name in PARTS if name != "none"] + ["ta_wide,stain"]
 
 @pytest.mark.parametrize("names", CHAINS)
 def test_an_augmentation_changes_copies_as_its_generator_says_and_nothing_else(names):
-    run, images = build_augmentation(names), tiles(40, 28, 28)
+    run, images = build_augmentation(names), tiles(40)
     before, state = images.clone(), torch.get_rng_state()
     result = run(images, seeded(5))
     assert torch.equal(images, before)
@@ -309,18 +273,6 @@ def test_an_augmentation_changes_copies_as_its_generator_says_and_nothing_else(n
     assert not torch.equal(result, images)
     assert torch.equal(run(images, seeded(5)), result)
     assert not torch.equal(run(images, seeded(6)), result)
-    plain = run(images.contiguous(), seeded(5))
-    assert plain.is_contiguous()
-    assert torch.equal(plain, result)
-    assert run(images[:0], seeded()).shape == (0, 3, 28, 28)
-
-
-@pytest.mark.parametrize("names", [name for name in CHAINS if name != "erase"])
-def test_copies_of_one_tile_get_different_parameters(names):
-    images = tiles(2, 28, 28)[1:].roll(3, 2).expand(64, -1, -1, -1).clone()
-    images[:, :, :9, :5] = 30
-    result = build_augmentation(names)(images, seeded())
-    assert len(result.flatten(1).unique(dim=0)) >= (4 if names == "flip" else 8)
 
 
 def test_parts_are_their_steps_from_left_to_right():
@@ -328,12 +280,12 @@ def test_parts_are_their_steps_from_left_to_right():
         return augment.dihedral(x, augment.sample_views(views, 40, g))
 
     def erase(x, g):
-        return augment.erase(x, augment.sample_erasing(40, 28, 28, g))
+        return augment.erase(x, augment.sample_erasing(28, 40, g))
 
     def zoom(x, g):
         return augment.zoom(x, augment.sample_zoom(40, g))
 
-    images = tiles(40, 28, 28)
+    images = tiles(40)
     apply = augment.apply_operations
     for names, steps in {
         "ta_wide": [flip, lambda x, g: apply(x, *augment.sample_trivial_augment(40, g)), erase],
@@ -348,61 +300,28 @@ def test_parts_are_their_steps_from_left_to_right():
         assert torch.equal(build_augmentation(names)(images, seeded(7)), expected), names
 
 
-def test_an_unknown_part_names_the_closest_and_none_joins_with_nothing():
-    with pytest.raises(UsageError, match=r"flip,ta_wid: unknown part ta_wid; .*did you mean ta_wide\?$"):
-        build_augmentation("flip,ta_wid")
-    with pytest.raises(UsageError, match="--augmentation flip,: unknown part ; choose from"):
-        build_augmentation("flip,")
-    with pytest.raises(UsageError, match="none cannot be joined"):
-        build_augmentation("none,flip")
+@pytest.mark.parametrize(("names", "unknown"), [("flip,ta_wid", "ta_wid"), ("flip,", "")])
+def test_an_unknown_part_is_named_with_the_known_ones(names, unknown):
+    with pytest.raises(
+        UsageError, match=f"--augmentation {names}: unknown part {unknown}; choose from none, auto"
+    ):
+        build_augmentation(names)
 
 
-def test_a_tiles_result_does_not_depend_on_its_neighbours():
-    images, generator = tiles(60, 28, 28), seeded()
-    operations = augment.sample_trivial_augment(60, generator)
-    stain, zoom = augment.sample_stain(60, generator), augment.sample_zoom(60, generator)
-    operated, stained = augment.apply_operations(images, *operations), augment.stain(images, *stain)
-    zoomed = augment.zoom(images, zoom)
+def test_operations_do_not_depend_on_the_neighbours_of_a_tile():
+    images = tiles(60)
+    operations = augment.sample_trivial_augment(60, seeded())
+    operated = augment.apply_operations(images, *operations)
     for i in range(60):
         one = slice(i, i + 1)
         alone = augment.apply_operations(images[one], *(parameter[:, one] for parameter in operations))
         assert torch.equal(alone, operated[one])
-        # Products of differently many matrices may round differently: a tie may go to the next level.
-        alone = augment.stain(images[one], *(parameter[one] for parameter in stain))
-        assert (alone.int() - stained[one].int()).abs().max() <= 1
-        assert (augment.zoom(images[one], zoom[one]).int() - zoomed[one].int()).abs().max() <= 1
-
-
-class Launches(TorchDispatchMode):
-    """Counts the operations that tensors on PyTorch's value-less "meta" device take part in."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        leaves = torch.utils._pytree.tree_leaves((args, kwargs, result))
-        self.count += any(isinstance(leaf, torch.Tensor) and leaf.device.type == "meta" for leaf in leaves)
-        return result
-
-
-@pytest.mark.parametrize("names", [name for name in PARTS if name != "none"])
-def test_a_larger_batch_takes_no_more_launches_and_no_value_is_read_back(names):
-    augmented = build_augmentation(names)
-    counts = []
-    for size in (512, 2048):
-        images = tiles(8, 28, 28).repeat(size // 8, 1, 1, 1).to("meta", memory_format=torch.channels_last)
-        for seed in range(40):  # until the tables of moved pixels are there
-            augmented(images, seeded(seed))
-        with Launches() as launches:
-            augmented(images, seeded())
-        counts.append(launches.count)
-    assert counts[0] == counts[1]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("names", CHAINS)
 def test_cuda_agrees_with_cpu(names):
-    run, images = build_augmentation(names), tiles(256, 28, 28)
+    run, images = build_augmentation(names), tiles(256)
     result = run(images.cuda(), seeded())
     assert result.is_cuda
     difference = (result.cpu().int() - run(images, seeded()).int()).abs()
@@ -414,7 +333,7 @@ def test_cuda_agrees_with_cpu(names):
 
 
 def test_colour_spaces_are_those_of_scikit_image_and_lead_back():
-    rgb = tiles(3, 16, 16).flatten(2).float() / 255
+    rgb = tiles(3, 16).flatten(2).float() / 255
     for (there, back), reference in zip(augment.COLOUR_SPACES, (rgb2lab, None, rgb2hsv), strict=True):
         if reference:
             expected = reference(rgb.permute(0, 2, 1).numpy())

@@ -94,14 +94,13 @@ def test_a_folder_gives_a_table_of_its_pictures_and_one_bad_picture_is_a_row(
         Image.fromarray(tile).save(images / name, **({"lossless": True} if "webp" in name else {}))
     (images / "notes.txt").write_text("no picture")
     (images / "torn.png").write_bytes((images / "a.png").read_bytes()[:200])
-    os.mkfifo(images / "waits.png")
     strange = os.fsencode(images) + b"/x\n\xff.png"
     tissue(images / "strange.png").rename(os.fsdecode(strange))
     run(output, "plain", images)
     printed = capsys.readouterr()
     lines = list(csv.DictReader(io.StringIO(printed.out)))
     found = [line["file"].removeprefix(f"{images}/") for line in lines]
-    assert found == [*names[:4], *names[4:], "torn.png", "waits.png", r"x\n\udcff.png"]
+    assert found == [*names[:4], *names[4:], "torn.png", r"x\n\udcff.png"]
     expected = load_trained(output / "checkpoints/plain/best.pt")
     for line, tile in zip(lines[:2], tiles, strict=False):
         row = expected(torch.from_numpy(tile)[None].permute(0, 3, 1, 2))[0]
@@ -109,9 +108,9 @@ def test_a_folder_gives_a_table_of_its_pictures_and_one_bad_picture_is_a_row(
         assert values == pytest.approx(row.tolist(), rel=1e-5)
         assert line["class"] == CLASS_NAMES[row.argmax()]
         assert float(line["probability"]) == max(values)
-    for line, reason in zip(lines[5:7], ("cannot be read", "cannot be read (not a regular file)"), strict=True):
+    for line in lines[5:6]:
         assert line["class"] == line["probability"] == line["adipose"] == ""
-        assert line["warning"].startswith(reason)
+        assert line["warning"].startswith("cannot be read")
         assert f"warning: {line['file']}: {line['warning']}\n" in printed.err
     run(output, output / "checkpoints/plain/best.pt", "--csv", tmp_path / "t.csv", images)
     assert (tmp_path / "t.csv").read_text() == printed.out

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from bad_input import special_file
 from conftest import trainer_of
 from processes import plain
 from torch import nn
@@ -110,7 +109,6 @@ class Bomb:
         (lambda path: path.write_bytes(b""), Fault, "not a readable checkpoint"),
         (lambda path: torch.save([1, 2], path), Fault, "not a checkpoint of this project"),
         (lambda path: torch.save({"a": Bomb(path.with_name("boom"))}, path), Fault, "not a readable checkpoint"),
-        (lambda path: special_file(path, "fifo"), OSError, "not a regular file"),
     ],
 )
 def test_what_is_no_checkpoint_is_refused_and_no_code_of_it_runs(

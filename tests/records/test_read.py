@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bad_input import damaged, special_file
+from bad_input import damaged
 from conftest import ROOT
 from example_records import CONFIG, outputs, row, write_run
 from hypothesis import HealthCheck, given, settings
@@ -111,10 +111,6 @@ CASES: list[tuple[Change, str]] = [
     (arrays(best_logits=np.full((18, 9), np.nan)), r"scores\.npz: .*best_logits has values that are not finite"),
     (arrays(targets=np.full(18, 99, np.uint8)), r"scores\.npz: .*targets has values"),
     (arrays(targets=np.array([None] * 18)), r"scores\.npz: .*[Oo]bject"),
-    *[
-        (lambda folder, name=name, kind=kind: special_file(folder / name, kind), rf"{name}: .*not a regular file")
-        for name, kind in (("config.json", "fifo"), ("history.csv", "folder"), ("scores.npz", "zero"))
-    ],
 ]
 
 

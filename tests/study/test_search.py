@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from bad_input import special_file
 from processes import end
 from sweep_runs import SEARCH, Write, begin, run, starts, table, wait_for, wait_for_starts
 
@@ -187,7 +186,7 @@ def test_the_table_is_that_of_the_runs_records_where_the_database_says_otherwise
     assert table(output) == before
 
 
-@pytest.mark.parametrize("damage", ["text", "cut", "torn", "values", "fifo", "folder", "zero"])
+@pytest.mark.parametrize("damage", ["text", "cut", "torn", "values", "folder"])
 def test_a_damaged_database_is_one_line_that_names_it(write_sweep: Write, tmp_path: Path, damage: str) -> None:
     path, output = write_sweep(SEARCH), tmp_path / "out"
     run(path, output, count=2)
@@ -205,7 +204,8 @@ def test_a_damaged_database_is_one_line_that_names_it(write_sweep: Write, tmp_pa
         with sqlite3.connect(file) as database:
             database.execute("UPDATE trial_params SET distribution_json = '{'")
     else:
-        special_file(file, damage)
+        file.unlink()
+        file.mkdir()
     with pytest.raises((Fault, UsageError), match=r"search\.db: ") as error:
         run(path, output, count=3)
     assert "\n" not in str(error.value)
