@@ -100,7 +100,6 @@ FILES: list[tuple[Callable[[Path], Any], str, int, str]] = [
 def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     missing = OfficialFile("pathmnist.npz", "http://127.0.0.1:9/none.npz", "0" * 32)
     monkeypatch.setattr("common.data.pathmnist.official_file", lambda size: missing)
-    monkeypatch.setattr("common.data.dataset.RETRIES", 0)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
 
 

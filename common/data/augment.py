@@ -326,15 +326,11 @@ def sample_erasing(side: int, count: int, generator: torch.Generator) -> torch.T
 
 def erase(images: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
     """Fill rectangle `boxes[i]` (top, left, height, width; CPU) of image i with mid-grey, 128."""
-    chosen = boxes[:, 2].nonzero()
-    parameters = _on_device(torch.cat([chosen, boxes[chosen.flatten()]], dim=1), images.device)
-    index, start, extent = parameters[:, 0], parameters[:, 1:3, None], parameters[:, 3:5, None]
+    box = _on_device(boxes, images.device)[..., None]
+    start, extent = box[:, :2], box[:, 2:]
     pixel = torch.arange(images.shape[2], device=images.device)
     inside = (pixel >= start) & (pixel < start + extent)
-    erased = inside[:, 0, :, None] & inside[:, 1, None, :]
-    result = images.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
-    result.index_copy_(0, index, result.index_select(0, index).masked_fill_(erased[..., None], ERASE_GREY))
-    return result.permute(0, 3, 1, 2)
+    return images.clone().masked_fill_(inside[:, :1, :, None] & inside[:, 1:, None, :], ERASE_GREY)
 
 
 def sample_stain(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

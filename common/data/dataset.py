@@ -23,7 +23,6 @@ from common.data.pathmnist import OfficialFile
 
 SPLITS = tuple(pathmnist.COUNTS)
 ORDER_VERSION = 1  # of stratified_part: a change of any chosen tile needs a new number
-RETRIES = 3  # of a failed download
 
 
 @dataclass(frozen=True)
@@ -171,11 +170,8 @@ def _official(file: OfficialFile, data_root: Path) -> Path:
     pooch.get_logger().setLevel("ERROR")  # it says the same on stderr
     # In its largest file a progress bar and a flush for every KiB, the default, would cost minutes.
     downloader = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), chunk_size=1 << 20, timeout=20)
-    source = pooch.create(
-        data_root, "", registry={file.name: f"md5:{file.md5}"}, urls={file.name: file.url}, retry_if_failed=RETRIES
-    )
     try:
-        source.fetch(file.name, downloader=downloader)
+        pooch.retrieve(file.url, f"md5:{file.md5}", file.name, data_root, downloader=downloader)
     except (OSError, ValueError) as error:  # requests' errors are OSErrors; another MD5 is a ValueError
         raise Fault(
             f"{path}: missing or damaged, and its download failed ({first_line(error)}): try again, or fetch "
