@@ -90,8 +90,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def compare(rows: Mapping[str, Mapping[int, float]], identical: Collection[str] = ()) -> dict[str, Comparison]:
     """Compare each row with the first one, over the seeds that both have; rows without such a seed are left out.
 
-    `rows[row][seed]` is a value. Rows that are `identical` to the first one, or have too few seeds, have no p
-    value, and Holm's correction does not count them.
+    `rows[row][seed]` is a value. Rows that are `identical` to the first one, or have fewer than LEAST_SEEDS seeds,
+    have no p value, and Holm's correction does not count them; so it is where `paired_p` gives none.
     """
     reference, *others = rows
     differences = {

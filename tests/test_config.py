@@ -15,7 +15,7 @@ from conftest import ROOT
 from pydantic import ValidationError
 
 from common.cli import UsageError, parse, run_script
-from common.config import Config, TrainingConfig
+from common.config import TrainingConfig
 from task5 import Task5Config
 from train import TrainConfig
 
@@ -89,13 +89,6 @@ def test_a_configuration_in_python_is_checked_and_cannot_change() -> None:
             config.replaced(**change)
     with pytest.raises(ValidationError, match="frozen"):
         config.lr = 1.0
-
-
-def test_as_dict_is_plain_data_of_every_key() -> None:
-    values = Config().as_dict()
-    assert set(values) == set(Config.model_fields)
-    assert values.pop("train_tiles") is None
-    assert all(isinstance(value, str | int | float | bool) for value in values.values())
 
 
 def test_help_explains_every_key_with_its_choices_and_its_default() -> None:

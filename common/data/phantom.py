@@ -130,11 +130,6 @@ STROMA = partial(fibres, waviness=6, looseness=(-0.3, 0.9), aspect=2.5)  # loose
 SCENES = (adipose, background, debris, lymphocytes, mucus, MUSCLE, mucosa, STROMA, tumour)  # by label
 
 
-def split_sizes(train_tiles: int) -> dict[str, int]:
-    """Tiles of each split for `train_tiles` training tiles."""
-    return {"train": train_tiles, "val": train_tiles // 9, "test": train_tiles // 5}
-
-
 def generate(split: str, n_tiles: int, size: int) -> tuple[Array, Array]:
     """Tiles (n_tiles, size, size, 3) uint8, and labels (n_tiles,) int64; the classes are about equally large."""
     key = [VERSION, list(STAINING).index(split)]
