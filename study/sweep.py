@@ -26,10 +26,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from joblib import cpu_count
+
 from common.cli import Keys, UsageError, key, run_script
 from common.files import write_text
 from common.records.read import Record
-from common.training.device import physical_cores
 from study.processes import Processes, Run, failed_runs, planned, train_all
 from study.sweep_spec import Sweep, read_sweep
 
@@ -120,7 +121,7 @@ def main(config: SweepConfig) -> None:
     n_workers = 1 if config.workers is None else config.workers
     if sweep.on_cpu():  # two processes with one thread each train more tiles than one process with two threads
         environment["OMP_NUM_THREADS"] = "1"
-        n_workers = physical_cores() if config.workers is None else n_workers
+        n_workers = cpu_count(only_physical_cores=True) if config.workers is None else n_workers
     processes = Processes(config.output_dir, config.output_dir / "sweeps" / sweep.name, environment)
     if sweep.method != "grid":
         from study.search import search  # Optuna takes a second to import: a grid does not need it

@@ -242,8 +242,8 @@ def test_the_command_again_skips_what_is_finished_and_compares_again(
             {"config": {"lr": 0.123}},
             r"run r-scratch-seed1 was started with another .*lr was 0\.123",
         ),
-        ("r", {"data_fingerprint": "other"}, "run r was started on other data"),
-        ("r", {"weights": {"name": "w", "source": "s", "sha256": "0"}}, "run r was started from other weights"),
+        ("r", {"data_fingerprint": "other"}, "data_fingerprint was other"),
+        ("r", {"weights": {"name": "w", "source": "s", "sha256": "0"}}, "weights_sha256 was 0"),
     ],
 )
 def test_finished_runs_of_another_kind_are_refused_before_anything_is_trained(

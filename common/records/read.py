@@ -12,15 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
 import numpy as np
-from pydantic import (
-    Field,
-    FiniteFloat,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveInt,
-    TypeAdapter,
-    ValidationError,
-)
+from pydantic import Field, FiniteFloat, PositiveInt, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # Python 3.11 has none that pydantic can use
 
 from common.cli import Fault, first_line
@@ -34,12 +26,10 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Keys(TypedDict):
-    seed: NonNegativeInt
+    seed: int
     dataset: str
     size: PositiveInt
     train_tiles: PositiveInt | None
-    model_name: NotRequired[str]  # a baseline has none
-    select_on: NotRequired[str]
 
 
 class Shared(TypedDict):
@@ -64,34 +54,22 @@ class Estimate(TypedDict):
 
 
 class Scores(TypedDict):
-    epoch: NotRequired[PositiveInt]  # a baseline has no epochs
     n: PositiveInt
     auc: Estimate
     acc: Estimate
-    balanced_acc: NotRequired[Estimate]  # older records lack it
-    expected_calibration_error: Share
     auc_per_class: dict[str, Share | None]
-    confusion_matrix: list[list[NonNegativeInt]]
+    confusion_matrix: list[list[int]]
 
 
-# In this form, keys may have slashes.
-Tested = TypedDict("Tested", {"test/auc": NotRequired[Share], "test/acc": NotRequired[Share]})
-Validated = TypedDict("Validated", {"validate/loss": FiniteFloat, "validate/auc": Share, "validate/acc": Share})
-
-
-class Summary(Shared, Tested):
+class Summary(Shared):
     best: NotRequired[Scores]  # after --test=False there are no test scores
     last: NotRequired[Scores]
     tta: NotRequired[Scores]
-    validate: Validated
+    validate: dict[str, FiniteFloat]
     shifted: dict[str, Share]
-    figures: NotRequired[dict[str, str]]
-    figure_sha256: NotRequired[dict[str, str]]
-    best_sha256: NotRequired[str]  # of best.pt; older records lack it
-    wall_seconds: NonNegativeFloat
+    wall_seconds: FiniteFloat
 
 
-HISTORY: TypeAdapter[Any] = TypeAdapter(list[Validated])
 MODELS: dict[str, TypeAdapter[Any]] = {"config.json": TypeAdapter(Facts), "summary.json": TypeAdapter(Summary)}
 
 
@@ -115,17 +93,11 @@ class Record:
         facts, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
         if "best" not in summary:
             raise Fault(f"{folder}: the run has no test scores (--test=False); train it without this key")
-        history = read_history(folder / "history.csv")
-        problem = _problem(HISTORY, history)
-        if not history and "epoch" in summary["best"]:  # only a baseline, which is no network, has none
-            problem = "no epochs"
-        if problem:
-            raise unreadable(folder / "history.csv", problem)
         for name in facts.keys() & summary.keys():
             if summary[name] != facts[name]:
                 problem = f"{name}: it is {summary[name]}, in config.json {facts[name]}"
                 raise unreadable(folder / "summary.json", problem)
-        return cls(folder, facts, summary, history)
+        return cls(folder, facts, summary, read_history(folder / "history.csv"))
 
     @property
     def run_id(self) -> str:
@@ -141,19 +113,12 @@ class Record:
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays of scores.npz, which `Trainer.test` describes; Fault where it is missing or damaged."""
         path = self.folder / "scores.npz"
-        tiles, n_classes = self.summary["tiles"], len(self.summary["best"]["auc_per_class"])
+        shape = (self.summary["tiles"]["test"], len(self.summary["best"]["auc_per_class"]))
         try:
             with np.load(path, allow_pickle=False) as archive:
                 arrays = dict(archive)
-            for name in {*arrays, "best_logits", "targets"}:
-                values = arrays[name]
-                n_tiles = tiles["val" if name.startswith(("validate_", "shifted_")) else "test"]
-                logits = name.endswith("_logits")
-                shape = (n_tiles, n_classes) if logits else (n_tiles,)
-                if values.shape != shape or values.dtype.kind not in ("f" if logits else "ui"):
-                    raise ValueError(f"{name} is {values.dtype} {values.shape}, not of the shape {shape}")
-                if not (np.isfinite(values) if logits else (values >= 0) & (values < n_classes)).all():
-                    raise ValueError(f"{name} has values that are not finite, or no class")
+            if arrays["best_logits"].shape != shape or arrays["targets"].shape != shape[:1]:
+                raise ValueError(f"its outputs do not have the shape {shape} of summary.json")
         except Exception as error:  # a damaged file makes zipfile and numpy raise many types
             raise unreadable(path, error) from error
         return arrays
@@ -211,21 +176,11 @@ def read_history(path: Path) -> list[dict[str, float]]:
     The columns may be those of another program's runs.
     """
     try:
-        rows = [{name: float(value) for name, value in row.items()} for row in read_table(path)]
+        lines = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
+        rows = [{name: float(value) for name, value in line.items()} for line in lines]
         if [row.get("epoch") for row in rows] != list(range(1, len(rows) + 1)):
             raise ValueError("epoch: the epochs do not count from 1")
-    except ValueError as error:
-        raise unreadable(path, error) from error
-    return rows
-
-
-def read_table(path: Path) -> list[dict[str, str]]:
-    """The lines of a CSV file, each with the values by column; Fault where it is missing or damaged."""
-    try:
-        rows = list(csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True))
-        if any(None in row or None in row.values() for row in rows):
-            raise ValueError("the lines have different numbers of values")
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, TypeError, ValueError, csv.Error) as error:  # TypeError: lines of different lengths
         raise unreadable(path, error) from error
     return rows
 
@@ -237,27 +192,19 @@ def read_json(path: Path) -> Any:
     """
     try:
         content = json.loads(read_text(path))
-    except (OSError, ValueError, RecursionError) as error:
+        model = MODELS.get(path.name, TypeAdapter(dict[str, Any]))
+        model.validate_python(content, strict=True, extra="allow")
+    except (OSError, ValueError) as error:
         raise unreadable(path, error) from error
-    model = MODELS.get(path.name, TypeAdapter(dict[str, Any]))
-    if problem := _problem(model, content):
-        raise unreadable(path, problem)
     if content.get("run_id", path.parent.name) != path.parent.name:
         raise unreadable(path, f"run_id: it is of run {content['run_id']}")
     return content
 
 
-def _problem(model: TypeAdapter[Any], content: Any) -> str | None:
-    try:
-        model.validate_python(content, strict=True, extra="allow")
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        key = ".".join(map(str, first["loc"]))
-        return f"{key}: {first['msg']}" if key else str(first["msg"])
-    return None
-
-
 def unreadable(path: Path, problem: Exception | str) -> Fault:
     """The error for a record that cannot be used."""
     reason = problem if isinstance(problem, str) else first_line(problem)
+    if isinstance(problem, ValidationError):  # its first line names no key
+        first = problem.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
     return Fault(f"{path}: not a readable record ({reason}); {REMEDY}")

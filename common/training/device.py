@@ -1,7 +1,6 @@
 """The device that computes, and the precision of its matrix products."""
 
 import ctypes
-import os
 import platform
 import re
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ import torch
 
 from common.cli import UsageError
 from common.statistics import counted
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -36,48 +37,28 @@ class Compute:
         return cls(where, torch.bfloat16 if bf16 else torch.float32)
 
     def prepare_process(self) -> None:
-        """On a CPU, let malloc keep freed memory; a script calls this before it builds its network."""
-        if self.device.type == "cpu":
-            _keep_freed_memory()
+        """On a CPU, let malloc keep freed memory; a script calls this before it builds its network.
+
+        glibc returns blocks above 32 MB, such as a large batch's activations, as soon as they are freed. At the
+        next step the system clears every page of them again: 180,000 page faults per step of MobileNetV3-Large at
+        64 pixels and batch 512, about an eighth of its time.
+        """
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if self.device.type == "cpu" and mallopt:  # only glibc has it
+            mallopt(M_MMAP_MAX, 0)
+            mallopt(M_TRIM_THRESHOLD, -1)
 
     @property
     def name(self) -> str:
         """The device in words, for records."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
-        return f"{_cpu_name()}, {counted(torch.get_num_threads(), 'thread')}"
+        cpuinfo = Path("/proc/cpuinfo")  # on Linux, where platform.processor() is empty
+        text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
+        found = re.search(r"model name\s*: (.+)", text)
+        cpu = found[1] if found else platform.processor() or "CPU"
+        return f"{cpu}, {counted(torch.get_num_threads(), 'thread')}"
 
     def autocast(self) -> torch.autocast:
         """The context manager for a forward pass; it does nothing in float32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
-
-def physical_cores(cpus: Path = Path("/sys/devices/system/cpu")) -> int:
-    """How many cores this process may use; the hyper-threads of one core count once."""
-    try:
-        allowed = os.sched_getaffinity(0)
-    except AttributeError:  # only Linux has it
-        return os.cpu_count() or 1
-    # A CPU's file lists all CPUs of its core, so those of one core have the same text.
-    files = [cpus / f"cpu{number}" / "topology" / "thread_siblings_list" for number in allowed]
-    return len({file.read_text() if file.exists() else str(file) for file in files})
-
-
-def _keep_freed_memory() -> None:
-    """Make malloc keep memory that is freed, instead of returning it to the system.
-
-    glibc returns blocks above 32 MB, such as a large batch's activations, as soon as they are freed. At the next
-    step the system clears every page of them again: 180,000 page faults per step of MobileNetV3-Large at 64 pixels
-    and batch 512, about an eighth of its time.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:  # only glibc has it; the numbers are in its malloc.h
-        m_trim_threshold, m_mmap_max = -1, -4
-        mallopt(m_mmap_max, 0)
-        mallopt(m_trim_threshold, -1)
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")  # on Linux, where platform.processor() is empty
-    found = re.search(r"model name\s*: (.+)", cpuinfo.read_text(encoding="utf-8")) if cpuinfo.exists() else None
-    return found[1] if found else platform.processor() or "CPU"

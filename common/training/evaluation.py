@@ -18,6 +18,7 @@ from common.training import metrics
 from common.training.device import Compute
 
 EVALUATION_BATCH = 512
+LOWEST = float(np.finfo(np.float16).min)
 
 History = Sequence[Mapping[str, float]]  # one row for each epoch, as in history.csv
 
@@ -26,8 +27,8 @@ History = Sequence[Mapping[str, float]]  # one row for each epoch, as in history
 class Evaluation:
     """The logits (N, C), float32 or rounded to float16, and the targets (N,) int64 of a split, in its order.
 
-    `normalised` says that the logits are log-probabilities of a classifier whose probabilities have ties, such as
-    nearest neighbours: no softmax is taken of them again, whose rounding would rank tied tiles at random.
+    Of `normalised` logits, the log-probabilities of a baseline, no softmax is taken again: its rounding would rank
+    tied tiles at random.
     """
 
     logits: np.ndarray
@@ -35,14 +36,10 @@ class Evaluation:
     normalised: bool = False
 
     def rounded(self) -> "Evaluation":
-        """The same as scores.npz keeps it: the logits are log-probabilities in float16, three digits of each.
-
-        This halves the file. A tile whose two best classes are equal in three digits may change its class.
-        """
+        """The same as scores.npz keeps it: the logits are log-probabilities in float16, three digits of each."""
         logarithms = torch.from_numpy(self.logits).double()
         logarithms = logarithms if self.normalised else logarithms.log_softmax(1)
-        lowest = float(np.finfo(np.float16).min)
-        return replace(self, logits=logarithms.clamp(min=lowest).numpy().astype(np.float16))
+        return replace(self, logits=logarithms.clamp(min=LOWEST).numpy().astype(np.float16))
 
     @property
     def probabilities(self) -> np.ndarray:
@@ -63,17 +60,16 @@ class Evaluation:
     def described(self, class_names: tuple[str, ...]) -> dict[str, Any]:
         """All measures of the test split, AUC and ACC with their intervals, ready for JSON."""
         probabilities, targets = self.probabilities, self.targets
-        per_class = metrics.auc_per_class(probabilities, targets)
+        areas = [
+            None if math.isnan(area) else float(area) for area in metrics.auc_per_class(probabilities, targets)
+        ]
         return {
             "n": len(targets),
             "auc": vars(metrics.auc_estimate(probabilities, targets)),
             "acc": vars(metrics.accuracy_estimate(probabilities, targets)),
             "balanced_acc": vars(metrics.balanced_accuracy_estimate(probabilities, targets)),
             "expected_calibration_error": metrics.expected_calibration_error(probabilities, targets),
-            "auc_per_class": {
-                name: None if math.isnan(value) else value
-                for name, value in zip(class_names, per_class.tolist(), strict=True)
-            },
+            "auc_per_class": dict(zip(class_names, areas, strict=True)),
             "confusion_matrix": metrics.confusion_matrix(probabilities, targets).tolist(),
         }
 
@@ -115,9 +111,8 @@ def best_epoch(history: History, select_on: str) -> int:
 def reason_to_stop(history: History, config: TrainingConfig) -> str:
     """Why training ends after these epochs, or an empty string where it continues.
 
-    Early stopping counts the epochs since the score last improved by more than `early_stopping_delta` over the
-    last improvement, as in Keras and Lightning. Epochs of the warm-up do not count. With `select_on=last` the
-    score is the validation loss.
+    Early stopping counts the epochs after the warm-up since the score last improved by more than
+    `early_stopping_delta`, as in Keras and Lightning. With `select_on=last` the score is the validation loss.
     """
     if len(history) >= config.n_epochs:
         return "all epochs done"
@@ -131,10 +126,8 @@ def reason_to_stop(history: History, config: TrainingConfig) -> str:
             reference, reference_epoch = error, max(epoch, config.lr_warmup_epochs)
     if len(history) - reference_epoch < config.early_stopping_patience:
         return ""
-    return (
-        f"early stopping after epoch {len(history)}: since epoch {reference_epoch} no epoch has "
-        f"improved {metric} by more than {config.early_stopping_delta:g}"
-    )
+    delta = f"{config.early_stopping_delta:g}"
+    return f"early stopping: since epoch {reference_epoch}, {metric} has not improved by more than {delta}"
 
 
 def _error(row: Mapping[str, float], metric: str) -> float:

@@ -2,10 +2,8 @@
 
 import math
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from statistics import fmean
 from types import FrameType
 from typing import Any
@@ -21,6 +19,7 @@ from common.data.augment import build_augmentation
 from common.data.batches import Splits, Tiles, batches, device_splits
 from common.data.dataset import load_dataset
 from common.data.pathmnist import CLASS_NAMES
+from common.files import atomic_path
 from common.records import checkpoint
 from common.records.run import Run, check_same
 from common.training import metrics
@@ -66,15 +65,15 @@ class Trainer:
     ) -> None:
         """Move the model to the device, build its optimiser, and load the run's last checkpoint if there is one.
 
-        `lr_factors` are those of `build_optimizer`. `before_epoch` is called with the network, and again with its
-        average, and the number of the epoch that is about to start. Raises Fault where there are checkpoints and
-        none can be read, UsageError where they are of another configuration.
+        `lr_factors` are those of `build_optimizer`. `before_epoch` is called before each epoch with the network,
+        and again with its average, and the epoch's number. Raises Fault where the checkpoint cannot be read,
+        UsageError where it is of another configuration.
         """
         self.splits, self.config, self.compute, self.run = splits, config, compute, run
         model.to(compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model = model
         self.optimizer = build_optimizer(self.model, config, lr_factors)
-        self.steps_per_epoch = len(self.batches())
+        self.steps_per_epoch = len(batches(len(splits.train), config.batch_size, splits.train.index_device))
         n_steps, decay = config.n_epochs * self.steps_per_epoch, config.ema_decay
         self.average = ExponentialMovingAverage(self.model, decay, n_steps) if decay else None
         self.evaluated = self.average.model if self.average else self.model
@@ -97,25 +96,30 @@ class Trainer:
         """Train until there is a reason to stop; the best weights are then in best.pt.
 
         After each epoch last.pt, best.pt (if this epoch is the best so far) and history.csv are written whole: a
-        kill, Ctrl-C or SIGTERM loses the epoch in progress and no more. The former last.pt stays as previous.pt,
-        in case last.pt is damaged. Raises Stopped after Ctrl-C or SIGTERM, and Untrainable where the loss or the
-        network's outputs are not finite.
+        kill, Ctrl-C or SIGTERM loses the epoch in progress and no more. Raises Stopped after Ctrl-C or SIGTERM,
+        and Untrainable where the loss or the network's outputs are not finite.
         """
+
+        def interrupt(number: int, frame: FrameType | None) -> None:
+            raise KeyboardInterrupt(number)  # as Python does on Ctrl-C, but without the number
+
         n_tiles = len(self.splits.train)
         total, done = self.config.n_epochs * n_tiles, len(self.history) * n_tiles
-        bar = tqdm(total=total, initial=done, unit=" tiles", smoothing=0, disable=None)
+        before = signal.signal(signal.SIGTERM, interrupt)
         try:
-            with signals_interrupt(), bar as self.bar:
+            with tqdm(total=total, initial=done, unit=" tiles", smoothing=0, disable=None) as self.bar:
                 while not self.end_reason:
                     self.history.append(self.train_and_validate(len(self.history) + 1))
                     self.save_last()
                     if self.best_epoch == len(self.history):
                         self.save_best()
                     self.run.log_epoch(self.history)
-        except KeyboardInterrupt as interrupt:
-            number = signal.Signals(next(iter(interrupt.args), signal.SIGINT))
-            self.run.stop(number)
+        except KeyboardInterrupt as interrupted:
+            number = signal.SIGTERM if interrupted.args else signal.SIGINT
+            self.run.stop(128 + number)
             raise Stopped(f"{number.name}: run {self.run.run_id} keeps its finished epochs", number) from None
+        finally:
+            signal.signal(signal.SIGTERM, before)
         print(f"training ended: {self.end_reason}; best epoch {self.best_epoch} by {self.config.select_on}")
 
     def train_and_validate(self, epoch: int) -> dict[str, float]:
@@ -148,11 +152,14 @@ class Trainer:
         self.model.train()
         draws = generator(config.seed, epoch, "augment")
         torch.manual_seed(derived_seed(config.seed, epoch, "dropout"))
-        order = self.batches(generator(config.seed, epoch, "shuffle"))
+        shuffle = generator(config.seed, epoch, "shuffle")
+        order = batches(len(tiles), config.batch_size, tiles.index_device, shuffle)
         total, seen, read = torch.zeros((), device=self.compute.device), 0, time.monotonic()
         self.bar.set_description(f"epoch {epoch}/{config.n_epochs}")
         for step, batch in enumerate(order, start=(epoch - 1) * self.steps_per_epoch):
-            self.set_learning_rate(step)
+            factor = learning_rate_factor(step, self.steps_per_epoch, config)
+            for group in self.optimizer.param_groups:
+                group["lr"] = config.lr * group.get("lr_factor", 1.0) * factor
             inputs, labels = tiles.inputs(batch, draws)
             mixed = mix(inputs, draws, config.mixup_alpha, config.cutmix_alpha)
             with self.compute.autocast():
@@ -175,11 +182,9 @@ class Trainer:
 
         Call it once, after `fit`. The best weights also score the validation tiles, plain and under each shift of
         common/data/shift.py; afterwards `evaluated` has the best weights. Returns the content of summary.json
-        without the facts that `Run` adds. Every score of the test tiles can be computed again from scores.npz,
-        which has log-probabilities (N, C) float16, targets (N,) uint8, and for each shift the predicted classes
-        (N,) uint8.
-        Raises Fault where best.pt cannot be read or is not of the history's best epoch, and Untrainable where
-        an output is not finite.
+        without the facts that `Run` adds. scores.npz has log-probabilities (N, C) float16, targets (N,) uint8, and
+        for each shift the predicted classes (N,) uint8: test scores are computed from these. Raises what
+        `load_best` does, and Untrainable where an output is not finite.
         """
         started = time.perf_counter()
 
@@ -195,22 +200,22 @@ class Trainer:
             scores["tta"] = score(test, tta=True)
         validation = score(self.splits.val)
         foreign = {name: score(tiles) for name, tiles in self.splits.shifted()}
-        self.run.save_scores(
-            **{f"{name}_logits": evaluation.logits for name, evaluation in scores.items()},
-            **({"targets": scores["best"].targets.astype(np.uint8)} if test else {}),
-            validate_logits=validation.logits,
-            validate_targets=validation.targets.astype(np.uint8),
-            **{f"shifted_{name}": one.logits.argmax(1).astype(np.uint8) for name, one in foreign.items()},
-        )
-        epochs = {"best": self.best_epoch, "tta": self.best_epoch, "last": len(self.history)}
-        described = {
-            name: {"epoch": epochs[name], **evaluation.described(self.run.dataset.class_names)}
-            for name, evaluation in scores.items()
-        }
+        arrays = {f"{name}_logits": evaluation.logits for name, evaluation in scores.items()}
+        if test:
+            arrays["targets"] = scores["best"].targets.astype(np.uint8)
+        arrays |= {"validate_logits": validation.logits, "validate_targets": validation.targets.astype(np.uint8)}
+        arrays |= {f"shifted_{name}": one.logits.argmax(1).astype(np.uint8) for name, one in foreign.items()}
+        with atomic_path(self.run.folder / "scores.npz") as temporary:
+            np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
+        summary: dict[str, Any] = {}
+        for name, evaluation in scores.items():
+            epoch = len(self.history) if name == "last" else self.best_epoch
+            summary[name] = {"epoch": epoch, **evaluation.described(self.run.dataset.class_names)}
+        if test:
+            summary |= {f"test/{name}": summary["best"][name]["value"] for name in ("auc", "acc")}
         shifted_acc = {name: metrics.accuracy(one.probabilities, one.targets) for name, one in foreign.items()}
         return {
-            **({f"test/{name}": described["best"][name]["value"] for name in ("auc", "acc")} if test else {}),
-            **described,
+            **summary,
             "validate": self.history[self.best_epoch - 1],
             "validate/shifted_acc": fmean(shifted_acc.values()),
             "shifted": shifted_acc,
@@ -218,17 +223,6 @@ class Trainer:
             "stopped": self.end_reason,
             "wall_seconds": sum(row["seconds"] for row in self.history) + time.perf_counter() - started,
         }
-
-    def batches(self, shuffle: torch.Generator | None = None) -> list[torch.Tensor]:
-        """The indices of the training tiles, batch by batch; see `common.data.batches.batches`."""
-        tiles = self.splits.train
-        return batches(len(tiles), self.config.batch_size, tiles.index_device, shuffle)
-
-    def set_learning_rate(self, step: int) -> None:
-        """Set the learning rate of every group to that of `step`, which counts from 0 over the whole run."""
-        factor = learning_rate_factor(step, self.steps_per_epoch, self.config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * group.get("lr_factor", 1.0) * factor
 
     def clean_inputs(self) -> Iterator[torch.Tensor]:
         """Tiles to measure BatchNorm's statistics on: random training tiles, the same each time, not augmented."""
@@ -245,7 +239,6 @@ class Trainer:
             "run_id": self.run.run_id,
             "state_dict": self.evaluated.state_dict(),
             "epoch": len(self.history),
-            "history": self.history,  # so that these weights are never taken for those of another training
             "model_name": self.config.model_name,
             "class_names": list(dataset.class_names),
             "dataset": dataset.title,
@@ -255,36 +248,30 @@ class Trainer:
         checkpoint.save(self.run.checkpoints / "best.pt", content)
 
     def load_best(self) -> None:
-        """Load best.pt into `evaluated`; Fault where it cannot be read or is not of the history's best epoch."""
+        """Load best.pt into `evaluated`; Fault where it cannot be read or is not of the best epoch."""
         path = self.run.checkpoints / "best.pt"
         saved = checkpoint.load(path)
-        if saved.get("history") != self.history[: self.best_epoch]:
+        if saved["epoch"] != self.best_epoch:
             raise Fault(f"{path}: not the weights of epoch {self.best_epoch}; train again with another --run_id")
         checkpoint.load_weights(self.evaluated, saved["state_dict"], path)
 
-    def state(self) -> dict[str, Any]:
-        """The content of last.pt: all that training needs to continue after the last finished epoch."""
-        return {
+    def save_last(self) -> None:
+        """Write last.pt, all that training needs to continue."""
+        content = {
             "state_dict": self.model.state_dict(),
             "evaluated_state_dict": self.evaluated.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "history": self.history,
             "config": self.config.as_dict(),
         }
-
-    def save_last(self) -> None:
-        """Write last.pt, to resume the training from; the former one becomes previous.pt."""
-        last, previous = self.run.resumable
-        checkpoint.save(last, self.state(), previous)
+        checkpoint.save(self.run.last_checkpoint, content)
 
     def restore(self) -> None:
         """Load the run's last checkpoint, if there is one; raises what the constructor does."""
-        newest = checkpoint.load_newest(*self.run.resumable)
-        if newest is None:
+        path = self.run.last_checkpoint
+        if not path.exists():
             return
-        path, saved = newest
-        if saved.keys() != self.state().keys():
-            raise Fault(f"{path}: of another version of this project; train again with another --run_id")
+        saved = checkpoint.load(path)
         check_same(self.config, saved["config"])
         checkpoint.load_weights(self.model, saved["state_dict"], path)
         checkpoint.load_weights(self.evaluated, saved["evaluated_state_dict"], path)
@@ -293,28 +280,7 @@ class Trainer:
         print(f"continuing run {self.run.run_id} after epoch {len(self.history)}")
         if self.best_epoch == len(self.history):  # a kill may have come after last.pt and before the other two
             self.save_best()
-        self.run.continue_from(self.history)
-
-
-@contextmanager
-def signals_interrupt() -> Iterator[None]:
-    """A context in which Ctrl-C and SIGTERM raise KeyboardInterrupt with the signal's number.
-
-    Outside the main thread, where Python handles no signals, it does nothing.
-    """
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        self.run.log_epoch(self.history)
 
 
 def read_loss(total: torch.Tensor, epoch: int) -> float:

@@ -2,12 +2,10 @@
 
 AUC and accuracy equal those of `medmnist.Evaluator`, so they compare with the published PathMNIST numbers.
 `probabilities` is always an (N, C) float array with a row per tile and a column per class, and `targets` the (N,)
-integer array of true classes. Every function of the pair raises ValueError for arrays that do not fit together.
-The module imports only numpy because every command waits for it.
+integer array of true classes. The module imports only numpy because every command waits for it.
 """
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,36 +38,27 @@ def auc_per_class(probabilities: NDArray[Any], targets: NDArray[Any]) -> NDArray
 
     It is NaN for a class that has no tiles or has all of them.
     """
-    _check(probabilities, targets)
     # The mean placement is the AUC over the class's tiles and over the other tiles, so over all tiles too.
     return np.asarray(_placements(probabilities, targets).mean(axis=0))
 
 
 def auc(probabilities: NDArray[Any], targets: NDArray[Any]) -> float:
-    """The unweighted mean of `auc_per_class`, as `medmnist.Evaluator` reports it.
-
-    Classes without an AUC are left out, and a UserWarning names them. It is NaN if no class has an AUC.
-    """
-    return _mean_of_defined(auc_per_class(probabilities, targets))
+    """The unweighted mean over the classes that have an AUC, as `medmnist.Evaluator` reports it."""
+    return float(np.nanmean(auc_per_class(probabilities, targets)))
 
 
 def accuracy(probabilities: NDArray[Any], targets: NDArray[Any]) -> float:
     """The share of tiles whose most probable class is the true one; of equally probable ones, the first counts."""
-    _check(probabilities, targets)
     return float((probabilities.argmax(axis=1) == targets).mean())
 
 
 def balanced_accuracy(probabilities: NDArray[Any], targets: NDArray[Any]) -> float:
-    """The unweighted mean of the recalls of the classes that have tiles.
-
-    The recall of a class is the accuracy over its tiles.
-    """
-    return float(_recalls(probabilities, targets)[0].mean())
+    """The unweighted mean of the recalls of the classes that have tiles."""
+    return float(np.nanmean(recalls(confusion_matrix(probabilities, targets))))
 
 
 def confusion_matrix(probabilities: NDArray[Any], targets: NDArray[Any]) -> NDArray[np.int64]:
     """The number of tiles by true class (row) and predicted class (column), (C, C) int64."""
-    _check(probabilities, targets)
     classes = probabilities.shape[1]
     # MedMNIST stores targets as uint8, in which the product would overflow.
     cells = targets.astype(np.int64) * classes + probabilities.argmax(axis=1)
@@ -86,13 +75,8 @@ def expected_calibration_error(probabilities: NDArray[Any], targets: NDArray[Any
     """The mean gap between confidence (the highest probability) and accuracy, over bins of equal width.
 
     Bin m of M holds the confidences in ((m − 1)/M, m/M]; its weight is its share of the tiles. C. Guo et al., "On
-    Calibration of Modern Neural Networks", ICML 2017, equation 3. Raises ValueError also if a row is
-    not a probability distribution, for example logits.
+    Calibration of Modern Neural Networks", ICML 2017, equation 3.
     """
-    _check(probabilities, targets)
-    sums = probabilities.sum(axis=1, dtype=np.float64)
-    if probabilities.min() < 0 or not np.allclose(sums, 1, atol=1e-3):
-        raise ValueError("each row of probabilities must be non-negative and sum to 1")
     confidence = probabilities.max(axis=1).astype(np.float64)
     correct = probabilities.argmax(axis=1) == targets
     inner_edges = np.arange(1, bins) / bins
@@ -114,15 +98,17 @@ def balanced_accuracy_estimate(probabilities: NDArray[Any], targets: NDArray[Any
     The numbers of tiles per class count as fixed. For the variance, one right and one wrong tile are added to each
     class: otherwise a class with few tiles, all of them right, would have no variance.
     """
-    recalls, counts = _recalls(probabilities, targets)
-    adjusted = (recalls * counts + 1) / (counts + 2)
+    matrix = confusion_matrix(probabilities, targets)
+    present = matrix.any(axis=1)
+    right, counts = np.diagonal(matrix)[present], matrix.sum(axis=1)[present]
+    adjusted = (right + 1) / (counts + 2)
     variance = (adjusted * (1 - adjusted) / counts).sum() / len(counts) ** 2
     mean = adjusted.mean()
-    return _wilson(float(recalls.mean()), float(mean * (1 - mean) / variance))
+    return _wilson(balanced_accuracy(probabilities, targets), float(mean * (1 - mean) / variance))
 
 
 def auc_estimate(probabilities: NDArray[Any], targets: NDArray[Any]) -> Estimate:
-    """The mean AUC, as `auc` computes it and with its warning, with DeLong's interval on the logit scale.
+    """The mean AUC, as `auc` computes it, with DeLong's interval on the logit scale.
 
     E. R. DeLong, D. M. DeLong and D. L. Clarke-Pearson, Biometrics 44, 1988: the error of an AUC is the sum of the
     tiles' contributions, each a placement minus the AUC. A tile contributes to the AUC of every class, so its
@@ -131,15 +117,11 @@ def auc_estimate(probabilities: NDArray[Any], targets: NDArray[Any]) -> Estimate
     If a class has a single tile, the interval is too narrow.
 
     If the variance is 0 (perfect separation, constant scores), the interval is Wilson's for the number of tiles of
-    the rarest class: too wide rather than too narrow. If no class has an AUC, all three numbers are NaN.
+    the rarest class: too wide rather than too narrow.
     """
-    _check(probabilities, targets)
     placements = _placements(probabilities, targets)
     areas = placements.mean(axis=0)
-    value = _mean_of_defined(areas)
-    if math.isnan(value):
-        return Estimate(value, value, value)
-    defined = ~np.isnan(areas)
+    value, defined = float(np.nanmean(areas)), ~np.isnan(areas)
     positive = targets[:, None] == np.flatnonzero(defined)
     positives = positive.sum(axis=0)
     # The number n of tiles on the same side of a class. A sum of squares divided by n (n − 1) is the unbiased
@@ -155,24 +137,6 @@ def auc_estimate(probabilities: NDArray[Any], targets: NDArray[Any]) -> Estimate
     # ½ (1 + tanh(x / 2)) is the logistic function in a form that cannot overflow.
     low, high = (0.5 * (1 + math.tanh(end / 2)) for end in (centre - half_width, centre + half_width))
     return Estimate(value, low, high)
-
-
-def _check(probabilities: NDArray[Any], targets: NDArray[Any]) -> None:
-    """Raise ValueError for arrays that would otherwise be scored wrongly without an error."""
-    if probabilities.ndim != 2 or targets.shape != probabilities.shape[:1] or not len(targets):
-        raise ValueError(f"no (N, C) probabilities and (N,) targets: {probabilities.shape} and {targets.shape}")
-    if not np.isfinite(probabilities).all():
-        raise ValueError("probabilities contain NaN or infinity")
-    classes = probabilities.shape[1]
-    if not np.issubdtype(targets.dtype, np.integer) or targets.min() < 0 or targets.max() >= classes:
-        raise ValueError(f"targets must be whole numbers in 0 … {classes - 1}")
-
-
-def _recalls(probabilities: NDArray[Any], targets: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """The recall and the number of tiles of each class that has tiles."""
-    matrix = confusion_matrix(probabilities, targets)
-    counts = matrix.sum(axis=1)
-    return recalls(matrix)[counts > 0], counts[counts > 0]
 
 
 def _placements(probabilities: NDArray[Any], targets: NDArray[Any]) -> NDArray[np.float64]:
@@ -195,16 +159,6 @@ def _share_below(scores: NDArray[Any], others: NDArray[Any]) -> NDArray[np.float
     ordered = np.sort(others)
     below, not_above = np.searchsorted(ordered, scores, "left"), np.searchsorted(ordered, scores, "right")
     return np.asarray((below + not_above) / (2 * len(ordered)))
-
-
-def _mean_of_defined(areas: NDArray[np.float64]) -> float:
-    """The mean of the AUCs that are not NaN; a warning names the others, at the line that called this module."""
-    undefined, defined = np.flatnonzero(np.isnan(areas)), areas[~np.isnan(areas)]
-    if len(undefined):
-        reason = f"no AUC for class {', '.join(map(str, undefined))} (absent from the targets, or all there is)"
-        rest = f"the mean is over the other {len(defined)} of {len(areas)} classes"
-        warnings.warn(f"{reason}: {rest}", UserWarning, stacklevel=3)
-    return float(defined.mean()) if len(defined) else math.nan
 
 
 def _wilson(share: float, count: float) -> Estimate:

@@ -5,6 +5,7 @@ from functools import cache
 
 import torch
 from torch import nn
+from torchvision import models
 
 from common.cli import UsageError, closest, first_line, is_out_of_memory
 from common.training.convolutions import use_small_map_convolutions
@@ -15,8 +16,6 @@ TIMM = "timm:"  # the names of timm's networks begin with it
 @cache
 def model_names() -> list[str]:
     """Torchvision's classification models without the quantised ones."""
-    from torchvision import models
-
     return list(models.list_models(module=models))
 
 
@@ -40,17 +39,13 @@ def build_model(model_name: str, num_classes: int, size: int) -> nn.Module:
     """
     if problem := check_model_name(model_name):
         raise UsageError(f"--model_name {model_name}: {problem}")
-    from torchvision import models
-
     options: dict[str, object] = {}
     if model_name in ("googlenet", "inception_v3"):
-        # Their auxiliary heads need tiles of 224 or 299 pixels.
-        options = {"aux_logits": False, "init_weights": True}
+        options = {"aux_logits": False, "init_weights": True}  # auxiliary heads need tiles of 224 or 299 pixels
     elif model_name.startswith("vit_"):
-        # Its position embeddings have one size.
-        options = {"image_size": size}
+        options = {"image_size": size}  # position embeddings have one size
+    model: nn.Module
     try:
-        model: nn.Module
         if model_name.startswith(TIMM):
             import timm
 

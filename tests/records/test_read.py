@@ -9,40 +9,30 @@ import numpy as np
 import pytest
 from bad_input import damaged
 from conftest import ROOT
-from example_records import CONFIG, outputs, row, write_run
+from example_records import CONFIG, outputs, write_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common.cli import Fault
-from common.files import digest, write_csv
+from common.files import digest
 from common.finetune.trained import load_run
 from common.finetune.weights import load_weights
-from common.records.read import Record, best_weights, read_json
+from common.records.read import Record, best_weights, input_size_of, read_history, read_json
 
 Change = Callable[[Path], Any]  # damages a record in the run's folder
-KEPT = ["task1-*", "combined-*", "mean_rgb-*", "neighbours-*", "boosting-*"]  # the report shows these runs
 
 
-def changed(name: str, *keys: str | int, to: Any) -> Change:
-    """Change the value of a key in a JSON record, or all of it."""
-
-    def change(folder: Path) -> None:
-        content = {"": json.loads((folder / name).read_text())}
-        part: Any = content
-        for key in ("", *keys)[:-1]:
-            part = part[key]
-        part[keys[-1] if keys else ""] = to
-        (folder / name).write_text(json.dumps(content[""]))
-
-    return change
-
-
-def without(name: str, key: str) -> Change:
-    """Delete a key of a JSON record."""
+def changed(name: str, *keys: str, to: Any) -> Change:
+    """Change the value of a key in a JSON record; None deletes the key."""
 
     def change(folder: Path) -> None:
         content = json.loads((folder / name).read_text())
-        del content[key]
+        part = content
+        for key in keys[:-1]:
+            part = part[key]
+        part[keys[-1]] = to
+        if to is None:
+            del part[keys[-1]]
         (folder / name).write_text(json.dumps(content))
 
     return change
@@ -52,64 +42,31 @@ def written(name: str, content: bytes) -> Change:
     return lambda folder: (folder / name).write_bytes(content)
 
 
-def history(*rows: dict[str, Any]) -> Change:
-    return lambda folder: write_csv(folder / "history.csv", rows)
-
-
 def arrays(**changes: Any) -> Change:
-    """Other arrays in scores.npz; None leaves an array out."""
-
-    def change(folder: Path) -> None:
-        all_arrays = {name: value for name, value in {**outputs(), **changes}.items() if value is not None}
-        np.savez(folder / "scores.npz", **all_arrays)
-
-    return change
+    """Other arrays in scores.npz."""
+    return lambda folder: np.savez(folder / "scores.npz", **{**outputs(), **changes})
 
 
 CASES: list[tuple[Change, str]] = [
-    (without("config.json", "config"), r"config\.json: .*config: Field required"),
-    (changed("config.json", "config", to=[1]), r"config\.json: .*config: "),
+    (changed("config.json", "config", to=None), r"config\.json: .*config: Field required"),
     (changed("config.json", "config", "seed", to="0"), r"config\.json: .*config\.seed: "),
-    (changed("config.json", "config", "seed", to=True), r"config\.json: .*config\.seed: "),
-    (changed("config.json", "config", "size", to=28.5), r"config\.json: .*config\.size: "),
-    (changed("config.json", "config", "model_name", to=["resnet18"]), r"config\.json: .*config\.model_name: "),
     (changed("config.json", "run_id", to="other"), r"config\.json: .*run_id: it is of run other"),
-    (changed("config.json", to=[]), r"config\.json: not a readable record"),
+    (written("config.json", b"[]"), r"config\.json: not a readable record"),
     (written("config.json", b'{"config": '), r"config\.json: not a readable record"),
     (written("config.json", b'{"task": "\xff"}'), r"config\.json: not a readable record"),
-    (written("config.json", b"[" * 100_000), r"config\.json: not a readable record"),
-    (without("summary.json", "validate"), r"summary\.json: .*validate: Field required"),
-    (without("summary.json", "best"), r"runs/r: the run has no test scores \(--test=False\)"),
-    (changed("summary.json", "test/acc", to=1.5), r"summary\.json: .*test/acc: "),
-    (changed("summary.json", "test/acc", to=float("nan")), r"summary\.json: .*test/acc: "),
-    (changed("summary.json", "test/acc", to="0.5"), r"summary\.json: .*test/acc: "),
+    (changed("summary.json", "validate", to=None), r"summary\.json: .*validate: Field required"),
+    (changed("summary.json", "best", to=None), r"runs/r: the run has no test scores \(--test=False\)"),
     (changed("summary.json", "best", "auc", "high", to=float("inf")), r"summary\.json: .*best\.auc\.high: "),
-    (changed("summary.json", "best", "confusion_matrix", 0, 1, to=-1), r"confusion_matrix\.0\.1: "),
     (changed("summary.json", "last", "auc_per_class", "mucus", to="high"), r"last\.auc_per_class\.mucus: "),
-    (changed("summary.json", "tiles", "val", to=0), r"summary\.json: .*tiles\.val: "),
-    (changed("summary.json", "figures", to={"train/loss": 0.5}), r"summary\.json: .*figures\.train/loss: "),
-    (changed("summary.json", "shifted", to={"gamma": "x"}), r"summary\.json: .*shifted\.gamma: "),
     (changed("summary.json", "task", to="task3"), r"summary\.json: .*task: it is task3, in config\.json task1"),
-    (
-        changed("summary.json", "device", to="a GPU"),
-        r"summary\.json: .*device: it is a GPU, in config\.json a CPU",
-    ),
     (changed("summary.json", "tiles", "train", to=91), r"summary\.json: .*tiles: it is .*91.*, in config\.json"),
-    (written("history.csv", b""), r"history\.csv: not a readable record \(no epochs\)"),
     (written("history.csv", b"\xff\xfe\n1\n"), r"history\.csv: not a readable record"),
     (written("history.csv", b"epoch,validate/acc\n1,high\n"), r"history\.csv: not a readable record"),
     (written("history.csv", b"epoch,validate/acc\n1,0.5,3\n"), r"history\.csv: not a readable record"),
-    (history(row(1), row(3)), r"history\.csv: .*epoch: the epochs do not count from 1"),
-    (history({"epoch": 1, "validate/acc": 0.5}), r"history\.csv: .*0\.validate/loss: Field required"),
-    (history({**row(1), "validate/acc": 3}), r"history\.csv: .*0\.validate/acc: "),
-    (history({**row(1), "validate/auc": float("nan")}), r"history\.csv: .*0\.validate/auc: "),
+    (written("history.csv", b"epoch,validate/acc\n1,0.5\n3,0.5\n"), r"history\.csv: .*do not count from 1"),
     (lambda folder: (folder / "scores.npz").unlink(), r"scores\.npz: not a readable record"),
     (written("scores.npz", b"PK\x03\x04torn"), r"scores\.npz: not a readable record"),
-    (arrays(best_logits=None), r"scores\.npz: not a readable record \('best_logits'\)"),
-    (arrays(best_logits=np.zeros((18, 8))), r"scores\.npz: .*\(18, 8\), not of the shape \(18, 9\)"),
-    (arrays(best_logits=np.zeros((18, 9), int)), r"scores\.npz: .*int64"),
-    (arrays(best_logits=np.full((18, 9), np.nan)), r"scores\.npz: .*best_logits has values that are not finite"),
-    (arrays(targets=np.full(18, 99, np.uint8)), r"scores\.npz: .*targets has values"),
+    (arrays(best_logits=np.zeros((18, 8))), r"scores\.npz: .*do not have the shape \(18, 9\)"),
     (arrays(targets=np.array([None] * 18)), r"scores\.npz: .*[Oo]bject"),
 ]
 
@@ -146,12 +103,14 @@ def test_any_damage_of_a_record_is_a_fault(name: str, data: st.DataObject, tmp_p
         assert all(np.array_equal(found[key], value) for key, value in outputs().items() if key in found)
 
 
-@pytest.mark.parametrize("run_id", sorted(path.name for name in KEPT for path in (ROOT / "runs").glob(name)))
-def test_the_records_of_the_study_stay_readable(run_id: str) -> None:
-    record = Record.read(ROOT, run_id)
-    assert record.arrays()["best_logits"].shape == (7180, 9)
-    assert 0.5 < record.scores["test/acc"] < 1
-    assert len(record.history) == (0 if "baseline" in record.config else record.summary["last"]["epoch"])
+def test_the_records_of_the_study_stay_readable() -> None:
+    for path in (ROOT / "runs").glob("*/summary.json"):
+        summary, config = read_json(path), read_json(path.with_name("config.json"))["config"]
+        history = read_history(path.with_name("history.csv"))
+        assert ("baseline" in config) == (not history)
+        assert input_size_of(config) in (28, 56, 64)
+        if "best" in summary:
+            assert 0.5 < Record.read(ROOT, path.parent.name).scores["test/acc"] < 1
 
 
 def test_the_weights_of_a_finished_run_are_those_with_which_it_finished(tmp_path: Path) -> None:
@@ -176,5 +135,5 @@ def test_the_weights_of_a_finished_run_are_those_with_which_it_finished(tmp_path
 def test_a_run_without_test_scores_can_be_read_as_json(tmp_path: Path) -> None:
     folder = write_run(tmp_path)
     for name in ("best", "last", "test/acc", "test/auc"):
-        without("summary.json", name)(folder)
+        changed("summary.json", name, to=None)(folder)
     assert read_json(folder / "summary.json")["validate"]["validate/acc"] == 0.5

@@ -44,7 +44,6 @@ from wandb_server import WandbServer
 from common.cli import Fault, UsageError, parse
 from common.records.read import Record
 from common.statistics import smallest_difference
-from common.training.device import physical_cores
 from study import processes, recipes, sweep, sweep_tables
 from study.sweep_spec import read_sweep
 from train import ABLATIONS
@@ -350,7 +349,7 @@ def test_a_cpu_has_one_run_per_core_with_one_thread_each_and_a_gpu_one_run(
     at_once: int,
     threads: str,
 ) -> None:
-    monkeypatch.setattr(sweep, "physical_cores", lambda: 3)
+    monkeypatch.setattr(sweep, "cpu_count", lambda **_: 3)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if given:
@@ -359,21 +358,6 @@ def test_a_cpu_has_one_run_per_core_with_one_thread_each_and_a_gpu_one_run(
     run(write_sweep(GRID, together), tmp_path / "out", workers=None)
     assert most_at_once(tmp_path / "out") == at_once
     assert {line.split()[2] for line in (tmp_path / "out/spans.txt").open()} == {threads}
-
-
-def test_the_number_of_cores_leaves_out_hyper_threads_and_cpus_of_other_processes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for cpu, siblings in enumerate(["0,2", "1,3", "0,2", "1,3"]):
-        (tmp_path / f"cpu{cpu}/topology").mkdir(parents=True)
-        (tmp_path / f"cpu{cpu}/topology/thread_siblings_list").write_text(siblings + "\n")
-    for allowed, cores in (({0, 1, 2, 3}, 2), ({0, 2}, 1), ({1, 2}, 2)):
-        monkeypatch.setattr(os, "sched_getaffinity", lambda _, allowed=allowed: allowed)
-        assert physical_cores(tmp_path) == cores
-        assert physical_cores(tmp_path / "none") == len(allowed)  # where the topology is hidden
-    monkeypatch.delattr(os, "sched_getaffinity")
-    monkeypatch.setattr(os, "cpu_count", lambda: 5)
-    assert physical_cores(tmp_path) == 5
 
 
 @pytest.mark.parametrize(

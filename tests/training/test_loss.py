@@ -52,20 +52,6 @@ def test_switched_off_it_is_the_identity_and_draws_nothing() -> None:
     assert torch.equal(generator.get_state(), before)
 
 
-def test_the_generator_decides() -> None:
-    inputs = constant_tiles(16)
-    one, same = mix(inputs, draws(), 1.0, 1.0), mix(inputs, draws(), 1.0, 1.0)
-    other = mix(inputs, torch.Generator().manual_seed(1), 1.0, 1.0)
-    assert torch.equal(one.inputs, same.inputs)
-    assert not torch.equal(one.inputs, other.inputs)
-
-
-def test_with_both_on_about_half_of_the_tiles_are_cut() -> None:
-    values = [len(torch.unique(tile)) for tile in mix(constant_tiles(), draws(), 1.0, 1.0).inputs]
-    cut = sum(number == 2 for number in values) / len(values)  # a blended tile has one value
-    assert cut == pytest.approx(0.5, abs=0.1)
-
-
 def test_the_cut_rectangles_area_is_the_partners_share() -> None:
     # Beta(10 000, 10 000) is one half, nearly: a rectangle that the border does not clip has half of the tile.
     shares = mix(constant_tiles(), draws(), 0.0, 1e4).shares

@@ -1,14 +1,7 @@
 """The measures against medmnist's, sklearn's and scipy's, and the intervals against simulation."""
 
-import math
-import subprocess
-import sys
-import warnings
-
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from medmnist.evaluator import getACC, getAUC
 from scipy.special import softmax as scipy_softmax
 from scipy.stats import binomtest
@@ -47,55 +40,27 @@ SCORES = {
 
 
 @pytest.mark.parametrize("case", SCORES)
-def test_auc_and_accuracy_equal_medmnist_evaluator(case):
+def test_the_measures_equal_those_of_medmnist_and_sklearn_and_lie_in_their_intervals(case):
     probabilities, targets = SCORES[case]
-    expected_auc = getAUC(targets[:, None], probabilities, "multi-class")
-    expected_accuracy = getACC(targets[:, None], probabilities, "multi-class")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert metrics.auc(probabilities, targets) == pytest.approx(expected_auc, abs=1e-9)
-        assert metrics.auc_estimate(probabilities, targets).value == metrics.auc(probabilities, targets)
-    assert metrics.accuracy(probabilities, targets) == pytest.approx(expected_accuracy, abs=1e-12)
-    assert metrics.accuracy_estimate(probabilities, targets).value == metrics.accuracy(probabilities, targets)
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 2**32), st.integers(2, 5), st.integers(0, 40), st.integers(0, 3), st.floats(-2, 4))
-def test_any_scores_agree_with_medmnist_and_lie_in_their_intervals(seed, classes, more, decimals, signal):
-    probabilities, targets = sample(seed, classes + more, classes, signal, decimals)
-    expected = getAUC(targets, probabilities, "multi-class")
-    for estimate, value in (
-        (metrics.auc_estimate(probabilities, targets), expected),
-        (metrics.accuracy_estimate(probabilities, targets), getACC(targets, probabilities, "multi-class")),
-    ):
-        assert estimate.value == pytest.approx(value, abs=1e-9)
-        assert 0 <= estimate.low <= estimate.value <= estimate.high <= 1
-
-
-@pytest.mark.parametrize("case", SCORES)
-def test_balanced_accuracy_equals_sklearns(case):
-    probabilities, targets = SCORES[case]
-    expected = balanced_accuracy_score(targets, probabilities.argmax(axis=1))
-    assert metrics.balanced_accuracy(probabilities, targets) == pytest.approx(expected, abs=1e-12)
-    estimate = metrics.balanced_accuracy_estimate(probabilities, targets)
-    assert estimate.value == metrics.balanced_accuracy(probabilities, targets)
-    assert 0 <= estimate.low <= estimate.value <= estimate.high <= 1
+    predictions, classes = probabilities.argmax(axis=1), range(probabilities.shape[1])
+    expected = {
+        "auc": getAUC(targets[:, None], probabilities, "multi-class"),
+        "accuracy": getACC(targets[:, None], probabilities, "multi-class"),
+        "balanced_accuracy": balanced_accuracy_score(targets, predictions),
+    }
+    for name, value in expected.items():
+        found = getattr(metrics, name)(probabilities, targets)
+        estimate = getattr(metrics, f"{name}_estimate")(probabilities, targets)
+        assert found == estimate.value == pytest.approx(value, abs=1e-9)
+        assert 0 <= estimate.low <= found <= estimate.high <= 1
+    matrix = metrics.confusion_matrix(probabilities, targets)
+    np.testing.assert_array_equal(matrix, sklearn_confusion_matrix(targets, predictions, labels=classes))
 
 
 def test_balanced_accuracy_leaves_out_classes_without_tiles():
     targets = np.array([0, 0, 2, 2, 2])
     predictions = np.array([0, 1, 2, 2, 2])
     assert metrics.balanced_accuracy(one_hot(predictions, 4), targets) == pytest.approx((1 / 2 + 1) / 2)
-
-
-@pytest.mark.parametrize("case", SCORES)
-def test_confusion_matrix_has_true_classes_as_rows(case):
-    probabilities, targets = SCORES[case]
-    matrix = metrics.confusion_matrix(probabilities, targets)
-    classes = range(probabilities.shape[1])
-    expected = sklearn_confusion_matrix(targets, probabilities.argmax(axis=1), labels=classes)
-    assert matrix.dtype == np.int64
-    np.testing.assert_array_equal(matrix, expected)
 
 
 def test_softmax_equals_scipys_and_does_not_overflow_for_huge_logits():
@@ -106,52 +71,16 @@ def test_softmax_equals_scipys_and_does_not_overflow_for_huge_logits():
     np.testing.assert_array_equal(huge, [[0.5, 0, 0.5]])
 
 
-def test_a_warning_names_absent_classes_and_the_mean_leaves_them_out():
+def test_classes_without_tiles_have_no_auc_and_the_mean_leaves_them_out():
     probabilities, targets = sample(7, 200)
     keep = (targets != 3) & (targets != 8)
     probabilities, targets = probabilities[keep], targets[keep]
     per_class = metrics.auc_per_class(probabilities, targets)
     assert np.flatnonzero(np.isnan(per_class)).tolist() == [3, 8]
-    expected = np.delete(per_class, [3, 8]).mean()
-    for measure in (metrics.auc, lambda *pair: metrics.auc_estimate(*pair).value):
-        with pytest.warns(UserWarning, match=r"class 3, 8 .*other 7 of 9") as caught:
-            assert measure(probabilities, targets) == pytest.approx(expected, abs=1e-12)
-        assert len(caught) == 1
-        assert caught[0].filename == __file__
+    assert metrics.auc(probabilities, targets) == pytest.approx(np.delete(per_class, [3, 8]).mean(), abs=1e-12)
     # The interval does not depend on the absent classes' columns.
-    fewer = np.delete(probabilities, [3, 8], axis=1)
-    renumbered = targets - (targets > 3)
-    with pytest.warns(UserWarning, match="no AUC"):
-        estimate = metrics.auc_estimate(probabilities, targets)
-    assert estimate == metrics.auc_estimate(fewer, renumbered)
-
-
-def test_a_single_class_has_no_auc():
-    probabilities, targets = sample(8, 30)[0], np.full(30, 4)
-    assert np.isnan(metrics.auc_per_class(probabilities, targets)).all()
-    with pytest.warns(UserWarning, match="other 0 of 9"):
-        assert math.isnan(metrics.auc(probabilities, targets))
-    with pytest.warns(UserWarning, match="other 0 of 9"):
-        estimate = metrics.auc_estimate(probabilities, targets)
-    assert all(math.isnan(number) for number in (estimate.value, estimate.low, estimate.high))
-
-
-@pytest.mark.parametrize(
-    ("probabilities", "targets", "message"),
-    [
-        (np.ones((3, 2)), np.zeros((3, 1), dtype=int), "no .* targets"),
-        (np.ones((3, 2)), np.zeros(4, dtype=int), "no .* targets"),
-        (np.ones((0, 2)), np.zeros(0, dtype=int), "no .* targets"),
-        (np.array([[0.5, np.nan]]), np.zeros(1, dtype=int), "NaN or infinity"),
-        (np.ones((1, 2)), np.zeros(1), "whole numbers in 0 … 1"),
-        (np.ones((2, 2)), np.array([0, 2]), "whole numbers in 0 … 1"),
-        (np.ones((2, 2)), np.array([-1, 1]), "whole numbers in 0 … 1"),
-    ],
-)
-@pytest.mark.parametrize("measure", [metrics.auc_estimate, metrics.accuracy_estimate, metrics.confusion_matrix])
-def test_arrays_that_do_not_fit_together_are_refused(measure, probabilities, targets, message):
-    with pytest.raises(ValueError, match=message):
-        measure(probabilities, targets)
+    fewer, renumbered = np.delete(probabilities, [3, 8], axis=1), targets - (targets > 3)
+    assert metrics.auc_estimate(probabilities, targets) == metrics.auc_estimate(fewer, renumbered)
 
 
 def test_calibration_error_equals_a_calculation_by_hand():
@@ -165,28 +94,11 @@ def test_calibration_error_equals_a_calculation_by_hand():
     assert metrics.expected_calibration_error(probabilities, targets, bins=1) == pytest.approx(0.025)
 
 
-def test_calibration_error_is_small_for_calibrated_and_large_for_overconfident_probabilities():
-    generator = np.random.default_rng(9)
-    probabilities = metrics.softmax(2 * generator.normal(size=(50_000, 9)))
-    targets = (generator.random((50_000, 1)) > probabilities.cumsum(axis=1)).sum(axis=1).clip(max=8)
-    assert metrics.expected_calibration_error(probabilities, targets) < 0.01
-    sharper = probabilities**3 / (probabilities**3).sum(axis=1, keepdims=True)
-    assert metrics.expected_calibration_error(sharper, targets) > 0.1
-
-
 def test_calibration_error_has_fifteen_bins():
     # Of ten bins, one would hold both: |1 − 1.3| / 2.
     probabilities = np.array([[0.62, 0.38], [0.68, 0.32]])
     expected = (abs(1 - 0.62) + abs(0 - 0.68)) / 2
     assert metrics.expected_calibration_error(probabilities, np.array([0, 1])) == pytest.approx(expected)
-
-
-def test_calibration_error_refuses_logits():
-    targets = np.array([0, 1])
-    with pytest.raises(ValueError, match="sum to 1"):
-        metrics.expected_calibration_error(np.array([[2.0, -1.0], [0.3, 0.7]]), targets)
-    with pytest.raises(ValueError, match="sum to 1"):
-        metrics.expected_calibration_error(np.full((2, 2), 0.4), targets)
 
 
 @pytest.mark.parametrize(("right", "tiles"), [(0, 7), (1, 7), (81, 263), (6750, 7180), (7180, 7180)])
@@ -212,12 +124,6 @@ def test_classes_of_equal_size_and_recall_have_the_interval_of_the_accuracy(righ
     pair = answers([right] * 5, [20] * 5)
     balanced, plain = metrics.balanced_accuracy_estimate(*pair), metrics.accuracy_estimate(*pair)
     assert (balanced.low, balanced.high) == pytest.approx((plain.low, plain.high), abs=1e-12)
-
-
-def test_a_rare_class_widens_the_interval_of_the_balanced_accuracy_even_if_all_its_tiles_are_right():
-    common_only = metrics.balanced_accuracy_estimate(*answers([180], [200]))
-    with_rare = metrics.balanced_accuracy_estimate(*answers([180, 4], [200, 4]))
-    assert with_rare.high - with_rare.low > 2 * (common_only.high - common_only.low)
 
 
 def test_balanced_accuracy_interval_equals_a_calculation_by_hand():
@@ -283,11 +189,3 @@ def test_without_variance_the_auc_interval_is_wilsons_for_the_rarest_class(score
     targets = np.repeat([0, 1, 2], [20, 10, 30])
     estimate = metrics.auc_estimate(scores[targets], targets)
     assert (estimate.low, estimate.high) == pytest.approx((low, high), abs=1e-4)
-
-
-def test_importing_the_module_loads_neither_scipy_nor_sklearn():
-    code = (
-        "import sys, common.training.metrics; print({'scipy', 'sklearn', 'torch', 'medmnist'} & set(sys.modules))"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "set()"

@@ -1,13 +1,9 @@
 """The optimiser's groups, and the learning rate of every step."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
 from conftest import MODEL
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from common.config import TrainingConfig
 from common.training.models import build_model
@@ -47,30 +43,3 @@ def test_norms_and_biases_are_decayed_apart() -> None:
     assert all(group["amsgrad"] for group in groups)
     same = build_optimizer(model, TrainingConfig(weight_decay=0.3)).param_groups
     assert {group["weight_decay"] for group in same} == {0.3}
-
-
-@settings(deadline=None)  # a slow machine must not fail a test
-@given(
-    n_epochs=st.integers(1, 200),
-    steps=st.integers(1, 50),
-    warmup=st.integers(0, 20),
-    lr_min=st.floats(0, 1),
-    start=st.floats(0.01, 1),
-)
-def test_the_learning_rate_rises_to_its_peak_and_falls_to_its_minimum(
-    n_epochs: int, steps: int, warmup: int, lr_min: float, start: float
-) -> None:
-    config = TrainingConfig(
-        n_epochs=n_epochs, lr_warmup_epochs=warmup, lr_min=lr_min, lr_warmup_decay=start, run_id="r"
-    )
-    factors = [learning_rate_factor(step, steps, config) for step in range(n_epochs * steps)]
-    peak = config.lr_warmup_epochs * steps
-    assert peak < len(factors)  # every run leaves the warm-up
-    assert all(0 <= factor <= 1 + 1e-12 for factor in factors)
-    assert factors[:peak] == sorted(factors[:peak])
-    assert factors[peak:] == sorted(factors[peak:], reverse=True)
-    if peak:
-        assert math.isclose(factors[0], start)
-    assert math.isclose(factors[peak], 1)
-    if peak < len(factors) - 1:
-        assert math.isclose(factors[-1], lr_min, abs_tol=1e-12)
