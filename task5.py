@@ -18,7 +18,7 @@ The inputs of a frozen network are the same in every epoch, so its features are 
 (common/finetune/features.py): an epoch then takes a fraction of a second.
 
 Each run, <run_id> and <run_id>-scratch (and -seed1 and so on), leaves the same records as task1.py, and figures in
-fig/task5/. The comparison is in runs/<run_id>/comparison.json and fig/task5/<run_id>-comparison.png.
+fig/task5/. The comparison is in runs/<run_id>/comparison.md and fig/task5/<run_id>-comparison.png.
 """
 
 import dataclasses

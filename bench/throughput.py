@@ -11,17 +11,14 @@ Both have the same network, batch size, augmentation, loss and input side, on ph
 turns, each in a process of its own, so that other work on the machine slows both alike.
 """
 
-import contextlib
-import io
-import json
 import multiprocessing
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import medmnist
@@ -42,6 +39,7 @@ from common.data.dataset import Dataset, Split
 from common.data.pathmnist import CLASS_NAMES
 from common.files import read_text, write_json, write_text
 from common.markdown import filled, markdown_table
+from common.records.read import read_json
 from common.records.run import Run, provenance
 from common.training.device import Compute
 from common.training.loop import Trainer
@@ -51,8 +49,8 @@ FOLDER = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
 SIDE = 64
 GPU_TILES = 89_996  # the tiles of a turn on a GPU: those of PathMNIST
-CPU_STEPS = {"task1": 20, "train": 3}  # the steps of a turn on a CPU
-CONFIGS: dict[str, type[TrainingConfig]] = {"task1": task1.Task1Config, "train": train.TrainConfig}
+# The steps of a turn on a CPU:
+CONFIGS: dict[type[TrainingConfig], int] = {task1.Task1Config: 20, train.TrainConfig: 3}
 
 
 class BenchConfig(Keys):
@@ -68,151 +66,121 @@ class PathMNIST(medmnist.PathMNIST):
         return len(self.imgs)
 
 
-def plain_loop(config: TrainingConfig, root: Path, workers: int, device: torch.device) -> Callable[[], int]:
-    """An epoch of a tutorial's loop, which returns its tiles. Only the first one includes the workers' start."""
+def plain_loop(config: TrainingConfig, compute: Compute, workers: int) -> Callable[[], object]:
+    """An epoch of a tutorial's loop. Only the first one includes the workers' start."""
     wide = config.augmentation == "ta_wide"
-    transform = v2.Compose(
-        [
-            *([v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(), v2.TrivialAugmentWide()] if wide else []),
-            *(v2.ToImage(), v2.ToDtype(torch.float32, scale=True)),
-            v2.Normalize([0.5] * 3, [0.5] * 3),
-            *([v2.RandomErasing(0.1)] if wide else []),
-        ]
-    )
+    flips = [v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(), v2.TrivialAugmentWide()] if wide else []
+    erasing = [v2.RandomErasing(0.1)] if wide else []
+    tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3)]
+    transform = v2.Compose([*flips, *tensor, *erasing])
     loader = DataLoader(
-        PathMNIST("train", transform=transform, root=str(root), size=config.size),
+        PathMNIST("train", transform=transform, root=str(config.data_root), size=SIDE),
         batch_size=config.batch_size,
         shuffle=True,
         num_workers=workers,
         persistent_workers=workers > 0,
-        pin_memory=device.type == "cuda",
+        pin_memory=compute.device.type == "cuda",
         drop_last=True,
     )
-    torch.manual_seed(0)
-    model = get_model(config.model_name, num_classes=9).to(device).train()
+    model = get_model(config.model_name, num_classes=9).to(compute.device).train()
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
     optimizer = kind(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
 
-    def epoch() -> int:
-        seen = 0
+    def epoch() -> None:
         for images, labels in loader:
-            images, labels = images.to(device, non_blocking=True), labels.squeeze(1).long().to(device)
+            images, labels = images.to(compute.device, non_blocking=True), labels.squeeze(1).long()
             optimizer.zero_grad()
-            criterion(model(images), labels).backward()
+            criterion(model(images), labels.to(compute.device)).backward()
             optimizer.step()
-            seen += len(labels)
-        return seen
 
     return epoch
 
 
-def our_loop(config: TrainingConfig, root: Path, compute: Compute) -> Callable[[], int]:
-    """An epoch as `Trainer.fit` runs it, which returns its tiles."""
+def our_loop(config: TrainingConfig, compute: Compute) -> Callable[[], object]:
+    """An epoch as `Trainer.fit` runs it."""
     compute.prepare_process()
-    with np.load(root / "pathmnist_64.npz", allow_pickle=False) as file:
+    with np.load(config.data_root / f"pathmnist_{SIDE}.npz", allow_pickle=False) as file:
         images, labels = file["train_images"], file["train_labels"]
     split = Split(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels[:, 0]).long())
-    torch.manual_seed(config.seed)
     model = build_model(config.model_name, len(CLASS_NAMES), config.input_size)
     tiles = DeviceTiles(split, compute.device, config.input_size, config.augmentation)
-    dataset = Dataset("phantom", config.size, CLASS_NAMES, split, split, split, fingerprint="bench")
-    with contextlib.redirect_stdout(io.StringIO()):
-        run = Run("task1", config, dataset, compute.name)
+    run = Run("task1", config, Dataset("phantom", SIDE, CLASS_NAMES, split, split, split, "bench"), compute.name)
     trainer = Trainer(model, Splits(tiles, tiles, lambda: tiles, lambda: iter(())), config, compute, run)
-
-    def epoch() -> int:
-        trainer.train_epoch(1)
-        return len(split)
-
-    return epoch
+    return lambda: trainer.train_epoch(1)
 
 
-measured: Callable[[], int]  # in a loop's own process: its epoch
+measured: Callable[[], object]  # in a loop's own process: its epoch
 
 
 def turn() -> float:
-    """Tiles/s of one epoch of this process's loop."""
+    """Seconds of one epoch of this process's loop."""
     started = time.perf_counter()
-    tiles = measured()
+    measured()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return tiles / (time.perf_counter() - started)
+    return time.perf_counter() - started
 
 
-def prepare(way: str, config: TrainingConfig, root: Path) -> int:
+def prepare(ours: bool, config: TrainingConfig) -> int:
     """Build a loop in this process and warm it up; returns the number of its workers."""
     global measured
     compute, cores = Compute.of("auto", "auto"), os.cpu_count() or 1
-    if way == "ours":
-        measured = our_loop(config, root, compute)
+    seconds = {}
+    for workers in {0} if ours else {0, 1, cores // 2, cores}:
+        measured = our_loop(config, compute) if ours else plain_loop(config, compute, workers)
         turn()
-        return 0
-    rates = {}
-    for workers in {0, 1, cores // 2, cores}:
-        measured = plain_loop(config, root, workers, compute.device)
+        seconds[workers] = turn()
+    best = min(seconds, key=seconds.__getitem__)
+    if not ours:
+        measured = plain_loop(config, compute, best)
         turn()
-        rates[workers] = turn()
-    best = max(rates, key=rates.__getitem__)
-    measured = plain_loop(config, root, best, compute.device)
-    turn()
     return best
 
 
-def spread(values: list[float]) -> dict[str, Any]:
-    """Median and range of repeated measurements."""
-    return {"median": statistics.median(values), "range": [min(values), max(values)]}
-
-
-def compare(task: str, repeats: int, n_tiles: Callable[[TrainingConfig], int]) -> dict[str, Any]:
+def compare(config: TrainingConfig, n_tiles: int, repeats: int) -> dict[str, Any]:
     """A row of the table: tiles/s of both loops, and their ratio turn by turn."""
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        config = CONFIGS[task](dataset="phantom", size=SIDE, run_id="bench", output_dir=root, wandb="disabled")
-        images, labels = phantom.generate("train", n_tiles(config), SIDE)
-        arrays = {"images": images, "labels": labels.astype(np.uint8)[:, None]}
-        np.savez(root / "pathmnist_64.npz", **{f"train_{name}": array for name, array in arrays.items()})
-        spawn = multiprocessing.get_context("spawn")
-        processes = {way: ProcessPoolExecutor(1, spawn) for way in ("plain", "ours")}
-        # One after the other: warming up takes all cores.
-        workers = {way: process.submit(prepare, way, config, root).result() for way, process in processes.items()}
-        turns = [
-            {way: process.submit(turn).result() for way, process in processes.items()} for _ in range(repeats)
-        ]
-        for process in processes.values():
-            process.shutdown()
+    images, labels = phantom.generate("train", n_tiles, SIDE)
+    labels = labels.astype(np.uint8)[:, None]
+    np.savez(config.data_root / f"pathmnist_{SIDE}.npz", train_images=images, train_labels=labels)
+    processes = [ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) for _ in range(2)]
+    # One after the other: warming up takes all cores.
+    workers, _ = (
+        one.submit(prepare, ours, config).result() for ours, one in zip((False, True), processes, strict=True)
+    )
+    turns = [[n_tiles / one.submit(turn).result() for one in processes] for _ in range(repeats)]
+    for process in processes:
+        process.shutdown()
+    found = {"plain": [one[0] for one in turns], "ours": [one[1] for one in turns]}
+    found["ratio"] = [ours / plain for plain, ours in turns]
     return {
         "network": f"{config.model_name}, batch {config.batch_size}, augmentation {config.augmentation}",
-        "workers": workers["plain"],
-        **{way: spread([one[way] for one in turns]) for way in processes},
-        "ratio": spread([one["ours"] / one["plain"] for one in turns]),
+        "workers": workers,
+        **{name: {"median": median(all_), "range": [min(all_), max(all_)]} for name, all_ in found.items()},
     }
 
 
 def table() -> list[str]:
     """The lines of docs/speed.md's table, from the records of every kind of device that was measured."""
     rows = []
-    for path in sorted(FOLDER.glob("*.json")):
-        record = json.loads(read_text(path))
+    for record in map(read_json, sorted(FOLDER.glob("*.json"))):
         for row in record["rows"]:
             numbers = [f"{row[way]['median']:,.0f}" for way in ("plain", "ours")]
             low, high = row["ratio"]["range"]
             ratio = f"{row['ratio']['median']:.2f} ({low:.2f} to {high:.2f})"
             rows.append([row["network"], record["device"], *numbers, ratio])
-    return markdown_table(["64 px inputs", "device", "plain loop", "ours", "ours / plain"], "llrrr", rows)
+    return markdown_table([f"{SIDE} px inputs", "device", "plain loop", "ours", "ours / plain"], "llrrr", rows)
 
 
 def main(config: BenchConfig) -> None:
     """Measure both tasks, write the record, fill the page."""
-    compute = Compute.of("auto", "auto")
-
-    def n_tiles(keys: TrainingConfig) -> int:
-        task = "train" if isinstance(keys, train.TrainConfig) else "task1"
-        return GPU_TILES if compute.device.type == "cuda" else CPU_STEPS[task] * keys.batch_size
-
-    rows = []
-    for task in CONFIGS:
-        rows.append(compare(task, config.repeats, n_tiles))
+    compute, rows = Compute.of("auto", "auto"), []
+    for configuration, steps in CONFIGS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            keys = {"dataset": "phantom", "size": SIDE, "run_id": "bench", "wandb": "disabled"}
+            task = configuration(**keys, data_root=folder, output_dir=folder)
+            on_gpu = compute.device.type == "cuda"
+            rows.append(compare(task, GPU_TILES if on_gpu else steps * task.batch_size, config.repeats))
         print(f"{rows[-1]['network']}: ours / plain {rows[-1]['ratio']['median']:.2f}", flush=True)
     facts = {"device": compute.name, "repeats": config.repeats, **provenance(("torch", "torchvision", "numpy"))}
     write_json(FOLDER / f"throughput-{compute.device.type}.json", {**facts, "rows": rows})

@@ -87,16 +87,20 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def compare(rows: Mapping[str, Mapping[int, float]], identical: Collection[str] = ()) -> dict[str, Comparison]:
-    """Compare each row with the first one, over the seeds that both have; rows without such a seed are left out.
+def compare(
+    rows: Mapping[str, Mapping[int, float]], identical: Collection[str] = (), against: Mapping[str, str] = {}
+) -> dict[str, Comparison]:
+    """Compare each row with the row that `against` names for it, else with the first one, over their common seeds.
 
-    `rows[row][seed]` is a value. Rows that are `identical` to the first one, or have fewer than LEAST_SEEDS seeds,
-    have no p value, and Holm's correction does not count them; so it is where `paired_p` gives none.
+    `rows[row][seed]` is a value. Rows without a common seed are left out. Rows that are `identical` to the other,
+    or have fewer than LEAST_SEEDS seeds, have no p value, and Holm's correction does not count them; so it is
+    where `paired_p` gives none.
     """
     reference, *others = rows
+    pairs = {row: (rows[row], rows[against.get(row, reference)]) for row in others}
     differences = {
-        row: [value - rows[reference][seed] for seed, value in rows[row].items() if seed in rows[reference]]
-        for row in others
+        row: [value - other[seed] for seed, value in one.items() if seed in other]
+        for row, (one, other) in pairs.items()
     }
     differences = {row: values for row, values in differences.items() if values}
     p_values = [math.nan if row in identical else paired_p(values) for row, values in differences.items()]

@@ -9,6 +9,7 @@ command skips the runs that are finished, and continues the others after their l
 """
 
 import importlib.util
+import itertools
 import shlex
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Self
+from typing import NamedTuple, Self
 
 from pydantic import model_validator
 
@@ -28,12 +29,14 @@ from study import report
 
 # EfficientNet-Lite0, because its ImageNet weights come from a package registry.
 TUNED = "task5.py --model_name=tf_efficientnet_lite0 --scratch=False"
+CHOSEN = "--augmentation=stain --batch_size=64 --early_stopping_patience=None --n_epochs=12 --select_on=last"
+CHOSEN += " --ema_decay=0.99"
 SCRATCH = "task5.py --model_name=tf_efficientnet_lite0 --weights=none --train_part=all --backbone_lr_factor=1"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a study of a data set runs; in the commands, --run_id, --seed, the data and the folders are left out.
+    """What a study of a data set runs; the commands are without --run_id, --seed, data and folders.
 
     `rows` are trained with each of `n_seeds` seeds, as ROW-SEED. Of the runs `explained`, Task 2 draws the maps.
     `sweeps` are files of study.sweep with the keys of all their runs.
@@ -57,10 +60,8 @@ STUDY = Plan(
         "task1_64": "task1.py",
         "combined_64": "train.py",
         # recipes.yaml has the candidates for the next rows, and the rule of choice.
-        "chosen": "train.py --augmentation=stain --batch_size=64 --early_stopping_patience=None --n_epochs=12 "
-        "--select_on=last --ema_decay=0.99",
-        "best_scratch": "train.py --model_name=resnet18 --augmentation=stain --batch_size=64 "
-        "--early_stopping_patience=None --n_epochs=12 --select_on=last --ema_decay=0.99",
+        "chosen": f"train.py {CHOSEN}",
+        "best_scratch": f"train.py --model_name=resnet18 {CHOSEN}",
         "frozen_64": f"{TUNED} --train_part=classifier --input_size=64",
         "frozen_128": f"{TUNED} --train_part=classifier --input_size=128",
         "tuned": f"{TUNED} --input_size=64 --n_epochs=6",
@@ -78,19 +79,19 @@ STUDY = Plan(
         "learning_curve/lite0.yaml": "",
     },
 )
-_FEW = "--train_tiles=1350"
+FEW = "--train_tiles=1350"
 DEMO = Plan(
     n_seeds=2,
     rows={
-        "task1": f"task1.py {_FEW} --input_size=28",
-        "combined": f"train.py {_FEW} --input_size=28 --batch_size=64 --n_epochs=8",
-        "with_all": f"train.py {_FEW} --input_size=28 --batch_size=64 --n_epochs=8 --ablation=with_all",
-        "tuned": f"{TUNED} {_FEW} --input_size=32 --batch_size=64 --n_epochs=4",
-        "tuned_scratch": f"{SCRATCH} {_FEW} --input_size=32 --batch_size=64 --n_epochs=4 --lr=0.002",
+        "task1": f"task1.py {FEW} --input_size=28",
+        "combined": f"train.py {FEW} --input_size=28 --batch_size=64 --n_epochs=8",
+        "with_all": f"train.py {FEW} --input_size=28 --batch_size=64 --n_epochs=8 --ablation=with_all",
+        "tuned": f"{TUNED} {FEW} --input_size=32 --batch_size=64 --n_epochs=4",
+        "tuned_scratch": f"{SCRATCH} {FEW} --input_size=32 --batch_size=64 --n_epochs=4 --lr=0.002",
     },
     explained=("task1-0", "tuned-0"),
     task2="task2.py --checked_tiles=64",
-    baselines=(_FEW,),
+    baselines=(FEW,),
     sweeps={},
 )
 
@@ -111,14 +112,8 @@ class StudyConfig(ScriptConfig):
             self._set("output_dir", Path() if here else Path(f"{self.dataset}-{self.size}"))
         return self
 
-    @property
-    def plan(self) -> Plan:
-        """What this study runs."""
-        return DEMO if self.dataset == "phantom" else STUDY
 
-
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One process of the study, and whether its records are complete."""
 
     title: str
@@ -148,32 +143,29 @@ def main(config: StudyConfig) -> None:
 
 def steps(config: StudyConfig) -> Iterator[Step]:
     """The study's processes in their order. Raises UsageError where the folder has runs on other data."""
-    plan, folder = config.plan, config.output_dir
+    plan, folder = DEMO if config.dataset == "phantom" else STUDY, config.output_dir
     place = [f"--output_dir={folder}", f"--data_root={config.data_root}"]
     logged = [f"--device={config.device}", f"--wandb={config.wandb}"]
     data = [f"--dataset={config.dataset}", f"--size={config.size}"]
-    for row, recipe in plan.rows.items():
-        for seed in range(plan.n_seeds):
-            run_id = f"{row}-{seed}"
-            if (path := run_folder(folder, run_id) / "config.json").exists():
-                before = read_json(path)["config"]
-                if (before["dataset"], before["size"]) != (config.dataset, config.size):
-                    what = f"{before['dataset']} at {before['size']} pixels"
-                    raise UsageError(f"{path}: a run on {what}; name another --output_dir")
-            keys = [*data, *place, *logged, f"--run_id={run_id}", f"--seed={seed}"]
-            yield Step(run_id, [*recipe.split(), *keys], is_finished(folder, run_id))
+    for (row, recipe), seed in itertools.product(plan.rows.items(), range(plan.n_seeds)):
+        run_id = f"{row}-{seed}"
+        if (path := run_folder(folder, run_id) / "config.json").exists():
+            before = read_json(path)["config"]
+            if (before["dataset"], before["size"]) != (config.dataset, config.size):
+                what = f"{before['dataset']} at {before['size']} pixels"
+                raise UsageError(f"{path}: a run on {what}; name another --output_dir")
+        keys = [*data, *place, *logged, f"--run_id={run_id}", f"--seed={seed}"]
+        yield Step(run_id, [*recipe.split(), *keys], is_finished(folder, run_id))
     for file, fixed in plan.sweeps.items():  # it skips what is finished itself
         command = ["-m", "study.sweep", file, place[0], "--", *data, place[1], *logged, *fixed.split()]
         yield Step(file, command, finished=False)
     for run_id in plan.explained:
-        kept_elsewhere = (
-            is_finished(folder, run_id) and not (checkpoint_folder(folder, run_id) / "best.pt").exists()
-        )
-        done = (run_folder(folder, run_id) / "attribution.json").exists() or kept_elsewhere
+        has_weights = (checkpoint_folder(folder, run_id) / "best.pt").exists()  # else they are kept elsewhere
+        done = (run_folder(folder, run_id) / "attribution.json").exists()
+        done = done or (is_finished(folder, run_id) and not has_weights)
         yield Step(f"maps of {run_id}", [*plan.task2.split(), *place, *logged, f"--run_id={run_id}"], done)
     for tiles in plan.baselines:  # it skips what is finished itself, and takes no time then
-        command = ["-m", "study.baselines", *data, *place, *tiles.split()]
-        yield Step(f"baselines {tiles}".strip(), command, finished=False)
+        yield Step(f"baselines {tiles}".strip(), ["-m", "study.baselines", *data, *place, *tiles.split()], False)
 
 
 def run_step(command: Sequence[str]) -> int:
@@ -182,16 +174,13 @@ def run_step(command: Sequence[str]) -> int:
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped("SIGTERM: the study ended early", signal.SIGTERM)
 
-    before = signal.signal(signal.SIGTERM, stop)
-    process = subprocess.Popen([sys.executable, *command])
-    try:
-        return process.wait()
-    except BaseException:
-        process.terminate()
-        process.wait()
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    signal.signal(signal.SIGTERM, stop)
+    with subprocess.Popen([sys.executable, *command]) as process:
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()
+            raise
 
 
 if __name__ == "__main__":

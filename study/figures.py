@@ -42,11 +42,7 @@ RUNGS = {
     "old_scratch": "EfficientNet-Lite0 from scratch, 64 px inputs",
     "old_tuned": "+ ImageNet weights, all layers trained",
 }
-OPERATIONS = {
-    "ta_wide": "TrivialAugment",
-    "auto": "AutoAugment",
-    "stain": "stain",
-}
+OPERATIONS = {"ta_wide": "TrivialAugment", "auto": "AutoAugment", "stain": "stain"}
 DRAWS = 6
 
 
@@ -132,15 +128,8 @@ def draw_curves(path: Path, groups: Mapping[str, Sequence[Record]], title: str) 
                 shortest = min(map(len, curves))
                 mean = np.mean([values[:shortest] for values in curves], axis=0)
                 label = f"{name} (thick: mean of {len(runs)} seeds)" if len(runs) > 1 else name
-                axes.plot(
-                    np.arange(1, shortest + 1),
-                    mean,
-                    color=colour,
-                    linewidth=2,
-                    marker=marker,
-                    markersize=3,
-                    label=label,
-                )
+                look = {"color": colour, "linewidth": 2, "marker": marker, "markersize": 3}
+                axes.plot(np.arange(1, shortest + 1), mean, label=label, **look)
             axes.set(title=wrap(PANELS[column], 50), xlabel="Epoch")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", frameon=False)
@@ -153,9 +142,8 @@ def draw_learning_curve(path: Path, curves: Mapping[str, Sequence[Group]]) -> No
     with style.context(["default", STYLE]):
         figure = Figure(figsize=(8, 4.2 + 0.22 * len(curves)))
         panels = figure.subplots(1, 2, sharey=True)
-        for axes, (name, score) in zip(
-            panels, (("Test ACC", "acc"), ("Validation ACC", "validation")), strict=True
-        ):
+        scores = {"Test ACC": "acc", "Validation ACC": "validation"}
+        for axes, (name, score) in zip(panels, scores.items(), strict=True):
             markers = {colour: iter(MARKERS) for colour in (*PALETTE, GREY)}
             for title, groups in curves.items():
                 found = [group.spread(score) for group in groups]

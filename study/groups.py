@@ -1,7 +1,7 @@
 """The rows of the page: runs that differ in their seed alone, and their scores over the seeds."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -20,7 +20,6 @@ NETWORKS = {
 }
 TECHNIQUES = {  # rows of the ablation
     "combined": "reference",
-    "combined, 8 views": "with 8 views at test time",
     "without_augmentation": "without data augmentation",
     "without_early_stopping": "without early stopping",
     "without_label_smoothing": "without label smoothing",
@@ -33,8 +32,11 @@ TECHNIQUES = {  # rows of the ablation
     "with_ema": "with averaged weights (EMA)",
     "with_all": "with stain augmentation and averaged weights",
 }
+AGAINST = {  # rows that change another row than the reference, with which all others are compared
+    "with_stain_only": "without_augmentation",
+    "with_all": "with_stain_only",
+}
 CONVERGED_WITHIN = 0.005
-REFERENCE = "combined"  # the row of the ablation with which the others are compared
 # Keys in which runs of one row may differ: the seed, where and how a run is kept; only older runs have dry_run.
 # The number of training tiles stands in the summary, too, and there it is never None.
 APART = {"seed", "run_id", "device", "scratch", "n_seeds", "train_tiles", "dry_run"} | TrainingConfig.bookkeeping()
@@ -49,54 +51,44 @@ SCORES = {  # of a run, by their names on the page: where they stand in summary.
     "noise": ("shifted", "chromatic_noise"),
     "calibration": ("best", "expected_calibration_error"),
 }
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of this study: the patterns of its runs' ids, separated by spaces, and its recipe in words.
-
-    Tables and figures show a row with `until` only until that other row has a finished run.
-    """
-
-    runs: str
-    title: str
-    until: str = ""
-
-
-# A row without a finished run is not shown.
+# Of each row of this study: the patterns of its runs' ids, and its recipe in words.
 ROWS = {
-    "colour": Row("mean_rgb-89996-*", "logistic regression on the mean colour"),
-    "neighbours": Row("neighbours-89996-*", "nearest neighbours on colour and gradient statistics"),
-    "boosting": Row("boosting-89996-*", "boosted trees on colour and gradient statistics"),
-    "task1": Row("task1-*", "Task 1: ResNet-18"),
-    "task1_64": Row("task1_64-*", "Task 1: ResNet-18"),
-    "combined": Row("combined-*", "Task 3: MobileNetV3-Large, the coursework's configuration"),
-    "combined_64": Row("combined_64-*", "Task 3: MobileNetV3-Large, the coursework's configuration"),
-    "chosen": Row("chosen-*", "Task 3: MobileNetV3-Large, the chosen recipe"),
-    "best_scratch": Row("best_scratch-*", "the best network from scratch"),
-    "frozen_64": Row("frozen_64-*", "Task 5: only the classifier is trained"),
-    "frozen_128": Row("frozen_128-*", "Task 5: only the classifier is trained"),
-    "tuned": Row("tuned-*", "Task 5: all layers fine-tuned"),
-    "tuned_scratch": Row("tuned_scratch-*", "Task 5: the same network from scratch"),
-    "long_scratch": Row("long_scratch-*", "Task 5: from scratch, trained longer"),
+    "colour": ("mean_rgb-89996-*", "logistic regression on the mean colour"),
+    "neighbours": ("neighbours-89996-*", "nearest neighbours on colour and gradient statistics"),
+    "boosting": ("boosting-89996-*", "boosted trees on colour and gradient statistics"),
+    "task1": ("task1-*", "Task 1: ResNet-18"),
+    "task1_64": ("task1_64-*", "Task 1: ResNet-18"),
+    "combined": ("combined-*", "Task 3: MobileNetV3-Large, the coursework's configuration"),
+    "combined_64": ("combined_64-*", "Task 3: MobileNetV3-Large, the coursework's configuration"),
+    "chosen": ("chosen-*", "Task 3: MobileNetV3-Large, the chosen recipe"),
+    "best_scratch": ("best_scratch-*", "the best network from scratch"),
+    "frozen_64": ("frozen_64-*", "Task 5: only the classifier is trained"),
+    "frozen_128": ("frozen_128-*", "Task 5: only the classifier is trained"),
+    "tuned": ("tuned-*", "Task 5: all layers fine-tuned"),
+    "tuned_scratch": ("tuned_scratch-*", "Task 5: the same network from scratch"),
+    "long_scratch": ("long_scratch-*", "Task 5: from scratch, trained longer"),
     # Runs of an earlier version, whose tiles were resized after their augmentation:
-    "old_tuned": Row("task5 task5-seed*", "Task 5: EfficientNet-Lite0, all layers fine-tuned", "tuned"),
-    "old_scratch": Row("task5-scratch*", "Task 5: EfficientNet-Lite0 from scratch", "tuned"),
+    "old_tuned": ("task5 task5-seed*", "Task 5: EfficientNet-Lite0, all layers fine-tuned"),
+    "old_scratch": ("task5-scratch*", "Task 5: EfficientNet-Lite0 from scratch"),
 }
 ABLATIONS = ("ablation_64-*", "ablation-*")  # the first one that has runs
 CURVES = {
-    "ResNet-18 from scratch": Row("learning_curve_task1_64-* task1_64-*", ""),
-    "MobileNetV3-Large from scratch, the chosen recipe": Row("learning_curve_chosen-* chosen-*", ""),
-    "fine-tuned": Row("learning_curve_tuned-* tuned-*", ""),
-    "logistic regression on the mean colour": Row("mean_rgb-*", ""),
-    "nearest neighbours": Row("neighbours-*", ""),
-    "boosted trees": Row("boosting-*", ""),
-    # Of the earlier version:
-    "ResNet-18 from scratch, 28 px": Row("learning_curve_task1-* task1-*", "", "task1_64"),
-    "MobileNetV3-Large from scratch, stain augmentation, 28 px": Row(
-        "learning_curve_with_all-* with_all-*", "", "chosen"
-    ),
-    "EfficientNet-Lite0, only the last layer trained": Row("learning_curve_lite0-* lite0-head-*", "", "tuned"),
+    "ResNet-18 from scratch": "learning_curve_task1_64-* task1_64-*",
+    "MobileNetV3-Large from scratch, the chosen recipe": "learning_curve_chosen-* chosen-*",
+    "fine-tuned": "learning_curve_tuned-* tuned-*",
+    "logistic regression on the mean colour": "mean_rgb-*",
+    "nearest neighbours": "neighbours-*",
+    "boosted trees": "boosting-*",
+    "ResNet-18 from scratch, 28 px": "learning_curve_task1-* task1-*",
+    "MobileNetV3-Large from scratch, stain augmentation, 28 px": "learning_curve_with_all-* with_all-*",
+    "EfficientNet-Lite0, only the last layer trained": "learning_curve_lite0-* lite0-head-*",
+}
+UNTIL = {  # rows and curves of the earlier version are shown until this other row has a finished run
+    "old_tuned": "tuned",
+    "old_scratch": "tuned",
+    "ResNet-18 from scratch, 28 px": "task1_64",
+    "MobileNetV3-Large from scratch, stain augmentation, 28 px": "chosen",
+    "EfficientNet-Lite0, only the last layer trained": "tuned",
 }
 
 
@@ -112,9 +104,7 @@ class Group:
         runs = ", ".join(record.run_id for record in self.records)
         if len(set(self.seeds)) < len(self.records):
             raise Fault(f"of the runs {runs}, two have the same seed: move one of them out of the folder")
-        configs = [
-            {**record.config, "training tiles": record.summary["tiles"]["train"]} for record in self.records
-        ]
+        configs = [{**one.config, "training tiles": one.summary["tiles"]["train"]} for one in self.records]
         for name in set().union(*configs) - APART:
             if len({str(config.get(name)) for config in configs}) > 1:
                 raise Fault(f"the runs {runs} differ in {name}, not in the seed alone")
@@ -139,14 +129,17 @@ class Group:
         """The number of training tiles."""
         return int(self.first.summary["tiles"]["train"])
 
+    @property
+    def matrices(self) -> list[list[list[int]]]:
+        """The confusion matrix of each run: a row per true class, a column per predicted one."""
+        return [record.summary["best"]["confusion_matrix"] for record in self.records]
+
     def by_seed(self, score: str) -> dict[int, float]:
         """One of SCORES of every seed whose record has it."""
+        part, name = SCORES[score]
         found = {}
         for record in self.records:
-            part, name = SCORES[score]
             value = record.summary.get(part, {}).get(name)
-            if value is None and score == "balanced":  # older records lack it
-                value = float(np.nanmean(recalls(record.summary[part]["confusion_matrix"])))
             if value is not None:
                 found[record.config["seed"]] = value["value"] if isinstance(value, Mapping) else value
         return found
@@ -169,33 +162,28 @@ class Group:
 
     def recalls(self) -> dict[str, float]:
         """The mean over seeds of each class's recall on test tiles; NaN for a class without tiles."""
-        scores = [record.summary["best"] for record in self.records]
-        means = np.mean([recalls(one["confusion_matrix"]) for one in scores], axis=0)
-        return dict(zip(scores[0]["auc_per_class"], means.tolist(), strict=True))
+        means = np.mean([recalls(matrix) for matrix in self.matrices], axis=0)
+        return dict(zip(self.first.summary["best"]["auc_per_class"], means.tolist(), strict=True))
 
     def mistaken(self, name: str) -> tuple[str, float]:
         """The class for which test tiles of class `name` are most often taken, and their share; of all seeds."""
-        scores = [record.summary["best"] for record in self.records]
-        names = list(scores[0]["auc_per_class"])
-        row = np.sum([one["confusion_matrix"] for one in scores], axis=0)[names.index(name)]
-        wrong = np.where(np.arange(len(row)) == names.index(name), -1, row)
-        return names[wrong.argmax()], float(wrong.max() / row.sum())
+        classes = list(self.first.summary["best"]["auc_per_class"])
+        label = classes.index(name)
+        row = np.sum(self.matrices, axis=0)[label]
+        wrong = np.where(np.arange(len(row)) == label, -1, row)
+        return classes[wrong.argmax()], float(wrong.max() / row.sum())
 
 
-@dataclass
 class Runs:
-    """The finished runs of a folder; each is read once. `read` has those that were asked for."""
+    """The finished runs of a folder; `read` has the records of those that were asked for."""
 
-    folder: Path
-    read: dict[str, Record] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """List the finished runs."""
-        paths = sorted((self.folder / "runs").glob("*/config.json"))
-        self.finished = [path.parent.name for path in paths if is_finished(self.folder, path.parent.name)]
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.read = folder, dict[str, Record]()
+        paths = sorted((folder / "runs").glob("*/config.json"))
+        self.finished = [path.parent.name for path in paths if is_finished(folder, path.parent.name)]
 
     def record(self, run_id: str) -> Record:
-        """The record of a run."""
+        """The record of a run, which is read once."""
         if run_id not in self.read:
             self.read[run_id] = Record.read(self.folder, run_id)
         return self.read[run_id]
@@ -207,25 +195,24 @@ class Runs:
 
     def groups(self) -> dict[str, Group]:
         """The rows of ROWS that have finished runs."""
-        found = {name: (row, self.matching(row.runs)) for name, row in ROWS.items()}
-        return {name: Group(row.title, records) for name, (row, records) in found.items() if records}
+        found = {name: (title, self.matching(runs)) for name, (runs, title) in ROWS.items()}
+        return {name: Group(title, records) for name, (title, records) in found.items() if records}
 
     def ablation(self) -> dict[str, Group]:
         """The rows of the ablation by their names in train.py, the reference first; empty without runs."""
-        rows: dict[str, list[Record]] = {}
+        rows: dict[str, list[Record]] = {name: [] for name in TECHNIQUES}
         for record in next(filter(None, map(self.matching, ABLATIONS)), []):
             rows.setdefault(record.config["ablation"], []).append(record)
-        known = [name for name in TECHNIQUES if name in rows]
-        order = [*known, *(name for name in rows if name not in known)]
-        return {name: Group(TECHNIQUES.get(name, name.replace("_", " ")), rows[name]) for name in order}
+        titles = {name: TECHNIQUES.get(name, name.replace("_", " ")) for name in rows}
+        return {name: Group(titles[name], records) for name, records in rows.items() if records}
 
     def curves(self) -> dict[str, list[Group]]:
         """The recipes that were trained on several numbers of tiles, each with a group per number."""
         curves = {}
-        for title, row in CURVES.items():
-            records = [] if row.until and self.matching(ROWS[row.until].runs) else self.matching(row.runs)
+        for title, runs in CURVES.items():
+            replaced = title in UNTIL and self.matching(ROWS[UNTIL[title]][0])
             parts: dict[int, list[Record]] = {}
-            for record in records:
+            for record in [] if replaced else self.matching(runs):
                 parts.setdefault(record.summary["tiles"]["train"], []).append(record)
             if len(parts) > 1:
                 curves[title] = [Group(title, parts[tiles]) for tiles in sorted(parts)]
@@ -234,17 +221,16 @@ class Runs:
     def recipes(self) -> dict[str, Group]:
         """The finished runs that have test scores, but a sweep's, as groups that differ in the seed alone."""
         sweeps = tuple(f"{path.name}-" for path in (self.folder / "sweeps").glob("*/"))
-        found: dict[str, list[Record]] = {}
+        found: dict[str, dict[int, Record]] = {}
         for run_id in self.finished:
             summary = read_json(self.folder / "runs" / run_id / "summary.json")
             if "best" in summary and not run_id.startswith(sweeps):
                 record = self.record(run_id)
                 same = {name: value for name, value in record.config.items() if name not in APART}
-                found.setdefault(f"{summary['tiles']['train']} {sorted(same.items())}", []).append(record)
-        groups = []
-        for records in found.values():
-            distinct = {record.config["seed"]: record for record in records}  # of repeated runs the last one
-            groups.append(Group(described(records[0]), [distinct[seed] for seed in sorted(distinct)]))
+                group = found.setdefault(f"{summary['tiles']['train']} {sorted(same.items())}", {})
+                group[record.config["seed"]] = record  # of repeated runs the last one
+        ordered = [[runs[seed] for seed in sorted(runs)] for runs in found.values()]
+        groups = [Group(described(records[0]), records) for records in ordered]
         groups.sort(key=lambda group: -group.by_seed("acc")[group.seeds[0]])
         return {group.first.run_id: group for group in groups}
 
@@ -255,11 +241,10 @@ def described(record: Record) -> str:
     if "baseline" in config:
         return str(record.summary["title"])
     name = config["model_name"].removeprefix("timm:")
-    pretrained = config.get("weights", "none") != "none"
-    words = [NETWORKS.get(name, name), "fine-tuned" if pretrained else "from scratch"]
+    start = "from scratch" if config.get("weights", "none") == "none" else "fine-tuned"
     added = [f"{config['augmentation']} augmentation"] if config.get("augmentation", "none") != "none" else []
     added += ["averaged weights"] if config.get("ema_decay") else []
-    return " ".join(words) + (f", {' and '.join(added)}" if added else "")
+    return f"{NETWORKS.get(name, name)} {start}" + (f", {' and '.join(added)}" if added else "")
 
 
 def convergence_epoch(history: Sequence[Mapping[str, float]]) -> int:

@@ -17,6 +17,7 @@ run are computed again from its outputs (study/check.py).
 """
 
 import re
+from itertools import takewhile, zip_longest
 from pathlib import Path
 
 from common.cli import Fault, Keys, UsageError, key, run_script
@@ -27,7 +28,7 @@ from common.markdown import text
 from study.check import check_runs
 from study.groups import Runs
 from study.html_page import html_page
-from study.tables import Tables
+from study.tables import MAPS, Tables
 
 BLOCK = re.compile(r"<!-- ([^\n>]+): begin -->\n(.*?)<!-- ([^\n>]+): end -->", re.DOTALL)
 NUMBER = re.compile(r"<!-- = ([^\n>]+) -->(.*?)<!-- -->", re.DOTALL)
@@ -41,17 +42,8 @@ COLOURS = (
     "the network's confidence and its accuracy."
 )
 SHOWN_TILE = 6099  # of the test tiles, in the figure of the augmentations: the first of the coursework's ten
-IN_CURVES = (
-    "task1",
-    "task1_64",
-    "combined",
-    "combined_64",
-    "chosen",
-    "tuned",
-    "tuned_scratch",
-    "old_tuned",
-    "old_scratch",
-)
+IN_CURVES = ["task1", "task1_64", "combined", "combined_64", "chosen", "tuned", "tuned_scratch"]
+IN_CURVES += ["old_tuned", "old_scratch"]  # of the earlier version
 
 
 class ReportConfig(Keys):
@@ -85,8 +77,6 @@ def main(config: ReportConfig) -> None:
     made = {path: with_digests(content, folder) for path, content in made.items()}
     if config.check:
         for path, content in made.items():
-            if not path.exists():
-                raise Fault(f"{path}: missing; python -m study.report makes it")
             if difference := first_difference(read_text(path), content):
                 raise Fault(f"{path} is out of date: {difference}; python -m study.report writes it again")
         print(f"{page} is what the records of {len(runs.read)} runs give")
@@ -131,14 +121,12 @@ def with_digests(content: str, folder: Path) -> str:
 
 def first_difference(page: str, made: str) -> str | None:
     """Where two pages differ first, in words; None where they don't."""
-    there, here = page.splitlines(), made.splitlines()
-    for number, (old, new) in enumerate(zip(there, here, strict=False), start=1):
+    lines = zip_longest(page.splitlines(), made.splitlines(), fillvalue="")
+    for number, (old, new) in enumerate(lines, start=1):
         if old != new:
-            start = next((at for at, pair in enumerate(zip(old, new, strict=False)) if pair[0] != pair[1]), 0)
-            start = max(0, start - 30)
+            equal = takewhile(lambda pair: pair[0] == pair[1], zip(old, new, strict=False))
+            start = max(0, len(list(equal)) - 30)
             return f"line {number} says {old[start : start + 80]!r}, the records give {new[start : start + 80]!r}"
-    if len(there) != len(here):
-        return f"it has {len(there)} lines, the records give {len(here)}"
     return None
 
 
@@ -149,10 +137,8 @@ def draw(tables: Tables, by_hand: bool, data_root: Path | None = None) -> None:
     folder, rows = tables.runs.folder, tables.shown
     if rows:
         figures.draw_ladder(folder / LADDER, rows, figures.AIM if by_hand else None)
-    chosen = {name: rows[name] for name in IN_CURVES if name in rows} if by_hand else rows
-    trained = {
-        f"{group.title}, {group.side} px": group.records for group in chosen.values() if group.first.history
-    }
+    chosen = tables.chosen(IN_CURVES) if by_hand else rows.values()
+    trained = {f"{group.title}, {group.side} px": group.records for group in chosen if group.first.history}
     if trained:
         figures.draw_curves(folder / CURVES, trained, str(next(iter(trained.values()))[0].summary["dataset"]))
     if by_hand and tables.curves:
@@ -187,9 +173,9 @@ def own_page(tables: Tables) -> str:
         section("Classes and colours", block("classes", *trained), COLOURS, block("colours", *trained))
     for path in sorted((folder / "runs").glob("*/attribution.json")):
         run_id = path.parent.name
-        figures = [f"fig/task2/{run_id}-{name}.png" for name in ("methods", "classes", "randomisation", "removal")]
-        shown = [f"![Saliency maps of run {run_id}]({name})" for name in figures if (folder / name).exists()]
-        section(f"Saliency maps of {text(run_id)}", *shown, block("maps", run_id))
+        names = {MAPS[name]: f"fig/task2/{run_id}-{name}.png" for name in ("means", "randomisation", "removal")}
+        shown = [f"![{words}]({name})" for words, name in names.items() if (folder / name).exists()]
+        section(f"Saliency maps of {text(run_id)}", block("maps", run_id), *shown)
     for path in sorted((folder / "sweeps").glob("*/table.md")):
         name = path.parent.name
         figures = [f"fig/task4/{one.name}" for one in sorted((folder / "fig/task4").glob(f"{name}*.png"))]

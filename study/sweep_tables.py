@@ -13,12 +13,13 @@ from common.figures import STYLE, VERMILLION, save, wrap
 from common.markdown import markdown_table, text
 from common.records.read import Record
 from common.statistics import LEAST_SEEDS, SIGNIFICANT, Comparison, compare, interval, smallest_difference, spread
-from study.groups import TECHNIQUES, Group, identical
+from study.groups import AGAINST, TECHNIQUES, Group, identical
 from study.sweep_spec import Sweep
 
 COLUMNS = {"validation": "validation ACC", "acc": "test ACC", "auc": "test AUC", "views": "test ACC, 8 views"}
 NOTE = (
-    "± is the standard deviation over the seeds (n - 1). Differences are to the first row, seed by seed. "
+    "± is the standard deviation over the seeds (n - 1). Differences are to the first row, or to the row that is "
+    "named, seed by seed. "
     "Intervals are t intervals over the seeds alone: they do not tell how the numbers would change with other "
     "tiles. p is the paired t test's with Holm's correction over the rows; the verdict is by it, at "
     f"{SIGNIFICANT}. Not decided means: these seeds could not see a difference. There may be one."
@@ -33,19 +34,22 @@ Rows = Mapping[str, Group]  # the finished runs of each row of a grid; the other
 
 def grid_table(rows: Rows) -> list[str]:
     """The scores of every row and its difference in test ACC, and what these seeds could not see."""
-    reference, *others = rows.values()
-    same = {row for row, group in rows.items() if group in others and identical(group, reference)}
-    comparisons = compare({row: group.by_seed("acc") for row, group in rows.items()}, same)
+    first, *others = rows
+    against = {row: AGAINST[row] if AGAINST.get(row) in rows else first for row in others}
+    same = {row for row, other in against.items() if identical(rows[row], rows[other])}
+    comparisons = compare({row: group.by_seed("acc") for row, group in rows.items()}, same, against)
     lines = []
     for row, group in rows.items():
         one = comparisons.get(row)
         cells = [_mean_sd(group, score) for score in COLUMNS] + (_difference(one) if one else ["", "", ""])
-        lines.append([text(row), str(len(group.records)), *cells])
+        if against.get(row, first) != first:
+            cells[len(COLUMNS)] += f" against '{text(rows[against[row]].title)}'"
+        lines.append([text(group.title), str(len(group.records)), *cells])
     columns = ["row", "seeds", *COLUMNS.values(), "difference in test ACC [95 % interval]", "p (Holm)", "verdict"]
     found = markdown_table(columns, "lrrrrrrrl", lines)
-    if views := reference.by_seed("views"):  # no training: outside the family of Holm's correction
-        change, p, _ = _difference(compare({"one": reference.by_seed("acc"), "8": views})["8"])
-        p = f", p = {p}" if p else ""
+    if views := rows[first].by_seed("views"):  # no training: outside the family of Holm's correction
+        change, p, _ = _difference(compare({"one": rows[first].by_seed("acc"), "8": views})["8"])
+        p = f", p = {p}".replace("= <", "<") if p else ""
         found += ["", f"8 views of each test tile (flips, quarter turns) instead of one, first row: {change}{p}."]
     tested = [one.differences for one in comparisons.values() if not math.isnan(one.p_holm)]
     if pooled := math.sqrt(sum(one.sd**2 for one in tested) / max(len(tested), 1)):

@@ -1,10 +1,10 @@
 """The tables and numbers of the page, each made from the records alone."""
 
-import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,19 @@ from common.cli import Fault
 from common.files import digest
 from common.markdown import markdown_table, text
 from common.records.read import Record, read_json
-from common.statistics import Spread, compare, holm, interval
+from common.statistics import Spread, interval
 from study.facts import PUBLISHED, cost
-from study.groups import REFERENCE, ROWS, Group, Runs, convergence_epoch, identical
+from study.groups import UNTIL, Group, Runs, convergence_epoch
 
-# Rows of the ablation that change another row than the reference.
-AGAINST = {"with_stain_only": "without_augmentation", "with_all": "with_stain_only"}
-# Scores that others report for all training tiles and the official test tiles: network, side, ACC, AUC.
+BLOCKS = ("results", "recipes", "classes", "colours", "techniques", "difference", "curve", "maps", "records")
+MAPS = {  # figures of Task 2, and what they show
+    "methods": "maps by each method",
+    "all_methods": "the maps of all ten tiles",
+    "classes": "one right and one wrong tile of each class",
+    "means": "mean maps, also of an untrained network",
+    "randomisation": "random weights",
+    "removal": "removed pixels",
+}
 WATTS = 10  # of a core, an assumption
 RECORDS = ("config.json", "history.csv", "scores.npz", "summary.json", "attribution.json")
 
@@ -36,19 +42,18 @@ class Tables:
     @property
     def shown(self) -> dict[str, Group]:
         """The rows without those of an earlier version that have been replaced."""
-        old = {name for name, row in ROWS.items() if row.until in self.rows}
-        return {name: group for name, group in self.rows.items() if name not in old}
+        return {name: group for name, group in self.rows.items() if UNTIL.get(name) not in self.rows}
 
     def block(self, words: str) -> list[str]:
-        """The lines of a block: the name of one of the functions below, then the names of rows.
+        """The lines of a block: one of BLOCKS, which are methods, then the names of rows.
 
         Rows without a finished run are left out. Raises Fault for a name that there is not.
         """
         name, *arguments = words.split()
-        make: Callable[..., list[str]] | None = BLOCKS.get(name)
-        if make is None:
+        if name not in BLOCKS:
             raise Fault(f"the page has a block {words!r}, but there is no table {name}")
-        return make(self, *arguments)
+        lines: list[str] = getattr(self, name)(*arguments)
+        return lines
 
     def chosen(self, names: Sequence[str]) -> list[Group]:
         """The rows of these names that are shown; all of them where there are no names."""
@@ -61,8 +66,8 @@ class Tables:
         lines = []
         for group in groups:
             cells = [_over(group, score, single) for score in ("acc", "balanced", "auc", "views")]
-            tiles = f"{group.tiles:,}"
-            lines.append([text(group.title), _side(group), tiles, str(len(group.records)), *cells])
+            sizes = [_side(group), f"{group.tiles:,}", str(len(group.records))]
+            lines.append([text(group.title), *sizes, *cells])
         for name in names:
             lines += [
                 [network, f"{side} px", "89,996", "", f"{acc:.3f}", "", f"{auc:.3f}", ""]
@@ -77,22 +82,17 @@ class Tables:
         """What each row trains, and what it costs."""
         lines = []
         for group in self.chosen(names):
-            if "model_name" in (config := group.first.config):
-                parameters, multiplications = cost(config["model_name"], group.side)
-                lengths = sorted({len(record.history) for record in group.records})
-                lines.append(
-                    [
-                        text(group.title),
-                        f"{parameters / 1e6:.1f} M",
-                        f"{multiplications / 1e6:,.0f} M",
-                        _side(group),
-                        f"{lengths[0]} to {lengths[-1]}" if lengths[1:] else str(lengths[0]),
-                        str(config.get("batch_size", "")),
-                        text(f"{config.get('optimizer')}, {config.get('lr', math.nan):.2g}"),
-                        text(config.get("augmentation", "").replace(",", ", ")),
-                        "yes" if config.get("ema_decay") else "no",
-                    ]
-                )
+            config = group.first.config
+            if "model_name" not in config:
+                continue
+            parameters, multiplications = cost(config["model_name"], group.side)
+            lengths = sorted({len(record.history) for record in group.records})
+            line = [text(group.title), f"{parameters / 1e6:.1f} M", f"{multiplications / 1e6:,.0f} M"]
+            line += [_side(group), f"{lengths[0]} to {lengths[-1]}" if lengths[1:] else str(lengths[0])]
+            line += [str(config.get("batch_size", ""))]
+            line += [text(f"{config.get('optimizer')}, {config.get('lr', math.nan):.2g}")]
+            line += [text(config.get("augmentation", "").replace(",", ", "))]
+            lines.append([*line, "yes" if config.get("ema_decay") else "no"])
         columns = ["network", "parameters", "multiply-adds of a tile", "input", "epochs", "batch"]
         columns += ["optimiser, learning rate", "augmentation", "averaged weights"]
         return markdown_table(columns, "lrrrrrlll", lines)
@@ -121,45 +121,14 @@ class Tables:
 
     def techniques(self) -> list[str]:
         """The ablation: each row against the reference, or against the row that it changes."""
-        if REFERENCE not in (rows := self.ablation):
-            return []
-        against = {name: AGAINST.get(name, REFERENCE) for name in rows if name != REFERENCE}
-        against = {name: other if other in rows else REFERENCE for name, other in against.items()}
-        found = {
-            name: compare(
-                {other: rows[other].by_seed("acc"), name: rows[name].by_seed("acc")},
-                {name} if identical(rows[name], rows[other]) else (),
-            ).get(name)
-            for name, other in against.items()
-        }
-        compared = {name: one for name, one in found.items() if one}
-        corrected = holm([one.p for one in compared.values()])
-        lines = []
-        for name, group in rows.items():
-            line = [text(group.title), str(len(group.records)), _over(group, "validation"), _over(group, "acc")]
-            if name in compared:
-                one = dataclasses.replace(compared[name], p_holm=corrected[list(compared).index(name)])
-                change = one.differences
-                line += [text(rows[against[name]].title), f"{change.mean:+.3f}"]
-                line += ["" if math.isnan(change.low) else f"{(change.high - change.low) / 2:.3f}"]
-                line += ["" if math.isnan(one.p_holm) else f"{max(one.p_holm, 0.001):.3f}"]
-                line += [one.verdict.replace("not decided", "could not see")]
-            lines.append(line + [""] * (9 - len(line)))
-        columns = ["technique", "seeds", "validation ACC", "test ACC", "against", "difference"]
-        return markdown_table([*columns, "could see from", "p (Holm)", "verdict"], "lrrrlrrrl", lines)
+        from study.sweep_tables import grid_table  # matplotlib
+
+        return grid_table(self.ablation) if "combined" in self.ablation else []
 
     def difference(self, *names: str) -> list[str]:
-        """Two rows side by side: when they converge, their scores, and the first minus the second one by seed."""
+        """The first two of these rows side by side."""
         groups = self.chosen(names)
-        if len(groups) < 2:
-            return []
-        one, other = groups[:2]
-        lines = [["epoch of convergence", *(f"{np.mean(convergence(group)):.1f}" for group in (one, other)), ""]]
-        for score, title in (("validation", "validation ACC"), ("acc", "test ACC"), ("auc", "test AUC")):
-            found = one.minus(other, score)
-            change = interval(found.mean, found.low, found.high, 3, "+") if found else ""
-            lines.append([title, _over(one, score), _over(other, score), change])
-        return markdown_table(["", text(one.title), text(other.title), "difference"], "lrrr", lines)
+        return difference_table(*groups[:2]) if len(groups) > 1 else []
 
     def curve(self) -> list[str]:
         """The test ACC of each recipe by its number of training tiles."""
@@ -173,45 +142,32 @@ class Tables:
         )
 
     def maps(self, *run_ids: str) -> list[str]:
-        """The checks of every saliency method on the first of these runs that Task 2 has explained."""
-        if not (found := self.explained(run_ids)):
+        """The maps of the first of these runs that Task 2 has explained, and the checks of every method."""
+        folder = self.runs.folder
+        explained = [one for one in run_ids if (folder / "runs" / one / "attribution.json").exists()]
+        if not explained:
             return []
-        from common.explain.checks import judge  # Captum: seconds
+        from common.explain.checks import FAILS, PASSES, chance, judge  # Captum: seconds
 
-        content = found[0]
+        records = Path("runs") / explained[0]
+        content = read_json(folder / records / "attribution.json")
+        check_attribution(content, str(folder / records / "attribution.json"))
         lines = []
         for method in content["methods"].values():
             *_, last = method["randomisation"].values()
             scores = [last, method["margin_over_random"], method["margin_over_sobel"]]
-            passes = judge(method, content["n"]).passes
+            outcome = judge(method, content["n"]).outcome
+            passes = {PASSES: "yes", FAILS: "no"}.get(outcome, outcome)
             cells = [*map(_estimate, scores), f"{method['infidelity']['value']:.2f}"]
-            lines.append([text(method["title"]), "yes" if passes else "no", *cells])
+            lines.append([text(method["title"]), passes, *cells])
         columns = ["method", "passes", "correlation with the map of random weights", "better than a random order"]
-        return markdown_table([*columns, "better than edges", "infidelity"], "llrrrr", lines)
-
-    def passed(self, *run_ids: str) -> list[str]:
-        """Which methods pass on each of these runs."""
-        found = self.explained(run_ids)
-        if len(found) < 2:
-            return []
-        from common.explain.checks import judge
-
-        lines = []
-        for content in found:
-            passes = [judge(one, content["n"]).passes for one in content["methods"].values()]
-            lines.append([text(content["network"]), *("yes" if one else "no" for one in passes)])
-        titles = [text(method["title"]) for method in found[0]["methods"].values()]
-        return markdown_table(["network", *titles], "l" + "l" * len(titles), lines)
-
-    def explained(self, run_ids: Sequence[str]) -> list[dict[str, Any]]:
-        """The checked attribution.json of those of these runs that have one."""
-        contents = []
-        for run_id in run_ids:
-            path = self.runs.folder / "runs" / run_id / "attribution.json"
-            if path.exists():
-                contents.append(read_json(path))
-                check_attribution(contents[-1], str(path))
-        return contents
+        table = markdown_table([*columns, "better than edges", "infidelity"], "llrrrr", lines)
+        paths = {name: Path("fig") / "task2" / f"{explained[0]}-{name}.png" for name in MAPS}
+        links = [f"[{MAPS[name]}]({path})" for name, path in paths.items() if (folder / path).exists()]
+        if (folder / paths["methods"]).exists():
+            table = [f"!{links.pop(0)}", "", *table]
+        links.append(f"[the tiles in words]({records / 'saliency.md'})")
+        return [*table, "", chance(len(lines)), "", f"More of run {explained[0]}: {', '.join(links)}."]
 
     def records(self) -> list[str]:
         """Where the numbers come from: each row's runs, commits, days and devices, and a digest of its records."""
@@ -293,21 +249,15 @@ class Tables:
         return int(np.all(wrong, axis=0).sum())
 
 
-BLOCKS: dict[str, Callable[..., list[str]]] = {
-    name: getattr(Tables, name)
-    for name in (
-        "results",
-        "recipes",
-        "classes",
-        "colours",
-        "techniques",
-        "difference",
-        "curve",
-        "maps",
-        "passed",
-        "records",
-    )
-}
+def difference_table(one: Group, other: Group) -> list[str]:
+    """Two rows side by side: when they converge, their scores, and the first minus the second one by seed."""
+    epochs = [np.mean([convergence_epoch(run.history) for run in group.records]) for group in (one, other)]
+    lines = [["epoch of convergence", *(f"{epoch:.1f}" for epoch in epochs), ""]]
+    for score, title in (("validation", "validation ACC"), ("acc", "test ACC"), ("auc", "test AUC")):
+        found = one.minus(other, score)
+        change = interval(found.mean, found.low, found.high, 3, "+") if found else ""
+        lines.append([title, _over(one, score), _over(other, score), change])
+    return markdown_table(["", text(one.title), text(other.title), "difference"], "lrrr", lines)
 
 
 def _side(group: Group) -> str:
@@ -329,11 +279,6 @@ def _over(group: Group, score: str, over_tiles: bool = False) -> str:
 
 def _estimate(value: Mapping[str, float]) -> str:
     return interval(value["value"], value["low"], value["high"], 2)
-
-
-def convergence(group: Group) -> list[int]:
-    """The epoch of convergence of each run."""
-    return [convergence_epoch(record.history) for record in group.records]
 
 
 def check_attribution(content: Mapping[str, Any], path: str) -> None:

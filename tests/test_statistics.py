@@ -1,13 +1,9 @@
 import math
-from pathlib import Path
 
-import example_records
 import pytest
 from scipy import stats
 
-from common.records.read import Record
 from common.statistics import SIGNIFICANT, compare, counted, holm, interval, paired_p, spread
-from study.comparison import comparison, convergence_epoch
 
 
 def test_a_spread_has_the_t_interval_of_the_mean() -> None:
@@ -86,24 +82,11 @@ def test_two_seeds_give_no_verdict_and_do_not_count_for_the_correction() -> None
     assert compared["b"].p_holm == compared["b"].p
 
 
-def test_a_comparison_is_paired_by_seed_and_names_runs_that_might_converge_later() -> None:
-    def run(seed: int, *accuracies: float) -> Record:
-        history = [example_records.row(epoch, acc) for epoch, acc in enumerate(accuracies, start=1)]
-        facts = {**example_records.facts({**example_records.CONFIG, "seed": seed}), "weights": {}}
-        content = {**example_records.summary(facts, history, acc=max(accuracies)), "weights": {}}
-        return Record(Path(), facts, content, history)
-
-    # 0.920 - 0.915 is above 0.005 in floating point.
-    scratch = [run(0, 0.1, 0.3), run(1, 0.5, 0.6)]
-    content = comparison({"from scratch": scratch, "fine-tuned": [run(1, 0.5, 0.7), run(0, 0.915, 0.92)]})
-    assert [one["censored"] for one in content["runs"]["from scratch"]] == [True, True]
-    assert [one["convergence_epoch"] for one in content["runs"]["fine-tuned"]] == [2, 1]
-    assert convergence_epoch([example_records.row(1, 0.03), example_records.row(2, 0.035)]) == 1  # in floats, too
-    assert [one["censored"] for one in content["runs"]["fine-tuned"]] == [True, False]
-    difference = content["differences"]["test/acc"]
-    assert (difference["n"], difference["mean"]) == (2, pytest.approx((0.62 + 0.1) / 2))
-    assert difference["sd"] == pytest.approx(abs(0.62 - 0.1) / 2**0.5)
-    assert (difference["low"], difference["p"]) == (None, None)
+def test_a_row_may_be_compared_with_another_than_the_first_one() -> None:
+    rows = {"a": [0.5, 0.5, 0.5], "b": [0.7, 0.7, 0.8], "c": [0.71, 0.72, 0.84]}
+    values = {row: dict(enumerate(numbers)) for row, numbers in rows.items()}
+    assert compare(values)["c"].differences.mean == pytest.approx(0.77 / 3)
+    assert compare(values, against={"c": "b"})["c"].differences.mean == pytest.approx(0.07 / 3)
 
 
 def test_an_interval_is_written_with_its_value() -> None:

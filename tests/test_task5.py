@@ -1,4 +1,3 @@
-import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from common.records import checkpoint
 from common.training.evaluation import evaluate
 from common.training.metrics import softmax
 from common.training.models import build_model
-from study.comparison import compare_runs, convergence_epoch
+from study.groups import convergence_epoch
 
 SMALL = "mobilenet_v3_small"
 
@@ -148,7 +147,7 @@ def test_the_runs_from_scratch_differ_in_what_scratch_needs_and_share_seed_and_b
 
 def test_a_comparison_leaves_its_records_and_figures_and_nothing_else(finished: Path) -> None:
     files = {str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file()}
-    expected = {"runs/r/comparison.json", "fig/task5/r-comparison.png"}
+    expected = {"runs/r/comparison.md", "fig/task5/r-comparison.png"}
     for run_id in ("r", "r-scratch", "r-seed1", "r-scratch-seed1"):
         expected |= {
             f"runs/{run_id}/{name}" for name in ("config.json", "history.csv", "summary.json", "scores.npz")
@@ -189,48 +188,25 @@ def test_the_frozen_part_of_a_whole_run_is_that_of_the_file(finished: Path, weig
 
 
 def test_the_comparison_is_that_of_the_records(finished: Path) -> None:
-    content = json.loads((finished / "runs/r/comparison.json").read_text())
-    assert "within 0.005" in content["convergence_rule"]
-    assert content["synthetic"] is True
-    difference = []
-    for tuned, scratch in (("r", "r-scratch"), ("r-seed1", "r-scratch-seed1")):
-        both = [json.loads((finished / f"runs/{run_id}/summary.json").read_text()) for run_id in (tuned, scratch)]
-        difference.append(both[0]["test/acc"] - both[1]["test/acc"])
-    assert content["differences"]["test/acc"]["mean"] == pytest.approx(np.mean(difference))
-    for kind, run_ids in (("fine-tuned", ["r", "r-seed1"]), ("from scratch", ["r-scratch", "r-scratch-seed1"])):
-        runs = content["runs"][kind]
-        assert [run["run_id"] for run in runs] == run_ids
-        assert [run["seed"] for run in runs] == [0, 1]
-        for run in runs:
-            with open(finished / f"runs/{run['run_id']}/history.csv", newline="") as file:
-                history = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-            assert run["convergence_epoch"] == convergence_epoch(history)
-            assert run["test/acc"]["low"] <= run["test/acc"]["value"] <= run["test/acc"]["high"]
-        mean = content["over_seeds"]["validate/acc"][kind]["mean"]
-        assert mean == pytest.approx(np.mean([run["validate/acc"] for run in runs]))
-
-
-def test_a_comparison_of_one_seed_has_no_interval_and_no_p_value(finished: Path) -> None:
-    content = compare_runs("r-seed1", ["r-seed1"], ["r-scratch-seed1"], finished)
-    path, figure = finished / "runs/r-seed1/comparison.json", finished / "fig/task5/r-seed1-comparison.png"
-    assert json.loads(path.read_text()) == content
-    difference = content["differences"]["test/acc"]
-    assert (difference["n"], difference["sd"], difference["low"], difference["p"]) == (1, None, None, None)
-    runs = content["runs"]
-    one, other = (runs[kind][0]["test/acc"]["value"] for kind in ("fine-tuned", "from scratch"))
-    assert difference["mean"] == pytest.approx(one - other)
-    path.unlink()
-    figure.unlink()
+    lines = (finished / "runs/r/comparison.md").read_text().splitlines()
+    cells = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in lines}
+    assert cells[""] == ["fine-tuned", "from scratch", "difference"]
+    scores = [
+        [json.loads((finished / f"runs/{run_id}/summary.json").read_text())["test/acc"] for run_id in run_ids]
+        for run_ids in (("r", "r-seed1"), ("r-scratch", "r-scratch-seed1"))
+    ]
+    tuned, scratch = map(np.mean, scores)
+    assert cells["test ACC"] == [f"{tuned:.3f}", f"{scratch:.3f}", f"{tuned - scratch:+.3f}"]
 
 
 def test_the_command_again_skips_what_is_finished_and_compares_again(
     finished: Path, phantom_root: Path, weights: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = (finished / "runs/r/comparison.json").read_text()
+    before = (finished / "runs/r/comparison.md").read_text()
     trained = {path: path.stat().st_mtime_ns for path in finished.rglob("summary.json")}
     task5.main(read(*keys(phantom_root, finished, weights, "--n_seeds=2")))
     assert trained == {path: path.stat().st_mtime_ns for path in finished.rglob("summary.json")}
-    assert (finished / "runs/r/comparison.json").read_text() == before
+    assert (finished / "runs/r/comparison.md").read_text() == before
     assert "run r-scratch-seed1 is finished already" in capsys.readouterr().out
 
 
@@ -281,7 +257,7 @@ def test_resume_is_asked_of_the_first_run_alone_and_a_finished_one_is_refused(
 def test_several_runs_from_random_weights_have_nothing_to_compare(phantom_root: Path, tmp_path: Path) -> None:
     task5.main(read(*keys(phantom_root, tmp_path, "none", "--n_seeds=2", "--n_epochs=1")))
     assert all((tmp_path / f"runs/{run_id}/summary.json").exists() for run_id in ("r", "r-seed1"))
-    assert not (tmp_path / "runs/r/comparison.json").exists()
+    assert not (tmp_path / "runs/r/comparison.md").exists()
 
 
 def test_the_cache_changes_how_long_a_run_takes_and_not_what_it_finds(
@@ -295,7 +271,7 @@ def test_the_cache_changes_how_long_a_run_takes_and_not_what_it_finds(
     assert arrays[0].keys() == arrays[1].keys()
     for name in arrays[0]:
         np.testing.assert_allclose(arrays[0][name], arrays[1][name], atol=1e-4)
-    assert not (tmp_path / "runs/r/comparison.json").exists()
+    assert not (tmp_path / "runs/r/comparison.md").exists()
 
 
 def test_features_are_cached_where_they_fit_into_60_percent_of_the_free_memory(

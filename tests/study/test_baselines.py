@@ -1,6 +1,5 @@
 """The baselines: their features, the choice by validation, and their records."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -8,13 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sklearn.ensemble import HistGradientBoostingClassifier
 
 from common.cli import UsageError, run_script
 from common.data.dataset import Split
 from common.data.shift import SHIFTS
 from common.records.read import Record
 from study import baselines
-from study.baselines import BASELINES, Baseline, features, fit_and_score
+from study.baselines import features, fit_and_score
 
 
 def test_the_features_are_the_statistics_of_colours_and_gradient() -> None:
@@ -63,10 +63,9 @@ def test_validation_alone_chooses_the_setting() -> None:
     by_validation = (np.stack([wrong, right], axis=1), labels)
     by_test = (np.stack([right, wrong], axis=1), labels)
     tables: Any = {"train": by_test, "val": by_validation, "test": by_test, **dict.fromkeys(SHIFTS, by_test)}
-    baseline = Baseline("", 2, 1, [{"column": 0}, {"column": 1}], lambda seed, **keys: Column(**keys))
-    arrays, summary = fit_and_score(baseline, 0, tables, ("a", "b", "c"))
-    assert summary["setting"] == {"column": 1}
-    assert [tried["validate/acc"] for tried in summary["tried"]] == [0, 1]
+    models = {"the first column": Column(0), "the second column": Column(1)}
+    arrays, summary = fit_and_score(models, tables, ("a", "b", "c"))
+    assert summary["setting"] == "the second column"
     assert (summary["validate"]["validate/acc"], summary["test/acc"], summary["validate/shifted_acc"]) == (1, 0, 0)
     np.testing.assert_array_equal(arrays["best_logits"].argmax(1), wrong)
 
@@ -74,12 +73,17 @@ def test_validation_alone_chooses_the_setting() -> None:
 def test_each_baseline_leaves_the_records_of_a_run_and_a_second_start_fits_nothing(
     phantom_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quick = dataclasses.replace(BASELINES["boosting"], settings=[{"max_iter": 2}])
-    monkeypatch.setitem(BASELINES, "boosting", quick)
+    def quick(name: str, seed: int) -> dict[str, Any]:
+        boosted = {"": HistGradientBoostingClassifier(max_iter=2, max_features=0.5, random_state=seed)}
+        return boosted if name == "boosting" else every(name, seed)
+
+    every = baselines.classifiers
+    monkeypatch.setattr(baselines, "classifiers", quick)
     data = ["--dataset=phantom", "--size=28", f"--data_root={phantom_root}"]
     arguments = [*data, f"--output_dir={tmp_path}", "--train_tiles=90"]
     run_script(baselines.main, baselines.BaselinesConfig, arguments)
-    assert len(list((tmp_path / "runs").iterdir())) == sum(one.n_seeds for one in BASELINES.values())
+    names = ["mean_rgb-90-0", "neighbours-90-0", *(f"boosting-90-{seed}" for seed in range(3))]
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == set(names)
     probabilities = []
     for seed in range(3):
         record = Record.read(tmp_path, f"boosting-90-{seed}")
