@@ -1,7 +1,6 @@
 """Tiles/s while training: this project's loop beside the loop of a tutorial. Fills the table of docs/speed.md.
 
-    python -m bench.throughput              # on the GPU if there is one, else on the CPU: 15 minutes of two cores
-    python -m bench.throughput --repeats 3  # fewer turns
+    python -m bench.throughput    # on the GPU if there is one, else on the CPU: 15 minutes of two cores
 
 - plain: medmnist's PathMNIST (PIL images), torchvision's transforms tile by tile, a shuffling DataLoader with the
   best of several numbers of workers, fp32, PyTorch's default optimiser.
@@ -31,12 +30,10 @@ from torchvision.transforms import v2
 
 import task1
 import train
-from common.cli import Keys, key, run_script
+from common.cli import Keys, run_script
 from common.config import TrainingConfig
-from common.data import phantom
-from common.data.batches import DeviceTiles, Splits
-from common.data.dataset import Dataset, Split
-from common.data.pathmnist import CLASS_NAMES
+from common.data.batches import device_splits
+from common.data.dataset import load_dataset
 from common.files import read_text, write_json, write_text
 from common.markdown import filled, markdown_table
 from common.records.read import read_json
@@ -48,15 +45,10 @@ from common.training.models import build_model
 FOLDER = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
 SIDE = 64
+TURNS = 5
 GPU_TILES = 89_996  # the tiles of a turn on a GPU: those of PathMNIST
 # The steps of a turn on a CPU:
 CONFIGS: dict[type[TrainingConfig], int] = {task1.Task1Config: 20, train.TrainConfig: 3}
-
-
-class BenchConfig(Keys):
-    """How long to measure."""
-
-    repeats: int = key(5, "turns of both loops", ge=1, le=1000)
 
 
 class PathMNIST(medmnist.PathMNIST):
@@ -100,13 +92,10 @@ def plain_loop(config: TrainingConfig, compute: Compute, workers: int) -> Callab
 def our_loop(config: TrainingConfig, compute: Compute) -> Callable[[], object]:
     """An epoch as `Trainer.fit` runs it."""
     compute.prepare_process()
-    with np.load(config.data_root / f"pathmnist_{SIDE}.npz", allow_pickle=False) as file:
-        images, labels = file["train_images"], file["train_labels"]
-    split = Split(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels[:, 0]).long())
-    model = build_model(config.model_name, len(CLASS_NAMES), config.input_size)
-    tiles = DeviceTiles(split, compute.device, config.input_size, config.augmentation)
-    run = Run("task1", config, Dataset("phantom", SIDE, CLASS_NAMES, split, split, split, "bench"), compute.name)
-    trainer = Trainer(model, Splits(tiles, tiles, lambda: tiles, lambda: iter(())), config, compute, run)
+    dataset = load_dataset("phantom", SIDE, config.data_root, config.train_tiles)
+    model = build_model(config.model_name, len(dataset.class_names), config.input_size)
+    splits = device_splits(dataset, compute.device, config.input_size, config.augmentation)
+    trainer = Trainer(model, splits, config, compute, Run("task1", config, dataset, compute.name))
     return lambda: trainer.train_epoch(1)
 
 
@@ -122,41 +111,44 @@ def turn() -> float:
     return time.perf_counter() - started
 
 
-def prepare(ours: bool, config: TrainingConfig) -> int:
-    """Build a loop in this process and warm it up; returns the number of its workers."""
+def prepare_ours(config: TrainingConfig, compute: Compute) -> None:
+    """Build our loop in this process and warm it up."""
     global measured
-    compute, cores = Compute.of("auto", "auto"), os.cpu_count() or 1
-    seconds = {}
-    for workers in {0} if ours else {0, 1, cores // 2, cores}:
-        measured = our_loop(config, compute) if ours else plain_loop(config, compute, workers)
+    measured = our_loop(config, compute)
+    turn()
+
+
+def prepare_plain(config: TrainingConfig, compute: Compute) -> int:
+    """Build the plain loop in this process and warm it up; returns the number of its workers, the best one."""
+    global measured
+    cores, seconds = os.cpu_count() or 1, {}
+    for workers in {0, 1, cores // 2, cores}:
+        measured = plain_loop(config, compute, workers)
         turn()
         seconds[workers] = turn()
     best = min(seconds, key=seconds.__getitem__)
-    if not ours:
-        measured = plain_loop(config, compute, best)
-        turn()
+    measured = plain_loop(config, compute, best)
+    turn()
     return best
 
 
-def compare(config: TrainingConfig, n_tiles: int, repeats: int) -> dict[str, Any]:
+def compare(config: TrainingConfig, compute: Compute) -> dict[str, Any]:
     """A row of the table: tiles/s of both loops, and their ratio turn by turn."""
-    images, labels = phantom.generate("train", n_tiles, SIDE)
-    labels = labels.astype(np.uint8)[:, None]
-    np.savez(config.data_root / f"pathmnist_{SIDE}.npz", train_images=images, train_labels=labels)
-    processes = [ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) for _ in range(2)]
-    # One after the other: warming up takes all cores.
-    workers, _ = (
-        one.submit(prepare, ours, config).result() for ours, one in zip((False, True), processes, strict=True)
-    )
-    turns = [[n_tiles / one.submit(turn).result() for one in processes] for _ in range(repeats)]
-    for process in processes:
-        process.shutdown()
-    found = {"plain": [one[0] for one in turns], "ours": [one[1] for one in turns]}
-    found["ratio"] = [ours / plain for plain, ours in turns]
+    train_split = load_dataset("phantom", SIDE, config.data_root, config.train_tiles).train
+    images, labels = train_split.images.permute(0, 2, 3, 1).numpy(), train_split.labels.numpy()
+    path = config.data_root / f"pathmnist_{SIDE}.npz"
+    np.savez(path, train_images=images, train_labels=labels.astype(np.uint8)[:, None])
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn) as plain, ProcessPoolExecutor(1, spawn) as ours:
+        workers = plain.submit(prepare_plain, config, compute).result()
+        ours.submit(prepare_ours, config, compute).result()  # after the other: warming up takes all cores
+        turns = [[len(labels) / one.submit(turn).result() for one in (plain, ours)] for _ in range(TURNS)]
+    rates = {"plain": [one[0] for one in turns], "ours": [one[1] for one in turns]}
+    rates["ratio"] = [one[1] / one[0] for one in turns]
     return {
         "network": f"{config.model_name}, batch {config.batch_size}, augmentation {config.augmentation}",
         "workers": workers,
-        **{name: {"median": median(all_), "range": [min(all_), max(all_)]} for name, all_ in found.items()},
+        **{name: {"median": median(all_), "range": [min(all_), max(all_)]} for name, all_ in rates.items()},
     }
 
 
@@ -172,20 +164,20 @@ def table() -> list[str]:
     return markdown_table([f"{SIDE} px inputs", "device", "plain loop", "ours", "ours / plain"], "llrrr", rows)
 
 
-def main(config: BenchConfig) -> None:
+def main(config: Keys) -> None:
     """Measure both tasks, write the record, fill the page."""
     compute, rows = Compute.of("auto", "auto"), []
     for configuration, steps in CONFIGS.items():
         with tempfile.TemporaryDirectory() as folder:
             keys = {"dataset": "phantom", "size": SIDE, "run_id": "bench", "wandb": "disabled"}
             task = configuration(**keys, data_root=folder, output_dir=folder)
-            on_gpu = compute.device.type == "cuda"
-            rows.append(compare(task, GPU_TILES if on_gpu else steps * task.batch_size, config.repeats))
+            n_tiles = GPU_TILES if compute.device.type == "cuda" else steps * task.batch_size
+            rows.append(compare(task.replaced(train_tiles=n_tiles), compute))
         print(f"{rows[-1]['network']}: ours / plain {rows[-1]['ratio']['median']:.2f}", flush=True)
-    facts = {"device": compute.name, "repeats": config.repeats, **provenance(("torch", "torchvision", "numpy"))}
+    facts = {"device": compute.name, "repeats": TURNS, **provenance(("torch", "torchvision", "numpy"))}
     write_json(FOLDER / f"throughput-{compute.device.type}.json", {**facts, "rows": rows})
     write_text(PAGE, filled(read_text(PAGE), "bench", table()))
 
 
 if __name__ == "__main__":
-    run_script(main, BenchConfig)
+    run_script(main, Keys)
