@@ -13,7 +13,6 @@ from urllib.parse import unquote
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from common.cli import Fault
 from common.files import read_text
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -23,7 +22,7 @@ def html_page(markdown: str, folder: Path) -> str:
     """The HTML of `markdown` with every figure inside; paths of figures are relative to `folder`.
 
     Comments are left out, and other HTML in the page is shown as it is written. Links to files beside the page
-    become plain text: the page is read where these files are not. Raises Fault where a figure cannot be read.
+    become plain text: the page is read where these files are not. Raises OSError where a figure cannot be read.
     """
     renderer = MarkdownIt("commonmark", {"html": False}).enable("table")
     renderer.add_render_rule("table_open", lambda *_: '<div class="table"><table>\n')
@@ -65,11 +64,7 @@ def _add_anchors(tokens: Sequence[Token]) -> list[tuple[str, str, str]]:
 def _inside(path: Path) -> str:
     """The file as a data URI."""
     kind, _ = mimetypes.guess_type(path.name)
-    try:
-        content = base64.b64encode(path.read_bytes()).decode()
-    except OSError as error:
-        raise Fault(f"{path}: {error.strerror}; python -m study.report draws the figures of the page") from None
-    return f"data:{kind};base64,{content}"
+    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def _without_local_links(tokens: Sequence[Token]) -> list[Token]:

@@ -108,15 +108,8 @@ def fill(content: str, tables: Tables) -> str:
 
 
 def with_digests(content: str, folder: Path) -> str:
-    """A page that tells the digest of each figure; Fault where one is missing."""
-
-    def figure(found: re.Match[str]) -> str:
-        try:
-            return f"{found[1]}<!-- sha256 {digest(folder / found[2])[:16]} -->"
-        except OSError as error:
-            raise Fault(f"{folder / found[2]}: {error.strerror}; the page shows this figure") from None
-
-    return FIGURE.sub(figure, content)
+    """A page that tells the digest of each figure. Raises OSError where one is missing."""
+    return FIGURE.sub(lambda found: f"{found[1]}<!-- sha256 {digest(folder / found[2])[:16]} -->", content)
 
 
 def first_difference(page: str, made: str) -> str | None:

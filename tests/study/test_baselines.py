@@ -9,7 +9,7 @@ import pytest
 import torch
 from sklearn.ensemble import HistGradientBoostingClassifier
 
-from common.cli import UsageError, run_script
+from common.cli import run_script
 from common.data.dataset import Split
 from common.data.shift import SHIFTS
 from common.records.read import Record
@@ -28,20 +28,6 @@ def test_the_features_are_the_statistics_of_colours_and_gradient() -> None:
     assert table[4:7] == pytest.approx([0, 0.5, 0])
     assert table[8:12] == pytest.approx([1, 0, 0, 0])  # the lowest quantile
     assert table[24:28] == pytest.approx([1, 1, 0, 1 / 6])  # the highest one
-
-
-@pytest.mark.parametrize(("tiles", "limit"), [(44, "least 45"), (89_997, "most 89996")])
-def test_too_few_and_too_many_training_tiles_are_refused(tiles: int, limit: str) -> None:
-    with pytest.raises(UsageError, match=f"--train_tiles {tiles}: must be at {limit}$"):
-        baselines.BaselinesConfig(train_tiles=tiles)
-
-
-def test_flips_and_turns_do_not_change_the_features() -> None:
-    images = torch.randint(0, 256, (1, 3, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    labels = torch.zeros(1, dtype=torch.int64)
-    expected = features(Split(images, labels))
-    for view in (images.flip(2), images.flip(3), images.rot90(1, (2, 3))):
-        np.testing.assert_allclose(features(Split(view, labels)), expected, atol=1e-6)
 
 
 class Column:
