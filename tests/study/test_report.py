@@ -94,17 +94,6 @@ def test_a_page_is_filled_from_the_records(study: Path) -> None:
     assert (study / "report.md").read_text() == page
 
 
-def test_a_row_appears_when_its_runs_are_finished(study: Path) -> None:
-    shutil.rmtree(study / "runs/task1-2")
-    for path in shutil.copytree(ROOT / "runs/task1-2", study / "runs/task1_64-2").glob("*.json"):
-        path.write_text(path.read_text().replace("task1-2", "task1_64-2"))
-    make(study)
-    assert re.search(
-        r"ResNet-18 \| 28 px \| 89,996 \| 2 \| .*\n.*ResNet-18 \| 28 px \| 89,996 \| 1 \|",
-        (study / "report.md").read_text(),
-    )
-
-
 def test_an_old_row_is_shown_until_the_new_one_has_runs(tables: Tables) -> None:
     old = dataclasses.replace(tables, rows={"old_tuned": tables.rows["old_tuned"]})
     assert list(old.shown) == ["old_tuned"]
@@ -308,15 +297,8 @@ def test_numbers_of_the_prose(tables: Tables) -> None:
     assert tables.number("old_tuned - old_scratch acc interval") == expected
     assert tables.number("task1 seeds") == "5"
     assert [tables.number(f"{which} combined acc") for which in ("least", "most")] == ["0.627", "0.726"]
-    matrix = np.mean(
-        [
-            (rows := np.array(record.summary["best"]["confusion_matrix"])) / rows.sum(axis=1, keepdims=True)
-            for record in tables.rows["task1"].records
-        ],
-        axis=0,
-    )
-    assert tables.number("task1 recall debris") == f"{matrix[2, 2]:.2f}"
-    assert tables.number("task1 taken cancer-associated stroma") == f"debris ({matrix[7, 2]:.0%})"
+    assert tables.number("task1 recall debris") == "0.79"
+    assert tables.number("task1 taken cancer-associated stroma") == "debris (33%)"
     wrong = [
         (arrays := record.arrays())["best_logits"].argmax(1) != arrays["targets"]
         for name in ("task1", "combined", "old_tuned", "old_scratch")
