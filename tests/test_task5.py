@@ -1,6 +1,7 @@
+"""Task 5: its keys and recipes, the cache of features, and a comparison from start to end."""
+
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ import task5
 from common.cli import UsageError, parse
 from common.data.batches import DeviceTiles
 from common.data.dataset import load_dataset
+from common.data.shift import SHIFTS
 from common.finetune import features, network
-from common.finetune.keys import RANDOM_VIEWS
 from common.finetune.weights import load_weights
 from common.records import checkpoint
 from common.training.evaluation import evaluate
@@ -40,7 +41,6 @@ def keys(root: Path, output: Path, weights: Path | str, *more: str) -> list[str]
     return [
         "--dataset=phantom",
         "--size=28",
-        "--input_size=28",
         "--train_tiles=90",
         f"--model_name={SMALL}",
         f"--weights={weights}",
@@ -58,9 +58,9 @@ def keys(root: Path, output: Path, weights: Path | str, *more: str) -> list[str]
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, phantom_root: Path, weights: Path) -> Path:
-    """The output folder of a comparison over two seeds."""
+    """The output folder of a comparison."""
     output = tmp_path_factory.mktemp("output")
-    task5.main(read(*keys(phantom_root, output, weights, "--n_seeds=2")))
+    task5.main(read(*keys(phantom_root, output, weights)))
     return output
 
 
@@ -68,9 +68,8 @@ def test_the_defaults_are_the_courseworks() -> None:
     config = read()
     assert config.model_name == "mobilenet_v3_large"
     assert config.weights == "MobileNet_V3_Large_Weights.IMAGENET1K_V2"
-    assert (config.train_part, config.adapt_batchnorm, config.cache_features) == ("classifier", False, None)
+    assert (config.train_part, config.adapt_batchnorm, config.cache_features) == ("classifier", False, True)
     assert (config.n_epochs, config.batch_size, config.label_smoothing) == (20, 512, 0.1)
-    assert config.lr < task5.FROM_SCRATCH["lr"]
 
 
 def test_weights_imply_their_network_and_a_network_implies_its_weights() -> None:
@@ -99,18 +98,7 @@ def test_the_recipe_of_the_network_is_implied_and_can_be_overridden() -> None:
     [
         (["--weights=none", "--train_part=head"], "--train_part head: random weights cannot stay frozen"),
         (["--train_part=all", "--adapt_batchnorm"], "--adapt_batchnorm: with --train_part all"),
-        (["--unfreeze_epoch=3"], "--unfreeze_epoch 3: only --train_part all unfreezes"),
-        (["--train_part=all", "--cache_features"], "--cache_features: not possible with --train_part all"),
-        (["--mixup_alpha=1", "--cache_features"], "--cache_features: not possible with mixup or cutmix"),
-        (
-            ["--cache_features=False", "--feature_views=2"],
-            "--feature_views 2: no features are cached here",
-        ),
-        (
-            ["--augmentation=dihedral", "--feature_views=3"],
-            "--feature_views 3: with augmentation dihedral it is 8",
-        ),
-        (["--weights=ResNet18_Weights.V9"], "--weights ResNet18_Weights.V9: torchvision has no such weights"),
+        (["--weights=ResNet18_Weights.V9"], "--weights ResNet18_Weights.V9: torchvision has none such"),
     ],
 )
 def test_contradictions_are_refused_in_one_line(arguments: list[str], message: str) -> None:
@@ -121,34 +109,30 @@ def test_contradictions_are_refused_in_one_line(arguments: list[str], message: s
 
 
 def test_features_are_cached_where_that_is_possible() -> None:
-    assert read("--augmentation=none").feature_views == 1
-    assert read("--augmentation=dihedral").feature_views == 8
-    assert read("--augmentation=stain").feature_views == RANDOM_VIEWS
-    for arguments in (["--train_part=all"], ["--adapt_batchnorm"], ["--cutmix_alpha=1"], ["--weights=none"]):
+    views = {"none": 1, "dihedral": 8, "stain": 16}
+    assert {name: read(f"--augmentation={name}").feature_views for name in views} == views
+    assert read("--augmentation=stain", "--feature_views=4").feature_views == 4
+    for arguments in (["--train_part=all"], ["--adapt_batchnorm"], ["--cutmix_alpha=1"], ["--mixup_alpha=1"]):
         config = read(*arguments)
         assert (config.cache_features, config.feature_views) == (False, None)
 
 
-def test_the_runs_from_scratch_differ_in_what_scratch_needs_and_share_seed_and_budget() -> None:
-    runs = read("--run_id=r", "--n_seeds=2", "--seed=3", "--augmentation=stain").runs()
-    assert [run.run_id for run in runs] == ["r", "r-scratch", "r-seed4", "r-scratch-seed4"]
-    for tuned, scratch in ((runs[0], runs[1]), (runs[2], runs[3])):
-        one, other = tuned.as_dict(), scratch.as_dict()
-        differing = {name for name in one if one[name] != other[name]}
-        assert differing <= {*task5.FROM_SCRATCH, "weights", "run_id"}
-        assert scratch.train_part == "all"
-        assert tuned.seed == scratch.seed
-    alone = read("--weights=none", "--run_id=r")
-    assert [run.run_id for run in alone.runs()] == ["r"]
-    made = runs[1].as_dict()
-    direct = read("--weights=none", "--run_id=r-scratch", "--seed=3", "--augmentation=stain", "--n_seeds=2")
-    assert direct.as_dict() == made
+def test_the_run_from_scratch_differs_in_what_scratch_needs_and_shares_seed_and_budget() -> None:
+    tuned, scratch = read("--run_id=r", "--seed=3", "--augmentation=stain", "--resume").runs()
+    one, other = tuned.as_dict(), scratch.as_dict()
+    differing = {name for name in one if one[name] != other[name]}
+    implied = {"weights", "run_id", "resume", "cache_features", "feature_views"}
+    assert implied < differing <= {*task5.FROM_SCRATCH, *implied}
+    assert (scratch.run_id, scratch.train_part, scratch.resume) == ("r-scratch", "all", False)
+    direct = read("--weights=none", "--run_id=r-scratch", "--seed=3", "--augmentation=stain")
+    assert direct.as_dict() == other
+    assert direct.runs() == [direct]
 
 
 def test_a_comparison_leaves_its_records_and_figures_and_nothing_else(finished: Path) -> None:
     files = {str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file()}
     expected = {"runs/r/comparison.md", "fig/task5/r-comparison.png"}
-    for run_id in ("r", "r-scratch", "r-seed1", "r-scratch-seed1"):
+    for run_id in ("r", "r-scratch"):
         expected |= {
             f"runs/{run_id}/{name}" for name in ("config.json", "history.csv", "summary.json", "scores.npz")
         }
@@ -191,11 +175,8 @@ def test_the_comparison_is_that_of_the_records(finished: Path) -> None:
     lines = (finished / "runs/r/comparison.md").read_text().splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     assert rows[0] == ["", "fine-tuned", "from scratch", "difference"]
-    scores = [
-        [json.loads((finished / f"runs/{run_id}/summary.json").read_text())["test/acc"] for run_id in run_ids]
-        for run_ids in (("r", "r-seed1"), ("r-scratch", "r-scratch-seed1"))
-    ]
-    tuned, scratch = map(np.mean, scores)
+    summaries = [json.loads((finished / f"runs/{run_id}/summary.json").read_text()) for run_id in ("r", "r-scratch")]
+    tuned, scratch = (summary["test/acc"] for summary in summaries)
     assert ["test ACC", f"{tuned:.3f}", f"{scratch:.3f}", f"{tuned - scratch:+.3f}"] in rows
 
 
@@ -204,59 +185,19 @@ def test_the_command_again_skips_what_is_finished_and_compares_again(
 ) -> None:
     before = (finished / "runs/r/comparison.md").read_text()
     trained = {path: path.stat().st_mtime_ns for path in finished.rglob("summary.json")}
-    task5.main(read(*keys(phantom_root, finished, weights, "--n_seeds=2")))
+    task5.main(read(*keys(phantom_root, finished, weights)))
     assert trained == {path: path.stat().st_mtime_ns for path in finished.rglob("summary.json")}
     assert (finished / "runs/r/comparison.md").read_text() == before
-    assert "run r-scratch-seed1 is finished already" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("run_id", "change", "message"),
-    [
-        (
-            "r-scratch-seed1",
-            {"config": {"lr": 0.123}},
-            r"run r-scratch-seed1 was started with another .*lr was 0\.123",
-        ),
-        ("r", {"data_fingerprint": "other"}, "data_fingerprint was other"),
-        ("r", {"weights": {"name": "w", "source": "s", "sha256": "0"}}, "weights_sha256 was 0"),
-    ],
-)
-def test_finished_runs_of_another_kind_are_refused_before_anything_is_trained(
-    run_id: str,
-    change: dict[str, Any],
-    message: str,
-    finished: Path,
-    phantom_root: Path,
-    weights: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    path = finished / f"runs/{run_id}/config.json"
-    before = path.read_text()
-    record = json.loads(before)
-    if "config" in change:
-        change = {"config": {**record["config"], **change["config"]}}
-    path.write_text(json.dumps({**record, **change}))
-    monkeypatch.setattr(task5, "train", lambda *_: pytest.fail("nothing may be trained"))
-    with pytest.raises(UsageError, match=message):
-        task5.main(read(*keys(phantom_root, finished, weights, "--n_seeds=3")))
-    path.write_text(before)
-
-
-def test_resume_is_asked_of_the_first_run_alone_and_a_finished_one_is_refused(
-    finished: Path, phantom_root: Path, weights: Path, tmp_path: Path
-) -> None:
-    runs = read("--run_id=r", "--resume", "--n_seeds=2").runs()
-    assert [run.resume for run in runs] == [True, False, False, False]
-    with pytest.raises(UsageError, match="--resume: run r has no checkpoint"):
-        task5.main(read(*keys(phantom_root, tmp_path, weights, "--resume")))
+    assert "run r-scratch is finished already" in capsys.readouterr().out
     with pytest.raises(UsageError, match="run r is finished already"):
         task5.main(read(*keys(phantom_root, finished, weights, "--scratch=False")))
+    with pytest.raises(UsageError, match=r"run r was started with another .*lr was 0\.01"):
+        task5.main(read(*keys(phantom_root, finished, weights, "--lr=0.02")))
 
 
-def test_several_runs_from_random_weights_have_nothing_to_compare(phantom_root: Path, tmp_path: Path) -> None:
-    task5.main(read(*keys(phantom_root, tmp_path, "none", "--n_seeds=2", "--n_epochs=1")))
-    assert all((tmp_path / f"runs/{run_id}/summary.json").exists() for run_id in ("r", "r-seed1"))
+def test_a_run_from_random_weights_alone_has_nothing_to_compare(phantom_root: Path, tmp_path: Path) -> None:
+    task5.main(read(*keys(phantom_root, tmp_path, "none", "--n_epochs=1")))
+    assert (tmp_path / "runs/r/summary.json").exists()
     assert not (tmp_path / "runs/r/comparison.md").exists()
 
 
@@ -274,24 +215,21 @@ def test_the_cache_changes_how_long_a_run_takes_and_not_what_it_finds(
     assert not (tmp_path / "runs/r/comparison.md").exists()
 
 
-def test_features_are_cached_where_they_fit_into_60_percent_of_the_free_memory(
-    phantom_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_cache_that_takes_more_than_60_percent_of_the_memory_is_refused(
+    phantom_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Of 90 training tiles in 8 views, 10 validation tiles plain and under 3 shifts, and 18 test tiles in 8 views:
-    # 904 rows of 576 float32 values.
-    size = 904 * 576 * 4
-    config = read(*keys(phantom_root, tmp_path, "w.pth"))
+    config = read("--dataset=phantom", f"--model_name={SMALL}", "--input_size=32")
     dataset = load_dataset("phantom", 28, phantom_root, 90)
-    assert 10**7 < features.free_memory(CPU.device) < 10**14
-    for free, found in ((size / 0.6 + 1, (True, 8)), (size / 0.6 - 1, (False, None))):
-        monkeypatch.setattr(features, "free_memory", lambda device, free=free: free)
-        decided = features.decide_caching(config, (576,), dataset, CPU.device)
-        assert (decided.cache_features, decided.feature_views) == found
-    problem = "the features of all tiles take 0.0 GB, more than 60% of the 0.0 GB of free memory"
-    assert capsys.readouterr().out == f"features are not cached: {problem}\n"
-    with pytest.raises(UsageError, match=f"--cache_features: {problem}; lower --input_size or --feature_views"):
-        wanted = config.replaced(cache_features=True)
-        features.decide_caching(wanted, (576,), dataset, CPU.device)
+    model = network.build_fine_tuned(SMALL, 9, load_weights("none", SMALL, Path()), 32)
+    size = 8 * 90 * 576 * 4  # views, training tiles, float32 values of 4 bytes
+    pages = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": int(size / 0.6) + 1}
+    monkeypatch.setattr(features.os, "sysconf", pages.get)
+    features.cached_splits(model, dataset, config, CPU)
+    pages["SC_PHYS_PAGES"] -= 2
+    with pytest.raises(
+        UsageError, match=r"features of all tiles take 0\.0 GB .*; add --cache_features=False, and"
+    ):
+        features.cached_splits(model, dataset, config, CPU)
 
 
 @pytest.mark.parametrize(
@@ -299,30 +237,25 @@ def test_features_are_cached_where_they_fit_into_60_percent_of_the_free_memory(
     [("none", True, (1, 8)), ("dihedral", False, (8, 1)), ("stain", True, (16, 8))],
 )
 def test_cached_splits_have_the_views_that_training_and_test_time_augmentation_need(
-    augmentation: str,
-    tta: bool,
-    views: tuple[int, int],
-    phantom_root: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    augmentation: str, tta: bool, views: tuple[int, int], phantom_root: Path
 ) -> None:
-    config = read(
-        "--dataset=phantom", f"--model_name={SMALL}", "--input_size=32", f"--augmentation={augmentation}"
-    )
-    config = config.replaced(tta=tta)
-    untrained = load_weights("none", SMALL, tmp_path)
-    model = network.build_fine_tuned(SMALL, 9, untrained, 32)
-    splits = features.cached_splits(model, load_dataset("phantom", 28, phantom_root, 90), config, CPU)
-    first = torch.arange(5)
-    assert capsys.readouterr().out == "computing the features of all tiles, once for all epochs\n"
+    arguments = ["--dataset=phantom", f"--model_name={SMALL}", "--input_size=32", f"--tta={tta}"]
+    config = read(*arguments, f"--augmentation={augmentation}")
+    model = network.build_fine_tuned(SMALL, 9, load_weights("none", SMALL, Path()), 32)
+    for module in model.modules():  # else random weights give almost the same features for all tiles
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_var.fill_(0.1)
+    dataset, first = load_dataset("phantom", 28, phantom_root, 90), torch.arange(5)
+    splits = features.cached_splits(model, dataset, config, CPU)
+    test = splits.test()
+    assert (len(splits.train.features), len(test.features)) == views
+    assert [name for name, _ in splits.shifted()] == list(SHIFTS)
     assert model.takes_features
-    assert (len(splits.train.features), len(splits.test().features)) == views
-    assert len(list(splits.val.views(first)[0])) == 1
-    assert [name for name, _ in splits.shifted()] == list(features.SHIFTS)
-    for tiles in (splits.train, splits.test()):
-        plain, *others = tiles.features[:, first]
-        assert torch.equal(plain, tiles.inputs(first)[0])
-        assert not any(torch.equal(plain, other) for other in others)
+    for cached, split in ((splits.train, dataset.train), (splits.val, dataset.val), (test, dataset.test)):
+        assert len(cached.features[:, first].unique(dim=0)) == len(cached.features)
+        inputs, _ = DeviceTiles(split, CPU.device, 32).inputs(first)
+        with torch.no_grad():
+            torch.testing.assert_close(cached.features[0, first], model.features(inputs))
 
 
 def test_a_run_starts_from_another_runs_weights(finished: Path, phantom_root: Path) -> None:
@@ -333,28 +266,6 @@ def test_a_run_starts_from_another_runs_weights(finished: Path, phantom_root: Pa
     second = checkpoint.load(finished / "checkpoints/second/best.pt")["state_dict"]
     assert torch.equal(first["mean"], second["mean"])
     assert torch.equal(first["network.features.3.block.0.0.weight"], second["network.features.3.block.0.0.weight"])
-
-
-def test_more_than_the_classifier_is_trained_only_from_the_unfreezing_epoch_on(
-    phantom_root: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[dict[str, torch.Tensor]] = []
-    original = task5.Run.log_epoch
-
-    def noted(self: task5.Run, history: Any) -> None:
-        original(self, history)
-        seen.append(checkpoint.load(self.checkpoints / "last.pt")["evaluated_state_dict"])
-
-    monkeypatch.setattr(task5.Run, "log_epoch", noted)
-    more = ["--train_part=all", "--unfreeze_epoch=3", "--n_epochs=3", "--ema_decay=0.9", "--scratch=False"]
-    task5.main(read(*keys(phantom_root, tmp_path, weights, *more, "--weight_decay=0.1")))
-    before = checkpoint.load(weights)
-    frozen = [name for name in before if not name.startswith("classifier")]
-    for epoch in (0, 1):
-        assert all(torch.equal(seen[epoch][f"network.{name}"], before[name]) for name in frozen)
-    moved = {name for name in frozen if not torch.equal(seen[2][f"network.{name}"], before[name])}
-    assert {name.rpartition(".")[2] for name in moved} >= {"weight", "bias", "running_mean", "running_var"}
-    assert not torch.equal(seen[0]["network.classifier.0.weight"], before["classifier.0.weight"])
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
-from typing import TypeVar
 
 import torch
 from tqdm import tqdm
@@ -14,13 +12,11 @@ from common.cli import UsageError
 from common.data.augment import build_augmentation, dihedral_view
 from common.data.batches import RESIDENT_SHARE, Batch, DeviceTiles, Splits, normalise
 from common.data.dataset import Dataset, Split
-from common.data.shift import SHIFTS, shifted
+from common.data.shift import shifted
 from common.finetune.keys import FineTuningConfig
 from common.finetune.network import FineTunedNetwork
 from common.training.device import Compute
 from common.training.loop import generator
-
-C = TypeVar("C", bound=FineTuningConfig)
 
 CACHING_BATCH = 256
 View = Callable[[torch.Tensor], torch.Tensor]  # uint8 (B, 3, H, W) to the same
@@ -79,53 +75,34 @@ def cached_splits(model: FineTunedNetwork, dataset: Dataset, config: FineTuningC
     """The features of all splits; from then on the model takes features instead of tiles.
 
     Training tiles have `feature_views` views, test tiles all 8 dihedral views where `tta` needs them; all other
-    tiles have one view, which is not augmented.
+    tiles have one view, which is not augmented. Raises UsageError where those of the training tiles need too much
+    memory.
     """
+    cuda = compute.device.type == "cuda"
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = torch.cuda.mem_get_info(compute.device)[0] if cuda else pages
+    size = 4 * (config.feature_views or 1) * len(dataset.train) * math.prod(model.feature_shape)  # float32
+    if size > RESIDENT_SHARE * memory:
+        problem = f"the features of all tiles take {size / 1e9:.1f} GB of {memory / 1e9:.1f} GB of memory"
+        raise UsageError(f"{problem}; add --cache_features=False, and another --run_id")
     model.to(compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    augment = build_augmentation(config.augmentation)
     turned: list[View] = [partial(dihedral_view, view=number) for number in range(8)]
-    plain = turned[:1]
+    plain, views = turned[:1], turned
+    if config.augmentation != "dihedral":
+        streams = [generator(config.seed, number, "views") for number in range(1, config.feature_views or 1)]
+        views = [*plain, *((lambda images, stream=stream: augment(images, stream)) for stream in streams)]
 
-    def augmented(number: int) -> View:
-        augment, stream = build_augmentation(config.augmentation), generator(config.seed, number, "views")
-        return lambda images: augment(images, stream)
-
-    def cached(split: Split, views: Sequence[View]) -> CachedFeatures:
+    def cached(split: Split, views: Sequence[View] = plain) -> CachedFeatures:
         tiles = DeviceTiles(split, compute.device, config.input_size)
         return cache_features(model, tiles, views, compute)
 
     print("computing the features of all tiles, once for all epochs", flush=True)
-    random = [*plain, *(augmented(number) for number in range(1, config.feature_views or 1))]
-    train = cached(dataset.train, turned if config.augmentation == "dihedral" else random)
-    val = cached(dataset.val, plain)
-    test = cached(dataset.test, turned if config.tta else plain)
-    foreign = [(name, cached(split, plain)) for name, split in shifted(dataset.val, config.input_size)]
+    train, val = cached(dataset.train, views), cached(dataset.val)
     model.takes_features = True
-    return Splits(train, val, lambda: test, lambda: iter(foreign))
-
-
-def decide_caching(config: C, feature_shape: Sequence[int], dataset: Dataset, device: torch.device) -> C:
-    """Set `cache_features`, for all runs of a command: True unless the features do not fit into memory.
-
-    `feature_shape` is that of one view of one tile. Where the features do not fit, one line is printed; it is a
-    UsageError where `cache_features` is True.
-    """
-    views = (config.feature_views or 1) * len(dataset.train) + (1 + len(SHIFTS)) * len(dataset.val)
-    views += (8 if config.tta else 1) * len(dataset.test)
-    size, free = 4 * views * math.prod(feature_shape), free_memory(device)  # float32
-    if size <= RESIDENT_SHARE * free:
-        return config.replaced(cache_features=True)
-    problem = f"the features of all tiles take {size / 1e9:.1f} GB, more than {RESIDENT_SHARE:.0%} of the "
-    problem += f"{free / 1e9:.1f} GB of free memory"
-    if config.cache_features:
-        raise UsageError(f"--cache_features: {problem}; lower --input_size or --feature_views, or leave it out")
-    print(f"features are not cached: {problem}")
-    return config.replaced(cache_features=False, feature_views=None)
-
-
-def free_memory(device: torch.device) -> int:
-    """The bytes of memory that the device has left; for a CPU those that the system can give without swapping."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    with suppress(OSError, KeyError), open("/proc/meminfo", encoding="ascii") as file:
-        return int(dict(line.split(":") for line in file)["MemAvailable"].split()[0]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # only Linux says what is free
+    return Splits(
+        train,
+        val,
+        lambda: cached(dataset.test, turned if config.tta else plain),
+        lambda: ((name, cached(split)) for name, split in shifted(dataset.val, config.input_size)),
+    )

@@ -1,14 +1,14 @@
 """Networks that start from weights trained elsewhere: their inputs, and which part of them is trained."""
 
 import re
+import textwrap
 from collections import OrderedDict
-from collections.abc import Collection
 
 import torch
 from torch import nn
 
 from common.cli import UsageError
-from common.finetune.weights import Preset, Weights, library_name
+from common.finetune.weights import Weights, library_name
 from common.training.models import build_model
 
 TRAIN_PARTS = ("head", "classifier", "all")
@@ -20,9 +20,7 @@ def last_layer(network: nn.Module) -> tuple[str, nn.Linear]:
     """The name of the layer that gives the logits, which is the last linear one, and the layer."""
     layers = [(name, module) for name, module in network.named_modules() if isinstance(module, nn.Linear)]
     if not layers:
-        raise UsageError(
-            f"--model_name: {type(network).__name__} has no linear last layer to replace; choose another"
-        )
+        raise UsageError(f"--model_name: {type(network).__name__} has no linear last layer; choose another")
     return layers[-1]
 
 
@@ -41,36 +39,27 @@ class FineTunedNetwork(nn.Module):
     std: torch.Tensor
 
     def __init__(
-        self,
-        network: nn.Module,
-        preset: Preset,
-        size: int,
-        train_part: str = "classifier",
-        adapt_batchnorm: bool = False,
+        self, network: nn.Module, weights: Weights, size: int, train_part: str, adapt_batchnorm: bool = False
     ) -> None:
         super().__init__()
         self.network = network
         self.takes_features = False
         self.adapt_batchnorm = adapt_batchnorm
-        self.register_buffer("mean", torch.tensor(preset.mean).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(preset.std).view(3, 1, 1))
+        self.frozen = train_part != "all"
+        self.register_buffer("mean", torch.tensor(weights.mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(weights.std).view(3, 1, 1))
         last, _ = last_layer(network)
         self.head_name = last if train_part == "head" else last.partition(".")[0]
         with torch.no_grad():
             self.feature_shape = self.eval().features(torch.zeros(1, 3, size, size)).shape[1:]
-        self.freeze(train_part != "all")
+        network.requires_grad_(not self.frozen)
+        self.head.requires_grad_(True)
+        self.train()
 
     @property
     def head(self) -> nn.Module:
         """The part after the frozen one."""
         return self.network.get_submodule(self.head_name)
-
-    def freeze(self, frozen: bool) -> None:
-        """Freeze all but the head, or train everything from now on."""
-        self.frozen = frozen
-        self.network.requires_grad_(not frozen)
-        self.head.requires_grad_(True)
-        self.train()
 
     def train(self, mode: bool = True) -> "FineTunedNetwork":
         """As nn.Module.train, except that the frozen part stays in eval mode."""
@@ -121,56 +110,32 @@ def build_fine_tuned(
     layer.reset_parameters()
     if weights.state_dict is not None:
         load_into(network, weights, last)
-    return FineTunedNetwork(network, weights.preset, size, train_part, adapt_batchnorm)
+    return FineTunedNetwork(network, weights, size, train_part, adapt_batchnorm)
 
 
 def load_into(network: nn.Module, weights: Weights, last: str) -> None:
     """Load the weights into `network`, all but its last layer, which is called `last`.
 
     A prefix that all names have before the network's own, such as `module.` of DataParallel, is left out, with a
-    line. Then the network's own `load_state_dict` converts what older versions of its library have written. Raises
+    line. The network's own `load_state_dict` converts what older versions of its library have written. Raises
     UsageError, with the first tensor that does not fit, where the weights belong to another network.
     """
     own, state = network.state_dict(), weights.state_dict or {}
-    given = {OLD_DENSENET.sub(r"\1", name): value for name, value in state.items()}
-    if prefix := _prefix(given, own):
+    first = next(iter(own))
+    prefix = min((name for name in state if name.endswith(first)), key=len, default=first).removesuffix(first)
+    if prefix and all(name.startswith(prefix) for name in state):
         print(f"weights {weights.name}: all names begin with {prefix}, which is left out")
-    given = OrderedDict((name.removeprefix(prefix), value) for name, value in given.items())
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
+    given = OrderedDict((OLD_DENSENET.sub(r"\1", name), value) for name, value in state.items())
     given |= {name: value for name, value in own.items() if name.startswith(f"{last}.")}
     # Without the versions of the network's parts, each converts from its oldest one; MNASNet must know its own.
     given._metadata = {"": {"version": network._version}}  # type: ignore[attr-defined]
-    remedy = "name the network of these weights with --model_name, or other weights"
-    problem, missing, unknown = None, [], []
-    if odd := [name for name, value in given.items() if value.layout != torch.strided or value.is_quantized]:
-        problem = f"{odd[0]} is no dense tensor"
-    else:
-        try:
-            missing, unknown = network.load_state_dict(given, strict=False)
-        except RuntimeError as error:  # its second line names the first tensor that does not fit
-            problem = str(error).splitlines()[1].strip()
-    if missing or unknown:
-        problem = f"no tensor {missing[0]}" if missing else f"an unknown tensor {unknown[0]}"
-    similar = [name for name in unknown if missing and missing[0] in name]
-    if similar:
-        before, _, after = min(similar, key=len).partition(missing[0])
-        parts = [f"the prefix {before}"] * bool(before) + [f"the suffix {after}"] * bool(after)
-        remedy = f"its name has {' and '.join(parts)} there; save the weights without it"
-    for name, value in network.state_dict().items():
-        if not problem and not value.isfinite().all():
-            problem = f"{name} has values that are not finite"
-    if problem:
-        raise UsageError(f"--weights {weights.name}: {problem}: {remedy}")
-
-
-def _prefix(names: Collection[str], own: Collection[str]) -> str:
-    """The beginning, up to a dot, that all of `names` have before the network's `own` names; "" where none has."""
-    first = next(iter(names), "")
-    for prefix in ("", *(first[: dot.end()] for dot in re.finditer(r"\.", first))):
-        if all(name.startswith(prefix) for name in names) and any(
-            name.removeprefix(prefix) in own for name in names
-        ):
-            return prefix
-    return ""
+    try:
+        network.load_state_dict(given)
+    except RuntimeError as error:  # its second line names the first tensors that do not fit
+        problem = textwrap.shorten(str(error).splitlines()[1], 200)
+        remedy = "name the network of these weights with --model_name, or other weights"
+        raise UsageError(f"--weights {weights.name}: {problem}: {remedy}") from None
 
 
 def lr_factors(model: FineTunedNetwork, first: float) -> dict[str, float]:

@@ -12,13 +12,11 @@ have a size or a colour that is far from that of PathMNIST's tiles: do not trust
 import csv
 import io
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
-from pydantic import field_validator
+from PIL import Image, ImageOps
 
 from common.cli import Fault, Keys, UsageError, first_line, key, run_script
 from common.config import device_key
@@ -29,7 +27,6 @@ from common.training.device import Compute
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".gif", ".bmp", ".webp")  # of the pictures in a folder
 FORMATS = ("PNG", "JPEG", "TIFF", "GIF", "BMP", "WEBP")  # Pillow's names for them
-BITS_PER_SAMPLE = 258  # a tag of TIFF
 LARGEST_SIDE = 448  # pixels; an original tile has 224
 
 
@@ -42,15 +39,6 @@ class PredictConfig(Keys):
     output_dir: Path = key(Path(), "folder that has the run's checkpoints/ and runs/")
     device: str = device_key()
 
-    @field_validator("csv")
-    @classmethod
-    def _is_new_or_a_table(cls, path: Path | None) -> Path | None:
-        if path and (path.is_symlink() or (path.exists() and not path.is_file())):
-            raise ValueError("is there already, and is no regular file; without --csv the table goes to stdout")
-        if path and path.suffix.lower() != ".csv":
-            raise ValueError("the name must end in .csv")
-        return path
-
 
 def main(config: PredictConfig) -> None:
     """Network and pictures → tiles → probabilities → table."""
@@ -58,17 +46,17 @@ def main(config: PredictConfig) -> None:
         raise UsageError(
             "needs a network and pictures: python -m common.finetune.predict RUN_ID_OR_BEST.PT PICTURE_OR_FOLDER…"
         )
+    if config.csv and config.csv.suffix.lower() != ".csv":  # else a slip would replace a picture
+        raise UsageError(f"--csv {config.csv}: the name must end in .csv")
     device = Compute.of(config.device, "fp32").device
     file = Path(config.network).expanduser()
     paths = [path for name in config.pictures for path in picture_files(name)]
-    for path in [*paths, file]:
-        if config.csv and config.csv.exists() and path.exists() and path.samefile(config.csv):
-            raise UsageError(f"--csv {config.csv}: is an input of this command; name another file")
     trained = load_trained(file, device) if file.is_file() else load_run(config.output_dir, config.network, device)
 
     names = trained.class_names
     rows = []
     for path in paths:
+        shown = str(path).encode(errors="replace").decode()  # a name may have bytes that are no text
         best, row = "", [""] * len(names)  # of a picture that cannot be read
         try:
             tile, remark = read_picture(path, trained.size)
@@ -77,13 +65,13 @@ def main(config: PredictConfig) -> None:
         except Fault as fault:
             remark = str(fault)
         if remark:
-            print(f"warning: {one_line(path)}: {remark}", file=sys.stderr)
-        rows.append([one_line(path), best, max(row), remark, *row])
+            print(f"warning: {shown}: {remark}", file=sys.stderr)
+        rows.append([shown, best, max(row), remark, *row])
+    if not any(best for _, best, *_ in rows):
+        raise Fault("none of the pictures can be read")
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerows([["file", "class", "probability", "warning", *names], *rows])
-    if not any(best for _, best, *_ in rows):
-        raise Fault(f"none of the pictures can be read: {one_line(path)} {remark}")
     if config.csv:
         write_text(config.csv, table.getvalue())
     else:
@@ -95,15 +83,14 @@ def picture_files(path: Path) -> list[Path]:
 
     In a folder, hidden files and folders are left out, such as `._tile.png` of a Mac and `.ipynb_checkpoints`.
     """
-    path = path.expanduser()
     if not path.is_dir():
         if path.exists():
             return [path]
-        raise UsageError(f"{one_line(path)}: no such file or folder")
+        raise UsageError(f"{path}: no such file or folder")
     found = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES and not file.is_dir()]
     shown = [file for file in found if not any(name.startswith(".") for name in file.relative_to(path).parts)]
     if not shown:
-        raise UsageError(f"{one_line(path)}: no pictures here ({', '.join(SUFFIXES)})")
+        raise UsageError(f"{path}: no pictures here ({', '.join(SUFFIXES)})")
     return shown
 
 
@@ -114,17 +101,11 @@ def read_picture(path: Path, size: int) -> tuple[torch.Tensor, str]:
     frames or pages the first one is taken. Raises Fault where the file is no picture of 8 bits per channel.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as picture:
-                bits = getattr(picture, "tag_v2", {}).get(BITS_PER_SAMPLE, (8,))
-                if picture.mode.startswith(("I", "F")) or max(bits) > 8:  # Pillow reads some of them wrongly
-                    raise ValueError("more than 8 bits per channel: save it as an 8-bit RGB picture")
-                n_frames = getattr(picture, "n_frames", 1)
-                layer = ImageOps.exif_transpose(picture).convert("RGBA")
-    except UnidentifiedImageError:
-        raise Fault(f"cannot be read: none of {', '.join(FORMATS)}, or damaged") from None
+        with Image.open(path, formats=FORMATS) as picture:
+            if picture.mode.startswith(("I", "F")):
+                raise ValueError("more than 8 bits per channel: save it as an 8-bit RGB picture")
+            n_frames = getattr(picture, "n_frames", 1)
+            layer = ImageOps.exif_transpose(picture).convert("RGBA")
     except Exception as error:  # a damaged file makes Pillow raise many types
         raise Fault(f"cannot be read ({getattr(error, 'strerror', None) or first_line(error)})") from error
     image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
@@ -137,12 +118,6 @@ def read_picture(path: Path, size: int) -> tuple[torch.Tensor, str]:
     if not has_stained_colours(*tile.mean((0, 1)).tolist()):
         remarks.append(f"{far} its mean colour is not that of tissue stained with haematoxylin and eosin")
     return torch.from_numpy(tile).permute(2, 0, 1), "; ".join(remarks)
-
-
-def one_line(path: Path) -> str:
-    """The path in one line of UTF-8: a line break, or a byte that is no text, is written as an escape."""
-    letters = (letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(path))
-    return "".join(letters)
 
 
 if __name__ == "__main__":

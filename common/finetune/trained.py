@@ -1,34 +1,25 @@
-"""A trained network from its checkpoint, with all that it needs to label pictures.
+"""A trained network from its checkpoint, with all that it needs to label pictures; README has an example."""
 
-from common.finetune.trained import load_trained
-
-trained = load_trained("checkpoints/RUN_ID/best.pt")
-probabilities = trained(images)    # uint8 (N, 3, H, W), H = W = trained.size; float32 (N, 9)
-names = [trained.class_names[label] for label in probabilities.argmax(1)]
-"""
-
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from common.cli import Fault, UsageError, first_line
+from common.cli import Fault
 from common.data.batches import normalise
 from common.data.dataset import resize
-from common.finetune.network import FineTunedNetwork, build_fine_tuned
-from common.finetune.weights import Preset, Weights, best_of_run
+from common.finetune.network import build_fine_tuned
+from common.finetune.weights import Weights
 from common.records import checkpoint
-from common.records.read import checkpoint_folder, input_size_of, run_folder
+from common.records.read import best_weights, input_size_of
 from common.training.models import build_model
 
 
 class Trained(nn.Module):
     """A trained network: tiles (N, 3, size, size) uint8 in, probabilities of the classes (N, C) float32 out.
 
-    `network` takes what `inputs` returns and returns logits. `size` is the side in pixels of the tiles on which it
-    was trained, `input_size` their side after resizing.
+    `network` takes inputs (N, 3, input_size, input_size) in -1..1 and returns logits. `size` is the side in pixels
+    of the tiles on which it was trained, `input_size` their side after resizing.
     """
 
     def __init__(
@@ -39,21 +30,16 @@ class Trained(nn.Module):
         self.size, self.input_size = size, input_size
 
     def untrained(self) -> nn.Module:
-        """The same network with random weights from torch's global generator, frozen, in eval mode, on the CPU."""
-        network = self.network
-        preset = None
-        if isinstance(network, FineTunedNetwork):
-            preset = Preset(self.input_size, *(tuple(x.flatten().tolist()) for x in (network.mean, network.std)))
-        fresh = _build(self.model_name, len(self.class_names), self.input_size, preset)
-        return fresh.eval().requires_grad_(False)
-
-    def inputs(self, images: torch.Tensor) -> torch.Tensor:
-        """The network's inputs (N, 3, input_size, input_size) float32, normalised to -1..1."""
-        return normalise(resize(images, self.input_size))
+        """The same network with random weights from torch's global generator, on the CPU."""
+        preprocessing = {name: value for name, value in self.network.named_buffers() if name in ("mean", "std")}
+        fresh = _build(self.model_name, len(self.class_names), self.input_size, fine_tuned=bool(preprocessing))
+        fresh.load_state_dict(preprocessing, strict=False)
+        return fresh
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Probabilities (N, C) float32 of tiles (N, 3, size, size) uint8."""
-        return self.network(self.inputs(images)).softmax(1)  # type: ignore[no-any-return]
+        logits: torch.Tensor = self.network(normalise(resize(images, self.input_size)))
+        return logits.softmax(1)
 
 
 def load_trained(path: Path | str, device: torch.device | str = "cpu") -> Trained:
@@ -61,36 +47,27 @@ def load_trained(path: Path | str, device: torch.device | str = "cpu") -> Traine
 
     Raises Fault where the file cannot be read, or is no such checkpoint.
     """
-    return _trained(Path(path), checkpoint.load(Path(path)), device)
-
-
-def load_run(output_dir: Path, run_id: str, device: torch.device | str = "cpu") -> Trained:
-    """The network of a run's best.pt. Raises UsageError where there is none, Fault where it is another run's."""
-    path = checkpoint_folder(output_dir, run_id) / "best.pt"
-    if not path.exists():
-        is_run = (run_folder(output_dir, run_id) / "config.json").exists()
-        problem = "only its records are here: train first, python task1.py" if is_run else "no such file or run"
-        raise UsageError(f"{run_id}: {path} is missing, {problem}")
-    return _trained(path, best_of_run(output_dir, run_id), device)
-
-
-def _trained(path: Path, saved: Mapping[str, Any], device: torch.device | str) -> Trained:
+    path = Path(path)
+    saved = checkpoint.load(path)
     try:
         name, class_names, config = saved["model_name"], tuple(saved["class_names"]), saved["config"]
         size, side, state_dict = config["size"], input_size_of(config), saved["state_dict"]
-        # Of a FineTunedNetwork: the mean and std to which it changes its inputs are loaded with the weights.
-        preset = Preset(side, (0.5,) * 3, (0.5,) * 3) if "mean" in state_dict else None
-        network = _build(name, len(class_names), side, preset)
-    except (AttributeError, KeyError, TypeError, UsageError) as error:
-        raise Fault(f"{path}: not a best.pt of this project ({first_line(error)})") from None
+    except KeyError as error:
+        raise Fault(f"{path}: not a best.pt of this project (it has no {error})") from None
+    network = _build(name, len(class_names), side, fine_tuned="mean" in state_dict)
     checkpoint.load_weights(network, state_dict, path)
     network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Trained(network, name, class_names, size, side).eval().requires_grad_(False)
 
 
-def _build(model_name: str, num_classes: int, size: int, preset: Preset | None) -> nn.Module:
-    """A network with random weights; with a preset, a FineTunedNetwork whose weights expect such inputs."""
-    if preset is None:
+def load_run(output_dir: Path, run_id: str, device: torch.device | str = "cpu") -> Trained:
+    """The network of a run's best.pt. Raises Fault where there is none, or not that of the finished run."""
+    return load_trained(best_weights(output_dir, run_id), device)
+
+
+def _build(model_name: str, num_classes: int, size: int, fine_tuned: bool) -> nn.Module:
+    """A network with random weights; a fine-tuned one has its mean and std still to be loaded."""
+    if not fine_tuned:
         return build_model(model_name, num_classes, size)
-    start = Weights("none", "random initialisation", None, None, preset)
+    start = Weights("none", "", None, None, size, (0.5,) * 3, (0.5,) * 3)
     return build_fine_tuned(model_name, num_classes, start, size)

@@ -3,7 +3,7 @@
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from statistics import fmean
 from types import FrameType
 from typing import Any
@@ -61,13 +61,11 @@ class Trainer:
         run: Run,
         *,
         lr_factors: Mapping[str, float] | None = None,
-        before_epoch: Callable[[nn.Module, int], None] | None = None,
     ) -> None:
         """Move the model to the device, build its optimiser, and load the run's last checkpoint if there is one.
 
-        `lr_factors` are those of `build_optimizer`. `before_epoch` is called before each epoch with the network,
-        and again with its average, and the epoch's number. Raises Fault where the checkpoint cannot be read,
-        UsageError where it is of another configuration.
+        `lr_factors` are those of `build_optimizer`. Raises Fault where the checkpoint cannot be read, UsageError
+        where it is of another configuration.
         """
         self.splits, self.config, self.compute, self.run = splits, config, compute, run
         model.to(compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -77,7 +75,6 @@ class Trainer:
         n_steps, decay = config.n_epochs * self.steps_per_epoch, config.ema_decay
         self.average = ExponentialMovingAverage(self.model, decay, n_steps) if decay else None
         self.evaluated = self.average.model if self.average else self.model
-        self.before_epoch = before_epoch
         self.history: list[dict[str, float]] = []
         self.bar: Any = tqdm(disable=True)
         self.restore()
@@ -125,9 +122,6 @@ class Trainer:
     def train_and_validate(self, epoch: int) -> dict[str, float]:
         """Train one epoch and validate; returns the epoch's row of the history. Raises what `fit` does."""
         started = time.perf_counter()
-        if self.before_epoch:
-            for network in {self.model, self.evaluated}:
-                self.before_epoch(network, epoch)
         loss = self.train_epoch(epoch)
         seconds = time.perf_counter() - started
         if self.average or self.config.reestimate_batchnorm:

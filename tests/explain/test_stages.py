@@ -7,7 +7,7 @@ from torch import nn
 from common.cli import UsageError
 from common.explain.stages import grad_cam_layer, map_sides, stages
 from common.finetune.network import build_fine_tuned
-from common.finetune.weights import Preset, Weights
+from common.finetune.weights import Weights
 from common.training.models import build_model
 
 
@@ -41,7 +41,7 @@ def test_squeeze_and_excitation_belongs_to_its_block() -> None:
 
 
 def test_a_fine_tuned_network_has_the_stages_of_the_network_in_it() -> None:
-    start = Weights("none", "random initialisation", None, None, Preset(64, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)))
+    start = Weights("none", "", None, None, 64, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     model = build_fine_tuned("tf_efficientnet_lite0", 9, start, 64).eval().requires_grad_(False)
     image = torch.zeros(1, 3, 64, 64)
     assert list(stages(model, image)) == ["head", "2", "4", "8", "16", "32"]

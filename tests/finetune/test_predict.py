@@ -20,11 +20,11 @@ from common.data.pathmnist import CLASS_NAMES
 from common.finetune import predict
 from common.finetune.network import build_fine_tuned
 from common.finetune.trained import load_trained
-from common.finetune.weights import Preset, Weights
+from common.finetune.weights import Weights
 from common.records import checkpoint
 from common.training.models import build_model
 
-PRESET = Preset(40, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+START = Weights("none", "", None, None, 40, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 TISSUE = (190, 130, 180)
 
 
@@ -40,22 +40,13 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("output")
     torch.manual_seed(0)
     save(folder / "checkpoints/plain/best.pt", MODEL, build_model(MODEL, 9, 28), resize_to=None)
-    tuned = build_fine_tuned("resnet18", 9, Weights("none", "", None, None, PRESET), 40, "all")
+    tuned = build_fine_tuned("resnet18", 9, START, 40, "all")
     save(folder / "checkpoints/tuned/best.pt", "resnet18", tuned, input_size=40)
-    (folder / "runs/only-records").mkdir(parents=True)
-    (folder / "runs/only-records/config.json").write_text("{}")
-    (folder / "checkpoints/moved").mkdir()
-    os.link(folder / "checkpoints/plain/best.pt", folder / "checkpoints/moved/best.pt")
     return folder
 
 
 def run(output: Path, *arguments: str | Path) -> None:
     run_script(predict.main, predict.PredictConfig, [*map(str, arguments), f"--output_dir={output}"])
-
-
-def tissue(path: Path) -> Path:
-    Image.new("RGB", (28, 28), TISSUE).save(path)
-    return path
 
 
 def test_a_loaded_network_gives_the_probabilities_of_the_saved_one(output: Path) -> None:
@@ -67,7 +58,7 @@ def test_a_loaded_network_gives_the_probabilities_of_the_saved_one(output: Path)
     tuned = load_trained(str(output / "checkpoints/tuned/best.pt"))
     assert (tuned.size, tuned.input_size, tuned.class_names) == (28, 40, CLASS_NAMES)
     resized = torch.nn.functional.interpolate(images.float(), size=(40, 40), mode="bilinear").round() / 255
-    inputs = (resized - torch.tensor(PRESET.mean).view(3, 1, 1)) / torch.tensor(PRESET.std).view(3, 1, 1)
+    inputs = (resized - torch.tensor(START.mean).view(3, 1, 1)) / torch.tensor(START.std).view(3, 1, 1)
     assert torch.allclose(tuned(images), tuned.network.network(inputs).softmax(1), atol=1e-5)
 
 
@@ -91,16 +82,16 @@ def test_a_folder_gives_a_table_of_its_pictures_and_one_bad_picture_is_a_row(
         (images / folder).mkdir(parents=True)
     names = ("a.png", "b.TIF", "c.gif", "d.bmp", "inner/e.webp")
     for name, tile in zip((*names, "._a.png", ".ipynb_checkpoints/a.png"), tiles, strict=False):
-        Image.fromarray(tile).save(images / name, **({"lossless": True} if "webp" in name else {}))
+        Image.fromarray(tile).save(images / name)
     (images / "notes.txt").write_text("no picture")
     (images / "torn.png").write_bytes((images / "a.png").read_bytes()[:200])
-    strange = os.fsencode(images) + b"/x\n\xff.png"
-    tissue(images / "strange.png").rename(os.fsdecode(strange))
+    (images / "page.png").write_text("<html>")
+    Image.fromarray(tiles[0]).save(images / os.fsdecode(b"x\xff.png"))
     run(output, "plain", images)
     printed = capsys.readouterr()
     lines = list(csv.DictReader(io.StringIO(printed.out)))
     found = [line["file"].removeprefix(f"{images}/") for line in lines]
-    assert found == [*names[:4], *names[4:], "torn.png", r"x\n\udcff.png"]
+    assert found == [*names, "page.png", "torn.png", "x?.png"]
     expected = load_trained(output / "checkpoints/plain/best.pt")
     for line, tile in zip(lines[:2], tiles, strict=False):
         row = expected(torch.from_numpy(tile)[None].permute(0, 3, 1, 2))[0]
@@ -108,9 +99,9 @@ def test_a_folder_gives_a_table_of_its_pictures_and_one_bad_picture_is_a_row(
         assert values == pytest.approx(row.tolist(), rel=1e-5)
         assert line["class"] == CLASS_NAMES[row.argmax()]
         assert float(line["probability"]) == max(values)
-    for line in lines[5:6]:
+    for line in lines[5:7]:
         assert line["class"] == line["probability"] == line["adipose"] == ""
-        assert line["warning"].startswith("cannot be read")
+        assert line["warning"].startswith("cannot be read (")
         assert f"warning: {line['file']}: {line['warning']}\n" in printed.err
     run(output, output / "checkpoints/plain/best.pt", "--csv", tmp_path / "t.csv", images)
     assert (tmp_path / "t.csv").read_text() == printed.out
@@ -166,41 +157,27 @@ def test_a_camera_s_rotation_is_applied_and_of_several_frames_the_first_is_taken
     assert said == "only the first of its 2 frames is used"
 
 
-def test_more_than_8_bits_per_channel_are_refused(tmp_path: Path) -> None:
-    tifffile = pytest.importorskip("tifffile")
-    deep = np.zeros((28, 28, 3), np.uint16)
-    tifffile.imwrite(tmp_path / "planar.tif", np.moveaxis(deep, 2, 0), photometric="rgb", planarconfig="separate")
-    tifffile.imwrite(tmp_path / "float.tif", np.zeros((28, 28), np.float32))
-    Image.fromarray(deep[..., 0]).save(tmp_path / "grey.png")
-    for name in ("planar.tif", "float.tif", "grey.png"):
-        with pytest.raises(Fault, match="more than 8 bits per channel: save it as an 8-bit RGB picture"):
-            predict.read_picture(tmp_path / name, 28)
+@pytest.mark.parametrize(("kind", "suffix"), [(np.uint16, "png"), (np.uint16, "tif"), (np.float32, "tif")])
+def test_more_than_8_bits_per_channel_are_refused(kind: Any, suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"deep.{suffix}"
+    Image.fromarray(np.zeros((28, 28), kind)).save(path)
+    with pytest.raises(Fault, match="more than 8 bits per channel: save it as an 8-bit RGB picture"):
+        predict.read_picture(path, 28)
 
 
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
         (["plain"], 2, "needs a network and pictures"),
-        (["gone", "{}/a.png"], 2, r"gone: .*best\.pt is missing, no such file or run"),
-        (["only-records", "{}/a.png"], 2, "only its records are here: train first, python task1.py"),
-        (["moved", "{}/a.png"], 1, r"best\.pt: not the weights of run moved, but of plain"),
-        (["~nobody-has-this-name/b.pt", "{}/a.png"], 2, "begins with an unknown home"),
+        (["gone", "{}/a.png"], 1, r"checkpoints/gone/best\.pt: no such checkpoint; train first"),
         (["plain", "{}/gone.png"], 2, r"gone\.png: no such file or folder"),
         (["plain", "{}/empty"], 2, "empty: no pictures here"),
-        (
-            ["plain", "{}/page.png"],
-            1,
-            r"none of the pictures can be read: .*page\.png cannot be read: none of PNG, JPEG",
-        ),
+        (["plain", "{}/page.png"], 1, "none of the pictures can be read"),
         (["{}/other.pt", "{}/a.png"], 1, r"other\.pt: not a best\.pt of this project"),
         (["plain", "{}/a.png", "--csv={}/b.png"], 2, r"--csv .*b\.png: the name must end in \.csv"),
-        (["plain", "{}/a.png", "--csv="], 2, "--csv : is there already, and is no regular file"),
-        (["plain", "{}/a.png", "--csv=/dev/null"], 2, "--csv /dev/null: is there already, and is no regular file"),
-        (["plain", "{}/a.png", "--csv={}/link.csv"], 2, "is there already, and is no regular file"),
-        (["plain", "{}/a.png", "{}/picture.csv", "--csv={}/picture.csv"], 2, "is an input of this command"),
     ],
 )
-def test_a_mistake_is_refused_in_one_line_and_changes_no_file(
+def test_a_mistake_is_refused_in_one_line(
     arguments: list[str],
     status: int,
     message: str,
@@ -209,16 +186,12 @@ def test_a_mistake_is_refused_in_one_line_and_changes_no_file(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "empty").mkdir()
-    tissue(tmp_path / "a.png")
-    (tmp_path / "picture.csv").write_bytes((tmp_path / "a.png").read_bytes())
-    (tmp_path / "link.csv").symlink_to("a.png")
+    Image.new("RGB", (28, 28), TISSUE).save(tmp_path / "a.png")
     (tmp_path / "page.png").write_text("<html>")
     checkpoint.save(tmp_path / "other.pt", {"weight": torch.zeros(1)})
-    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     with pytest.raises(SystemExit) as ended:
         run(output, *(argument.replace("{}", str(tmp_path)) for argument in arguments))
     said = capsys.readouterr().err.splitlines()
     assert ended.value.code == status
     assert len([line for line in said if not line.startswith("warning: ")]) == 1
     assert re.search(message, said[-1]), said
-    assert before == {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
