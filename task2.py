@@ -6,10 +6,10 @@
 It shows ten test tiles (on the full test split and with seed 0, the coursework's ten) and their maps by Captum's
 Saliency in eval mode, and by SmoothGrad, Integrated Gradients, Grad-CAM and Occlusion. Then it checks every
 method: do its maps change when the network is randomised, do its pixels matter more than random pixels, and more
-than edges? On one core of an AMD EPYC, a ResNet-18 at 28 pixels took three minutes (bench/results/one_offs.md), an
-EfficientNet-Lite0 at 64 pixels thirteen.
+than edges? On one core of an AMD EPYC, a ResNet-18 at 28 pixels took three minutes, an EfficientNet-Lite0 at 64
+pixels thirteen.
 
-Leaves NNNNN-input.png and NNNNN-saliency.png for each tile in fig/task2/<run_id>/, six figures
+Leaves NNNNN-input.png and NNNNN-saliency.png for each tile in fig/task2/<run_id>/, four figures
 fig/task2/<run_id>-*.png, runs/<run_id>/saliency.md and runs/<run_id>/attribution.json.
 """
 
@@ -38,13 +38,12 @@ class Task2Config(ScriptConfig):
     run_id: RunId | None = key(
         None, "the run to explain (default: Task 1's with most training tiles, the newest of several)"
     )
-    target: str = key("predicted", "the class whose logit is explained", choices=tuple(tiles.TARGETS))
     checked_tiles: int = key(256, "test tiles for the checks of the methods", ge=6, le=MOST)
     seed: int = key(0, "seed of the choice of tiles, of noise and of random networks", ge=0, le=LAST_SEED)
 
 
 def main(config: Task2Config) -> None:
-    """A run → network and tiles → maps → checks → figures, table and records."""
+    """A run → network and tiles → maps of the predicted class → checks → figures, table and records."""
     compute = Compute.of(config.device, "fp32")
     compute.prepare_process()
     run = tiles.find_run(config.output_dir, config.run_id)
@@ -65,12 +64,11 @@ def main(config: Task2Config) -> None:
     test = DeviceTiles(dataset.test, compute.device, size)
     probabilities = evaluate(model, test, compute).probabilities
     labels, predicted = dataset.test.labels.numpy(), probabilities.argmax(axis=1)
-    targets = torch.from_numpy(predicted) if config.target == "predicted" else dataset.test.labels
 
     def inputs_of(indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         where = torch.tensor(indices)
         inputs, _ = test.inputs(where.to(test.index_device))
-        return inputs, targets[where].to(compute.device)
+        return inputs, torch.from_numpy(predicted)[where].to(compute.device)
 
     groups = (
         tiles.choose_tiles(len(test), SHOWN, config.seed),
@@ -88,17 +86,16 @@ def main(config: Task2Config) -> None:
     fresh = loaded.untrained().to(compute.device)
     checked = tiles.choose_tiles(len(test), config.checked_tiles, config.seed)
     print(f"checks on {len(checked)} tiles:", flush=True)
-    checks, means = check_methods(model, fresh, *inputs_of(checked), config.seed)
+    checks = check_methods(model, fresh, *inputs_of(checked), config.seed)
 
     facts = {
         "run_id": run_id,
         "dataset": dataset.title,
         "synthetic": run["synthetic"],
         "network": network,
-        "target": config.target,
         "device": compute.name,
     }
-    figures = draw(config.output_dir, facts, dataset.class_names, shown, right, wrong, checks, means)
+    figures = draw(config.output_dir, facts, dataset.class_names, shown, right, wrong, checks)
     folder = run_folder(config.output_dir, run_id)
     tiles.write_records(folder, config, facts, shown, checks, figures)
     for method in checks["methods"].values():

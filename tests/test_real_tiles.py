@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import task1
 import train
@@ -50,20 +49,13 @@ def test_the_official_file_has_the_official_counts(root: Path) -> None:
         assert tiles.labels.bincount().tolist() == counts
 
 
-def test_every_part_is_stratified_and_lies_within_the_larger_parts(root: Path) -> None:
-    whole = load_dataset("pathmnist", 28, root)
-    labels, counts = whole.train.labels.numpy(), np.array(CLASS_COUNTS["train"])
-    before: set[int] = set()
-    for n_tiles in (9, 1800, 18_000, 89_995):
-        part = load_dataset("pathmnist", 28, root, n_tiles)
-        chosen = stratified_part(labels, n_tiles)
-        assert torch.equal(part.train.images, whole.train.images[chosen])
-        assert torch.equal(part.train.labels, whole.train.labels[chosen])
-        assert abs(part.train.labels.bincount().numpy() - n_tiles * counts / counts.sum()).max() < 1.2
-        assert before < set(chosen.tolist())
-        assert part.fingerprint == f"{MD5}-{n_tiles}-of-89996-order1"
-        before = set(chosen.tolist())
-    assert stratified_part(labels, 1800)[:8].tolist() == [6, 48, 106, 118, 145, 269, 448, 494]
+def test_a_part_is_stratified_and_always_the_same(root: Path) -> None:
+    counts = np.array(CLASS_COUNTS["train"])
+    chosen = stratified_part(load_dataset("pathmnist", 28, root).train.labels.numpy(), 1800)
+    assert chosen[:8].tolist() == [6, 48, 106, 118, 145, 269, 448, 494]
+    part = load_dataset("pathmnist", 28, root, 1800)
+    assert part.fingerprint == f"{MD5}-1800-of-89996-order1"
+    assert abs(part.train.labels.bincount().numpy() - 1800 * counts / counts.sum()).max() < 1.2
 
 
 GENTLE = ["--augmentation=dihedral", "--ema_decay=0.99"]  # some 230 steps are too few for TrivialAugment
@@ -84,11 +76,8 @@ def test_a_short_training_learns_real_tissue(
 ) -> None:
     """Train half a minute on one core; the ACC on 2,000 validation tiles must exceed a bound.
 
-    Measured ACC of task1.py, seeds 0 to 4: .675 .681 .677 .673 .664 (mean .674, standard deviation .007); of
-    train.py, seeds 0 to 2: .672 .653 .674 (mean .666, standard deviation .012). Another CPU changes the ACC about
-    as much as another seed. The bounds lie 11 and 7 standard deviations below the means. A logistic regression on
-    the mean colour of all 89,996 training tiles has an ACC of .538, the largest class alone .143: a network above
-    the bound has learnt more than colour.
+    Measured ACC of task1.py: mean .674, standard deviation .007 (5 seeds); of train.py: .666, .012 (3 seeds). A
+    logistic regression on the mean colour of all training tiles has .538: a network above the bound knows more.
     """
 
     def with_fewer_tiles_to_score(*arguments: Any) -> Dataset:

@@ -11,10 +11,7 @@ Inputs are (N, 3, H, W) float32 in -1..1, targets (N,) int64, maps (N, H, W) flo
 """
 
 import copy
-import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +24,7 @@ from scipy import stats
 from torch import nn
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from common.explain.maps import FORWARD_BATCH, INPUT_RANGE, METHODS, convergence_error, edge_map
+from common.explain.maps import FORWARD_BATCH, INPUT_RANGE, METHODS, edge_map
 from common.explain.stages import stages
 from common.statistics import spread
 
@@ -44,7 +41,6 @@ INFIDELITY_SAMPLES = 16
 PASSES, FAILS, TOO_FEW = "passes", "does not pass", "too few tiles to judge"
 
 Array = NDArray[Any]
-MeanMaps = dict[str, tuple[Array, ...]]  # by method: of the network and of the untrained one, each (H, W)
 
 
 def area(curves: Array) -> Array:
@@ -241,97 +237,56 @@ def chance(n_methods: int) -> str:
 
 def check_methods(
     model: nn.Module, fresh: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, seed: int
-) -> tuple[dict[str, Any], MeanMaps]:
-    """Every check of every method, and each method's mean map of the network and of the untrained one, `fresh`.
+) -> dict[str, Any]:
+    """Every check of every method; `fresh` is the same network with random weights.
 
-    The checks are a record: `methods` and `controls` by name, `n` tiles per check, `seconds`. The `COSTLY` checks
-    take only the first tiles, and so do the mean maps. A line says which method is checked.
+    Returns a record: `methods` and `controls` by name, and `n` tiles per check. The `COSTLY` checks take only the
+    first tiles. A line says which method is checked.
     """
     n = {"removal": len(inputs), **{check: min(most, len(inputs)) for check, most in COSTLY.items()}}
-    maps: dict[str, torch.Tensor] = {}
-    checked: dict[str, dict[str, Any]] = {}
-    removals: dict[str, Any] = {}
-    errors: dict[str, Any] = {}
-    means: MeanMaps = {}
-    seconds: dict[str, float] = defaultdict(float)
-    networks = randomised(model, fresh, inputs[:1])
-
-    @contextmanager
-    def timed(name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        seconds[name] += time.perf_counter() - started
 
     def some(check: str) -> tuple[torch.Tensor, torch.Tensor]:
         return inputs[: n[check]], targets[: n[check]]
 
+    networks = randomised(model, fresh, inputs[:1])
+    maps, methods = control_maps(inputs, seed), {}
     for number, (name, method) in enumerate(METHODS.items(), start=1):
         print(
             f"{method.title} ({number} of {len(METHODS)}): maps, sensitivity, {len(networks)} networks", flush=True
         )
-        with timed(f"maps: {method.title}"):
-            maps[name] = method.maps(model, inputs, targets, seed)
-        with timed(f"sensitivity: {method.title}"):
-            changes = max_sensitivity(model, *some("max_sensitivity"), name, seed)
-        correlations, trained = {}, maps[name][: n["randomisation"]]
-        for stage, network in networks.items():
-            with timed(f"randomisation: {method.title}"):
-                untrained = method.maps(network, *some("randomisation"), seed)
-                correlations[stage] = mean_estimate(rank_correlation(trained, untrained))
-        means[name] = tuple(both.abs().mean(0).cpu().numpy() for both in (trained, untrained))
-        checked[name] = {"randomisation": correlations, "max_sensitivity": mean_estimate(changes)}
-    maps.update(control_maps(inputs, seed))
+        maps[name] = method.maps(model, inputs, targets, seed)
+        changes = max_sensitivity(model, *some("max_sensitivity"), name, seed)
+        trained = maps[name][: n["randomisation"]]
+        correlations = {
+            stage: mean_estimate(rank_correlation(trained, method.maps(network, *some("randomisation"), seed)))
+            for stage, network in networks.items()
+        }
+        methods[name] = {
+            "title": method.title,
+            "description": method.description,
+            "randomisation": correlations,
+            "max_sensitivity": mean_estimate(changes),
+            "edge_correlation": mean_estimate(rank_correlation(maps[name], maps["sobel"])),
+        }
+    controls: dict[str, dict[str, Any]] = {name: {"title": title} for name, title in CONTROLS.items()}
     print(f"deletion, insertion and infidelity of {len(maps)} orders of pixels", flush=True)
-    for name, values in maps.items():
-        with timed("deletion and insertion"):
-            removals[name] = removal(model, inputs, targets, values, seed)
-        with timed("infidelity"):
-            errors[name] = mean_estimate(infidelity(model, *some("infidelity"), values[: n["infidelity"]], seed))
-    relative_error = convergence_error(model, *some("infidelity"))
-    faithful = removal_report(removals)
-    titles = {**{name: method.title for name, method in METHODS.items()}, **CONTROLS}
-    both = {
-        name: {
-            "title": title,
+    faithful = removal_report(
+        {name: removal(model, inputs, targets, values, seed) for name, values in maps.items()}
+    )
+    for name, found in {**methods, **controls}.items():
+        errors = infidelity(model, *some("infidelity"), maps[name][: n["infidelity"]], seed)
+        found |= {
             "tile_correlation": tile_correlation(maps[name]),
-            "infidelity": errors[name],
+            "infidelity": mean_estimate(errors),
             **faithful[name],
         }
-        for name, title in titles.items()
-    }
-    for name, method in METHODS.items():
-        both[name] |= {
-            "description": method.description,
-            **checked[name],
-            "edge_correlation": mean_estimate(rank_correlation(maps[name], maps["sobel"])),
-            "brightest_quadrant": dict(
-                zip(("trained", "untrained"), map(brightest_quadrant, means[name]), strict=True)
-            ),
-        }
-    record = {
+    return {
         "n": n,
         "fractions": FRACTIONS,
         "randomisation_limit": RANDOMISATION_LIMIT,
-        "methods": {name: both[name] for name in METHODS},
-        "controls": {name: both[name] for name in CONTROLS},
-        "integrated_gradients_error": {
-            "median": relative_error.median().item(),
-            "percentile_90": relative_error.quantile(0.9).item(),
-            "n": len(relative_error),
-        },
-        "seconds": seconds,
+        "methods": methods,
+        "controls": controls,
     }
-    return record, means
-
-
-def brightest_quadrant(mean_map: Array) -> float:
-    """The mean of a map's brightest quadrant as a multiple of the map's mean; 1 for a map of zeros."""
-    half = mean_map.shape[0] // 2
-    quadrants = [
-        part for rows in (mean_map[:half], mean_map[-half:]) for part in (rows[:, :half], rows[:, -half:])
-    ]
-    mean = float(mean_map.mean())
-    return float(max(part.mean() for part in quadrants)) / mean if mean else 1.0
 
 
 def _probability(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

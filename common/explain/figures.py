@@ -15,17 +15,19 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
-from common.explain.checks import CONTROLS, FRACTIONS, MeanMaps
+from common.explain.checks import CONTROLS, FRACTIONS
 from common.explain.maps import METHODS
-from common.explain.tiles import TARGETS, Explained
+from common.explain.tiles import Explained
 from common.figures import PALETTE, STYLE, VERMILLION, save, wrap
 
-# Okabe and Ito's colours, as in common/figures.py, one per method; the controls are grey and black.
-COLOURS = dict(zip(METHODS, PALETTE, strict=False))
-CONTROL_LINES = {"random": ("#777777", "--"), "sobel": ("black", ":")}
-MARKERS = dict(zip(METHODS, "osD^v", strict=True))
+# The line of each method, in Okabe and Ito's colours, and of each control, in grey and black.
+LINES: dict[str, dict[str, Any]] = {
+    name: {"color": colour, "marker": marker, "markersize": 4, "label": METHODS[name].title}
+    for name, colour, marker in zip(METHODS, PALETTE, "osD^v", strict=False)
+}
+LINES["random"] = {"color": "#777777", "linestyle": "--", "label": CONTROLS["random"]}
+LINES["sobel"] = {"color": "black", "linestyle": ":", "label": CONTROLS["sobel"]}
 POSITIVE_MAP, SIGNED_MAP = "inferno", "PuOr_r"
-IN_MAIN_FIGURE = 5  # tiles; another figure has all
 ROBUST_PERCENTILE = 99.0  # a map's colour scale ends here, so that one extreme pixel does not darken the rest
 
 
@@ -37,32 +39,28 @@ def draw(
     right: Sequence[Explained],
     wrong: Sequence[Explained],
     checks: Mapping[str, Any],
-    means: MeanMaps,
 ) -> dict[str, Path]:
-    """Draw two figures for each tile in `shown` and six of the run, and return the run's figures by name.
+    """Draw two figures for each tile in `shown` and four of the run, and return the run's figures by name.
 
-    `right` and `wrong` hold at most one tile per class; `facts` are those of task2.py, `checks` and `means` those
-    of `check_methods`.
+    `right` and `wrong` hold at most one tile per class; `facts` are task2.py's, `checks` those of `check_methods`.
     """
     for one in shown:
-        tile_and_saliency(output_dir, one, one.label if facts["target"] == "label" else one.predicted)
-    names = ("methods", "all_methods", "classes", "means", "randomisation", "removal")
+        tile_and_saliency(output_dir, one)
+    names = ("methods", "classes", "randomisation", "removal")
     figures = {name: output_dir / "fig" / "task2" / f"{facts['run_id']}-{name}.png" for name in names}
     network, n = facts["network"], checks["n"]
-    title = f"{network}; test tiles; class explained: {TARGETS[facts['target']]}"
-    methods_panel(figures["methods"], shown[:IN_MAIN_FIGURE], title=title)
-    methods_panel(figures["all_methods"], shown, title=title)
+    title = f"{network}; test tiles; class explained: the predicted one"
+    methods_panel(figures["methods"], shown, title=title)
     class_grid(figures["classes"], class_names, right, wrong, title=title)
     title = f"{network}; {n['randomisation']} test tiles"
-    mean_maps(figures["means"], means, checks["methods"], title=title)
     randomisation(figures["randomisation"], checks["methods"], checks["randomisation_limit"], title=title)
     orders = {**checks["methods"], **checks["controls"]}
     removal_curves(figures["removal"], orders, title=f"{network}; {n['removal']} test tiles")
     return figures
 
 
-def tile_and_saliency(output_dir: Path, explained: Explained, target: str) -> None:
-    """Draw a tile and its saliency map as two PNG files of the same layout; `target` is the class explained."""
+def tile_and_saliency(output_dir: Path, explained: Explained) -> None:
+    """Draw a tile and its saliency map as two PNG files of the same layout."""
     for part in ("input", "saliency"):
         with style.context(["default", STYLE, {"axes.grid": False, "figure.constrained_layout.use": False}]):
             figure = Figure(figsize=(2.4, 2.9))
@@ -75,11 +73,11 @@ def tile_and_saliency(output_dir: Path, explained: Explained, target: str) -> No
                 figure.text(0.5, 0.1, words, ha="center", va="center", fontsize=7)
             else:
                 image = _heat(axes, explained.maps["saliency"], signed=False)
-                bar = figure.colorbar(
-                    image, cax=figure.add_axes((0.1, 0.15, 0.8, 0.035)), orientation="horizontal", extend="max"
-                )
+                place = figure.add_axes((0.1, 0.15, 0.8, 0.035))
+                bar = figure.colorbar(image, cax=place, orientation="horizontal", extend="max")
                 bar.ax.tick_params(labelsize=6)
-                bar.set_label(wrap(f"|∂ logit of {target} / ∂ input|", 45), fontsize=6, linespacing=0.9)
+                words = wrap(f"|∂ logit of {explained.predicted} / ∂ input|", 45)
+                bar.set_label(words, fontsize=6, linespacing=0.9)
             save(figure, output_dir / explained.row[part])
 
 
@@ -90,8 +88,9 @@ def methods_panel(path: Path, rows: Sequence[Explained], *, title: str) -> None:
         grid = _grid(figure, len(rows), ["Input", *(method.title for method in METHODS.values())])
         for line, row in zip(grid, rows, strict=True):
             _tile(line[0], row)
-            result = f"p = {row.probability:.2f}" if row.correct else f"→ {row.predicted} {row.probability:.2f}"
-            words = [wrap(part, 20) for part in (f"{row.index:05d}", row.label, result)]
+            result = "p =" if row.label == row.predicted else f"→ {row.predicted}"
+            parts = (f"{row.index:05d}", row.label, f"{result} {row.probability:.2f}")
+            words = [wrap(part, 20) for part in parts]
             line[0].set_ylabel("\n".join(words), fontsize=6.5, rotation=0, ha="right", va="center")
             for axes, (name, method) in zip(line[1:], METHODS.items(), strict=True):
                 _heat(axes, row.maps[name], method.signed)
@@ -121,33 +120,11 @@ def class_grid(
                 row = side[name]
                 _tile(left, row)
                 _heat(heat, row.maps["saliency"], signed=False)
-                if not row.correct:
+                if row.label != row.predicted:
                     words = wrap(f"taken for {row.predicted}", 16)
                     left.set_ylabel(words, fontsize=7, rotation=0, ha="right", va="center")
             line[0].set_ylabel(wrap(name, 16), fontsize=8, rotation=0, ha="right", va="center")
         figure.suptitle(wrap(title, 90), fontsize=9)
-        save(figure, path)
-
-
-def mean_maps(path: Path, means: MeanMaps, methods: Mapping[str, Mapping[str, Any]], *, title: str) -> None:
-    """Draw each method's mean map: of the trained network, and below it of the same network with random weights.
-
-    A bright place that both have is of the architecture. Below a map stands how bright its brightest quadrant is.
-    """
-    with style.context(["default", STYLE, {"axes.grid": False}]):
-        figure = Figure(figsize=(8, 4.3))
-        grid = _grid(figure, 2, [methods[name]["title"] for name in means])
-        for place, which in enumerate(("trained", "untrained")):
-            grid[place, 0].set_ylabel(which, fontsize=9)
-            for axes, (name, both) in zip(grid[place], means.items(), strict=True):
-                _heat(axes, both[place], signed=False)
-                axes.set_xlabel(f"quadrant: {methods[name]['brightest_quadrant'][which]:.2f}", fontsize=8)
-        figure.suptitle(wrap(f"Mean size of the maps; {title}", 105), fontsize=9)
-        figure.supxlabel(
-            "Quadrant: the mean of the brightest quarter of the map, as a multiple of the map's mean.\n"
-            "A place that is bright without training, too, is of the architecture.",
-            fontsize=8,
-        )
         save(figure, path)
 
 
@@ -157,33 +134,25 @@ def randomisation(path: Path, methods: Mapping[str, Mapping[str, Any]], limit: f
     `methods[name]["randomisation"][stage]` holds value, low and high. A method passes if the last interval lies
     within plus and minus `limit`. Edges do not depend on the network: they stay at 1.
     """
-    trained = {"value": 1.0, "low": 1.0, "high": 1.0}
     with style.context(["default", STYLE]):
         figure = Figure(figsize=(6.4, 4.6))
         axes = figure.add_subplot()
         axes.axhspan(-limit, limit, color="#EAF3EA", zorder=0)
         axes.text(0, -limit, " a method passes if its last interval lies in this band", fontsize=8, va="bottom")
         for name, result in methods.items():
-            estimates = [trained, *result["randomisation"].values()]
+            estimates = [{"value": 1.0, "low": 1.0, "high": 1.0}, *result["randomisation"].values()]
             _line(axes, np.arange(len(estimates)), estimates, name)
-        colour, line = CONTROL_LINES["sobel"]
-        axes.axhline(1, color=colour, linestyle=line, label=f"{CONTROLS['sobel']} (no network)")
+        axes.axhline(1, **LINES["sobel"])
         axes.set_xticks(range(len(estimates)), ["none", *result["randomisation"]])
-        axes.set(
-            xlabel="Layers with random weights: from the head back to maps with a side of … pixels",
-            ylabel="Rank correlation with the trained map",
-            ylim=(-0.6, 1.05),
-        )
+        axes.set_xlabel("Layers with random weights: from the head back to maps with a side of … pixels")
+        axes.set(ylabel="Rank correlation with the trained map", ylim=(-0.6, 1.05))
         axes.set_title(wrap(title, 90), fontsize=9)
         figure.legend(loc="outside lower center", ncols=3, fontsize=8)
         save(figure, path)
 
 
 def removal_curves(path: Path, report: Mapping[str, Mapping[str, Any]], *, title: str) -> None:
-    """Draw the mean deletion and insertion curves of every method and both controls, with their intervals.
-
-    The checks use the area between the two curves of a tile, whose interval is narrower than those of the curves.
-    """
+    """Draw the mean deletion and insertion curves of every method and both controls, with their intervals."""
     with style.context(["default", STYLE]):
         figure = Figure(figsize=(8, 4.4))
         panels = figure.subplots(1, 2, sharey=True)
@@ -203,14 +172,8 @@ def removal_curves(path: Path, report: Mapping[str, Mapping[str, Any]], *, title
 def _line(axes: Axes, places: NDArray[Any], estimates: Sequence[Mapping[str, float]], name: str) -> None:
     """Draw the means of a method or a control, with thin bars for their intervals."""
     value, low, high = (np.array([estimate[end] for estimate in estimates]) for end in ("value", "low", "high"))
-    look: dict[str, Any]
-    if name in CONTROLS:
-        colour, line = CONTROL_LINES[name]
-        look = {"color": colour, "linestyle": line, "label": CONTROLS[name]}
-    else:
-        look = {"color": COLOURS[name], "marker": MARKERS[name], "markersize": 4, "label": METHODS[name].title}
-    axes.plot(places, value, **look)
-    axes.vlines(places, low, high, color=look["color"], linewidth=1, alpha=0.6)
+    axes.plot(places, value, **LINES[name])
+    axes.vlines(places, low, high, color=LINES[name]["color"], linewidth=1, alpha=0.6)
 
 
 def _grid(figure: Figure, n_rows: int, titles: Sequence[str]) -> NDArray[Any]:
@@ -225,19 +188,14 @@ def _grid(figure: Figure, n_rows: int, titles: Sequence[str]) -> NDArray[Any]:
 
 def _tile(axes: Axes, row: Explained) -> None:
     axes.imshow(row.tile, interpolation="nearest")
-    if not row.correct:
+    if row.label != row.predicted:
         axes.spines[:].set(visible=True, color=VERMILLION, linewidth=2)
 
 
 def _heat(axes: Axes, map_: NDArray[Any], signed: bool) -> AxesImage:
     limit = float(np.percentile(np.abs(map_), ROBUST_PERCENTILE)) or float(np.abs(map_).max()) or 1.0
-    return axes.imshow(
-        map_,
-        cmap=SIGNED_MAP if signed else POSITIVE_MAP,
-        vmin=-limit if signed else 0,
-        vmax=limit,
-        interpolation="nearest",
-    )
+    colours, lowest = (SIGNED_MAP, -limit) if signed else (POSITIVE_MAP, 0)
+    return axes.imshow(map_, cmap=colours, vmin=lowest, vmax=limit, interpolation="nearest")
 
 
 def _bare(axes: Axes) -> None:

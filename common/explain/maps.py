@@ -21,7 +21,6 @@ MAP_BATCH = 64  # tiles whose maps are computed at once; a method needs many cop
 SMOOTHGRAD_SAMPLES = 16
 SMOOTHGRAD_NOISE = 0.15  # of the input range; Smilkov et al. find 0.1 to 0.2 best
 INTEGRATION_STEPS = 48
-SMALLEST_DIFFERENCE = 1e-6  # of two logits, for a share of it
 
 
 @dataclass(frozen=True)
@@ -68,33 +67,14 @@ def smoothgrad(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, se
 
 def integrated_gradients(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, seed: int) -> torch.Tensor:
     """Integrated Gradients from a white tile, summed over the channels (Sundararajan et al. 2017)."""
-    return _integrated(model, inputs, targets)[0].sum(1).float()
-
-
-def convergence_error(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Each tile's relative error of Integrated Gradients, (N,) float32.
-
-    The exact attributions of a tile add up to the difference between its logit and the baseline's. The error
-    comes from `INTEGRATION_STEPS` steps, and is given as a share of this difference. A tile that is the baseline
-    has no difference, and no error.
-    """
-    attributions, delta = _integrated(model, inputs, targets)
-    difference = attributions.sum((1, 2, 3)) - delta
-    return (delta.abs() / difference.abs().clamp_min(SMALLEST_DIFFERENCE)).float()
-
-
-def _integrated(
-    model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    attributions, delta = IntegratedGradients(model).attribute(
+    attributions: torch.Tensor = IntegratedGradients(model).attribute(
         inputs,
         torch.full_like(inputs[:1], WHITE),
         target=targets,
         n_steps=INTEGRATION_STEPS,
         internal_batch_size=FORWARD_BATCH,
-        return_convergence_delta=True,
     )
-    return attributions.detach(), delta
+    return attributions.detach().sum(1).float()
 
 
 def grad_cam(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, seed: int) -> torch.Tensor:

@@ -15,31 +15,22 @@ from common.files import write_json, write_text
 from common.finetune.weights import SCRATCH
 from common.markdown import markdown_table
 from common.records.read import checkpoint_folder, is_finished, read_json, run_folder
-from common.records.run import TITLES, provenance, send, start_wandb
+from common.records.run import provenance, send, start_wandb
 
 PACKAGES = ("captum", "torch", "torchvision", "numpy", "scipy", "matplotlib")
-TARGETS = {"predicted": "the predicted one", "label": "the true one"}  # the class explained, for keys and titles
 
 
 @dataclass(frozen=True)
 class Explained:
-    """A test tile, (H, W, 3) uint8, with the names of its classes and its maps by method, (H, W) float32.
+    """A test tile, (H, W, 3) uint8, with the names of its classes and its maps by method, (H, W) float32."""
 
-    `run_id` is the run whose network is explained.
-    """
-
-    run_id: str
+    run_id: str  # whose network is explained
     index: int
     tile: NDArray[np.uint8]
     label: str
     predicted: str
     probability: float  # of the predicted class
     maps: Mapping[str, NDArray[Any]]
-
-    @property
-    def correct(self) -> bool:
-        """Whether the prediction is the label."""
-        return self.label == self.predicted
 
     @property
     def row(self) -> dict[str, Any]:
@@ -54,32 +45,27 @@ class Explained:
 
 
 def find_run(output_dir: Path, run_id: str | None) -> Mapping[str, Any]:
-    """The config.json of the run to explain.
+    """The config.json of the run to explain; UsageError if there is none, or if the named run is not finished.
 
     Without a name it is a finished Task 1 run with its best.pt: the one with most training tiles, of several the
-    newest. Raises UsageError if there is none, or if the named run is not finished.
+    newest.
     """
     runs = output_dir / "runs"
-    if run_id is None:
-        finished = [read_json(path.with_name("config.json")) for path in runs.glob("*/summary.json")]
-        ours = [run for run in finished if run.get("task") == "task1"]
-        with_weights = [run for run in ours if (checkpoint_folder(output_dir, run["run_id"]) / "best.pt").exists()]
-        if with_weights:
-            return max(with_weights, key=lambda run: (run["tiles"]["train"], run["started"], run["run_id"]))
-        found = (
-            f"{len(ours)} in {runs}, but none has its weights in {output_dir / 'checkpoints'}" if ours else runs
-        )
-        problem = f"no finished Task 1 run to explain ({found})"
+    if run_id:
+        if not is_finished(output_dir, run_id):
+            raise UsageError(f"--run_id {run_id}: no finished run in {runs}; python task1.py makes one")
+        run: Mapping[str, Any] = read_json(run_folder(output_dir, run_id) / "config.json")
+        return run
+    finished = [read_json(path.with_name("config.json")) for path in runs.glob("*/summary.json")]
+    ours = [
+        run
+        for run in finished
+        if run["task"] == "task1" and (checkpoint_folder(output_dir, run["run_id"]) / "best.pt").exists()
+    ]
+    if not ours:
+        problem = f"no finished Task 1 run with its weights in {output_dir}"
         raise UsageError(f"{problem}: run python task1.py first, or name its --output_dir")
-    path = run_folder(output_dir, run_id) / "config.json"
-    if not path.exists():
-        raise UsageError(f"--run_id {run_id}: no such run in {runs}; python task1.py makes one")
-    run: Mapping[str, Any] = read_json(path)
-    if run.get("task") not in TITLES:
-        raise UsageError(f"--run_id {run_id}: no network; Task 2 explains runs of task1.py, train.py and task5.py")
-    if not is_finished(output_dir, run_id):
-        raise UsageError(f"--run_id {run_id}: not finished; its command with this --run_id continues it")
-    return run
+    return max(ours, key=lambda run: (run["tiles"]["train"], run["started"], run["run_id"]))
 
 
 def origin(trained: Mapping[str, Any]) -> str:

@@ -13,7 +13,6 @@ from common.explain.checks import (
     SENSITIVITY_RADIUS,
     area,
     blurred,
-    brightest_quadrant,
     chance,
     check_methods,
     control_maps,
@@ -25,14 +24,12 @@ from common.explain.checks import (
     rank_correlation,
     removal,
     removal_report,
-    tile_correlation,
 )
-from common.explain.maps import METHODS, Method, convergence_error, edge_map
+from common.explain.maps import METHODS, Method, edge_map
 from common.explain.stages import stages
 from common.training.models import build_model
 
 SIZE = 28
-HALVES = (slice(14), slice(14, None))
 
 
 class Corner(nn.Module):
@@ -72,7 +69,7 @@ def dark_corner(count: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_map_has_the_tile_s_shape_a_known_range_and_does_not_depend_on_the_batch(
+def test_a_map_has_the_tile_s_shape_a_known_range_and_depends_on_the_class_and_not_on_the_batch(
     name: str, resnet: nn.Module
 ) -> None:
     inputs, targets = tiles(4), torch.tensor([0, 3, 5, 8])
@@ -84,12 +81,13 @@ def test_a_map_has_the_tile_s_shape_a_known_range_and_does_not_depend_on_the_bat
     assert (maps.min() < 0) == METHODS[name].signed
     alone = METHODS[name].maps(resnet, inputs[2:3], targets[2:3], 0)
     assert (alone - maps[2:3]).abs().max() < 1e-3 * maps[2].abs().max()
+    other_class = METHODS[name].maps(resnet, inputs[2:3], targets[3:], 0)
+    assert not torch.allclose(alone, other_class)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_network_in_train_mode_is_refused(name: str, resnet: nn.Module) -> None:
+def test_a_network_in_train_mode_is_refused(resnet: nn.Module) -> None:
     with pytest.raises(ValueError, match="eval mode"):
-        METHODS[name].maps(copy.deepcopy(resnet).train(), tiles(2), torch.tensor([0, 1]), 0)
+        METHODS["saliency"].maps(copy.deepcopy(resnet).train(), tiles(2), torch.tensor([0, 1]), 0)
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "grad_cam"])
@@ -105,12 +103,6 @@ def test_grad_cam_is_high_at_the_right_place_in_the_layer(corner: nn.Module) -> 
     network = Corner(-5.0).eval()
     maps = METHODS["grad_cam"].maps(network, bright, torch.ones(2, dtype=torch.int64), 0)
     assert maps[:, :7, :7].mean() > 3 * maps[:, 7:, 7:].mean()
-
-
-def test_the_target_decides_the_map(resnet: nn.Module) -> None:
-    for name, method in METHODS.items():
-        first, second = (method.maps(resnet, tiles(1), torch.tensor([label]), 0) for label in (0, 1))
-        assert not torch.allclose(first, second), name
 
 
 def test_smoothgrad_depends_on_its_seed_and_not_on_the_global_random_generator(resnet: nn.Module) -> None:
@@ -130,23 +122,6 @@ def test_integrated_gradients_add_up_to_the_logit_s_difference(corner: nn.Module
     maps = METHODS["integrated_gradients"].maps(corner, inputs, targets, 0)
     difference = corner(inputs)[:, 1] - corner(torch.ones_like(inputs))[:, 1]
     torch.testing.assert_close(maps.sum((1, 2)), difference, rtol=1e-4, atol=1e-4)
-    assert convergence_error(corner, inputs, targets).max() < 1e-4
-
-
-def test_the_convergence_error_is_a_share_of_the_difference(resnet: nn.Module) -> None:
-    inputs, targets = tiles(3), torch.tensor([0, 1, 2])
-    maps, error = (
-        METHODS["integrated_gradients"].maps(resnet, inputs, targets, 0),
-        convergence_error(resnet, inputs, targets),
-    )
-    both = [resnet(images).gather(1, targets[:, None])[:, 0] for images in (inputs, torch.ones_like(inputs))]
-    difference = both[0] - both[1]
-    torch.testing.assert_close(error, ((maps.sum((1, 2)) - difference) / difference).abs(), rtol=1e-2, atol=1e-4)
-
-
-def test_a_white_tile_has_no_convergence_error(corner: nn.Module) -> None:
-    white = torch.ones(2, 3, SIZE, SIZE)  # the baseline: the logit does not change
-    assert convergence_error(corner, white, torch.ones(2, dtype=torch.int64)).tolist() == [0, 0]
 
 
 def test_edges_are_sobel_s() -> None:
@@ -204,11 +179,6 @@ def test_removal_follows_the_map_and_ends_at_the_blurred_tile(corner: nn.Module)
     np.testing.assert_allclose(bad["deletion"][:, tenth], bad["deletion"][:, 0], rtol=1e-6)
     assert (area(good["deletion"]) < area(bad["deletion"])).all()
     assert (area(good["insertion"]) > area(bad["insertion"])).all()
-
-
-def test_areas_are_the_trapezoid_s() -> None:
-    falling = np.array([1 - share for share in FRACTIONS])
-    assert area(np.stack([falling, 1 - falling / 2])) == pytest.approx([0.5, 0.75])
 
 
 def test_equal_values_are_removed_in_random_order(corner: nn.Module) -> None:
@@ -274,29 +244,22 @@ def test_the_blur_s_deviation_is_an_eighth_of_the_side() -> None:
 def test_every_check_gets_its_tiles_maps_and_networks(
     resnet: nn.Module, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    methods = {"saliency": METHODS["saliency"]}
-    monkeypatch.setattr(checks, "METHODS", methods)
+    saliency = METHODS["saliency"]
+    monkeypatch.setattr(checks, "METHODS", {"saliency": saliency})
     monkeypatch.setattr(checks, "COSTLY", {"randomisation": 3, "infidelity": 2, "max_sensitivity": 1})
     torch.manual_seed(1)
     fresh = build_model("resnet18", 9, SIZE).eval().requires_grad_(False)
     inputs, targets = tiles(4), torch.tensor([0, 3, 5, 8])
-    checked, means = check_methods(resnet, fresh, inputs, targets, 0)
+    checked = check_methods(resnet, fresh, inputs, targets, 0)
     assert capsys.readouterr().out.splitlines()[0] == "Saliency (1 of 1): maps, sensitivity, 6 networks"
     assert checked["n"] == {"removal": 4, "randomisation": 3, "infidelity": 2, "max_sensitivity": 1}
-    maps = methods["saliency"].maps(resnet, inputs, targets, 0)
+    maps = saliency.maps(resnet, inputs, targets, 0)
     got = checked["methods"]["saliency"]
     assert not {"passes", "verdict"} & got.keys()  # they are made from the numbers where they are shown
     assert list(got["randomisation"]) == list(stages(resnet, inputs[:1]))
     for stage, network in randomised(resnet, fresh, inputs[:1]).items():
-        of_random = methods["saliency"].maps(network, inputs[:3], targets[:3], 0)
+        of_random = saliency.maps(network, inputs[:3], targets[:3], 0)
         assert got["randomisation"][stage] == mean_estimate(rank_correlation(maps[:3], of_random))
-    np.testing.assert_allclose(means["saliency"][0], maps[:3].mean(0))
-    untrained = methods["saliency"].maps(fresh, inputs[:3], targets[:3], 0).mean(0)
-    np.testing.assert_allclose(means["saliency"][1], untrained)
-    quadrants = [untrained[rows, columns].mean() for rows in HALVES for columns in HALVES]
-    expected = float(max(quadrants) / untrained.mean())
-    assert got["brightest_quadrant"]["untrained"] == pytest.approx(expected, rel=1e-5)
-    assert brightest_quadrant(np.zeros((4, 4))) == 1
     assert got["tile_correlation"] == mean_estimate(rank_correlation(maps[:2], maps[2:]))
     assert got["edge_correlation"] == mean_estimate(rank_correlation(maps, edge_map(inputs)))
     assert got["infidelity"] == mean_estimate(infidelity(resnet, inputs[:2], targets[:2], maps[:2], 0))
@@ -304,14 +267,6 @@ def test_every_check_gets_its_tiles_maps_and_networks(
     assert got["max_sensitivity"]["value"] == pytest.approx(one[0])
     edges = removal(resnet, inputs, targets, edge_map(inputs), 0)
     assert checked["controls"]["sobel"]["deletion"] == mean_estimate(area(edges["deletion"]))
-
-
-def test_maps_that_are_alike_on_all_tiles_are_found() -> None:
-    random = torch.Generator().manual_seed(0)
-    alike = torch.rand(1, SIZE, SIZE, generator=random).expand(9, -1, -1)
-    different = torch.rand(9, SIZE, SIZE, generator=random)
-    assert tile_correlation(alike)["value"] == pytest.approx(1)
-    assert abs(tile_correlation(different)["value"]) < 0.05
 
 
 def test_the_interval_of_a_mean_is_student_s() -> None:
@@ -337,10 +292,7 @@ def test_a_method_passes_only_if_every_interval_is_on_the_right_side(
         return {"value": value, "low": value - 0.05, "high": value + 0.05}
 
     method = {
-        "randomisation": {
-            "head": around(0.95),
-            "14": around(correlation),
-        },  # in the last one, all weights are random
+        "randomisation": {"head": around(0.95), "14": around(correlation)},  # in the last one, all weights
         "margin_over_random": around(over_random),
         "margin_over_sobel": around(over_sobel),
     }
@@ -352,10 +304,9 @@ def test_a_method_passes_only_if_every_interval_is_on_the_right_side(
     assert (few.outcome, few.passes) == ("too few tiles to judge", False)
 
 
-def test_the_page_is_told_what_passing_by_chance_looks_like() -> None:
-    words = chance(5)
-    assert words.startswith("These are 15 tests with 95 % intervals")
-    assert words.endswith("Of 5 such methods, one or more would pass in at most 12% of cases.")
+def test_the_reader_is_told_what_passing_by_chance_looks_like() -> None:
+    assert chance(5).startswith("These are 15 tests with 95 % intervals")
+    assert chance(5).endswith("Of 5 such methods, one or more would pass in at most 12% of cases.")
 
 
 def test_margins_are_paired_tile_by_tile() -> None:
