@@ -37,9 +37,10 @@ AGAINST = {  # rows that change another row than the reference, with which all o
     "with_all": "with_stain_only",
 }
 CONVERGED_WITHIN = 0.005
-# Keys in which runs of one row may differ: the seed, where and how a run is kept; only older runs have dry_run.
+# Keys in which runs of one row may differ: the seed, where and how a run is kept, and what only older runs have.
 # The number of training tiles stands in the summary, too, and there it is never None.
-APART = {"seed", "run_id", "device", "scratch", "n_seeds", "train_tiles", "dry_run"} | TrainingConfig.bookkeeping()
+OLDER = {"n_seeds", "dry_run", "unfreeze_epoch"}
+APART = {"seed", "run_id", "device", "scratch", "train_tiles"} | OLDER | TrainingConfig.bookkeeping()
 SCORES = {  # of a run, by their names on the page: where they stand in summary.json
     "acc": ("best", "acc"),
     "auc": ("best", "auc"),
