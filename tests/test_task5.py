@@ -175,7 +175,9 @@ def test_the_comparison_is_that_of_the_records(finished: Path) -> None:
     lines = (finished / "runs/r/comparison.md").read_text().splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     assert rows[0] == ["", "fine-tuned", "from scratch", "difference"]
-    summaries = [json.loads((finished / f"runs/{run_id}/summary.json").read_text()) for run_id in ("r", "r-scratch")]
+    summaries = [
+        json.loads((finished / f"runs/{run_id}/summary.json").read_text()) for run_id in ("r", "r-scratch")
+    ]
     tuned, scratch = (summary["test/acc"] for summary in summaries)
     assert ["test ACC", f"{tuned:.3f}", f"{scratch:.3f}", f"{tuned - scratch:+.3f}"] in rows
 
