@@ -1,254 +1,178 @@
-"""Search a sweep's parameters with Optuna; the commands that share a search share its database."""
+"""Search a sweep's parameters with Optuna; the commands that share a folder share its search.
 
+sweeps/<name>/search.json lists the trials: their parameters, and which of them were stopped early ("pruned") or
+have an impossible configuration ("refused"). All else is read from the records of their runs.
+"""
+
+import json
 import shlex
-import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import optuna
-import sqlalchemy
 from filelock import FileLock
-from optuna.exceptions import ExperimentalWarning
-from optuna.pruners import BasePruner, NopPruner, SuccessiveHalvingPruner
-from optuna.samplers import BaseSampler, RandomSampler, TPESampler
-from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
-from optuna.trial import FrozenTrial, TrialState
+from optuna import distributions, samplers
+from optuna.trial import TrialState, create_trial
 
-from common.cli import Fault, Stopped, Untrainable, UsageError, first_line
-from common.files import public, write_text
+from common.cli import Untrainable, UsageError
+from common.files import write_text
+from common.markdown import markdown_table, text
 from common.records.read import is_finished, read_history, read_json, run_folder
-from study.processes import WAIT, Processes, failed_runs, planned
-from study.sweep_spec import Sweep
-from study.sweep_tables import Ended, ranked, search_table
+from study.processes import Processes, Run
+from study.sweep_spec import Parameter, Sweep
 
-HEARTBEAT = 60  # seconds between two signs of life of a trial
-GRACE = 180  # seconds without a sign of life, after which a trial is tried again
-MAX_FAILURES = 3  # then the machine is broken, for example its disk is full: a command starts no other trial
-REFUSED = "refused"  # marks a failed trial whose configuration was the reason: it is not tried again
-
-warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats
-try_again = RetryHeartbeatStaleTrialCallback()
+STATES = ("finished", "pruned", "begun", "refused")  # of trials, in the order of the table
+REMEDY = "use another --output_dir, or another name in the sweep file"
 
 
-class Failed(Exception):
-    """A trial failed; the search goes on."""
+@dataclass
+class Trial:
+    """A trial: its run's id, its parameters, one of STATES, and the metric of each epoch until now."""
+
+    run_id: str
+    params: dict[str, Any]
+    state: str
+    values: list[float]
 
 
-def search(sweep: Sweep, processes: Processes, count: int, n_workers: int, storage: str | None) -> None:
-    """Run trials until `count` have ended, those of other commands included, and write their table.
+@dataclass
+class Search:
+    """A search that has `count` trials in the end, those of other commands included."""
 
-    Without workers, only write the table. Raises Fault naming the trials that failed for another reason than their
-    configuration: the next command tries these again. UsageError where the search had other parameters.
-    """
-    file = processes.logs / "search.db"
-    with _one_line(storage or str(file)):
-        study = _open(sweep, storage or f"sqlite:///{file.absolute()}", file)
-        objective = Objective(study, sweep, processes)
-        if n_workers:
-            objective.run(count, n_workers)
-        ended = [objective.ended(trial) for trial in ended_trials(study)]
-    if ended:
-        _write(sweep, ranked(sweep, ended), processes.logs)
-    if objective.failed:
-        raise failed_runs(objective.failed)
-    if not ended:
-        raise UsageError(f"no trial of {sweep.name} has ended yet")
-    if all(trial.state == "failed" for trial in ended):
-        raise Fault(f"all {len(ended)} trials failed")
+    sweep: Sweep
+    processes: Processes
+    count: int
 
+    def run(self, n_workers: int) -> None:
+        """Train trials until none is left, and write their table; without workers, only write the table.
 
-def ended_trials(study: optuna.Study) -> list[FrozenTrial]:
-    """The trials that have ended, but for those that are tried again."""
-    trials = study.get_trials(deepcopy=False)
-    done = (TrialState.COMPLETE, TrialState.PRUNED)
-    return [trial for trial in trials if trial.state in done or REFUSED in trial.user_attrs]
+        Raises Fault naming the trials that failed, but not by their configuration. UsageError where the search had
+        other parameters, or where no trial has finished.
+        """
+        self.file = self.processes.logs / "search.json"
+        self.space = self.sweep.model_dump(mode="json", include={"metric", "parameters"}, exclude_unset=True)
+        with self.processes.ended_together():
+            is_left = n_workers > 0
+            while is_left:
+                ended = list(self.processes.ended())
+                with FileLock(self.file.with_suffix(".lock")):
+                    is_left = self.step(ended, n_workers)
+        self.write_table()
 
+    def step(self, ended: Sequence[tuple[str, int, str]], n_workers: int) -> bool:
+        """Note what has ended, stop what is hopeless, and start what is next. The caller has the lock.
 
-class Objective:
-    """Trains the trials of a search. `failed` names those that failed, but not by their configuration."""
+        Returns whether a trial is left, be it one of another command: that may be killed.
+        """
+        trials, running = self.trials(), self.processes.running
+        for run_id, status, outcome in ended:
+            trial = next(one for one in trials if one.run_id == run_id)
+            if trial.state == "begun" and status in (UsageError.exit_status, Untrainable.exit_status):
+                trial.state = "refused"  # every attempt would end like this
+                self.save(trials)
+            elif trial.state == "begun":
+                self.processes.failed.append(run_id)
+            score = f", {self.sweep.metric.name} {self.sweep.best(trial.values):.4f}" if trial.values else ""
+            print(f"{run_id}: {'pruned' if trial.state == 'pruned' else outcome}{score}", flush=True)
+        for trial in trials:
+            if trial.state == "begun" and trial.run_id in running and self.is_hopeless(trial, trials):
+                trial.state = "pruned"
+                self.save(trials)
+                running[trial.run_id][0].terminate()
+        begun = [trial for trial in trials if trial.state == "begun" and trial.run_id not in self.processes.failed]
+        for trial in begun:
+            if len(running) < n_workers:
+                self.start(trial)
+        while len(running) < n_workers and len(trials) < self.count:
+            run_id = f"{self.sweep.name}-{len(trials)}"
+            if (folder := run_folder(self.processes.output_dir, run_id)).exists():
+                raise UsageError(f"{folder}: this run is not in {self.file}: {REMEDY}")
+            trials.append(Trial(run_id, self.ask(trials), "begun", []))
+            self.save(trials)
+            self.start(trials[-1])
+        return bool(running or begun) or len(trials) < self.count
 
-    def __init__(self, study: optuna.Study, sweep: Sweep, processes: Processes) -> None:
-        self.study, self.sweep, self.processes = study, sweep, processes
-        self.failed: list[str] = []
+    def trials(self) -> list[Trial]:
+        """The trials of search.json with what the records of their runs say."""
+        content: Any = read_json(self.file) if self.file.exists() else {"space": self.space, "trials": []}
+        if content["space"] != self.space:
+            raise UsageError(f"search {self.sweep.name} was started with other parameters: {REMEDY}")
+        trials = [Trial(**kept, values=[]) for kept in content["trials"]]
+        for trial in trials:
+            path = run_folder(self.processes.output_dir, trial.run_id) / "history.csv"
+            rows = read_history(path) if path.exists() else []
+            trial.values = [row[self.sweep.metric.name] for row in rows]
+            if is_finished(self.processes.output_dir, trial.run_id):
+                trial.state = "finished"
+        return trials
 
-    def run(self, count: int, n_workers: int) -> None:
-        """Run trials until `count` have ended."""
+    def save(self, trials: Sequence[Trial]) -> None:
+        """Write search.json."""
+        kept = [{"run_id": trial.run_id, "params": trial.params, "state": trial.state} for trial in trials]
+        write_text(self.file, json.dumps({"space": self.space, "trials": kept}, indent=2) + "\n")
 
-        def left() -> int:
-            running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-            return count - len(ended_trials(self.study)) - len(running)
+    def start(self, trial: Trial) -> None:
+        """Start a trial's process, unless another command trains it."""
+        values = {**trial.params, "run_id": trial.run_id, "output_dir": self.processes.output_dir}
+        self.processes.start(Run(trial.run_id, trial.params, self.sweep.command_line(values)))
 
-        def stop_in_time(study: optuna.Study, trial: FrozenTrial) -> None:
-            if left() <= 0 or len(self.failed) >= MAX_FAILURES:
-                study.stop()
+    def ask(self, trials: Sequence[Trial]) -> dict[str, Any]:
+        """The parameters of a new trial, by Optuna; with the method bayes it learns from the trials until now."""
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        # Constant liar: a trial without a value counts as a bad one, so trials at the same time differ.
+        bayes = self.sweep.method == "bayes"
+        sampler = samplers.TPESampler(constant_liar=True) if bayes else samplers.RandomSampler()
+        study = optuna.create_study(direction=self.sweep.metric.goal, sampler=sampler)
+        space = {name: distribution(parameter) for name, parameter in self.sweep.swept.items()}
+        for trial in trials:
+            state, value = TrialState.RUNNING, None
+            if trial.state in ("finished", "pruned"):  # a pruned one has the best value of its epochs
+                state, value = TrialState.COMPLETE, self.sweep.best(trial.values)
+            study.add_trial(create_trial(state=state, value=value, params=trial.params, distributions=space))
+        return study.ask(space).params
 
-        with self.processes:
-            while len(ended_trials(self.study)) < count and len(self.failed) < MAX_FAILURES:
-                fail_stale_trials(self.study)
-                if (missing := left()) > 0:
-                    # `n_trials` is exact for this command; the callback sees the trials of others.
-                    n_jobs = min(n_workers, missing)
-                    self.study.optimize(self, missing, n_jobs=n_jobs, catch=(Failed,), callbacks=[stop_in_time])
-                else:  # other commands run the last ones; if one is killed, this command continues its trial
-                    self.processes.check()
-                    time.sleep(WAIT)
+    def is_hopeless(self, trial: Trial, trials: Sequence[Trial]) -> bool:
+        """Whether it is at an epoch of early termination, and not among the best 1/eta of all that were there.
 
-    def __call__(self, trial: optuna.Trial) -> float:
-        """The best value of the metric over the epochs. Raises TrialPruned, Failed, and Stopped after Ctrl-C."""
-        started, processes = time.monotonic(), self.processes
-        run_id = self.run_id(self._frozen(trial))
-        values = {name: parameter.suggest(trial, name) for name, parameter in self.sweep.swept.items()}
-        try:
-            self.sweep.config(values)
-        except UsageError as error:  # swept values that exclude each other
-            raise self._refused(trial, f"{run_id}: FAILED: {error}") from None
-        run = planned(self.sweep, run_id, values, processes.output_dir)
-        reported, pruned = 0, False
+        This is successive halving that does not wait for the other trials (Li et al., MLSys 2020).
+        """
+        early, epoch = self.sweep.early_terminate, len(trial.values)
+        if early is None or epoch not in [early.min_iter * early.eta**power for power in range(20)]:
+            return False
+        scores = [self.sweep.best(one.values[:epoch]) for one in trials if len(one.values) >= epoch]
+        scores.sort(reverse=self.sweep.metric.goal == "maximize")
+        return self.sweep.best(trial.values) not in scores[: max(len(scores) // early.eta, 1)]
 
-        def report() -> bool:
-            nonlocal reported, pruned
-            history = self.history(run_id)
-            for epoch in sorted(history)[reported:]:
-                reported = epoch
-                trial.report(history[epoch], epoch)
-                pruned = pruned or trial.should_prune()
-            return pruned
+    def write_table(self) -> None:
+        """Write table.md, and print the command of the best trial.
 
-        try:
-            while processes.is_running(run):  # its command was killed
-                processes.check()
-                time.sleep(WAIT)
-            status = 0 if processes.is_finished(run) else processes.train(run, report)
-        except Stopped:
-            try_again(self.study, self._frozen(trial))
-            raise
-        report()  # the last epochs
-        best = self.sweep.best(self.history(run_id).values())
-        value = "" if best is None else f", {self.sweep.metric_name} {best:.4f}"
-        seconds = f"({time.monotonic() - started:.0f} s)"
-        if processes.is_finished(run) and best is not None:
-            print(f"{run_id}: finished{value} {seconds}", flush=True)
-            return best
-        if pruned:
-            print(f"{run_id}: pruned{value} {seconds}", flush=True)
-            raise optuna.TrialPruned
-        line = f"{run_id}: {processes.failure(run, status)} {seconds}"
-        if status in (UsageError.exit_status, Untrainable.exit_status):  # every attempt would end like this
-            raise self._refused(trial, line)
-        print(line, flush=True)
-        self.failed.append(run_id)
-        try_again(self.study, self._frozen(trial))
-        raise Failed
-
-    def _frozen(self, trial: optuna.Trial) -> FrozenTrial:
-        return self.study.get_trials(deepcopy=False)[trial.number]
-
-    def _refused(self, trial: optuna.Trial, line: str) -> Failed:
-        print(line, flush=True)
-        trial.set_user_attr(REFUSED, True)
-        return Failed()
-
-    def run_id(self, trial: FrozenTrial) -> str:
-        """The id of a trial's run; a trial that is tried again continues the run of the first attempt."""
-        first = try_again.retried_trial_number(trial)
-        return f"{self.sweep.name}-{trial.number if first is None else first}"
-
-    def history(self, run_id: str) -> dict[int, float]:
-        """The metric of each epoch until now; Fault where the program does not record it."""
-        path = run_folder(self.processes.output_dir, run_id) / "history.csv"
-        rows = read_history(path) if path.exists() else []
-        if rows and self.sweep.metric_name not in rows[0]:
-            raise Fault(f"{path} has no column {self.sweep.metric_name}, the sweep's metric")
-        return {int(row["epoch"]): row[self.sweep.metric_name] for row in rows}
-
-    def ended(self, trial: FrozenTrial) -> Ended:
-        """A trial by its run's own records; what Optuna knows of it only fills in what these lack."""
-        run_id, params, dataset = self.run_id(trial), trial.params, None
-        path = run_folder(self.processes.output_dir, run_id) / "config.json"
-        if path.exists():
-            facts = read_json(path)
-            params, dataset = {name: facts["config"][name] for name in self.sweep.swept}, facts["dataset"]
-        here = "finished" if is_finished(self.processes.output_dir, run_id) else "elsewhere"
-        state = {TrialState.COMPLETE: here, TrialState.PRUNED: "pruned"}.get(trial.state, "failed")
-        return Ended(run_id, state, params, self.history(run_id), dataset)
+        The table has no test scores: nobody may choose a trial by them.
+        """
+        trials, name, logs = self.trials(), self.sweep.metric.name, self.processes.logs
+        trials.sort(key=lambda one: self.sweep.best(one.values), reverse=self.sweep.metric.goal == "maximize")
+        trials.sort(key=lambda one: STATES.index(one.state))  # keeps that order within a state
+        if not trials or trials[0].state != "finished":
+            raise UsageError(f"no trial of {self.sweep.name} has finished (logs: {logs})")
+        rows = []
+        for trial in trials:
+            best = self.sweep.best(trial.values) if trial.values else ""
+            cells = [trial.run_id, trial.state, best, len(trial.values), *trial.params.values()]
+            rows.append([f"{cell:.4g}" if isinstance(cell, float) else text(cell) for cell in cells])
+        columns = ["run_id", "state", f"best {name}", "epochs", *trials[0].params]
+        data = read_json(run_folder(self.processes.output_dir, trials[0].run_id) / "config.json")["dataset"]
+        command = shlex.join(["python", *self.sweep.command_line(trials[0].params)[1:]])
+        lines = [f"**{self.sweep.name}**: {data}; {len(rows)} trials of a {self.sweep.method} search", ""]
+        lines += [*markdown_table(columns, "l" * len(columns), rows), "", f"The best trial: `{command}`"]
+        write_text(logs / "table.md", "\n".join(lines) + "\n")
+        print(f"{lines[-1]}\n{len(rows)} trials, the best one first: {logs / 'table.md'}", flush=True)
 
 
-def _write(sweep: Sweep, trials: list[Ended], folder: Path) -> None:
-    """Write table.md, and print where they are and how to train the best trial's configuration."""
-    text = search_table(sweep, trials)
-    if trials[0].state == "finished":
-        command = shlex.join(["python", sweep.program, *sweep.recipe(trials[0].params)])
-        text += ["", f"The best trial's configuration, on all training tiles: `{command}`"]
-        print(text[-1])
-    write_text(folder / "table.md", "\n".join(text) + "\n")
-    print(f"{sweep.name}: {len(trials)} trials, the best one first: {folder / 'table.md'}", flush=True)
-
-
-def _open(sweep: Sweep, url: str, file: Path) -> optuna.Study:
-    """Create or open the search in the database at `url`. UsageError where it had other parameters."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        place = sqlalchemy.make_url(url)
-        place.get_dialect()
-    except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
-        raise UsageError(f"--storage: {first_line(error)}") from None
-    path = Path(place.database or "")
-    if place.drivername.startswith("sqlite") and path.exists() and not path.is_file():
-        raise UsageError(f"{path}: a search's database must be a regular file")
-    pruner: BasePruner = NopPruner()
-    if early := sweep.early_terminate:  # W&B's hyperband with `min_iter` is one bracket of successive halving
-        pruner = SuccessiveHalvingPruner(min_resource=early.min_iter, reduction_factor=early.eta)
-    # Constant liar: trials at the same time try different values.
-    sampler: BaseSampler = TPESampler(constant_liar=True) if sweep.method == "bayes" else RandomSampler()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(file.with_suffix(".lock")):  # two commands that start together must not both create the tables
-        storage = RDBStorage(
-            url, heartbeat_interval=HEARTBEAT, grace_period=GRACE, heartbeat_stale_trial_callback=try_again
-        )
-        if place.drivername.startswith("sqlite"):  # else two workers could take the same waiting trial
-            sqlalchemy.event.listen(storage.engine, "connect", _leave_begin_to_us)
-            sqlalchemy.event.listen(storage.engine, "begin", _lock_at_begin)
-            storage.engine.dispose()
-        study = optuna.create_study(
-            storage=storage,
-            study_name=sweep.name,
-            direction="maximize" if sweep.maximize else "minimize",
-            sampler=sampler,
-            pruner=pruner,
-            load_if_exists=True,
-        )
-        if study.user_attrs.get("space", sweep.space) != sweep.space:
-            raise UsageError(
-                f"search {sweep.name} was started with other parameters: use another --output_dir, or another "
-                "name in the sweep file"
-            )
-        study.set_user_attr("space", sweep.space)
-    return study
-
-
-def _leave_begin_to_us(connection: Any, _: Any) -> None:
-    connection.isolation_level = None
-
-
-def _lock_at_begin(connection: Any) -> None:
-    """Lock a SQLite database for a whole transaction, as SQLAlchemy's documentation of SQLite recommends."""
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-
-@contextmanager
-def _one_line(place: str) -> Iterator[None]:
-    """Turn an error of the database at `place`, which may have any type, into one line that names it."""
-    try:
-        yield
-    except (UsageError, Fault, Stopped, OSError):
-        raise
-    except Exception as error:
-        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
-        what = f"{type(cause).__name__}: {first_line(cause)}"
-        raise Fault(
-            f"{public(place)}: the search's database cannot be read or written ({what}); the same command tries "
-            "again; if the file is damaged, restore it, or search with another --output_dir"
-        ) from error
+def distribution(parameter: Parameter) -> distributions.BaseDistribution:
+    """A parameter for Optuna."""
+    if parameter.values:
+        return distributions.CategoricalDistribution(parameter.values)
+    if parameter.is_whole:
+        return distributions.IntDistribution(int(parameter.min), int(parameter.max))
+    log = parameter.distribution == "log_uniform_values"
+    return distributions.FloatDistribution(parameter.min, parameter.max, log=log)

@@ -31,8 +31,6 @@ RUN = f"task1.py {PHANTOM} --data_root={{}} --output_dir={{}} --run_id=r"
 
 def assert_refused(line: str, status: int, message: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     program, *arguments = shlex.split(line.replace("{}", str(folder)))
-    if program == "study.sweep":
-        arguments = sweep.as_keys(arguments)
     main, config_class = COMMANDS[program]
     before = contents(folder)
     capsys.readouterr()

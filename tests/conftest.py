@@ -136,6 +136,7 @@ def write_official(root: Path, monkeypatch: pytest.MonkeyPatch, arrays: dict[str
 def write_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """A function that writes a sweep file `try.yaml` for the fake program: its content, with more `parameters`."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr("study.processes.PAUSE", 0.05)
     program = str(ROOT / "tests" / "fake_program.py")
 
     def write(content: Mapping[str, Any], parameters: Mapping[str, Any] | None = None) -> Path:

@@ -1,14 +1,11 @@
 """A program for the tests of the sweeps: it leaves the records of a training run without training."""
 
 import os
-import signal
-import sys
 import time
 from typing import Any
 
 import example_records
 import numpy as np
-from filelock import FileLock, Timeout
 
 from common.cli import Fault, Untrainable, UsageError, key, run_script
 from common.config import Config
@@ -23,40 +20,19 @@ class FakeConfig(Config):
     n_epochs: int = key(1, "epochs", ge=1)
     pause: float = key(0.0, "seconds per epoch; 0 where output_dir has a file no-pause")
     together: int = key(1, "wait until so many runs have started")
-    lingering: float = key(0.0, "seconds from SIGTERM to the end")
 
 
 def main(config: FakeConfig) -> None:
-    """Write all records, and a line in starts.txt, spans.txt and, at SIGTERM, in terms.txt."""
+    """Write all records, and a line in starts.txt and spans.txt, among others."""
     begun, folder = time.monotonic(), config.output_dir / "runs" / config.run_id
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise UsageError("another process trains this run") from None
-    if (folder / "summary.json").exists():
-        raise UsageError("this run is finished already")
 
     def note(name: str, *words: Any) -> None:
         with open(config.output_dir / name, "a") as file:
             print(*words, file=file)
 
-    def linger(*_: Any) -> None:
-        note("terms.txt", time.monotonic())
-        time.sleep(config.lingering)
-        sys.exit(143)
-
-    if config.lingering:
-        signal.signal(signal.SIGTERM, linger)
     note("processes.txt", os.getpid())
     note("starts.txt", config.run_id)
-    note(
-        "wandb.txt",
-        os.environ.get("WANDB_PROJECT"),
-        os.environ.get("WANDB_ENTITY"),
-        os.environ.get("WANDB_RUN_GROUP"),
-    )
+    note("wandb.txt", os.environ.get("WANDB_PROJECT"), os.environ.get("WANDB_RUN_GROUP"))
     while len((config.output_dir / "starts.txt").read_text().split()) < config.together:
         if time.monotonic() > begun + 15:
             raise UsageError("it is alone")
@@ -78,11 +54,8 @@ def main(config: FakeConfig) -> None:
     np.savez(folder / "scores.npz", **example_records.outputs(ord(config.row[-1]) + config.quality))
     changed = {"gamma": config.quality - 0.1, "chromatic_noise": config.quality - 0.1}
     summary = example_records.summary(facts, history, config.quality, config.quality)
-    write_json(
-        folder / "summary.json", {**summary, "shifted": changed, "validate/shifted_acc": config.quality - 0.1}
-    )
-    while (config.output_dir / f"hold-{config.run_id}").exists() and time.monotonic() < begun + 60:
-        time.sleep(0.02)
+    summary |= {"shifted": changed, "validate/shifted_acc": config.quality - 0.1}
+    write_json(folder / "summary.json", summary)
     note("spans.txt", begun, time.monotonic(), os.environ.get("OMP_NUM_THREADS"))
 
 

@@ -17,32 +17,28 @@ SEARCH = {
     "metric": {"name": "validate/acc", "goal": "maximize"},
     "parameters": {"quality": {"min": 0.1, "max": 1.0}, "row": {"values": ["a", "b"]}},
 }
-EVERY_RUN_ONCE = {f"try-{row}-{seed}": 1 for row in "abc" for seed in (0, 1)}  # of GRID
 Write = Callable[..., Path]
 
 
-def run(path: Path, output: Path, **keys: Any) -> None:
+def run(path: Path, output: Path, *fixed: str, **keys: Any) -> None:
+    """Run a sweep file; `fixed` are keys for every run."""
     output.mkdir(exist_ok=True)
-    sweep.main(sweep.SweepConfig(**{"file": path, "output_dir": output, "workers": 1, **keys}))
+    sweep.main(sweep.SweepConfig(**{"file": (str(path), *fixed), "output_dir": output, "workers": 1, **keys}))
 
 
 def begin(path: Path, output: Path, **keys: Any) -> int:
     """Start a command in another process; its output goes to log.txt."""
     output.mkdir(exist_ok=True)
-    keys = {"file": path, "output_dir": output, "workers": 1, **keys}
-    arguments = [f"--{name}={value}" for name, value in keys.items()]
+    keys = {"output_dir": output, "workers": 1, **keys}
+    arguments = [str(path), *(f"--{name}={value}" for name, value in keys.items())]
     return start(lambda: run_script(sweep.main, sweep.SweepConfig, arguments), output / "log.txt")
 
 
-def wait_for(condition: Callable[[], Any]) -> None:
+def wait_for_starts(output: Path, n_runs: int) -> None:
     deadline = time.monotonic() + 60
-    while not condition():
+    while len(starts(output)) != n_runs:
         assert time.monotonic() < deadline
         time.sleep(0.02)
-
-
-def wait_for_starts(output: Path, n_runs: int) -> None:
-    wait_for(lambda: len(starts(output)) == n_runs)
 
 
 def starts(output: Path) -> list[str]:

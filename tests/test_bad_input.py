@@ -48,7 +48,7 @@ OPTIONS: list[tuple[str, int, str]] = [
     ("task5.py --train_part=all --adapt_batchnorm", 2, "--adapt_batchnorm: with --train_part all"),
     ("task5.py --weights=none --train_part=head", 2, "--train_part head: random weights cannot stay frozen"),
     ("study.sweep", 2, "which sweep"),
-    ("study.sweep {}/none.yaml", 2, r"none\.yaml: No such file"),
+    ("study.sweep {}/none.yaml", 1, r"none\.yaml: No such file"),
     ("study.sweep ablation.yaml --dataset=phantom", 2, "unknown key --dataset; --help lists the keys$"),
     ("study.sweep ablation.yaml -- --sise=28", 2, "unknown key --sise; did you mean --size"),
     ("study.sweep ablation.yaml -- --model_name=resnet17", 2, "--model_name resnet17: .*did you mean resnet"),

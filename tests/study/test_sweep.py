@@ -7,10 +7,8 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +17,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from bad_input import damaged
 from conftest import ROOT
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from processes import end
 from scipy import stats
 from sweep_runs import (
-    EVERY_RUN_ONCE,
     GRID,
     SEARCH,
     Write,
@@ -36,19 +30,14 @@ from sweep_runs import (
     run,
     starts,
     table,
-    wait_for,
     wait_for_starts,
 )
 from wandb_server import WandbServer
 
-from common.cli import Fault, UsageError, parse
-from common.records.read import Record
-from common.statistics import smallest_difference
-from study import processes, recipes, sweep, sweep_tables
+from common.cli import Fault, UsageError
+from study import recipes, sweep
 from study.sweep_spec import read_sweep
 from train import ABLATIONS
-
-# The sweep files of the project
 
 
 def test_the_ablation_file_has_its_rows_with_five_seeds_and_the_seeds_vary_slowest(tmp_path: Path) -> None:
@@ -56,46 +45,32 @@ def test_the_ablation_file_has_its_rows_with_five_seeds_and_the_seeds_vary_slowe
     rows = [row for row in ABLATIONS if row != "without_weight_decay"]  # the same as combined: test_train.py
     assert [run.values["ablation"] for run in runs[: len(rows)]] == rows
     assert [run.values["seed"] for run in runs] == [seed for seed in range(5) for _ in rows]
-    assert runs[0].run_id == "ablation-combined-0"
+    assert runs[0].run_id == "ablation_64-combined-0"
 
 
 def test_the_search_file_has_the_courseworks_space() -> None:
     content = read_sweep(ROOT / "sweep.yaml")
     assert content.swept["augmentation"].values == ["auto", "none", "ta_wide", "stain"]
     assert content.swept["batch_size"].values == [32, 64, 128, 256, 512]
-    ranges = {name: (one.distribution, one.min, one.max) for name, one in content.swept.items() if one.is_range}
-    assert ranges["lr"] == ("log_uniform_values", 1e-4, 1)
-    assert ranges["weight_decay"] == ("log_uniform_values", 1e-6, 1)
+    ranges = {name: (one.distribution, one.min, one.max) for name, one in content.swept.items() if not one.values}
+    assert ranges == {"lr": ("log_uniform_values", 1e-4, 1), "weight_decay": ("log_uniform_values", 1e-6, 1)}
     assert content.fixed == {}
-    assert (content.metric_name, content.maximize, content.method) == ("validate/acc", True, "bayes")
-
-
-def test_a_recipe_is_for_all_training_tiles_and_does_not_say_where_the_run_is_kept() -> None:
-    machine = ["--data_root=/data", "--wandb=disabled", "--device=cpu"]
-    content = read_sweep(ROOT / "sweep.yaml", ["--size=28", "--train_tiles=9000", *machine])
-    assert content.recipe({"lr": 0.1}) == ["--size=28", "--lr=0.1"]
+    assert (content.metric.name, content.metric.goal, content.method) == ("validate/acc", "maximize", "bayes")
 
 
 def test_the_trials_of_the_recipes_are_trained_and_ranked_by_their_group(
     write_sweep: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    program = Path(str(yaml.safe_load(write_sweep(GRID).read_text())["program"])).relative_to(ROOT)
-    group = {
-        "program": str(program),
-        "keys": {"quality": 0.5},
-        "candidates": {"plain": {}, "good": {"quality": 0.9}},
-    }
-    file = tmp_path / "recipes.yaml"
-    content = {"keys": {"row": "b"}, "seeds": [0, 1], "groups": {"all": group}}
+    group = {"program": "tests/fake_program.py", "keys": {"quality": 0.5}}
+    group |= {"candidates": {"plain": {}, "good": {"quality": 0.9}}}
+    content, file = {"keys": {"row": "b"}, "seeds": [0, 1], "groups": {"all": group}}, tmp_path / "recipes.yaml"
     file.write_text(yaml.safe_dump(content, sort_keys=False))
-    config = recipes.RecipesConfig(output_dir=tmp_path / "out", data_root=tmp_path)
+    config = recipes.RecipesConfig(output_dir=tmp_path / "out", data_root=tmp_path, jobs=1)
     trials = recipes.read_trials(config, file)
     monkeypatch.setattr(recipes, "read_trials", lambda _: trials)
     (tmp_path / "out").mkdir()
     recipes.main(config)
-    expected = [f"recipe-{name}-{seed}" for seed in (0, 1) for name in ("plain", "good")]
-    assert [trial.run_id for trial in trials] == expected
-    assert sorted(starts(tmp_path / "out")) == sorted(expected)
+    assert starts(tmp_path / "out") == [f"recipe-{name}-{seed}" for seed in (0, 1) for name in ("plain", "good")]
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| all")]
     assert [re.split(r" *\| *", row)[2:6] for row in rows] == [
         ["good", "quality 0.9", "2", "0.8500"],  # the mean of validation ACC .9 and .8 under changed colours
@@ -106,60 +81,21 @@ def test_the_trials_of_the_recipes_are_trained_and_ranked_by_their_group(
 # Reading a sweep file
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_any_damage_of_a_sweep_file_is_refused_or_leaves_a_sweep(data: st.DataObject, write_sweep: Write) -> None:
-    path = write_sweep(SEARCH)
-    path.write_bytes(damaged(path.read_bytes(), data))
-    with suppress(UsageError):
-        assert read_sweep(path).swept.keys() <= {"quality", "row"}
-
-
-WHOLE = {"n_epochs": {"distribution": "log_uniform_values", "min": 2, "max": 9}}
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"method": "bayesian"}, "method: Input should be 'grid', 'random' or 'bayes'"),
-        ({"method": "bayes"}, "metric is missing"),
         ({"parameters": []}, "parameters: Input should be a valid dictionary"),
-        ({"parameters": {"row": "a"}}, "parameters: row: Input should be a valid dictionary"),
-        ({"parameters": {"row": {"values": "a"}}}, "parameters: row: values: Input should be a valid list"),
-        ({"parameters": {"row": {"values": []}}}, "parameters: row: values: List should have at least 1 item"),
         ({"parameters": {"row": {"value": 1, "min": 0, "max": 1}}}, "row: needs either value, or values, or min"),
-        ({"parameters": {"row": {"valeus": ["a"]}}}, "row: unknown key valeus; did you mean values?"),
+        ({"parameters": {"row": {"valeus": ["a"]}}}, "row: valeus: Extra inputs are not permitted"),
         ({"parameters": {"quality": {"min": 0, "max": 2}}}, "--quality 2.0: must be at most 1"),
-        ({"parameters": {"quality": {"min": 0, "max": "1e-4"}}}, "max: must be a number; YAML reads 1e-4 as text"),
-        ({"parameters": {"quality": {"min": 1, "max": 0}}}, "no int_uniform between 1 and 0"),
-        (
-            {"parameters": {"quality": {"min": 0, "max": 1, "distribution": "normal"}}},
-            "unknown distribution normal",
-        ),
-        (
-            {"parameters": {"quality": {"min": 0, "max": 1, "distribution": "log_uniform_values"}}},
-            "no log_uniform_values between 0 and 1",
-        ),
-        (
-            {"parameters": {"quality": {"min": 0.1, "max": 1, "distribution": "int_uniform"}}},
-            "no int_uniform between 0.1 and 1",
-        ),
-        ({"parameters": {"quality": {"min": 0, "max": float("inf")}}}, "max: must be a number"),
-        ({"parameters": {"quality": {"min": 0, "max": 10**400}}}, "max: must be a number"),
-        ({"parameters": WHOLE}, "must be a whole number; a key of whole numbers needs int_uniform, or values"),
+        ({"parameters": {"quality": {"min": 1, "max": 0}}}, "no range from 1 to 0"),
+        ({"parameters": {"n_epochs": {"min": 2.0, "max": 9.0}}}, "must be a whole number"),
         ({"parameters": {"run_id": {"value": "a"}}}, "run_id: the sweep gives each run its own"),
-        ({"metric": {"name": "validate/acc", "goal": "max"}}, "goal: Input should be 'maximize' or 'minimize'"),
-        ({"early_terminate": {"type": "median"}}, "type: Input should be 'hyperband'"),
-        ({"early_terminate": {"type": "hyperband", "max_iter": 9}}, "early_terminate: min_iter is missing"),
-        (
-            {"early_terminate": {"type": "hyperband", "min_iter": True}},
-            "min_iter: Input should be a valid integer",
-        ),
-        ({"command": ["${program}", "${args_json}"]}, "unknown macro ${args_json}"),
-        ({"command": ["${program}"]}, "command: it has no ${args}"),
-        ({"command": "python train.py"}, "command: Input should be a valid list"),
+        ({"metric": {"name": "validate/f1"}}, "metric: name: Input should be 'train/loss'"),
+        ({"early_terminate": {"type": "hyperband", "max_iter": 9}}, "early_terminate: min_iter: Field required"),
+        ({"command": ["${program}", "--seed=3"]}, "command: 1: Input should be '${env}'"),
         ({"name": "../../x"}, "name: a run id names files"),
-        ({"name": "a\nb"}, "name: a run id names files"),
     ],
 )
 def test_a_malformed_sweep_file_is_refused_with_the_reason(
@@ -174,28 +110,17 @@ def test_a_malformed_sweep_file_is_refused_with_the_reason(
     assert "\n" not in str(error.value)
 
 
-ALIASES = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{f'*a{n - 1},' * 9}]\n" for n in range(1, 10)) + "name: *a9"
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("\x00", "not YAML"),
-        ("1: 2", "is missing"),
-        ("[1]", "must hold"),
-        ("[" * 20_000, "nested too deep"),
-        ("method: grid\nname: a\nmethod: random", "key method stands twice"),
+        ("[1]", "not YAML of a sweep"),
         ("parameters: {lr: {value: 1}, lr: {value: 2}}", "key lr stands twice"),
-        (ALIASES, "no aliases"),
-        *(
-            (f"name: {scalar}", "not YAML")
-            for scalar in (
-                "2001-13-45", "9" * 5000, "!!int abc", "!!float ''", "!!bool abc", "!!timestamp abc", "!!map [1]"
-            )
-        ),
-        ("name: 2001-01-01\nmethod: grid\nprogram: x\nparameters: {}", "name: Input should be a valid string"),
+        ("name: &a [x]\nmethod: *a", "no aliases"),
+        ("name: 2001-13-45", "not YAML"),
+        ("name: a", "program: Field required"),
     ],
-)  # fmt: skip
+)
 def test_a_file_that_is_no_sweep_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(UsageError, match=rf"bad\.yaml: .*{message}") as error:
@@ -203,46 +128,29 @@ def test_a_file_that_is_no_sweep_is_refused(tmp_path: Path, text: str, message: 
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("code", "message"), [("def", "invalid syntax"), ("import nosuch", "No module named 'nosuch'")]
-)
-def test_a_program_that_python_cannot_load_is_named(
-    tmp_path: Path, write_sweep: Write, code: str, message: str
-) -> None:
-    (tmp_path / "broken.py").write_text(code)
-    with pytest.raises(UsageError, match=rf"program .*broken\.py: Python cannot load it: .*{message}"):
-        read_sweep(write_sweep({**GRID, "program": str(tmp_path / "broken.py")}))
-
-
-def test_the_command_line_has_the_file_first_and_the_runs_keys_after_two_hyphens() -> None:
-    given = sweep.as_keys(["s.yaml", "--count", "3", "--", "--size=28", "--row=a b"])
-    config = parse(sweep.SweepConfig, given, "")
-    assert (config.file, config.count, config.fixed) == (Path("s.yaml"), 3, "--size=28 '--row=a b'")
-
-
 def test_keys_for_every_run_reach_its_command_unless_the_sweep_varies_them(write_sweep: Write) -> None:
-    path = write_sweep({**GRID, "command": ["${env}", "nice", "${interpreter}", "${program}", "${args}"]})
-    command = read_sweep(path, ["--dataset=phantom", "--train-tiles=90"]).command_line({"row": "b"})
-    assert command[:3] == ["/usr/bin/env", "nice", sys.executable]
-    assert command[4:] == ["--dataset=phantom", "--train_tiles=90", "--row=b"]
+    command = read_sweep(write_sweep(GRID), ["--dataset=phantom", "--train_tiles=90"]).command_line({"row": "b"})
+    assert command[0] == sys.executable
+    assert command[2:] == ["--dataset=phantom", "--train_tiles=90", "--row=b"]
     for argument in ("--seed=3", "--run_id=r", "--size", "size=3", "--sise=28"):
         with pytest.raises(UsageError, match=argument.split("=")[0].removeprefix("--")):
-            read_sweep(path, [argument])
+            read_sweep(write_sweep(GRID), [argument])
 
 
 # A grid
 
 
 def test_a_grid_runs_every_combination_once_and_the_seeds_vary_slowest(
-    write_sweep: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    write_sweep: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("WANDB_ENTITY", "mine")
-    path = write_sweep({**GRID, "project": "p", "entity": "e", "description": "d"})
+    path = write_sweep({**GRID, "project": "p"})
     run(path, tmp_path / "out")
     expected = ["try-a-0", "try-b-0", "try-c-0", "try-a-1", "try-b-1", "try-c-1"]
     assert starts(tmp_path / "out") == expected
     printed = capsys.readouterr()
-    assert [line.split(":")[0] for line in printed.out.splitlines()[1:7]] == expected
+    assert [line.split(" (")[0] for line in printed.out.splitlines()[1:7]] == [
+        f"{one}: finished" for one in expected
+    ]
     assert printed.err == ""
     assert (tmp_path / "out/fig/task4/try.png").stat().st_size > 10_000
     assert [(line["row"], line["seeds"]) for line in table(tmp_path / "out")] == [
@@ -250,168 +158,91 @@ def test_a_grid_runs_every_combination_once_and_the_seeds_vary_slowest(
         ("b", "2"),
         ("c", "2"),
     ]
-    # W&B's variables are the sweep's, unless the user has set others.
-    assert set((tmp_path / "out/wandb.txt").read_text().splitlines()) == {"p mine try"}
     run(path, tmp_path / "out")
     assert starts(tmp_path / "out") == expected
     with pytest.raises(UsageError, match=r"run try-a-0 .*\(n_epochs was 1\): use another --output_dir"):
-        run(path, tmp_path / "out", fixed="--n_epochs=2")
+        run(path, tmp_path / "out", "--n_epochs=2")
+    assert set((tmp_path / "out/wandb.txt").read_text().splitlines()) == {"p try"}  # project and group
 
 
 def test_a_failed_run_is_named_and_the_others_still_run(
     write_sweep: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parameters = {"quality": {"values": [0.5, -1, 0.7]}, "seed": {"values": [0]}}
+    path = write_sweep({"method": "grid", "parameters": parameters})
     with pytest.raises(Fault, match="try-_1-0 failed: see their logs; the same command tries them again"):
-        run(write_sweep({"method": "grid", "parameters": parameters}), tmp_path / "out")
+        run(path, tmp_path / "out")
     printed = capsys.readouterr().out
     assert "try-_1-0: FAILED with exit status 2: fake_program.py: --quality -1.0: broken" in printed
     assert len(starts(tmp_path / "out")) == 3
-    text = (tmp_path / "out/sweeps/try/table.md").read_text()
-    assert "**Incomplete**: of 3 runs these are missing, with their seeds: -1 (0)." in text
-
-
-def test_a_grid_whose_runs_all_fail_has_no_table(write_sweep: Write, tmp_path: Path) -> None:
-    path = write_sweep({"method": "grid", "parameters": {"quality": {"value": -1}, "seed": {"values": [0, 1]}}})
-    with pytest.raises(Fault, match="try-0, try-1 failed"):
-        run(path, tmp_path / "out")
-    with pytest.raises(UsageError, match="no run of all runs is finished yet"):
-        run(path, tmp_path / "out", workers=0)
+    run(path, tmp_path / "out", workers=0)
+    assert [line["row"] for line in table(tmp_path / "out")] == ["0.5", "0.7"]
 
 
 def test_an_impossible_grid_is_refused_before_its_first_run(write_sweep: Write, tmp_path: Path) -> None:
-    numbers = [{"values": list(range(1, 102))} for _ in range(2)]
-    for content, keys, message in (
-        ({"parameters": {"quality": {"min": 0.0, "max": 1.0}}}, {}, "a grid needs values"),
-        ({"parameters": {"row": {"values": ["a+b", "a b"]}}}, {}, "listed twice"),
-        ({"name": "n" * 64}, {}, "a run id names files"),
-        (
-            {"parameters": {"seed": numbers[0], "n_epochs": numbers[1]}},
-            {},
-            "the grid has 10,201 runs; at most 10,000",
-        ),
-        ({}, {"fixed": "--row='a"}, "--fixed --row='a: No closing quotation"),
-        ({}, {"storage": "sqlite:///x"}, "--storage is for a search"),
+    for content, message in (
+        ({"parameters": {"quality": {"min": 0.0, "max": 1.0}}}, "a grid needs values"),
+        ({"parameters": {"row": {"values": ["a+b", "a b"]}}}, "listed twice"),
+        ({"name": "n" * 64}, "a run id names files"),
     ):
         with pytest.raises(UsageError, match=message):
-            run(write_sweep({**GRID, **content}), tmp_path / "out", **keys)
+            run(write_sweep({**GRID, **content}), tmp_path / "out")
     assert not (tmp_path / "out/sweeps").exists()
 
 
 @pytest.mark.parametrize("with_its_runs", [False, True])
-def test_after_a_kill_a_grid_starts_only_the_runs_that_are_not_running(
-    write_sweep: Write, tmp_path: Path, with_its_runs: bool
+@pytest.mark.parametrize("content", [GRID, SEARCH])
+def test_after_a_kill_only_the_runs_that_are_not_running_are_started(
+    write_sweep: Write, tmp_path: Path, content: Mapping[str, Any], with_its_runs: bool
 ) -> None:
-    path, output = write_sweep(GRID, {"pause": {"value": 1}}), tmp_path / "out"
-    killed = begin(path, output, workers=2)
+    path, output = write_sweep(content, {"pause": {"value": 1}}), tmp_path / "out"
+    killed = begin(path, output, workers=2, count=3)
     wait_for_starts(output, 2)
     os.kill(killed, signal.SIGKILL)
     assert end(killed) == -signal.SIGKILL
     if with_its_runs:
         for number in (output / "processes.txt").read_text().split():
             os.kill(int(number), signal.SIGKILL)
-    run(path, output, workers=2)
-    twice = {"try-a-0": 2, "try-b-0": 2} if with_its_runs else {}
-    assert Counter(starts(output)) == {**EVERY_RUN_ONCE, **twice}
-    assert [line["seeds"] for line in table(output)] == ["2", "2", "2"]
+    run(path, output, workers=2, count=3)
+    begun, other = sorted(starts(output)[:2]), sorted(starts(output)[2:])
+    assert begun == (["try-a-0", "try-b-0"] if content is GRID else ["try-0", "try-1"])
+    expected = ["try-a-1", "try-b-1", "try-c-0", "try-c-1"] if content is GRID else ["try-2"]
+    assert other == sorted(expected + (begun if with_its_runs else []))
+    assert len(list(output.glob("runs/*/summary.json"))) == len(begun + expected)
 
 
-def test_two_commands_share_a_grid(write_sweep: Write, tmp_path: Path) -> None:
-    path, output = write_sweep(GRID, {"pause": {"value": 0.5}}), tmp_path / "out"
-    commands = [begin(path, output, workers=workers) for workers in (1, 2)]
-    assert [end(command) for command in commands] == [0, 0]
-    assert Counter(starts(output)) == EVERY_RUN_ONCE
-    assert "Incomplete" not in (output / "sweeps/try/table.md").read_text()
-
-
-@pytest.mark.parametrize("content", [GRID, SEARCH])
-def test_exactly_as_many_runs_as_workers_are_at_work(
-    write_sweep: Write, tmp_path: Path, content: Mapping[str, Any]
-) -> None:
-    # The first two runs wait for each other.
-    path, output = write_sweep(content, {"pause": {"value": 0.2}, "together": {"value": 2}}), tmp_path / "out"
-    run(path, output, workers=2, count=5)
-    assert len(starts(output)) == len(set(starts(output))) == (6 if content is GRID else 5)
-    assert most_at_once(output) == 2
-
-
-@pytest.mark.parametrize(
-    ("device", "cuda", "given", "at_once", "threads"),
-    [("auto", False, None, 3, "1"), ("auto", True, None, 1, "None"), ("cpu", True, "3", 3, "3")],
-)
+@pytest.mark.parametrize(("cuda", "at_once", "threads"), [(False, 3, "1"), (True, 1, "None")])
 def test_a_cpu_has_one_run_per_core_with_one_thread_each_and_a_gpu_one_run(
-    write_sweep: Write,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    device: str,
-    cuda: bool,
-    given: str | None,
-    at_once: int,
-    threads: str,
+    write_sweep: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuda: bool, at_once: int, threads: str
 ) -> None:
     monkeypatch.setattr(sweep, "cpu_count", lambda **_: 3)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if given:
-        monkeypatch.setenv("OMP_NUM_THREADS", given)
-    together = {"device": {"value": device}, "together": {"value": at_once}, "pause": {"value": 0.1}}
+    together = {"together": {"value": at_once}, "pause": {"value": 0.1}}
     run(write_sweep(GRID, together), tmp_path / "out", workers=None)
     assert most_at_once(tmp_path / "out") == at_once
     assert {line.split()[2] for line in (tmp_path / "out/spans.txt").open()} == {threads}
 
 
 @pytest.mark.parametrize(
-    ("content", "number", "send"),
-    [(GRID, signal.SIGTERM, os.kill), (GRID, signal.SIGINT, os.killpg), (SEARCH, signal.SIGINT, os.killpg)],
+    ("content", "number"), [(GRID, signal.SIGTERM), (GRID, signal.SIGINT), (SEARCH, signal.SIGINT)]
 )
 def test_a_signal_ends_all_runs_and_the_same_command_continues(
-    write_sweep: Write,
-    tmp_path: Path,
-    content: Mapping[str, Any],
-    number: signal.Signals,
-    send: Callable[[int, int], None],  # os.killpg: as from the keyboard
+    write_sweep: Write, tmp_path: Path, content: Mapping[str, Any], number: signal.Signals
 ) -> None:
-    slow = {"pause": {"value": 60}, "lingering": {"value": 1}}
-    path, output = write_sweep(content, slow), tmp_path / "out"
+    path, output = write_sweep(content, {"pause": {"value": 60}}), tmp_path / "out"
     command = begin(path, output, workers=2, count=4)
     wait_for_starts(output, 2)
-    time.sleep(0.3)
-    send(command, number)
-    assert end(command, 30) == 128 + number, (output / "log.txt").read_text()
-    # Each run has got one signal alone, SIGTERM, and both at the same time: so it can save its state.
-    first, second = (float(moment) for moment in (output / "terms.txt").read_text().split())
-    assert abs(first - second) < 0.9
-    assert f"{number.name}: the sweep ended early; the same command" in (output / "log.txt").read_text()
-    assert "FAILED" not in (output / "log.txt").read_text()
+    (os.killpg if number == signal.SIGINT else os.kill)(command, number)  # as from the keyboard, or by a scheduler
+    assert end(command, 30) == 130, (output / "log.txt").read_text()
+    assert "interrupted; the same command continues" in (output / "log.txt").read_text()
+    for process in (output / "processes.txt").read_text().split():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(process), 0)
     (output / "no-pause").touch()
     run(path, output, workers=2, count=4)
     assert {name for name, n in Counter(starts(output)).items() if n == 2} == set(starts(output)[:2])
     assert len(set(starts(output))) == (6 if content is GRID else 4)
-
-
-def test_a_run_that_does_not_end_after_sigterm_is_killed(
-    write_sweep: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(processes, "PATIENCE", 0.3)
-    path, output = write_sweep(GRID, {"pause": {"value": 60}, "lingering": {"value": 60}}), tmp_path / "out"
-    command = begin(path, output)
-    wait_for_starts(output, 1)
-    time.sleep(0.3)
-    os.kill(command, signal.SIGTERM)
-    assert end(command, 20) == 143
-
-
-def test_a_run_that_is_killed_after_its_records_are_complete_has_finished(
-    write_sweep: Write, tmp_path: Path
-) -> None:
-    path, output = write_sweep({**GRID, "parameters": {"row": {"values": ["a"]}}}), tmp_path / "out"
-    output.mkdir()
-    (output / "hold-try-a").touch()
-    command = begin(path, output)
-    wait_for((output / "runs/try-a/summary.json").exists)
-    os.kill(int((output / "processes.txt").read_text()), signal.SIGKILL)
-    assert end(command) == 0
-    assert "try-a: finished" in (output / "log.txt").read_text()
 
 
 # The table of a grid
@@ -419,13 +250,8 @@ def test_a_run_that_is_killed_after_its_records_are_complete_has_finished(
 SCORES: dict[str, list[float | None]] = {"a": [0.50, 0.60, 0.70], "b": [0.52, 0.61, 0.75], "c": [0.40, 0.51, 0.60]}
 
 
-def grid_table(
-    write_sweep: Write, output: Path, scores: Mapping[str, list[float | None]] = SCORES, **others: dict[str, Any]
-) -> str:
-    """The table.md of a grid whose runs have these test ACCs; None is a missing run, `others` change a summary.
-
-    Over 8 views, row a is 0.01 better, but for seed 2, where it is 0.02.
-    """
+def grid_table(write_sweep: Write, output: Path, scores: Mapping[str, list[float | None]] = SCORES) -> str:
+    """The table.md of a grid whose runs have these test ACCs; None is a missing run."""
     parameters = {"row": {"values": list(scores)}, "seed": {"values": [0, 1, 2]}}
     path = write_sweep({"method": "grid", "parameters": parameters})
     content = read_sweep(path)
@@ -434,18 +260,11 @@ def grid_table(
         if score is None:
             continue
         config = content.config({**one.values, "run_id": one.run_id}).as_dict()
-        facts = {**example_records.facts(config, "task3"), "dataset": "no data", "synthetic": False}
-        row = {**example_records.row(1, 0.8), "validate/auc": 0.9}
         folder = example_records.write_run(output, config, "task3")
+        row = {**example_records.row(1, 0.8), "validate/auc": 0.9}
+        facts = example_records.facts(config, "task3")
         summary = example_records.summary(facts, [row], 0.9, score)
-        if one.values["row"] in ("a", "twin"):
-            views = score + (0.02 if one.values["seed"] == 2 else 0.01)
-            better = {name: {"value": views, "low": 0.0, "high": 1.0} for name in ("acc", "auc")}
-            summary |= {"tta": {**summary["best"], **better}}
-        summary |= others.get(one.run_id, {})
-        facts |= {name: summary[name] for name in ("dataset", "data_fingerprint", "tiles")}
         np.savez(folder / "scores.npz", **example_records.outputs(score))  # type: ignore[arg-type]
-        (folder / "config.json").write_text(json.dumps(facts))
         (folder / "summary.json").write_text(json.dumps(summary))
     run(path, output, workers=0)
     return (output / "sweeps/try/table.md").read_text()
@@ -462,23 +281,11 @@ def test_the_table_has_the_hand_made_numbers(write_sweep: Write, tmp_path: Path)
     # c - a is -.10, -.09, -.10. The smaller of two p is doubled.
     p = 2 * stats.ttest_rel([0.40, 0.51, 0.60], [0.5, 0.6, 0.7]).pvalue
     assert f"| {p:.3f} | worse |" in text
-    assert "| a | 3 | 0.800 ± 0.000 | 0.600 ± 0.100 | 0.900 ± 0.000 | 0.613 ± 0.105 |  |  |  |" in text
+    assert "| a | 3 | 0.800 ± 0.000 | 0.600 ± 0.100 | 0.900 ± 0.000 |  |  |  |  |" in text
     # Both spreads pooled: sqrt((.0208167² + .0057735²) / 2) = .015275. Of 200,000 simulated studies
     # with a difference of .0706, 80.0 % show it at 0.05 / 2.
     assert "These seeds could show a difference in test ACC of 0.071 or more" in text
-    # Not in the family of Holm's correction: .01, .01, .02 have p = .057.
-    assert "(flips, quarter turns) instead of one, first row: +0.013 [-0.001, +0.028], p = 0.057" in text
-    assert text.startswith(
-        "**try**: no data; 90 training, 10 validation and 18 test tiles; seeds: 0, 1, 2. Commit: abc."
-    )
-    assert not re.search(r"Incomplete|different|Identical", text)
-
-
-def test_five_seeds_could_show_three_standard_deviations_in_a_family_of_nine() -> None:
-    # Of 200,000 simulated studies with this difference, 80.1 % show it.
-    assert smallest_difference(1.0, n=5, family=9) == pytest.approx(3.07, abs=0.01)
-    assert smallest_difference(0.5, n=5, family=9) == pytest.approx(1.535, abs=0.005)
-    assert smallest_difference(1.0, n=5, family=1) == pytest.approx(1.68, abs=0.01)  # as G*Power has it
+    assert text.startswith("**try**: phantom (90 training tiles, 28 px)\n")
 
 
 def test_rows_with_the_same_outputs_are_called_identical_and_are_not_tested(
@@ -488,46 +295,19 @@ def test_rows_with_the_same_outputs_are_called_identical_and_are_not_tested(
     assert re.search(r"\| twin \| 3 \| .*\+0.000 \[\+0.000, \+0.000\] \|  \| identical \|", text)
     p = stats.ttest_rel([0.52, 0.61, 0.75], [0.5, 0.6, 0.7]).pvalue
     assert f"| {p:.3f} | not decided |" in text  # Holm's correction does not count the twin
-    assert "Identical: the selected networks of both rows give the same outputs" in text
 
 
-def test_the_table_of_an_incomplete_grid_names_the_missing_runs_and_compares_the_others(
+def test_the_table_of_an_incomplete_grid_compares_the_runs_that_there_are(
     write_sweep: Write, tmp_path: Path
 ) -> None:
     missing = {**SCORES, "a": [None, 0.60, 0.70], "b": [0.52, 0.61, 0.75], "c": [None, None, 0.60]}
     text = grid_table(write_sweep, tmp_path, missing)
-    assert "**Incomplete**: of 9 runs these are missing, with their seeds: a (0), c (0, 1)." in text
     assert re.search(r"\| b \| 3 \| .* \| \+0.030 \|  \| too few seeds \|", text)  # a stays the reference
     assert re.search(r"\| c \| 1 \| .* \| -0.100 \|  \| too few seeds \|", text)
     for seed in (1, 2):
         (tmp_path / f"runs/try-a-{seed}/summary.json").unlink()
     with pytest.raises(UsageError, match="no run of a is finished yet"):
         run(tmp_path / "try.yaml", tmp_path, workers=0)
-
-
-def test_the_table_warns_of_runs_on_different_data_and_names_the_tiles_of_a_learning_curve(
-    write_sweep: Write, tmp_path: Path
-) -> None:
-    other = {"try-b-1": {"dataset": "other data", "data_fingerprint": "g"}}
-    text = grid_table(write_sweep, tmp_path, **other)
-    assert "different data sets: they cannot be compared" in text
-    larger = {"tiles": {**example_records.TILES, "train": 2000}, "dataset": "all data", "data_fingerprint": "all"}
-    text = grid_table(write_sweep, tmp_path, **{f"try-b-{seed}": larger for seed in range(3)})
-    assert "**try**: all data / no data; 90 / 2,000 training, 10 validation" in text
-    assert "cannot be compared" not in text
-
-
-def test_the_caption_says_generated_tiles_and_different_commits_and_devices() -> None:
-    def caption(*changes: dict[str, Any]) -> str:
-        runs = []
-        for change in changes:
-            facts = {**example_records.facts(), "synthetic": False, **change}
-            runs.append(Record(Path(), facts, example_records.summary(facts, [example_records.row(1)]), []))
-        return sweep_tables.caption("x", runs)
-
-    assert "**The runs come from different commits: a, b.**" in caption({"commit": "b"}, {"commit": "a"})
-    assert "**The runs come from different devices: one, two.**" in caption({"device": "one"}, {"device": "two"})
-    assert "these are no results on PathMNIST" in caption({"synthetic": True})
 
 
 # W&B's own agent
