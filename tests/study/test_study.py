@@ -48,7 +48,7 @@ def test_every_step_is_a_command_that_its_script_accepts(dataset: str, tmp_path:
         elif arguments[0] == "study.baselines":
             made = parse(baselines.BaselinesConfig, arguments[1:], "")
         else:
-            made = parse(sweep.SweepConfig, sweep.as_keys(arguments[1:]), "")
+            made = parse(sweep.SweepConfig, arguments[1:], "")
         assert made.output_dir == tmp_path
     plan = study.STUDY if dataset == "pathmnist" else study.DEMO
     assert trained == [f"{row}-{seed}" for row in plan.rows for seed in range(plan.n_seeds)]
