@@ -1,12 +1,13 @@
 """What the keys `device` and `precision` mean, and what setting up a process does."""
 
+import os
 import platform
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import CPU
+from conftest import CPU, ROOT
 
 from common.cli import UsageError
 from common.training.device import Compute
@@ -35,3 +36,17 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     # Not one: until a gap is large enough for the next block and its alignment, the heap grows by a few.
     assert int(done.stdout) < 25 * 20_000
+
+
+def test_threads_that_wait_leave_their_core_to_other_programs_unless_the_user_says_otherwise() -> None:
+    found = []
+    for given in ({}, {"GOMP_SPINCOUNT": "7"}):
+        environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"} | given
+        program = "import os, task1; print(os.environ['GOMP_SPINCOUNT'])"
+        command = [sys.executable, "-c", program]
+        found.append(subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, check=True).stdout)
+    assert found == [b"1000\n", b"7\n"]
+    for script in ROOT.glob("*.py"):  # OpenMP reads it when PyTorch is imported
+        lines = script.read_text(encoding="utf-8").splitlines()
+        first = next(line for line in lines if line.startswith(("from common", "import common", "import torch")))
+        assert "torch" not in first, script
