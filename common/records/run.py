@@ -83,6 +83,8 @@ class Run:
         if record.exists():
             before = read_json(record)
             check_record(config, before, self.facts)
+            if self.facts["device"] not in before["device"].split(", then "):
+                before["device"] += f", then {self.facts['device']}"
             self.facts["device"] = before["device"]
         self.folder.mkdir(parents=True, exist_ok=True)
         # A singleton: the same process may open the run again.
@@ -241,6 +243,7 @@ def start_wandb(task: str, run_id: str, config: ScriptConfig, facts: Mapping[str
                 id=run_id,
                 name=f"{TITLES[task]} · {network} · seed {config.seed}",
                 job_type=task,
+                tags=[tag[:64] for tag in (task, network, facts["dataset"])],  # W&B refuses longer ones
                 config=public({**config.as_dict(), "facts": facts, **provenance(())}),
                 dir=str(config.output_dir),
                 mode=attempt,  # type: ignore[arg-type]

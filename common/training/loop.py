@@ -177,8 +177,8 @@ class Trainer:
         Call it once, after `fit`. The best weights also score the validation tiles, plain and under each shift of
         common/data/shift.py; afterwards `evaluated` has the best weights. Returns the content of summary.json
         without the facts that `Run` adds. scores.npz has log-probabilities (N, C) float16, targets (N,) uint8, and
-        for each shift the predicted classes (N,) uint8: test scores are computed from these. Raises what
-        `load_best` does, and Untrainable where an output is not finite.
+        for each shift the predicted classes (N,) uint8: all scores of the summary are computed from these. Raises
+        what `load_best` does, and Untrainable where an output is not finite.
         """
         started = time.perf_counter()
 
@@ -210,7 +210,7 @@ class Trainer:
         shifted_acc = {name: metrics.accuracy(one.probabilities, one.targets) for name, one in foreign.items()}
         return {
             **summary,
-            "validate": self.history[self.best_epoch - 1],
+            "validate": {**self.history[self.best_epoch - 1], **validation.summary("validate")},
             "validate/shifted_acc": fmean(shifted_acc.values()),
             "shifted": shifted_acc,
             "select_on": self.config.select_on,

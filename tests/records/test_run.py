@@ -52,11 +52,12 @@ def test_config_json_tells_where_a_run_came_from(tiny: Dataset, tmp_path: Path) 
 
 def test_a_run_is_not_continued_on_other_data_or_from_other_weights(tiny: Dataset, tmp_path: Path) -> None:
     start(tiny, tmp_path)
-    start(tiny, tmp_path, device="a GPU")  # another source of the same weights
+    run = start(tiny, tmp_path, device="a GPU")  # another source of the same weights
     with pytest.raises(UsageError, match=r"another configuration \(data_fingerprint was tiny\): use that one or"):
         start(dataclasses.replace(tiny, fingerprint="other"), tmp_path)
     with pytest.raises(UsageError, match=r"another configuration \(weights_sha256 was a\)"):
         start(tiny, tmp_path, sha256="b")
+    assert finish(run)["device"] == "a CPU, then a GPU"
 
 
 def test_a_finished_run_names_its_weights_and_both_sides_of_its_tiles(tiny: Dataset, tmp_path: Path) -> None:
@@ -162,6 +163,7 @@ def test_a_wandb_run_has_a_readable_name_and_every_key(logged: Path) -> None:
     config = run["config"]["update"]
     assert (run["project"], run["display_name"]) == ("mine", "Task 1 · resnet18 · seed 0")
     assert (config["dataset"], config["device"], config["command"]) == ("pathmnist", "auto", "-c")
+    assert run["tags"] == ["task1", "resnet18", "phantom (9 training tiles, 28 px)"]
     assert config["commit"] == module.provenance(())["commit"]
     assert config["facts"]["dataset"] == "phantom (9 training tiles, 28 px)"
 

@@ -38,11 +38,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     assert int(done.stdout) < 25 * 20_000
 
 
-def test_threads_that_wait_leave_their_core_to_other_programs_unless_the_user_says_otherwise() -> None:
+def test_waiting_threads_leave_their_core_to_other_programs() -> None:
     found = []
     for given in ({}, {"GOMP_SPINCOUNT": "7"}):
         environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"} | given
-        program = "import os, task1; print(os.environ['GOMP_SPINCOUNT'])"
+        program = "import os, common; print(os.environ['GOMP_SPINCOUNT'])"
         command = [sys.executable, "-c", program]
         found.append(subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, check=True).stdout)
     assert found == [b"1000\n", b"7\n"]

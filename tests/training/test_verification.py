@@ -48,6 +48,7 @@ def task1(arrays: Mapping[str, np.ndarray] = MappingProxyType({})) -> Changed:
         (("test/acc",), 1e-6),
         (("shifted", "gamma"), 1e-6),
         (("validate", "validate/acc"), 1e-6),
+        (("validate", "validate/auc"), 1e-6),
     ],
 )
 def test_a_changed_score_is_named(keys: tuple[str, ...], by: float) -> None:
