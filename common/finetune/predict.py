@@ -84,10 +84,10 @@ def picture_files(path: Path) -> list[Path]:
     In a folder, hidden files and folders are left out, such as `._tile.png` of a Mac and `.ipynb_checkpoints`.
     """
     if not path.is_dir():
-        if path.exists():
+        if path.is_file():
             return [path]
-        raise UsageError(f"{path}: no such file or folder")
-    found = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES and not file.is_dir()]
+        raise UsageError(f"{path}: no such file or folder")  # nor a pipe, which would wait for ever
+    found = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES and file.is_file()]
     shown = [file for file in found if not any(name.startswith(".") for name in file.relative_to(path).parts)]
     if not shown:
         raise UsageError(f"{path}: no pictures here ({', '.join(SUFFIXES)})")
