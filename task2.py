@@ -15,9 +15,11 @@ fig/task2/<run_id>-*.png, runs/<run_id>/saliency.md and runs/<run_id>/attributio
 
 from collections.abc import Sequence
 
+from common.cli import Fault, key, run_script  # before torch: common/__init__.py sets how its threads wait
+
+# isort: split
 import torch
 
-from common.cli import Fault, key, run_script
 from common.config import LAST_SEED, MOST, RunId, ScriptConfig
 from common.data.batches import DeviceTiles
 from common.data.dataset import load_dataset

@@ -21,9 +21,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from common.cli import key, run_script  # before torch: common/__init__.py sets how its threads wait
+
+# isort: split
 import torch
 
-from common.cli import key, run_script
 from common.data.augment import build_augmentation
 from common.data.batches import device_splits
 from common.data.dataset import Dataset, load_dataset

@@ -2,6 +2,6 @@
 
 import os
 
-# OpenMP's threads spin while they wait for each other. Where other programs are at work, they so take the core from
-# the thread that they wait for. The number is read when PyTorch is imported. docs/speed.md has the measurement.
+# OpenMP's threads spin while they wait for each other. Where other programs are at work, they so take the core
+# from the thread that they wait for. PyTorch's import reads this number. docs/speed.md has the measurement.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
