@@ -9,7 +9,7 @@ method: do its maps change when the network is randomised, do its pixels matter 
 than edges? On one core of an AMD EPYC, a ResNet-18 at 28 pixels took three minutes, an EfficientNet-Lite0 at 64
 pixels thirteen.
 
-Leaves NNNNN-input.png and NNNNN-saliency.png for each tile in fig/task2/<run_id>/, four figures
+Leaves NNNNN-input.png and NNNNN-saliency.png for each tile in fig/task2/<run_id>/, six figures
 fig/task2/<run_id>-*.png, runs/<run_id>/saliency.md and runs/<run_id>/attribution.json.
 """
 
@@ -25,8 +25,8 @@ from common.data.batches import DeviceTiles
 from common.data.dataset import load_dataset
 from common.explain import tiles
 from common.explain.stages import grad_cam_layer
-from common.finetune.trained import load_run
-from common.records.read import run_folder
+from common.finetune.trained import load_trained
+from common.records.read import best_weights, run_folder
 from common.training.device import Compute
 from common.training.evaluation import evaluate
 from common.training.loop import derived_seed
@@ -50,7 +50,7 @@ def main(config: Task2Config) -> None:
     compute.prepare_process()
     run = tiles.find_run(config.output_dir, config.run_id)
     run_id, trained = run["run_id"], run["config"]
-    loaded = load_run(config.output_dir, run_id, compute.device)
+    loaded = load_trained(best_weights(config.output_dir, run_id), compute.device)
     model, size = loaded.network, loaded.input_size
     grad_cam_layer(model, torch.zeros(1, 3, size, size, device=compute.device))  # refuses a network without maps
     dataset = load_dataset(trained["dataset"], trained["size"], config.data_root, trained["train_tiles"])
@@ -81,14 +81,26 @@ def main(config: Task2Config) -> None:
     print(f"maps of {len(pictured)} tiles to show, by {len(METHODS)} methods", flush=True)
     inputs = inputs_of(pictured)
     maps = {name: way.maps(model, *inputs, config.seed).cpu().numpy() for name, way in METHODS.items()}
-    explained = tiles.explained_tiles(run_id, dataset, probabilities, pictured, maps)
+    names = dataset.class_names
+    explained = {
+        index: tiles.Explained(
+            run_id,
+            index,
+            dataset.test.images[index].permute(1, 2, 0).numpy(),
+            names[labels[index]],
+            names[predicted[index]],
+            float(probabilities[index].max()),
+            {name: values[place] for name, values in maps.items()},
+        )
+        for place, index in enumerate(pictured)
+    }
     shown, right, wrong = ([explained[index] for index in group] for group in groups)
 
     torch.manual_seed(derived_seed(config.seed, 0, "randomised network"))
     fresh = loaded.untrained().to(compute.device)
     checked = tiles.choose_tiles(len(test), config.checked_tiles, config.seed)
     print(f"checks on {len(checked)} tiles:", flush=True)
-    checks = check_methods(model, fresh, *inputs_of(checked), config.seed)
+    checks, means = check_methods(model, fresh, *inputs_of(checked), config.seed)
 
     facts = {
         "run_id": run_id,
@@ -97,13 +109,13 @@ def main(config: Task2Config) -> None:
         "network": network,
         "device": compute.name,
     }
-    figures = draw(config.output_dir, facts, dataset.class_names, shown, right, wrong, checks)
+    figures = draw(config.output_dir, facts, names, shown, right, wrong, checks, means)
     folder = run_folder(config.output_dir, run_id)
     tiles.write_records(folder, config, facts, shown, checks, figures)
     for method in checks["methods"].values():
-        verdict = judge(method, checks["n"])
-        failed = f"not shown: {'; '.join(verdict.failed)}" if verdict.outcome == FAILS else ""
-        print(f"{method['title']:22}{verdict.outcome:24}{failed}".rstrip())
+        outcome, conditions = judge(method, checks["n"])
+        failed = f"not shown: {'; '.join(conditions)}" if outcome == FAILS else ""
+        print(f"{method['title']:22}{outcome:24}{failed}".rstrip())
     print(chance(len(checks["methods"])))
     print(f"records: {folder / 'saliency.md'}, {folder / 'attribution.json'}; figures:")
     for path in figures.values():

@@ -19,26 +19,38 @@ comparison is in runs/<run_id>/comparison.md and fig/task5/<run_id>-comparison.p
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from common.cli import key, run_script  # before torch: common/__init__.py sets how its threads wait
+from common.cli import UsageError, key, run_script  # before torch: common/__init__.py sets how its threads wait
 
 # isort: split
 import torch
+from pydantic import model_validator
 
+from common.config import MOST, TrainingConfig
 from common.data.augment import build_augmentation
 from common.data.batches import device_splits
 from common.data.dataset import Dataset, load_dataset
-from common.data.pathmnist import CLASS_NAMES
+from common.files import write_text
 from common.finetune.features import cached_splits
-from common.finetune.keys import FineTuningConfig
-from common.finetune.network import build_fine_tuned, lr_factors
-from common.finetune.weights import PACKAGED, SCRATCH, Weights, load_weights, network_of
-from common.records.read import is_finished, read_json, run_folder
+from common.finetune.network import TRAIN_PARTS, build_fine_tuned, lr_factors
+from common.finetune.weights import (
+    PACKAGED,
+    SCRATCH,
+    Weights,
+    default_weights,
+    library_name,
+    load_weights,
+    network_of,
+)
+from common.records.read import Record, is_finished, read_json, run_folder
 from common.records.run import Run, check_record
 from common.training.device import Compute
 from common.training.loop import Trainer
-from study.comparison import compare_runs
+from common.training.models import check_model_name
+from study.figures import draw_curves
+from study.groups import CONVERGED_WITHIN, Group
+from study.tables import difference_table
 
 # The coursework's configuration: frozen convolutions, and a lower learning rate than Task 3's. Augmentation is by
 # flips and quarter turns alone, because a frozen network's features of these 8 views can be kept. There is no
@@ -83,10 +95,49 @@ FROM_SCRATCH: dict[str, Any] = {
 }
 
 
-class Task5Config(FineTuningConfig):
-    """The coursework's Task 5, or the recipe of an EfficientNet-Lite network."""
+class Task5Config(TrainingConfig):
+    """The keys of a network that starts from pretrained weights: the coursework's Task 5, or a Lite network's."""
 
+    model_name: str = key(
+        "mobilenet_v3_large",
+        "torchvision classification model, tf_efficientnet_lite0 (to 2), or timm:NAME for one of the package timm "
+        "(default: the one that `weights` belong to)",
+    )
+    weights: str = key(
+        None,
+        "a torchvision entry such as ResNet18_Weights.IMAGENET1K_V1, efficientnet_lite0_imagenet, a file, the id "
+        "of a run, or none for random weights (default: the network's ImageNet weights)",
+    )
+    train_part: str = key(
+        "classifier", "the new last layer, all that is not convolutional, or all layers", choices=TRAIN_PARTS
+    )
+    adapt_batchnorm: bool = key(False, "update the frozen part's BatchNorm statistics with the training tiles")
+    backbone_lr_factor: float = key(
+        0.1, "with train_part=all: the first block's factor of lr; it grows geometrically to the head", gt=0, le=1
+    )
+    input_size: int = key(
+        None, "side in pixels of the network's inputs (default: what the weights were trained on)", ge=8, le=MOST
+    )
+    cache_features: bool = key(
+        True, "compute a frozen network's features once, not in every epoch, where that is possible"
+    )
     scratch: bool = key(True, "also train the same network from scratch, and compare", bookkeeping=True)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        """Fill in defaults that follow from other keys. Raises UsageError where keys contradict each other."""
+        if problem := check_model_name(library_name(self.model_name)):
+            raise UsageError(f"--model_name {self.model_name}: {problem}")
+        if self.weights is None:
+            self._set("weights", default_weights(self.model_name))
+        frozen = self.train_part != "all"
+        if self.weights == SCRATCH and frozen:
+            raise UsageError(f"--train_part {self.train_part}: random weights cannot stay frozen; use all")
+        if self.adapt_batchnorm and not frozen:
+            raise UsageError("--adapt_batchnorm: with --train_part all the statistics follow the tiles anyway")
+        possible = frozen and not (self.adapt_batchnorm or self.mixup_alpha or self.cutmix_alpha)
+        self._set("cache_features", self.cache_features and possible)
+        return self
 
     @classmethod
     def recipe(cls, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,15 +176,14 @@ def main(config: Task5Config) -> None:
         else:
             train(single, weights[single.weights], dataset, compute)
     if len(runs) > 1:
-        tuned, scratch = ([single.run_id] for single in runs)
-        compare_runs(config.run_id, tuned, scratch, config.output_dir)
+        compare(config)
 
 
 def train(config: Task5Config, weights: Weights, dataset: Dataset, compute: Compute) -> None:
     """One run: model → features, where the network is frozen → fit → test → records and figures."""
     torch.manual_seed(config.seed)
     model = build_fine_tuned(
-        config.model_name, len(CLASS_NAMES), weights, config.input_size, config.train_part, config.adapt_batchnorm
+        config.model_name, weights, config.input_size, config.train_part, config.adapt_batchnorm
     )
     name = Path(config.weights).name  # of a file without its folders
     start = "from scratch" if config.weights == SCRATCH else f"from {name}, training {config.train_part}"
@@ -150,7 +200,23 @@ def train(config: Task5Config, weights: Weights, dataset: Dataset, compute: Comp
     trainer.fit()
     summary = trainer.test()
     summary["wall_seconds"] += seconds
-    run.finish(trainer.history, {**summary, "feature_seconds": seconds})
+    run.finish(trainer.history, summary)
+
+
+def compare(config: Task5Config) -> None:
+    """The finished runs side by side: a table of convergence and scores, and the curves in one figure."""
+    folder, runs = config.output_dir, config.runs()
+    tuned = Group("fine-tuned", [Record.read(folder, runs[0].run_id)])
+    scratch = Group("from scratch", [Record.read(folder, runs[1].run_id)])
+    title = f"{config.model_name} · {tuned.first.summary['dataset']}"
+    words = f"the first epoch whose validation ACC is within {CONVERGED_WITHIN:g} of the run's best one."
+    lines = [f"{title} · seed {config.seed}. Epoch of convergence: {words}"]
+    lines += ["", *difference_table(tuned, scratch)]
+    table = run_folder(folder, config.run_id) / "comparison.md"
+    figure = folder / "fig" / "task5" / f"{config.run_id}-comparison.png"
+    write_text(table, "\n".join(lines) + "\n")
+    draw_curves(figure, {group.title: group.records for group in (scratch, tuned)}, f"Task 5 · {title}")
+    print("\n".join([*lines, "", f"table and figure:\n  {table}\n  {figure}"]))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import task2
 import task5
 from common.cli import run_script
 from common.explain import checks
-from common.explain.tiles import choose_tiles, find_run, one_of_each_class, origin
+from common.explain.tiles import choose_tiles, find_run, one_of_each_class
 
 PHANTOM = ["--dataset", "phantom", "--size", "28", "--input_size", "28"]
 
@@ -92,9 +92,10 @@ def test_every_file_is_there_and_every_picture_legible(explained: Path) -> None:
         for part in ("input", "saliency"):
             link = line.split(f"{row[part].split('/')[-1]}")[0].rsplit("(", 1)[1]
             assert (explained / "runs" / "first" / link / Path(row[part]).name).is_file()
-    assert set(content["figures"]) == {"methods", "classes", "randomisation", "removal"}
-    for name in content["figures"].values():
-        assert imread(explained / "fig" / "task2" / name).shape[1] >= 900
+    assert set(content["figures"]) == {"methods", "all_methods", "classes", "means", "randomisation", "removal"}
+    sizes = {key: imread(explained / "fig/task2" / name).shape for key, name in content["figures"].items()}
+    assert min(width for _, width, _ in sizes.values()) >= 900
+    assert sizes["methods"][0] < 0.65 * sizes["all_methods"][0]  # five tiles, and ten
 
 
 @pytest.mark.slow
@@ -118,11 +119,11 @@ def test_the_same_seed_gives_the_same_pictures_and_numbers_and_says_what_it_does
             content.pop(name)
     assert contents[0] == contents[1]
     pictures = [path.relative_to(again) for path in (again / "fig" / "task2").rglob("*.png")]
-    assert len(pictures) == 24
+    assert len(pictures) == 26
     for path in pictures:
         assert (explained / path).read_bytes() == (again / path).read_bytes(), path
     said = capsys.readouterr().out.splitlines()
-    assert "Integrated Gradients (3 of 5): maps, sensitivity, 6 networks" in said
+    assert "Integrated Gradients (3 of 5): maps of 7 networks" in said
     assert len([line for line in said if "too few tiles to judge" in line]) == 5  # 8 tiles are too few
 
 
@@ -143,11 +144,6 @@ def test_the_task_1_run_with_most_tiles_is_explained_and_the_newest_of_several(t
     assert find_run(tmp_path, None)["run_id"] == "old"  # a learning curve's newer runs have fewer training tiles
     shutil.rmtree(tmp_path / "checkpoints/old")
     assert find_run(tmp_path, None)["run_id"] == "new"  # others have no weights
-
-
-def test_the_network_is_named_by_where_its_weights_came_from() -> None:
-    assert origin({"model_name": "resnet18"}) == origin({"weights": "none"}) == "trained from scratch"
-    assert origin({"weights": "folder/mine.pth"}) == "from mine.pth, fine-tuned"
 
 
 @pytest.mark.slow
@@ -174,7 +170,7 @@ def test_an_unfinished_run_and_other_data_are_refused_in_one_line(
     path.write_text(json.dumps({**json.loads(path.read_text()), "data_fingerprint": "another"}))
     for status, message in (
         (1, "its phantom .* is not what run first was trained on$"),
-        (2, "--run_id first: no finished run in .*; python task1.py makes one$"),
+        (2, "--run_id first: no finished run in .*; python task1.py makes one, "),
     ):
         with pytest.raises(SystemExit) as ended:
             explain(folder, phantom_root, "--run_id", "first")

@@ -1,30 +1,27 @@
-"""Can attribution maps be trusted? Every method is checked in four ways.
+"""Can attribution maps be trusted? Every method is checked in three ways.
 
 - Randomisation (Adebayo et al. 2018): the network's layers are initialised again, one after the other from the
   last to the first. A map of what the network learnt must lose its order of pixels.
 - Deletion and insertion (Petsiuk et al. 2018): pixels are blurred, or restored, in the map's order. In a faithful
   order the target's probability falls, or rises, sooner than in a random order or in the order of the edges.
-- Infidelity and maximum sensitivity (Yeh et al. 2019), by Captum.
-- Maps of different tiles: if they are alike, they show the network more than the tile.
+- Infidelity (Yeh et al. 2019), by Captum.
 
 Inputs are (N, 3, H, W) float32 in -1..1, targets (N,) int64, maps (N, H, W) float32, as in common/explain/maps.py.
 """
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from captum.metrics import infidelity as captum_infidelity
-from captum.metrics import sensitivity_max as captum_sensitivity_max
 from numpy.typing import NDArray
 from scipy import stats
 from torch import nn
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from common.explain.maps import FORWARD_BATCH, INPUT_RANGE, METHODS, edge_map
+from common.explain.maps import FORWARD_BATCH, METHODS, edge_map
 from common.explain.stages import stages
 from common.statistics import spread
 
@@ -33,9 +30,7 @@ CONTROLS = {"random": "Random order", "sobel": "Sobel edges"}
 # A method fails if its maps keep more than this rank correlation, of either sign, when all weights are random.
 RANDOMISATION_LIMIT = 0.5
 LEAST_TILES = 16  # of fewer tiles, a t interval says too little for a verdict
-COSTLY = {"randomisation": 32, "infidelity": 64, "max_sensitivity": 16}  # at most so many tiles for these checks
-SENSITIVITY_RADIUS = 0.02 * INPUT_RANGE
-SENSITIVITY_SAMPLES = 4
+COSTLY = {"randomisation": 32, "infidelity": 64}  # at most so many tiles for these checks
 INFIDELITY_SAMPLES = 16
 
 PASSES, FAILS, TOO_FEW = "passes", "does not pass", "too few tiles to judge"
@@ -137,40 +132,11 @@ def infidelity(
     return np.asarray(errors.double().cpu())
 
 
-def max_sensitivity(
-    model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, method: str, seed: int
-) -> Array:
-    """The largest change of a map, as a share of its norm, under small random changes of the tile, (N,).
-
-    Captum's measure, over `SENSITIVITY_SAMPLES` changes of at most `SENSITIVITY_RADIUS` per value.
-    """
-
-    def explain(batch: tuple[torch.Tensor], target: torch.Tensor) -> tuple[torch.Tensor]:
-        return (METHODS[method].maps(model, batch[0], target, seed),)
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        changes = captum_sensitivity_max(
-            explain,
-            inputs,
-            perturb_radius=SENSITIVITY_RADIUS,
-            n_perturb_samples=SENSITIVITY_SAMPLES,
-            target=targets,
-        )
-    return np.asarray(changes.double().cpu())
-
-
 def control_maps(inputs: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
     """Maps that do not depend on a network: random values, and the tile's edges."""
     random = torch.Generator().manual_seed(seed)
     chance = torch.rand(len(inputs), *inputs.shape[2:], generator=random).to(inputs.device)
     return {"random": chance, "sobel": edge_map(inputs)}
-
-
-def tile_correlation(maps: torch.Tensor) -> dict[str, float]:
-    """The mean rank correlation of the maps of two different tiles, over pairs that share no tile."""
-    pairs = len(maps) // 2
-    return mean_estimate(rank_correlation(maps[:pairs], maps[pairs : 2 * pairs]))
 
 
 def removal_report(removals: Mapping[str, Mapping[str, Array]]) -> dict[str, Any]:
@@ -193,17 +159,11 @@ def removal_report(removals: Mapping[str, Mapping[str, Array]]) -> dict[str, Any
     return report
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """What the checks say of a method: `PASSES`, `FAILS` or `TOO_FEW`, and which conditions fail, in words."""
 
     outcome: str
     failed: tuple[str, ...]
-
-    @property
-    def passes(self) -> bool:
-        """Whether every condition holds, on enough tiles."""
-        return self.outcome == PASSES
 
 
 def judge(method: Mapping[str, Any], n: Mapping[str, int]) -> Verdict:
@@ -237,56 +197,35 @@ def chance(n_methods: int) -> str:
 
 def check_methods(
     model: nn.Module, fresh: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, seed: int
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], dict[str, list[Array]]]:
     """Every check of every method; `fresh` is the same network with random weights.
 
-    Returns a record: `methods` and `controls` by name, and `n` tiles per check. The `COSTLY` checks take only the
-    first tiles. A line says which method is checked.
+    Returns a record, with `methods` and `controls` by name and `n` tiles per check, and the mean size of each
+    method's maps, (H, W), of the network and of the random one. The `COSTLY` checks take only the first tiles.
     """
     n = {"removal": len(inputs), **{check: min(most, len(inputs)) for check, most in COSTLY.items()}}
-
-    def some(check: str) -> tuple[torch.Tensor, torch.Tensor]:
-        return inputs[: n[check]], targets[: n[check]]
-
+    few = n["randomisation"]
     networks = randomised(model, fresh, inputs[:1])
-    maps, methods = control_maps(inputs, seed), {}
+    maps, methods, means = control_maps(inputs, seed), {}, {}
     for number, (name, method) in enumerate(METHODS.items(), start=1):
-        print(
-            f"{method.title} ({number} of {len(METHODS)}): maps, sensitivity, {len(networks)} networks", flush=True
-        )
+        print(f"{method.title} ({number} of {len(METHODS)}): maps of {1 + len(networks)} networks", flush=True)
         maps[name] = method.maps(model, inputs, targets, seed)
-        changes = max_sensitivity(model, *some("max_sensitivity"), name, seed)
-        trained = maps[name][: n["randomisation"]]
-        correlations = {
-            stage: mean_estimate(rank_correlation(trained, method.maps(network, *some("randomisation"), seed)))
-            for stage, network in networks.items()
-        }
-        methods[name] = {
-            "title": method.title,
-            "description": method.description,
-            "randomisation": correlations,
-            "max_sensitivity": mean_estimate(changes),
-            "edge_correlation": mean_estimate(rank_correlation(maps[name], maps["sobel"])),
-        }
+        correlations = {}
+        for stage, network in networks.items():
+            of_random = method.maps(network, inputs[:few], targets[:few], seed)
+            correlations[stage] = mean_estimate(rank_correlation(maps[name][:few], of_random))
+        means[name] = [some.abs().mean(0).cpu().numpy() for some in (maps[name][:few], of_random)]
+        methods[name] = {"title": method.title, "randomisation": correlations}
     controls: dict[str, dict[str, Any]] = {name: {"title": title} for name, title in CONTROLS.items()}
     print(f"deletion, insertion and infidelity of {len(maps)} orders of pixels", flush=True)
     faithful = removal_report(
         {name: removal(model, inputs, targets, values, seed) for name, values in maps.items()}
     )
+    few = n["infidelity"]
     for name, found in {**methods, **controls}.items():
-        errors = infidelity(model, *some("infidelity"), maps[name][: n["infidelity"]], seed)
-        found |= {
-            "tile_correlation": tile_correlation(maps[name]),
-            "infidelity": mean_estimate(errors),
-            **faithful[name],
-        }
-    return {
-        "n": n,
-        "fractions": FRACTIONS,
-        "randomisation_limit": RANDOMISATION_LIMIT,
-        "methods": methods,
-        "controls": controls,
-    }
+        errors = infidelity(model, inputs[:few], targets[:few], maps[name][:few], seed)
+        found |= {"infidelity": mean_estimate(errors), **faithful[name]}
+    return {"n": n, "fractions": FRACTIONS, "methods": methods, "controls": controls}, means
 
 
 def _probability(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

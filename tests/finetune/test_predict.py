@@ -40,7 +40,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("output")
     torch.manual_seed(0)
     save(folder / "checkpoints/plain/best.pt", MODEL, build_model(MODEL, 9, 28), resize_to=None)
-    tuned = build_fine_tuned("resnet18", 9, START, 40, "all")
+    tuned = build_fine_tuned("resnet18", START, 40, "all")
     save(folder / "checkpoints/tuned/best.pt", "resnet18", tuned, input_size=40)
     return folder
 
@@ -170,8 +170,9 @@ def test_more_than_8_bits_per_channel_are_refused(kind: Any, suffix: str, tmp_pa
     [
         (["plain"], 2, "needs a network and pictures"),
         (["gone", "{}/a.png"], 1, r"checkpoints/gone/best\.pt: no such checkpoint; train first"),
-        (["plain", "{}/gone.png"], 2, r"gone\.png: no such file or folder"),
-        (["plain", "{}/empty"], 2, "empty: no pictures here"),
+        (["plain", "{}/gone.png"], 2, r"gone\.png: no picture or folder of pictures"),
+        (["plain", "{}/pipe.png"], 2, r"pipe\.png: no picture or folder of pictures"),
+        (["plain", "{}/piped"], 2, "piped: no picture or folder of pictures"),
         (["plain", "{}/page.png"], 1, "none of the pictures can be read"),
         (["{}/other.pt", "{}/a.png"], 1, r"other\.pt: not a best\.pt of this project"),
         (["plain", "{}/a.png", "--csv={}/b.png"], 2, r"--csv .*b\.png: the name must end in \.csv"),
@@ -185,7 +186,9 @@ def test_a_mistake_is_refused_in_one_line(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (tmp_path / "empty").mkdir()
+    (tmp_path / "piped").mkdir()
+    for pipe in ("pipe.png", "piped/pipe.png"):  # whoever opens one waits for ever
+        os.mkfifo(tmp_path / pipe)
     Image.new("RGB", (28, 28), TISSUE).save(tmp_path / "a.png")
     (tmp_path / "page.png").write_text("<html>")
     checkpoint.save(tmp_path / "other.pt", {"weight": torch.zeros(1)})

@@ -12,10 +12,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from bad_input import damaged
 from example_records import CONFIG, write_run
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from common.cli import Fault, UsageError
@@ -48,7 +45,7 @@ def small() -> dict[str, torch.Tensor]:
 def loaded(path: Path, model_name: str = SMALL) -> dict[str, torch.Tensor]:
     """The state dict of the network that starts from a file."""
     weights = load_weights(str(path), model_name, path.parent)
-    return build_fine_tuned(model_name, 9, weights, 32).network.state_dict()
+    return build_fine_tuned(model_name, weights, 32).network.state_dict()
 
 
 def different(own: dict[str, torch.Tensor], given: Any) -> set[str]:
@@ -73,10 +70,7 @@ def test_a_file_gives_all_but_the_last_layer_and_its_hash(small: dict[str, torch
 
 
 def test_the_usual_forms_of_a_file_are_read(
-    small: dict[str, torch.Tensor],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    small: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prefixed = {f"module._orig_mod.{name}": value for name, value in small.items()}
     forms: dict[str, Any] = {
@@ -95,11 +89,6 @@ def test_the_usual_forms_of_a_file_are_read(
     for path in (*tmp_path.iterdir(), Path("~/plain.PTH")):
         found = different(loaded(path), small)
         assert {name for name in found if "num_batches_tracked" not in name} == HEAD, path
-    said = sorted(capsys.readouterr().out.splitlines())
-    assert said == [
-        f"weights {tmp_path / name}: all names begin with module._orig_mod., which is left out"
-        for name in ("parallel.safetensors", "wrapped.pth.tar")
-    ]
 
 
 @pytest.mark.parametrize("model_name", ["densenet121", "mnasnet0_5"])
@@ -129,27 +118,6 @@ def test_weights_that_do_not_fit_are_refused_with_the_first_difference(
     with pytest.raises(UsageError, match=rf"^--weights {tmp_path}/w\.pt: .*{message}") as caught:
         loaded(tmp_path / "w.pt")
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_any_damage_of_a_file_is_refused_with_its_name_or_leaves_tensors(
-    suffix: str, data: st.DataObject, tmp_path: Path
-) -> None:
-    path = tmp_path / f"w{suffix}"
-    tensors = {"a.weight": torch.ones(4, 3), "a.bias": torch.zeros(4)}
-    if suffix == ".pth":
-        torch.save(tensors, path)
-    else:
-        safetensors.torch.save_file(tensors, path)
-    path.write_bytes(damaged(path.read_bytes(), data))
-    try:
-        found = load_weights(str(path), "resnet18", tmp_path).state_dict
-    except UsageError as error:
-        assert str(path) in str(error)  # noqa: PT017 (some damage is harmless)
-        return
-    assert all(isinstance(value, torch.Tensor) for value in (found or {}).values())
 
 
 def test_a_network_and_its_weights_name_each_other() -> None:
@@ -217,9 +185,9 @@ def test_without_network_one_line_names_the_file_its_source_and_the_two_ways_out
     with pytest.raises(Fault) as caught:
         load_weights(V1, SMALL, tmp_path)
     assert str(caught.value) == (
-        f"--weights {V1}: {tmp_path}/hub/checkpoints/{OFFICIAL} is missing, and "
-        f"https://download.pytorch.org/models/{OFFICIAL} could not be downloaded (<urlopen error Name or service "
-        "not known>); fetch it by hand, or use --model_name tf_efficientnet_lite0, whose weights are in a package"
+        f"--weights {V1}: https://download.pytorch.org/models/{OFFICIAL} could not be downloaded to "
+        f"{tmp_path}/hub/checkpoints/{OFFICIAL} (<urlopen error Name or service not known>); fetch it by hand, or "
+        "use --model_name tf_efficientnet_lite0, whose weights are in a package"
     )
 
 
@@ -251,7 +219,7 @@ def test_the_packaged_weights_know_natural_images(model_name: str, sha256: str, 
     with torch.no_grad():
         logits = model(normalise(torch.from_numpy(np.array(square)).permute(2, 0, 1)[None]))
     assert logits.argmax() == 698  # ImageNet's class palace
-    own = build_fine_tuned(model_name, 9, weights, 64).network.state_dict()
+    own = build_fine_tuned(model_name, weights, 64).network.state_dict()
     assert different(own, weights.state_dict) == {"classifier.weight", "classifier.bias"}
 
 
@@ -275,13 +243,13 @@ def test_a_run_gives_its_weights_but_for_the_last_layer_and_the_inputs_that_it_e
     weights = load_weights("r", SMALL, tmp_path)
     assert (weights.size, weights.mean, weights.std) == (28, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     assert weights.sha256 == hashlib.sha256((tmp_path / "checkpoints/r/best.pt").read_bytes()).hexdigest()
-    own = build_fine_tuned(SMALL, 9, weights, 28).network.state_dict()
+    own = build_fine_tuned(SMALL, weights, 28).network.state_dict()
     assert different(own, plain.state_dict()) == HEAD
 
-    tuned = build_fine_tuned(SMALL, 9, Weights("w", "", None, None, 40, *IMAGENET), 40)
+    tuned = build_fine_tuned(SMALL, Weights("w", "", None, None, 40, *IMAGENET), 40)
     write_best(tmp_path, tuned, resize_to=40)  # the older name of input_size
     weights = load_weights("r", SMALL, tmp_path)
     assert weights.size == 40
     assert [*weights.mean, *weights.std] == pytest.approx([*IMAGENET[0], *IMAGENET[1]])
-    own = build_fine_tuned(SMALL, 9, weights, 40).network.state_dict()
+    own = build_fine_tuned(SMALL, weights, 40).network.state_dict()
     assert different(own, tuned.network.state_dict()) == HEAD

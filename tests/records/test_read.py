@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from common.cli import Fault
 from common.files import digest
-from common.finetune.trained import load_run
+from common.finetune.trained import load_trained
 from common.finetune.weights import load_weights
 from common.records.read import Record, best_weights, input_size_of, read_history, read_json
 
@@ -125,7 +125,10 @@ def test_the_weights_of_a_finished_run_are_those_with_which_it_finished(tmp_path
     path.write_bytes(b"weights of another run")
     with pytest.raises(Fault, match=r"best\.pt: not the weights with which run r finished"):
         best_weights(tmp_path, "r")
-    for read in (lambda: load_weights("r", "resnet18", tmp_path), lambda: load_run(tmp_path, "r")):
+    for read in (
+        lambda: load_weights("r", "resnet18", tmp_path),
+        lambda: load_trained(best_weights(tmp_path, "r")),
+    ):
         with pytest.raises(Fault, match="not the weights with which run r finished"):
             read()
     (folder / "summary.json").unlink()
