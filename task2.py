@@ -72,28 +72,21 @@ def main(config: Task2Config) -> None:
         inputs, _ = test.inputs(where.to(test.index_device))
         return inputs, torch.from_numpy(predicted)[where].to(compute.device)
 
-    groups = (
-        tiles.choose_tiles(len(test), SHOWN, config.seed),
-        tiles.one_of_each_class(labels, labels == predicted, config.seed),
-        tiles.one_of_each_class(labels, labels != predicted, config.seed),
+    each = (
+        tiles.one_of_each_class(labels, some, config.seed) for some in (labels == predicted, labels != predicted)
     )
+    groups = [tiles.choose_tiles(len(test), SHOWN, config.seed), *each]
     pictured = sorted({index for group in groups for index in group})
     print(f"maps of {len(pictured)} tiles to show, by {len(METHODS)} methods", flush=True)
     inputs = inputs_of(pictured)
     maps = {name: way.maps(model, *inputs, config.seed).cpu().numpy() for name, way in METHODS.items()}
     names = dataset.class_names
-    explained = {
-        index: tiles.Explained(
-            run_id,
-            index,
-            dataset.test.images[index].permute(1, 2, 0).numpy(),
-            names[labels[index]],
-            names[predicted[index]],
-            float(probabilities[index].max()),
-            {name: values[place] for name, values in maps.items()},
-        )
-        for place, index in enumerate(pictured)
-    }
+    explained = {}
+    for place, index in enumerate(pictured):
+        tile = dataset.test.images[index].permute(1, 2, 0).numpy()
+        classes = names[labels[index]], names[predicted[index]], float(probabilities[index].max())
+        own = {name: values[place] for name, values in maps.items()}
+        explained[index] = tiles.Explained(run_id, index, tile, *classes, own)
     shown, right, wrong = ([explained[index] for index in group] for group in groups)
 
     torch.manual_seed(derived_seed(config.seed, 0, "randomised network"))
@@ -102,13 +95,8 @@ def main(config: Task2Config) -> None:
     print(f"checks on {len(checked)} tiles:", flush=True)
     checks, means = check_methods(model, fresh, *inputs_of(checked), config.seed)
 
-    facts = {
-        "run_id": run_id,
-        "dataset": dataset.title,
-        "synthetic": run["synthetic"],
-        "network": network,
-        "device": compute.name,
-    }
+    facts = {"run_id": run_id, "dataset": dataset.title, "synthetic": run["synthetic"]}
+    facts |= {"network": network, "device": compute.name}
     figures = draw(config.output_dir, facts, names, shown, right, wrong, checks, means)
     folder = run_folder(config.output_dir, run_id)
     tiles.write_records(folder, config, facts, shown, checks, figures)

@@ -6,11 +6,11 @@
 
 Tiles are resized to the side that the weights were trained with (224 pixels for MobileNetV3-Large). With batches
 of 512, the run from scratch then needs about 27 GB of a GPU in bf16: --batch_size 128 or --input_size 64 needs
-less. All layers but the classifier are frozen, so their features are computed once, and the last layer is replaced
-by one with nine outputs. Then the same network is trained from random weights, with the same seed and number of
-epochs. The coursework reports test AUC 0.989 and test ACC 0.912 for MobileNetV3-Large on the full PathMNIST at 64
-pixels, one seed, converged at epoch 6; from scratch at epoch 13. tf_efficientnet_lite0 is for machines that can
-only reach package registries: its ImageNet weights are in a package. Its recipe trains all layers.
+less. All layers but the classifier are frozen, so their features are computed once. Then the same network is
+trained from random weights, with the same seed and number of epochs. The coursework reports test AUC 0.989 and
+test ACC 0.912 for MobileNetV3-Large on the full PathMNIST at 64 pixels, one seed, converged at epoch 6; from
+scratch at epoch 13. The ImageNet weights of tf_efficientnet_lite0 are in a Python package; its recipe trains all
+layers.
 
 Each run, <run_id> and <run_id>-scratch, leaves the same records as task1.py, and figures in fig/task5/. The
 comparison is in runs/<run_id>/comparison.md and fig/task5/<run_id>-comparison.png.
@@ -161,8 +161,7 @@ def main(config: Task5Config) -> None:
     compute = Compute.of(config.device, config.precision)
     compute.prepare_process()
     build_augmentation(config.augmentation)  # refuses an unknown one before the weights and the data are read
-    names = [one.weights for one in config.runs()]
-    weights = {name: load_weights(name, config.model_name, config.output_dir) for name in names}
+    weights = {run.weights: load_weights(run.weights, run.model_name, run.output_dir) for run in config.runs()}
     if config.input_size is None:
         config = config.replaced(input_size=weights[config.weights].size)
     dataset = load_dataset(config.dataset, config.size, config.data_root, config.train_tiles)
@@ -187,7 +186,7 @@ def train(config: Task5Config, weights: Weights, dataset: Dataset, compute: Comp
     )
     name = Path(config.weights).name  # of a file without its folders
     start = "from scratch" if config.weights == SCRATCH else f"from {name}, training {config.train_part}"
-    title, facts = f"{config.model_name} {start}", {"weights": weights.record()}
+    facts, title = {"weights": weights.record()}, f"{config.model_name} {start}"
     run = Run("task5", config, dataset, compute.name, network=title, facts=facts)
     started = time.perf_counter()
     if config.cache_features:

@@ -43,7 +43,7 @@ OPTIONS: list[tuple[str, int, str]] = [
     ("train.py --ablation=with_emma", 2, "--ablation with_emma: choose from .*did you mean with_ema"),
     ("train.py --ablation=with_ema --ema_decay=0", 2, "--ema_decay 0.0: --ablation with_ema sets this key itself"),
     ("task2.py --run_id=gone --output_dir={}", 2, "gone"),
-    ("task2.py --output_dir={}", 2, "no finished Task 1 run .*: run python task1.py first"),
+    ("task2.py --output_dir={}", 2, "no finished Task 1 run .*; python task1.py makes one"),
     ("task5.py --weights={}/none.pth", 2, r"none\.pth: No such file"),
     ("task5.py --train_part=all --adapt_batchnorm", 2, "--adapt_batchnorm: with --train_part all"),
     ("task5.py --weights=none --train_part=head", 2, "--train_part head: random weights cannot stay frozen"),

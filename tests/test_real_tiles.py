@@ -16,7 +16,7 @@ import task1
 import train
 from common.cli import parse
 from common.data import dataset as module
-from common.data.dataset import Dataset, load_dataset, stratified_part
+from common.data.dataset import Dataset, load_dataset
 from common.training.metrics import accuracy, auc
 
 FILE = Path(os.environ.get("PATHMNIST_ROOT", "/nowhere"), "pathmnist.npz")
@@ -47,15 +47,6 @@ def test_the_official_file_has_the_official_counts(root: Path) -> None:
         tiles = getattr(dataset, split)
         assert tiles.images.shape == (sum(counts), 3, 28, 28)
         assert tiles.labels.bincount().tolist() == counts
-
-
-def test_a_part_is_stratified_and_always_the_same(root: Path) -> None:
-    counts = np.array(CLASS_COUNTS["train"])
-    chosen = stratified_part(load_dataset("pathmnist", 28, root).train.labels.numpy(), 1800)
-    assert chosen[:8].tolist() == [6, 48, 106, 118, 145, 269, 448, 494]
-    part = load_dataset("pathmnist", 28, root, 1800)
-    assert part.fingerprint == f"{MD5}-1800-of-89996-order1"
-    assert abs(part.train.labels.bincount().numpy() - 1800 * counts / counts.sum()).max() < 1.2
 
 
 GENTLE = ["--augmentation=dihedral", "--ema_decay=0.99"]  # some 230 steps are too few for TrivialAugment

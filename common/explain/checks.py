@@ -70,9 +70,7 @@ def randomised(model: nn.Module, fresh: nn.Module, image: torch.Tensor) -> dict[
 def blurred(inputs: torch.Tensor) -> torch.Tensor:
     """The tile after a Gaussian blur of an eighth of its side; removed pixels get its values."""
     sigma = inputs.shape[-1] / 8
-    radius = round(3 * sigma)
-    output: torch.Tensor = gaussian_blur(inputs, [2 * radius + 1] * 2, [sigma, sigma])
-    return output
+    return gaussian_blur(inputs, [2 * round(3 * sigma) + 1] * 2, [sigma, sigma])  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
@@ -91,8 +89,11 @@ def removal(
     without = blurred(inputs)
 
     def curve(start: torch.Tensor, end: torch.Tensor) -> Array:
-        steps = [torch.where(rank < round(share * n_pixels), end, start) for share in FRACTIONS]
-        columns = [_probability(model, step, targets) for step in steps]
+        columns = []
+        for share in FRACTIONS:
+            parts = torch.split(torch.where(rank < round(share * n_pixels), end, start), FORWARD_BATCH)
+            probabilities = torch.cat([model(part).float().softmax(1) for part in parts])
+            columns.append(probabilities.gather(1, targets[:, None])[:, 0])
         return np.asarray(torch.stack(columns, 1).double().cpu())
 
     return {"deletion": curve(inputs, without), "insertion": curve(without, inputs)}
@@ -119,16 +120,9 @@ def infidelity(
         return mask.expand_as(batch), torch.where(mask > 0, blurred(batch), batch)
 
     attributions = maps[:, None].expand_as(inputs)  # their scale does not matter
+    options = {"target": targets, "n_perturb_samples": INFIDELITY_SAMPLES, "normalize": True}
     with torch.no_grad():
-        errors = captum_infidelity(
-            model,
-            remove_squares,
-            inputs,
-            attributions,
-            target=targets,
-            n_perturb_samples=INFIDELITY_SAMPLES,
-            normalize=True,
-        )
+        errors = captum_infidelity(model, remove_squares, inputs, attributions, **options)
     return np.asarray(errors.double().cpu())
 
 
@@ -142,8 +136,7 @@ def control_maps(inputs: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
 def removal_report(removals: Mapping[str, Mapping[str, Array]]) -> dict[str, Any]:
     """The curves and areas of each map's order, and its lead over the controls: means over tiles with intervals.
 
-    `margin` is insertion area minus deletion area; `margin_over_random` and `margin_over_sobel` are the paired
-    differences, tile by tile.
+    `margin` is insertion area minus deletion area; `margin_over_…` is its paired difference, tile by tile.
     """
     margins = {name: area(curves["insertion"]) - area(curves["deletion"]) for name, curves in removals.items()}
     report: dict[str, Any] = {}
@@ -171,8 +164,7 @@ def judge(method: Mapping[str, Any], n: Mapping[str, int]) -> Verdict:
 
     It passes if its maps lose their order when the whole network is random (the interval of the mean rank
     correlation lies within plus and minus `RANDOMISATION_LIMIT`), and its order beats both controls at deletion
-    and insertion (the interval of the paired margin starts above 0). No record has a verdict: it is made from the
-    numbers wherever it is shown.
+    and insertion (the interval of the paired margin starts above 0).
     """
     *_, random = method["randomisation"].values()
     conditions = {
@@ -226,8 +218,3 @@ def check_methods(
         errors = infidelity(model, inputs[:few], targets[:few], maps[name][:few], seed)
         found |= {"infidelity": mean_estimate(errors), **faithful[name]}
     return {"n": n, "fractions": FRACTIONS, "methods": methods, "controls": controls}, means
-
-
-def _probability(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    probabilities = torch.cat([model(part).float().softmax(1) for part in torch.split(inputs, FORWARD_BATCH)])
-    return probabilities.gather(1, targets[:, None])[:, 0]

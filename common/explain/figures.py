@@ -44,8 +44,7 @@ def draw(
 ) -> dict[str, Path]:
     """Draw two figures for each tile in `shown` and six of the run, and return the run's figures by name.
 
-    `right` and `wrong` hold at most one tile per class; `facts` are task2.py's, `checks` and `means` those of
-    `check_methods`.
+    `facts` are task2.py's, `checks` and `means` those of `check_methods`.
     """
     for one in shown:
         tile_and_saliency(output_dir, one)
@@ -97,12 +96,9 @@ def methods_panel(path: Path, rows: Sequence[Explained], title: str) -> None:
             for axes, (name, method) in zip(line[1:], METHODS.items(), strict=True):
                 _heat(axes, row.maps[name], method.signed)
         figure.suptitle(wrap(title, 105), fontsize=9)
-        figure.supxlabel(
-            "Bright, or orange: the pixel speaks for the class (Saliency and SmoothGrad: for or against it); "
-            f"purple: against it.\nEach map's scale ends at its {ROBUST_PERCENTILE:.0f}th percentile. "
-            "A tile in a frame is classified wrongly.",
-            fontsize=8,
-        )
+        words = "Bright, or orange: the pixel speaks for the class (Saliency and SmoothGrad: for or against it); "
+        words += f"purple: against it.\nEach map's scale ends at its {ROBUST_PERCENTILE:.0f}th percentile. "
+        figure.supxlabel(f"{words}A tile in a frame is classified wrongly.", fontsize=8)
         save(figure, path)
 
 
@@ -154,13 +150,8 @@ def randomisation(path: Path, methods: Mapping[str, Mapping[str, Any]], title: s
         figure = Figure(figsize=(6.4, 4.6))
         axes = figure.add_subplot()
         axes.axhspan(-RANDOMISATION_LIMIT, RANDOMISATION_LIMIT, color="#EAF3EA", zorder=0)
-        axes.text(
-            0,
-            -RANDOMISATION_LIMIT,
-            " a method passes if its last interval lies in this band",
-            fontsize=8,
-            va="bottom",
-        )
+        words = " a method passes if its last interval lies in this band"
+        axes.text(0, -RANDOMISATION_LIMIT, words, fontsize=8, va="bottom")
         for name, result in methods.items():
             estimates = [{"value": 1.0, "low": 1.0, "high": 1.0}, *result["randomisation"].values()]
             _line(axes, np.arange(len(estimates)), estimates, name)

@@ -1,8 +1,7 @@
 """Attribution maps: which pixels of a tile a network's logit for one class depends on.
 
 Every method takes a network in eval mode, inputs (N, 3, H, W) float32 in -1..1, targets (N,) int64 and a seed for
-its random numbers; it returns maps (N, H, W) float32. A tile's map does not depend on the other tiles. The
-attributions are Captum's; this module sets the library's parameters and joins the channels.
+its random numbers; it returns maps (N, H, W) float32. A tile's map does not depend on the other tiles.
 """
 
 from collections.abc import Callable
@@ -66,13 +65,9 @@ def smoothgrad(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, se
 
 def integrated_gradients(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, seed: int) -> torch.Tensor:
     """Integrated Gradients from a white tile, summed over the channels (Sundararajan et al. 2017)."""
-    attributions: torch.Tensor = IntegratedGradients(model).attribute(
-        inputs,
-        torch.full_like(inputs[:1], WHITE),
-        target=targets,
-        n_steps=INTEGRATION_STEPS,
-        internal_batch_size=FORWARD_BATCH,
-    )
+    white = torch.full_like(inputs[:1], WHITE)
+    options = {"target": targets, "n_steps": INTEGRATION_STEPS, "internal_batch_size": FORWARD_BATCH}
+    attributions: torch.Tensor = IntegratedGradients(model).attribute(inputs, white, **options)
     return attributions.detach().sum(1).float()
 
 

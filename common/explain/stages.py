@@ -1,7 +1,6 @@
 """The stages of a network: its layers in groups, by the size of the maps that they compute.
 
-Task 2 gives the stages random weights, one after the other, and takes a block for Grad-CAM. Maps are outputs
-(N, C, H, W) with H = W. The functions run the network once on `image`, (1, 3, size, size) float32.
+Maps are outputs (N, C, H, W) with H = W. The functions run the network once on `image`, (1, 3, size, size).
 """
 
 from typing import Any
@@ -70,6 +69,7 @@ def grad_cam_layer(model: nn.Module, image: torch.Tensor) -> nn.Module:
     sides = map_sides(network, image)
     fine = [name for name, side in sides.items() if name.count(".") < 2 and side * COARSEST >= image.shape[-1]]
     if not fine:
-        name = type(network).__name__
-        raise UsageError(f"{name} has no maps of an eighth of the tile's side or more: Task 2 cannot explain it")
+        raise UsageError(
+            f"{type(network).__name__} has no maps of an eighth of the tile's side: Task 2 needs some"
+        )
     return network.get_submodule(fine[-1])

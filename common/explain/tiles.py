@@ -16,8 +16,6 @@ from common.markdown import markdown_table
 from common.records.read import checkpoint_folder, read_json
 from common.records.run import provenance, send, start_wandb
 
-PACKAGES = ("captum", "torch", "torchvision", "numpy", "scipy", "matplotlib")
-
 
 @dataclass(frozen=True)
 class Explained:
@@ -34,20 +32,15 @@ class Explained:
     @property
     def row(self) -> dict[str, Any]:
         """The tile's row of the table; `input` and `saliency` are the figures, relative to the output folder."""
-        return {
-            "index": self.index,
-            "label": self.label,
-            "predicted": self.predicted,
-            "probability": self.probability,
-            **{part: f"fig/task2/{self.run_id}/{self.index:05d}-{part}.png" for part in ("input", "saliency")},
-        }
+        row = {name: getattr(self, name) for name in ("index", "label", "predicted", "probability")}
+        figure = f"fig/task2/{self.run_id}/{self.index:05d}"
+        return {**row, "input": f"{figure}-input.png", "saliency": f"{figure}-saliency.png"}
 
 
 def find_run(output_dir: Path, run_id: str | None) -> Mapping[str, Any]:
-    """The config.json of the run to explain; UsageError if there is none, or if the named run is not finished.
+    """The config.json of the finished run to explain; UsageError if there is none.
 
-    Without a name it is a finished Task 1 run with its best.pt: the one with most training tiles, of several the
-    newest.
+    Without a name it is the Task 1 run with a best.pt that has most training tiles, of several the newest.
     """
     summaries = (output_dir / "runs").glob(f"{run_id or '*'}/summary.json")
     ours = [read_json(path.with_name("config.json")) for path in summaries]
@@ -99,16 +92,14 @@ def write_records(
     for row in rows:
         tile = f"{row['index']:05d}"
         mark = "" if row["label"] == row["predicted"] else " ✗"
-        images = [
-            f"![{what} of tile {tile}, {row['label']}](../../{row[part]})"
-            for what, part in (("Tile", "input"), ("Map", "saliency"))
-        ]
+        images = [f"![{part} of tile {tile}](../../{row[part]})" for part in ("input", "saliency")]
         cells.append([tile, row["label"], f"{row['predicted']} ({row['probability']:.2f}){mark}", *images])
     table = markdown_table(["Index", "Label", "Predicted", "Input", "Saliency"], "lllll", cells)
     write_text(folder / "saliency.md", "\n".join(table) + "\n")
     names = {name: path.name for name, path in figures.items()}
-    record = {"config": config.as_dict(), **provenance(PACKAGES), "tiles": rows, **checks, "figures": names}
-    write_json(folder / "attribution.json", {**facts, **record})
+    origins = provenance(("captum", "torch", "torchvision", "numpy", "scipy", "matplotlib"))
+    record = {**facts, "config": config.as_dict(), **origins, "tiles": rows, **checks, "figures": names}
+    write_json(folder / "attribution.json", record)
 
     def log(run: Any) -> None:
         import wandb

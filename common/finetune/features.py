@@ -26,21 +26,18 @@ View = Callable[[torch.Tensor], torch.Tensor]  # uint8 (B, 3, H, W) to the same
 class CachedFeatures:
     """`Tiles` of which only the features are kept, on the device that trains.
 
-    `features` (views, N, …) float32 hold one or more views of every tile, the first of them not augmented;
-    `labels` are (N,) int64.
+    `features` (views, N, …) float32 hold views of every tile, the first not augmented; `labels` are (N,) int64.
     """
 
     def __init__(self, features: torch.Tensor, labels: torch.Tensor) -> None:
-        self.features, self.labels = features, labels
-        self.index_device = features.device
+        self.features, self.labels, self.index_device = features, labels, features.device
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def inputs(self, indices: torch.Tensor, draws: torch.Generator | None = None) -> Batch:
         """Features (B, …) of the first view, or with `draws` of a random view of each tile, and labels (B,)."""
-        n_views = len(self.features)
-        labels = self.labels.index_select(0, indices)
+        n_views, labels = len(self.features), self.labels.index_select(0, indices)
         if draws is None or n_views == 1:
             return self.features[0].index_select(0, indices), labels
         # The augmentation `dihedral` samples its 8 views in the same way: both use the same view of a tile.
@@ -80,9 +77,9 @@ def cached_splits(model: FineTunedNetwork, dataset: Dataset, config: TrainingCon
     training tiles need too much memory.
     """
     n_views = {"none": 1, "dihedral": 8}.get(config.augmentation, RANDOM_VIEWS)
-    cuda = compute.device.type == "cuda"
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    memory = torch.cuda.mem_get_info(compute.device)[0] if cuda else pages
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if compute.device.type == "cuda":
+        memory = torch.cuda.mem_get_info(compute.device)[0]
     size = 4 * n_views * len(dataset.train) * math.prod(model.feature_shape)  # float32
     if size > RESIDENT_SHARE * memory:
         problem = f"the features of all tiles take {size / 1e9:.1f} GB of {memory / 1e9:.1f} GB of memory"

@@ -66,8 +66,8 @@ class FineTunedNetwork(nn.Module):
         if mode and self.frozen:
             self.network.eval()
             self.head.train()
-            for module in self.network.modules():
-                if self.adapt_batchnorm and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for module in self.network.modules() if self.adapt_batchnorm else ():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.train()
         return self
 
@@ -134,12 +134,7 @@ def lr_factors(model: FineTunedNetwork, first: float) -> dict[str, float]:
     In between it grows geometrically from block to block, which is layer-wise decay (Howard & Ruder 2018,
     "Universal Language Model Fine-tuning", arXiv:1801.06146). Blocks are the network's modules two levels deep.
     """
-    prefix = "network."
-    head = f"{prefix}{model.head_name}."
-    block = {
-        name: ".".join(name.removeprefix(prefix).split(".")[:-1][:2])
-        for name, _ in model.named_parameters()
-        if not name.startswith(head)
-    }
+    names = [name for name, _ in model.network.named_parameters() if not name.startswith(f"{model.head_name}.")]
+    block = {f"network.{name}": ".".join(name.split(".")[:-1][:2]) for name in names}
     order = list(dict.fromkeys(block.values()))
     return {name: float(first ** (1 - order.index(place) / len(order))) for name, place in block.items()}

@@ -4,9 +4,9 @@
     python -m common.finetune.predict best.pt FOLDER --csv classes.csv    # every picture in the folder
 
 Pictures are PNG, JPEG, TIFF, GIF, BMP or WEBP files of 8 bits per channel. Each is cropped to its central square
-and shrunk to the size of the tiles that the network was trained on. The network then resizes it to the size of its
-inputs, as it did in training. A warning, on stderr and in the table, says which pictures cannot be read, and which
-have a size or a colour that is far from that of PathMNIST's tiles: do not trust their class.
+and shrunk to the size of the tiles that the network was trained on. A warning, on stderr and in the table, says
+which pictures cannot be read, and which have a size or a colour far from that of PathMNIST's tiles: do not trust
+their class.
 """
 
 import csv
@@ -67,9 +67,8 @@ def main(config: PredictConfig) -> None:
         rows.append([shown, best, max(row), remark, *row])
     if not any(best for _, best, *_ in rows):
         raise Fault("none of the pictures can be read")
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerows([["file", "class", "probability", "warning", *CLASS_NAMES], *rows])
+    table, head = io.StringIO(), ["file", "class", "probability", "warning", *CLASS_NAMES]
+    csv.writer(table, lineterminator="\n").writerows([head, *rows])
     if config.csv:
         write_text(config.csv, table.getvalue())
     else:
@@ -107,9 +106,8 @@ def read_picture(path: Path, size: int) -> tuple[torch.Tensor, str]:
     image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
     tile = np.array(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
     remarks = [f"only the first of its {n_frames} frames is used"] if n_frames > 1 else []
-    far = f"far from {TITLE}'s tiles:"
+    far, sides = f"far from {TITLE}'s tiles:", f"{image.width} × {image.height} pixels"
     if min(image.size) < size or max(image.size) > LARGEST_SIDE or max(image.size) > 1.2 * min(image.size):
-        sides = f"{image.width} × {image.height} pixels"
         remarks.append(f"{far} {sides}, a tile has 224 × 224 at 0.5 µm per pixel")
     if not has_stained_colours(*tile.mean((0, 1)).tolist()):
         remarks.append(f"{far} its mean colour is not that of tissue stained with haematoxylin and eosin")

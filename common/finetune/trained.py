@@ -46,8 +46,8 @@ def load_trained(path: Path | str, device: torch.device | str = "cpu") -> Traine
     path = Path(path)
     saved = checkpoint.load(path)
     try:
-        name, config = saved["model_name"], saved["config"]
-        size, side, state_dict = config["size"], input_size_of(config), saved["state_dict"]
+        name, config, state_dict = saved["model_name"], saved["config"], saved["state_dict"]
+        size, side = config["size"], input_size_of(config)
     except KeyError as error:
         raise Fault(f"{path}: not a best.pt of this project (it has no {error})") from None
     network = _build(name, side, fine_tuned="mean" in state_dict)

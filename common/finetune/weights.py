@@ -90,16 +90,15 @@ def _inputs(model_name: str, weights: str) -> tuple[int, tuple[float, ...], tupl
         config: Any = timm.get_pretrained_cfg(model_name.removeprefix(TIMM))
         return config.input_size[-1], tuple(config.mean), tuple(config.std)
     known = weights if weights in _entries() else default_weights(model_name)
-    transforms = _entries()[known][1].transforms()
-    return transforms.crop_size[0], tuple(transforms.mean), tuple(transforms.std)
+    expected = _entries()[known][1].transforms()
+    return expected.crop_size[0], tuple(expected.mean), tuple(expected.std)
 
 
 def load_weights(name: str, model_name: str, output_dir: Path) -> Weights:
     """Find, check and read weights: `none`, a name of `PACKAGED_WEIGHTS` or torchvision, a file, or a run's id.
 
-    torchvision's files are downloaded once into torch.hub's folder. A user's file is assumed to expect the mean
-    and std of the network's default weights. Raises UsageError with the file and the remedy, Fault where a
-    download or a run's record is broken.
+    A user's file is assumed to expect the mean and std of the network's default weights. Raises UsageError with
+    the file and the remedy, Fault where a download or a run's record is broken.
     """
     owner = network_of(name)
     if owner not in (None, model_name):
@@ -172,8 +171,8 @@ def _read(path: Path, begins: str = "") -> tuple[str, dict[str, torch.Tensor]]:
 def _from_run(run_id: str, output_dir: Path) -> Weights:
     """The best weights of a run of this project; they expect the inputs of that run."""
     if not (checkpoint_folder(output_dir, run_id) / "best.pt").exists():
-        known = f"an entry of torchvision, {', '.join(PACKAGED_WEIGHTS)}, a {', '.join(SUFFIXES)} file"
-        raise UsageError(f"--weights {run_id}: neither {known}, nor a run with weights in {output_dir}")
+        files = " or ".join(SUFFIXES)
+        raise UsageError(f"--weights {run_id}: no known weights, no {files} file, nor a run in {output_dir}")
     path = best_weights(output_dir, run_id)
     saved = checkpoint.load(path)
     state_dict, expected = dict(saved["state_dict"]), [(0.5,) * 3, (0.5,) * 3]

@@ -200,18 +200,6 @@ def test_infidelity_is_lowest_for_the_map_that_predicts_the_fall(corner: nn.Modu
     assert wrong.mean() > 0.01  # the mean, because a tile whose squares all miss the corner has no fall
 
 
-def test_the_blurred_squares_have_the_documented_size(corner: nn.Module) -> None:
-    inputs, targets = tiles(2), torch.ones(2, dtype=torch.int64)
-    seen: list[torch.Tensor] = []
-    corner.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
-    infidelity(corner, inputs, targets, edge_map(inputs), 0)
-    changed = torch.cat([(batch != inputs.repeat_interleave(len(batch) // 2, 0)).any(1) for batch in seen])
-    widths = {int(mask.any(axis).sum()) for mask in changed for axis in (0, 1) if mask.any()}
-    assert min(widths) < SIZE // 4 + 3
-    assert max(widths) > SIZE // 2 - 3
-    assert SIZE // 4 <= min(widths) <= max(widths) <= SIZE // 2
-
-
 def test_the_blur_s_deviation_is_an_eighth_of_the_side() -> None:
     point = torch.zeros(1, 3, 32, 32)
     point[..., 16, 16] = 1
@@ -233,7 +221,6 @@ def test_every_check_gets_its_tiles_maps_and_networks(
     assert checked["n"] == {"removal": 4, "randomisation": 3, "infidelity": 2}
     maps = saliency.maps(resnet, inputs, targets, 0)
     got = checked["methods"]["saliency"]
-    assert not {"passes", "verdict"} & got.keys()  # they are made from the numbers where they are shown
     assert list(got["randomisation"]) == list(stages(resnet, inputs[:1]))
     for stage, network in randomised(resnet, fresh, inputs[:1]).items():
         of_random = saliency.maps(network, inputs[:3], targets[:3], 0)

@@ -6,8 +6,6 @@ from torch import nn
 
 from common.cli import UsageError
 from common.explain.stages import grad_cam_layer, map_sides, stages
-from common.finetune.network import build_fine_tuned
-from common.finetune.weights import Weights
 from common.training.models import build_model
 
 
@@ -38,14 +36,6 @@ def test_squeeze_and_excitation_belongs_to_its_block() -> None:
     assert stage_of["features.4.block.2.fc1.weight"] == "8"  # its map is 1x1, that of its block 8x8
     assert {stage_of[name] for name in stage_of if name.startswith("classifier")} == {"head"}
     assert map_sides(model, torch.zeros(1, 3, 64, 64))["features.4.block.2.fc1"] == 1
-
-
-def test_a_fine_tuned_network_has_the_stages_of_the_network_in_it() -> None:
-    start = Weights("none", "", None, None, 64, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    model = build_fine_tuned("tf_efficientnet_lite0", start, 64).eval().requires_grad_(False)
-    image = torch.zeros(1, 3, 64, 64)
-    assert list(stages(model, image)) == ["head", "2", "4", "8", "16", "32"]
-    assert grad_cam_layer(model, image) is model.network.get_submodule("blocks.2")
 
 
 def test_a_network_without_maps_is_refused() -> None:

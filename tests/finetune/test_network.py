@@ -1,25 +1,22 @@
 """A network that starts from given weights: what is trained, its inputs, and the cache of its features."""
 
 import re
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from conftest import CPU, trainer_of
 from torch import nn
 
 from common.cli import UsageError
-from common.data.augment import build_augmentation, dihedral_view
+from common.data.augment import build_augmentation
 from common.data.batches import DeviceTiles, normalise
 from common.data.dataset import Dataset
 from common.finetune.features import cache_features
 from common.finetune.network import FineTunedNetwork, build_fine_tuned, lr_factors
 from common.finetune.weights import Weights
 from common.training.device import Compute
-from common.training.evaluation import evaluate
 from common.training.loop import generator
 
 SIZE, MEAN, STD = 32, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
@@ -105,26 +102,6 @@ def test_features_through_the_head_are_the_whole_network(name: str) -> None:
         torch.testing.assert_close(model(features), whole)
 
 
-@pytest.mark.parametrize(("augmentation", "n_views"), [("none", 1), ("dihedral", 8)])
-def test_cached_features_train_the_same_network_as_the_plain_path(
-    tiny: Dataset, tmp_path: Path, augmentation: str, n_views: int
-) -> None:
-    tiles = DeviceTiles(tiny.train, CPU.device, 28)
-    val = DeviceTiles(tiny.val, CPU.device, 28)
-    views = [partial(dihedral_view, view=number) for number in range(n_views)]
-    keys = {"augmentation": augmentation, "lr": 0.01, "lr_min": 1.0, "label_smoothing": 0.1}
-    plain = trained(network(), tiny, tmp_path / "plain", epochs=3, **keys)
-    model = network()
-    untrained = evaluate(model, val, CPU).logits
-    train = cache_features(model, tiles, views, CPU)
-    model.takes_features = True
-    trained(model, tiny, tmp_path / "cached", epochs=3, train=train, **keys)
-    model.takes_features = False
-    one, other = evaluate(plain, val, CPU).logits, evaluate(model, val, CPU).logits
-    np.testing.assert_allclose(one, other, atol=1e-4)
-    assert np.abs(one - untrained).max() > 0.05  # training did something
-
-
 def test_tiles_are_augmented_and_resized_in_float32_before_a_bf16_network(
     tiny: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,15 +118,6 @@ def test_tiles_are_augmented_and_resized_in_float32_before_a_bf16_network(
         assert cached.features.dtype == torch.float32
     assert all(map(torch.equal, *seen.values()))
     assert len(seen[torch.float32]) == 1
-
-
-def test_test_time_augmentation_on_cached_views_is_that_on_tiles(tiny: Dataset) -> None:
-    model, val = network().eval(), DeviceTiles(tiny.val, CPU.device, 28)
-    views = [partial(dihedral_view, view=number) for number in range(8)]
-    cached = cache_features(model, val, views, CPU)
-    expected = evaluate(model, val, CPU, tta=True).logits
-    model.takes_features = True
-    np.testing.assert_allclose(evaluate(model, cached, CPU, tta=True).logits, expected, atol=1e-4)
 
 
 def test_each_tile_of_a_batch_gets_a_random_view(tiny: Dataset) -> None:

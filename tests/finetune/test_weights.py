@@ -106,7 +106,6 @@ def test_the_layouts_that_torchvision_s_own_networks_convert_are_read(model_name
     ("change", "message"),
     [
         ({"features.0.0.weight": torch.zeros(24, 3, 3, 3)}, r"features\.0\.0\.weight.*\[24, 3, 3, 3\]"),
-        ({"features.0.0.weight": HUGE}, r"features\.0\.0\.weight.*\[1000000000000\]"),
         ({"extra": HUGE}, 'Unexpected.*"extra".*: name the network of these weights with --model_name'),
         (None, r'Missing.*"features\.0\.0\.weight".*with --model_name'),
     ],
@@ -115,16 +114,11 @@ def test_weights_that_do_not_fit_are_refused_with_the_first_difference(
     change: Any, message: str, small: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     torch.save({**small, **change} if change else {"conv1.weight": torch.zeros(1)}, tmp_path / "w.pt")
-    with pytest.raises(UsageError, match=rf"^--weights {tmp_path}/w\.pt: .*{message}") as caught:
+    with pytest.raises(UsageError, match=rf"^--weights {tmp_path}/w\.pt: .*{message}"):
         loaded(tmp_path / "w.pt")
-    assert "\n" not in str(caught.value)
 
 
-def test_a_network_and_its_weights_name_each_other() -> None:
-    assert weights_module.default_weights(SMALL) == V1
-    assert weights_module.default_weights("tf_efficientnet_lite2") == "efficientnet_lite2_imagenet"
-    assert weights_module.network_of("ResNet18_Weights.IMAGENET1K_V1") == "resnet18"
-    assert weights_module.network_of("efficientnet_lite1_imagenet") == "tf_efficientnet_lite1"
+def test_a_file_names_no_network_and_timm_s_networks_no_weights() -> None:
     assert weights_module.network_of("some/ResNet18_Weights.pth") is None
     assert weights_module.network_of("none") is None
     with pytest.raises(UsageError, match=r"timm:resnet10t: timm's weights are not downloaded; add --weights FILE"):
@@ -135,7 +129,7 @@ def test_a_network_and_its_weights_name_each_other() -> None:
     ("name", "message"),
     [
         ("MobileNet_V3_Small_Weights.IMAGENET1K_V3", r"did you mean MobileNet_V3_Small_Weights\.IMAGENET1K_V1"),
-        ("nosuchrun", "nor a run with weights in"),
+        ("nosuchrun", "no known weights, no .pth or .* nor a run in"),
         ("ResNet18_Weights.IMAGENET1K_V1", "for another network; add --model_name resnet18"),
         ("efficientnet_lite0_imagenet", "for another network; add --model_name tf_efficientnet_lite0"),
     ],
@@ -219,8 +213,6 @@ def test_the_packaged_weights_know_natural_images(model_name: str, sha256: str, 
     with torch.no_grad():
         logits = model(normalise(torch.from_numpy(np.array(square)).permute(2, 0, 1)[None]))
     assert logits.argmax() == 698  # ImageNet's class palace
-    own = build_fine_tuned(model_name, weights, 64).network.state_dict()
-    assert different(own, weights.state_dict) == {"classifier.weight", "classifier.bias"}
 
 
 def test_without_their_package_the_lite_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
