@@ -220,12 +220,12 @@ class Runs:
         return curves
 
     def recipes(self) -> dict[str, Group]:
-        """The finished runs that have test scores, but a sweep's, as groups that differ in the seed alone."""
-        sweeps = tuple(f"{path.name}-" for path in (self.folder / "sweeps").glob("*/"))
+        """The finished runs that have test scores, but a search's, as groups that differ in the seed alone."""
+        searches = tuple(f"{path.parent.name}-" for path in (self.folder / "sweeps").glob("*/search.jsonl"))
         found: dict[str, dict[int, Record]] = {}
         for run_id in self.finished:
             summary = read_json(self.folder / "runs" / run_id / "summary.json")
-            if "best" in summary and not run_id.startswith(sweeps):
+            if "best" in summary and not run_id.startswith(searches):
                 record = self.record(run_id)
                 same = {name: value for name, value in record.config.items() if name not in APART}
                 group = found.setdefault(f"{summary['tiles']['train']} {sorted(same.items())}", {})
@@ -245,6 +245,7 @@ def described(record: Record) -> str:
     start = "from scratch" if config.get("weights", "none") == "none" else "fine-tuned"
     added = [f"{config['augmentation']} augmentation"] if config.get("augmentation", "none") != "none" else []
     added += ["averaged weights"] if config.get("ema_decay") else []
+    added += [f"row {config['ablation']}"] if config.get("ablation") else []
     return f"{NETWORKS.get(name, name)} {start}" + (f", {' and '.join(added)}" if added else "")
 
 

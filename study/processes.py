@@ -9,10 +9,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-from common.cli import Fault
+from joblib import cpu_count
+
+from common.cli import Fault, Stopped
 from common.records.read import is_finished
+from common.training.device import Compute
 
 PAUSE = 0.5  # seconds between two looks at the processes
 
@@ -24,6 +28,16 @@ class Run:
     run_id: str
     values: Mapping[str, Any]
     command: Sequence[str]
+
+
+def workers(device: str) -> tuple[int, dict[str, str]]:
+    """How many runs to train at the same time on the device of a key `device`, and their environment.
+
+    On a CPU, two processes with one thread each train more tiles than one process with two threads.
+    """
+    if Compute.of(device, "fp32").device.type == "cpu":
+        return cpu_count(only_physical_cores=True), {"OMP_NUM_THREADS": "1"}
+    return 1, {}
 
 
 @dataclass
@@ -40,10 +54,14 @@ class Processes:
     def ended_together(self) -> Iterator[None]:
         """At the end of the context, also by Ctrl-C or SIGTERM, end all processes by SIGTERM.
 
-        Raises Fault where runs have failed.
+        Raises Stopped after SIGTERM, and Fault where runs have failed.
         """
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            raise Stopped("SIGTERM: the runs ended early", signal.SIGTERM)
+
         self.logs.mkdir(parents=True, exist_ok=True)
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM, too: KeyboardInterrupt
+        before = signal.signal(signal.SIGTERM, stop)
         try:
             yield
         finally:
@@ -60,7 +78,8 @@ class Processes:
 
         The process inherits the lock of its log: it lasts as long as the process, even if this command is killed.
         """
-        with open(self.logs / f"{run.run_id}.log", "ab") as log:
+        path = self.logs / f"{run.run_id}.log"
+        with open(path, "ab") as log:
             try:
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -76,6 +95,7 @@ class Processes:
                 process_group=0,  # Ctrl-C reaches this command alone, which then ends each run once
             )
         self.running[run.run_id] = process, time.monotonic()
+        print(f"{run.run_id}: started (log: {path})", flush=True)
         return True
 
     def ended(self) -> Iterator[tuple[str, int, str]]:
@@ -88,8 +108,7 @@ class Processes:
             outcome = "finished"
             if not is_finished(self.output_dir, run_id):
                 log = self.logs / f"{run_id}.log"
-                lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-                last = next((line.strip() for line in reversed(lines) if line.strip()), "it wrote nothing")
+                *_, last = log.read_text(encoding="utf-8", errors="replace").splitlines() or ["it wrote nothing"]
                 outcome = f"FAILED with exit status {process.returncode}: {last} (log: {log})"
             yield run_id, process.returncode, f"{outcome} ({time.monotonic() - started:.0f} s)"
 

@@ -1,45 +1,37 @@
 """Train the trials of recipes.yaml, which choose the study's recipes, and print their table.
 
-python -m study.recipes --data_root FOLDER             # two trials at a time, one thread each; it continues
-python -m study.recipes --data_root FOLDER --jobs 0    # the table of what is finished
+python -m study.recipes --data_root FOLDER    # it skips what is finished, and continues the rest
 """
 
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import yaml
 
-from common.cli import key, run_script
+from common.cli import run_script
 from common.config import FolderConfig
 from common.files import read_text
 from common.markdown import markdown_table
 from common.records.read import is_finished, read_json, run_folder
-from study.processes import Processes, Run, train_all
+from study.processes import Processes, Run, train_all, workers
 
 FILE = Path(__file__).resolve().parent.parent / "recipes.yaml"
 
 
-class RecipesConfig(FolderConfig):
-    """How many trials run at the same time."""
-
-    jobs: int = key(2, "trials at the same time, one thread each; 0: only print the table", ge=0, le=64)
-
-
-def read_trials(config: RecipesConfig, file: Path = FILE) -> dict[tuple[str, str], list[Run]]:
+def read_trials(config: FolderConfig, file: Path = FILE) -> dict[tuple[str, str], list[Run]]:
     """The trials by group and candidate, one per seed. Their values are the keys that the candidate changes."""
     content = yaml.safe_load(read_text(file))
     trials: dict[tuple[str, str], list[Run]] = {}
     for group, part in content["groups"].items():
         for candidate, changes in part["candidates"].items():
             for seed in content["seeds"]:
-                keys: dict[str, Any] = {**content["keys"], **part["keys"], **changes, "seed": seed}
-                keys |= {"run_id": f"recipe-{candidate}-{seed}", "data_root": config.data_root}
-                keys |= {"output_dir": config.output_dir}
+                run_id = f"recipe-{candidate}-{seed}"
+                keys = {**content["keys"], **part["keys"], **changes, "seed": seed, "run_id": run_id}
+                keys |= {"data_root": config.data_root, "output_dir": config.output_dir}
                 words = [f"--{name}={value}" for name, value in keys.items()]
-                run = Run(keys["run_id"], changes, [sys.executable, str(FILE.parent / part["program"]), *words])
+                run = Run(run_id, changes, [sys.executable, str(FILE.parent / part["program"]), *words])
                 trials.setdefault((group, candidate), []).append(run)
     return trials
 
@@ -56,25 +48,24 @@ def ranking(trials: Mapping[tuple[str, str], Sequence[Run]], output_dir: Path) -
         plain = fmean(one["validate"]["validate/acc"] for one in found)
         changed = fmean(one["validate/shifted_acc"] for one in found)
         unseen = fmean(one["shifted"][name] for name in ("gamma", "chromatic_noise") for one in found)
-        minutes = fmean(one["wall_seconds"] for one in found) / 60
         numbers = [f"{score:.4f}" for score in ((plain + changed) / 2, plain, changed, unseen)]
-        rows.append([group, candidate, changes, str(len(found)), *numbers, f"{minutes:.0f}"])
-    rows.sort(key=lambda row: row[4], reverse=True)
-    rows.sort(key=lambda row: row[0])  # keeps that order within a group
+        rows.append([group, candidate, changes, str(len(found)), *numbers])
+    rows.sort(key=lambda row: (row[0], -float(row[4])))
     columns = ["group", "candidate", "change", "seeds", "score", "validation ACC", "changed colours"]
-    return markdown_table([*columns, "without CIELAB", "minutes of a core"], "lllrrrrrr", rows)
+    return markdown_table([*columns, "without CIELAB"], "lllrrrrr", rows)
 
 
-def main(config: RecipesConfig) -> None:
+def main(config: FolderConfig) -> None:
     """Missing trials → table."""
     trials = read_trials(config)
     runs = [run for same_seed in zip(*trials.values(), strict=True) for run in same_seed]
-    processes = Processes(config.output_dir, config.output_dir / "recipes", {"OMP_NUM_THREADS": "1"})
+    n_workers, environment = workers("auto")
+    processes = Processes(config.output_dir, config.output_dir / "recipes", environment)
     try:
-        train_all(runs, processes, config.jobs)
+        train_all(runs, processes, n_workers)
     finally:
         print("\n".join(ranking(trials, config.output_dir)))
 
 
 if __name__ == "__main__":
-    run_script(main, RecipesConfig)
+    run_script(main, FolderConfig)

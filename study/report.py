@@ -64,7 +64,7 @@ def main(config: ReportConfig) -> None:
     if by_hand:
         tables = Tables(runs, runs.groups(), runs.ablation(), runs.curves())
     else:
-        tables = Tables(runs, runs.recipes())
+        tables = Tables(runs, runs.recipes(), runs.ablation())
     check_runs(runs.read.values(), seeds_in_names=by_hand)
     pages = {page: read_text(page) if by_hand else own_page(tables)}
     if by_hand and (readme := folder / "README.md").exists():
@@ -169,11 +169,10 @@ def own_page(tables: Tables) -> str:
         names = {MAPS[name]: f"fig/task2/{run_id}-{name}.png" for name in ("means", "randomisation", "removal")}
         shown = [f"![{words}]({name})" for words, name in names.items() if (folder / name).exists()]
         section(f"Saliency maps of {text(run_id)}", block("maps", run_id), *shown)
+    if tables.ablation:
+        section("Ablation", block("techniques"))
     for path in sorted((folder / "sweeps").glob("*/table.md")):
-        name = path.parent.name
-        figures = [f"fig/task4/{one.name}" for one in sorted((folder / "fig/task4").glob(f"{name}*.png"))]
-        shown = [f"![Results of {name}]({one})" for one in figures]
-        section(f"Sweep {text(name)}", read_text(path).strip(), *shown)
+        section(f"Sweep {text(path.parent.name)}", read_text(path).strip())
     if rows:
         section("Records", block("records"))
     return "\n".join(lines) + "\n"

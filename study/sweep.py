@@ -1,29 +1,43 @@
 """Run a W&B sweep file without an account: every run of a grid, or the trials of a search.
 
-    python -m study.sweep ablation.yaml             # a grid: every combination, then its table and figure
+    python -m study.sweep ablation.yaml             # a grid: every combination; study.report makes its table
     python -m study.sweep sweep.yaml --count 30     # a search: 30 trials, then their ranking
     python -m study.sweep ablation.yaml --output_dir try -- --dataset=phantom --size=28   # keys for every run
-    python -m study.sweep ablation.yaml --workers 0   # only the table of what is finished
 
 After a kill, the same command skips the finished runs and resumes the others from their checkpoints. A second
 command at the same time shares the work. So with several GPUs, start one command for each, the second one with
-CUDA_VISIBLE_DEVICES=1. output_dir/sweeps/<name>/ holds logs, tables, and the state of a search.
+CUDA_VISIBLE_DEVICES=1. output_dir/sweeps/<name>/ holds logs, and of a search Optuna's journal and the table.
 """
 
 import itertools
+import math
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from joblib import cpu_count
+import optuna
+from filelock import FileLock
+from optuna import pruners, samplers
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
 
-from common.cli import Keys, UsageError, key, run_script
+from common.cli import Keys, Untrainable, UsageError, key, run_script
 from common.files import write_text
-from common.records.read import Record, is_finished, read_json, run_folder
+from common.markdown import markdown_table, text
+from common.records.read import is_finished, read_history, read_json, run_folder
 from common.records.run import check_same
-from common.training.device import Compute
-from study.processes import Processes, Run, train_all
+from study.processes import Processes, Run, train_all, workers
 from study.sweep_spec import Sweep, read_sweep
+
+STATES = {  # of trials, in the order of the table
+    TrialState.COMPLETE: "finished",
+    TrialState.PRUNED: "pruned",  # by early termination
+    TrialState.RUNNING: "begun",
+    TrialState.FAIL: "refused",  # an impossible configuration
+}
+REMEDY = "use another --output_dir, or another name in the sweep file"
 
 
 class SweepConfig(Keys):
@@ -44,68 +58,164 @@ def grid(sweep: Sweep, output_dir: Path) -> list[Run]:
     axes = {name: parameter.values for name, parameter in sweep.swept.items()}
     if ranges := [name for name, values in axes.items() if not values]:
         raise UsageError(f"parameter {ranges[0]}: a grid needs values, not min and max")
-    runs: dict[str, Run] = {}
+    runs = []
     order = sorted(axes, key=lambda name: name != "seed")  # stable
     for combination in itertools.product(*(axes[name] for name in order)):
         values = dict(zip(order, combination, strict=True))
         parts = [sweep.name, *(str(values[name]) for name in axes)]
         run_id = "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", part) for part in parts)
-        if run_id in runs:
-            raise UsageError(f"two runs of the grid would have the id {run_id}: a value is listed twice")
         config = sweep.config({**values, "run_id": run_id})
-        if (path := run_folder(output_dir, run_id) / "config.json").exists():
-            remedy = "use another --output_dir, or another name in the sweep file"
-            check_same(config, read_json(path)["config"], remedy)
         command = sweep.command_line({**values, "run_id": run_id, "output_dir": output_dir})
-        runs[run_id] = Run(run_id, values, command)
-    return list(runs.values())
+        if (path := run_folder(output_dir, run_id) / "config.json").exists():
+            check_same(config, read_json(path)["config"], REMEDY)
+        runs.append(Run(run_id, values, command))
+    return runs
 
 
-def write_grid(name: str, runs: Sequence[Run], processes: Processes) -> None:
-    """Write table.md and the figure, and print where they are.
+class Search:
+    """A search that has `count` trials in the end, those of other commands included. Trial N is the run NAME-N.
 
-    Raises UsageError where no run of the first row, with which the others are compared, has finished.
+    The commands that share a folder share search.jsonl, Optuna's journal of the parameters, states and scores.
     """
-    from study.groups import Group
-    from study.sweep_tables import draw_grid, grid_table  # matplotlib takes a second to import
 
-    found: dict[str, list[Record]] = {}
-    for run in runs:
-        row = ", ".join(str(value) for key, value in run.values.items() if key != "seed") or "all runs"
-        found.setdefault(row, [])  # also for an unfinished run: else another row could become the first one
-        if is_finished(processes.output_dir, run.run_id):
-            found[row].append(Record.read(processes.output_dir, run.run_id))
-    reference = next(iter(found))
-    if not found[reference]:
-        raise UsageError(f"no run of {reference} is finished yet, the first row of the table of {name}")
-    rows = {row: Group(row, records) for row, records in found.items() if records}
-    data = sorted({str(record.summary["dataset"]) for records in found.values() for record in records})
-    table, figure = processes.logs / "table.md", processes.output_dir / "fig" / "task4" / f"{name}.png"
-    write_text(table, "\n".join([f"**{name}**: {' / '.join(data)}", "", *grid_table(rows)]) + "\n")
-    draw_grid(figure, rows)
-    print(f"{name}: table and figure:\n  {table}\n  {figure}", flush=True)
+    def __init__(self, sweep: Sweep, processes: Processes, count: int) -> None:
+        """Open the journal. Raises UsageError where the search was begun with other parameters."""
+        self.sweep, self.processes, self.count = sweep, processes, count
+        self.file, early = processes.logs / "search.jsonl", sweep.early_terminate
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        # Constant liar: a trial without a value counts as a bad one, so trials at the same time differ.
+        bayes = sweep.method == "bayes"
+        self.study = optuna.create_study(
+            storage=JournalStorage(JournalFileBackend(str(self.file))),
+            sampler=samplers.TPESampler(constant_liar=True) if bayes else samplers.RandomSampler(),
+            pruner=pruners.SuccessiveHalvingPruner(early.min_iter, early.eta) if early else pruners.NopPruner(),
+            study_name=sweep.name,
+            direction=sweep.metric.goal,
+            load_if_exists=True,
+        )
+        content = sweep.model_dump(mode="json", include={"metric", "parameters"}, exclude_unset=True)
+        if self.study.user_attrs.get("content", content) != content:
+            raise UsageError(f"search {sweep.name} was started with other parameters: {REMEDY}")
+        self.study.set_user_attr("content", content)
+        self.space = {name: parameter.for_optuna() for name, parameter in sweep.swept.items()}
+
+    def run(self, n_workers: int) -> None:
+        """Train trials until none is left, and write their table; without workers, only write the table.
+
+        Raises Fault naming the trials that failed, but not by their configuration. UsageError where no trial has
+        finished.
+        """
+        with self.processes.ended_together():
+            is_left = True
+            while is_left:
+                ended = list(self.processes.ended())
+                with FileLock(self.file.with_suffix(".lock")):
+                    is_left = self.step(ended, n_workers) and n_workers > 0
+        self.write_table()
+
+    def step(self, ended: Sequence[tuple[str, int, str]], n_workers: int) -> bool:
+        """Note what has ended, stop what is hopeless, and start what is next. The caller has the lock.
+
+        Returns whether a trial is left, be it one of another command: that may be killed.
+        """
+        running, failed, left = self.processes.running, self.processes.failed, []
+        statuses = {run_id: status for run_id, status, _ in ended}
+        for trial in self.study.get_trials(states=[TrialState.RUNNING]):
+            run_id = f"{self.sweep.name}-{trial.number}"
+            is_hopeless = self.report(trial)
+            if is_finished(self.processes.output_dir, run_id):
+                self.study.tell(trial.number, self.best(self.study.trials[trial.number]))
+            elif statuses.get(run_id) in (UsageError.exit_status, Untrainable.exit_status):
+                self.study.tell(trial.number, state=TrialState.FAIL)  # every attempt would end like this
+            elif is_hopeless and run_id in running:
+                self.study.tell(trial.number, state=TrialState.PRUNED)
+                running[run_id][0].terminate()
+            elif run_id in statuses:
+                failed.append(run_id)
+            elif run_id not in failed:
+                left.append(trial)
+        for run_id, _, outcome in ended:
+            trial = self.study.trials[int(run_id.rpartition("-")[2])]
+            score = f", {self.sweep.metric.name} {self.best(trial):.4f}" if trial.intermediate_values else ""
+            print(f"{run_id}: {'pruned' if trial.state == TrialState.PRUNED else outcome}{score}", flush=True)
+        for trial in left:
+            if len(running) < n_workers:
+                self.start(trial)
+        while len(running) < n_workers and len(self.study.trials) < self.count:
+            folder = run_folder(self.processes.output_dir, f"{self.sweep.name}-{len(self.study.trials)}")
+            if folder.exists():
+                raise UsageError(f"{folder}: this run is not in {self.file}: {REMEDY}")
+            self.start(self.study.ask(self.space))
+        return bool(running or left) or len(self.study.trials) < self.count
+
+    def start(self, trial: FrozenTrial | optuna.Trial) -> None:
+        """Start a trial's process, unless another command trains it."""
+        run_id = f"{self.sweep.name}-{trial.number}"
+        values = {**trial.params, "run_id": run_id, "output_dir": self.processes.output_dir}
+        self.processes.start(Run(run_id, trial.params, self.sweep.command_line(values)))
+
+    def report(self, trial: FrozenTrial) -> bool:
+        """Tell Optuna the epochs of a trial that have ended; returns whether early termination stops it.
+
+        That is successive halving which does not wait for the other trials (Li et al., MLSys 2020).
+        """
+        path = run_folder(self.processes.output_dir, f"{self.sweep.name}-{trial.number}") / "history.csv"
+        handle = optuna.Trial(self.study, trial._trial_id)
+        for epoch, row in enumerate(read_history(path) if path.exists() else [], start=1):
+            if epoch not in trial.intermediate_values:
+                handle.report(row[self.sweep.metric.name], epoch)
+        return handle.should_prune()
+
+    def best(self, trial: FrozenTrial) -> float:
+        """The best metric of a trial's epochs until now; the worst of all numbers before the first one."""
+        values = trial.intermediate_values.values()
+        maximize = self.sweep.metric.goal == "maximize"
+        return max(values, default=-math.inf) if maximize else min(values, default=math.inf)
+
+    def write_table(self) -> None:
+        """Write table.md, and print the command of the best trial.
+
+        The table has no test scores: nobody may choose a trial by them.
+        """
+        name, table = self.sweep.name, self.processes.logs / "table.md"
+        trials = sorted(self.study.trials, key=self.best, reverse=self.sweep.metric.goal == "maximize")
+        trials.sort(key=lambda trial: [*STATES].index(trial.state))  # keeps that order within a state
+        if not trials or trials[0].state != TrialState.COMPLETE:
+            raise UsageError(f"no trial of {name} has finished (logs: {self.processes.logs})")
+        rows = []
+        for trial in trials:
+            n_epochs = len(trial.intermediate_values)
+            cells = [f"{name}-{trial.number}", STATES[trial.state], self.best(trial) if n_epochs else "", n_epochs]
+            cells += trial.params.values()
+            rows.append([f"{cell:.4g}" if isinstance(cell, float) else text(cell) for cell in cells])
+        columns = ["run_id", "state", f"best {self.sweep.metric.name}", "epochs", *trials[0].params]
+        folder = run_folder(self.processes.output_dir, f"{name}-{trials[0].number}")
+        data = read_json(folder / "config.json")["dataset"]
+        command = shlex.join(["python", *self.sweep.command_line(trials[0].params)[1:]])
+        lines = [f"**{name}**: {data}; {len(rows)} trials of a {self.sweep.method} search", ""]
+        lines += [*markdown_table(columns, "l" * len(columns), rows), "", f"The best trial: `{command}`"]
+        write_text(table, "\n".join(lines) + "\n")
+        print(f"{lines[-1]}\n{len(rows)} trials, the best one first: {table}", flush=True)
 
 
 def main(config: SweepConfig) -> None:
-    """Sweep file → runs → table and figure."""
+    """Sweep file → runs."""
     if not config.file:
         raise UsageError("which sweep? python -m study.sweep FILE.yaml")
     sweep = read_sweep(Path(config.file[0]), config.file[1:])
-    environment = {"WANDB_RUN_GROUP": sweep.name} | ({"WANDB_PROJECT": sweep.project} if sweep.project else {})
-    n_workers = 1
-    if Compute.of(sweep.config({}).device, "fp32").device.type == "cpu":
-        # Two processes with one thread each train more tiles than one process with two threads.
-        environment["OMP_NUM_THREADS"], n_workers = "1", cpu_count(only_physical_cores=True)
+    n_workers, environment = workers(sweep.config({}).device)
     n_workers = n_workers if config.workers is None else config.workers
-    processes = Processes(config.output_dir, config.output_dir / "sweeps" / sweep.name, environment)
+    environment |= {"WANDB_RUN_GROUP": sweep.name} | ({"WANDB_PROJECT": sweep.project} if sweep.project else {})
+    folder = config.output_dir
+    processes = Processes(folder, folder / "sweeps" / sweep.name, environment)
     if sweep.method != "grid":
-        from study.search import Search  # Optuna takes a second to import: a grid does not need it
-
         Search(sweep, processes, config.count).run(n_workers)
         return
-    runs = grid(sweep, config.output_dir)
+    runs = grid(sweep, folder)
     train_all(runs, processes, n_workers)
-    write_grid(sweep.name, runs, processes)
+    finished = sum(is_finished(folder, run.run_id) for run in runs)
+    print(f"{finished} of {len(runs)} runs are finished; python -m study.report --output_dir {folder} shows them")
 
 
 if __name__ == "__main__":

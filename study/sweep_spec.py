@@ -1,14 +1,14 @@
 """A W&B sweep's YAML file, as far as this project uses it; a file that cannot be run is refused with one line."""
 
-import math
 import runpy
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, FiniteFloat, PrivateAttr, ValidationError, model_validator
+from optuna import distributions
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
 
 from common.cli import UsageError, parse
 from common.config import Config, RunId, TrainingConfig
@@ -22,9 +22,9 @@ class Parameter(BaseModel, extra="forbid"):
     """A key of the runs: one `value`, or `values` to choose from, or a range from `min` to `max`."""
 
     value: Any = None
-    values: list[Any] = Field(default_factory=list, strict=True, min_length=1)
-    min: int | FiniteFloat = 0
-    max: int | FiniteFloat = 0
+    values: list[Any] = Field(default_factory=list, min_length=1)
+    min: int | float = 0
+    max: int | float = 0
     distribution: Literal["constant", "categorical", "uniform", "int_uniform", "log_uniform_values"] | None = None
 
     @model_validator(mode="after")
@@ -32,16 +32,20 @@ class Parameter(BaseModel, extra="forbid"):
         form = self.model_fields_set - {"distribution"}
         if form not in ({"value"}, {"values"}, {"min", "max"}):
             raise ValueError("needs either value, or values, or min and max")
-        least = 0 if self.distribution == "log_uniform_values" else -math.inf
-        if "min" in form and not least < self.min < self.max:
-            raise ValueError(f"no range from {self.min} to {self.max}")
+        if form != {"value"}:
+            self.for_optuna()  # ValueError for an impossible range
         return self
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether a range has whole numbers only; by default, as with W&B, where both ends are whole."""
-        ends = (self.min, self.max)
-        return self.distribution in (None, "int_uniform") and all(isinstance(end, int) for end in ends)
+    def for_optuna(self) -> distributions.BaseDistribution:
+        """The values or the range. Without `distribution`, a range is whole where its ends are, as with W&B.
+
+        Raises ValueError where `min` is above `max`, or is not above 0 on a logarithmic scale.
+        """
+        if self.values:
+            return distributions.CategoricalDistribution(self.values)
+        if self.distribution in (None, "int_uniform") and isinstance(self.min, int) and isinstance(self.max, int):
+            return distributions.IntDistribution(self.min, self.max)
+        return distributions.FloatDistribution(self.min, self.max, log=self.distribution == "log_uniform_values")
 
 
 class Metric(BaseModel, extra="forbid"):
@@ -55,8 +59,8 @@ class Hyperband(BaseModel, extra="forbid"):
     """Early termination: after min_iter, min_iter · eta, … epochs only the best 1/eta of the trials go on."""
 
     type: Literal["hyperband"]
-    min_iter: int = Field(strict=True, ge=1)
-    eta: int = Field(3, strict=True, ge=2)
+    min_iter: int = Field(ge=1)
+    eta: int = Field(3, ge=2)
 
 
 class Sweep(BaseModel, extra="forbid"):
@@ -73,11 +77,6 @@ class Sweep(BaseModel, extra="forbid"):
     _config_class: type[Config] = PrivateAttr(Config)
 
     @property
-    def fixed(self) -> dict[str, Any]:
-        """The keys that are the same in every run."""
-        return {name: one.value for name, one in self.parameters.items() if "value" in one.model_fields_set}
-
-    @property
     def swept(self) -> dict[str, Parameter]:
         """The keys that vary."""
         return {name: one for name, one in self.parameters.items() if "value" not in one.model_fields_set}
@@ -91,72 +90,43 @@ class Sweep(BaseModel, extra="forbid"):
                 raise UsageError(f"--model_name {config.model_name}: {problem}")
         return config
 
-    def best(self, values: Iterable[float]) -> float:
-        """The best finite value of the metric; the worst number of all where there is none."""
-        finite = filter(math.isfinite, values)
-        maximize = self.metric.goal == "maximize"
-        return max(finite, default=-math.inf) if maximize else min(finite, default=math.inf)
-
     def command_line(self, values: Mapping[str, Any]) -> list[str]:
         """The command that runs the program with the fixed keys and `values`."""
-        keys = {**self.fixed, **values}
+        fixed = {name: one.value for name, one in self.parameters.items() if name not in self.swept}
+        keys = {**fixed, **values}
         return [sys.executable, self.program, *(f"--{name}={value}" for name, value in keys.items())]
-
-
-class _Loader(yaml.SafeLoader):
-    """A safe loader without aliases, nine levels of which unfold to a billion values, and repeated keys."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("a sweep file has no aliases (*name)")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if twice := [name for name in names if names.count(name) > 1]:  # YAML would drop the first value
-            raise yaml.YAMLError(f"key {twice[0]} stands twice")
-        return super().construct_mapping(node, deep)
 
 
 def read_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
     """The sweep in the YAML file `path`; `overrides` are `--key=value` arguments for every run.
 
-    Raises UsageError naming the file and what in it is missing, malformed or unknown. OSError.
+    Raises UsageError naming the file and what in it is missing, malformed or unknown, or which value the program
+    refuses: that should not end the twentieth run. OSError.
     """
     try:
-        content = {"name": path.stem, **_Loader(read_text(path)).get_single_data()}
-    except OSError:
-        raise
-    except Exception as error:  # PyYAML has six types for scalars like !!int abc, !!float '' and 2001-13-45
-        raise UsageError(f"{path}: not YAML of a sweep: {' '.join(str(error).split())[:200]}") from None
-    try:
-        sweep = Sweep.model_validate(content)
+        content = yaml.safe_load(read_text(path))
+        sweep = Sweep.model_validate({"name": path.stem, **content} if isinstance(content, dict) else content)
         sweep._config_class = _config_class(Path(sweep.program))
         for argument in overrides:
             name, equals, value = argument.removeprefix("--").partition("=")
             if not argument.startswith("--") or not equals or name in sweep.swept:
                 raise UsageError(f"{argument}: write --key=value, for a key that the sweep does not vary")
             sweep.parameters[name] = Parameter(value=value)
-        _check_values(sweep)
+        if own := {"run_id", "output_dir"} & sweep.parameters.keys():
+            raise UsageError(f"{min(own)}: the sweep gives each run its own")
+        sweep.config({})
+        for name, one in sweep.swept.items():
+            for tried in one.values or (one.min, one.max):
+                sweep.config({name: tried})
         return sweep
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         words = [*map(str, first["loc"]), first["msg"].removeprefix("Value error, ")]
         raise UsageError(f"{path}: {': '.join(words)}") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date 2001-13-45, or no text
+        raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())[:200]}") from None
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
-
-
-def _check_values(sweep: Sweep) -> None:
-    """Let the program's configuration check every value now: a wrong one should not end the twentieth run."""
-    if own := {"run_id", "output_dir"} & sweep.parameters.keys():
-        raise UsageError(f"{min(own)}: the sweep gives each run its own")
-    sweep.config({})
-    for name, one in sweep.swept.items():
-        # A key of whole numbers must have a range of whole numbers.
-        between = [] if one.is_whole else [one.min + (one.max - one.min) / math.e]
-        for value in one.values or [one.min, one.max, *between]:
-            sweep.config({name: value})
 
 
 def _config_class(program: Path) -> type[Config]:

@@ -1,16 +1,11 @@
-"""The table of a grid, whose rows are compared over the seeds, and its figure."""
+"""The table of the ablation, whose rows are compared over the seeds."""
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 
-from matplotlib import style
-from matplotlib.figure import Figure
-
-from common.figures import STYLE, VERMILLION, save, wrap
 from common.markdown import markdown_table, text
-from common.statistics import SIGNIFICANT, Comparison, compare, interval, smallest_difference, spread
-from study.groups import AGAINST, TECHNIQUES, Group, identical
+from common.statistics import SIGNIFICANT, Comparison, compare, interval, smallest_difference
+from study.groups import AGAINST, Group, identical
 
 COLUMNS = {"validation": "validation ACC", "acc": "test ACC", "auc": "test AUC", "views": "test ACC, 8 views"}
 NOTE = (
@@ -67,25 +62,3 @@ def _mean_sd(group: Group, score: str) -> str:
     if over_seeds is None:
         return ""
     return f"{over_seeds.mean:.3f}" + (f" ± {over_seeds.sd:.3f}" if over_seeds.n > 1 else "")
-
-
-def draw_grid(path: Path, rows: Mapping[str, Group]) -> None:
-    """A dot per seed, and the mean with its interval, of every row: validation ACC beside test ACC."""
-    with style.context(["default", STYLE]):
-        figure = Figure(figsize=(7.4, 1.6 + 0.38 * len(rows)))
-        panels = figure.subplots(1, 2, sharey=True)
-        for axes, score in zip(panels, ("validation", "acc"), strict=True):
-            for place, group in enumerate(rows.values()):
-                values = [*group.by_seed(score).values()]
-                axes.plot(values, [place] * len(values), "o", color=VERMILLION, alpha=0.5, markersize=4)
-                over_seeds = spread(values)
-                bounds = [over_seeds.low, over_seeds.high]  # NaN draws nothing
-                axes.plot(bounds, [place + 0.25] * 2, color="black")
-                axes.plot(over_seeds.mean, place + 0.25, "D", color="black", markersize=4)
-            axes.set_xlabel(COLUMNS[score])
-            axes.grid(axis="y", visible=False)
-        names = [TECHNIQUES.get(row, row.replace("_", " ")) for row in rows]
-        panels[0].set_yticks(range(len(rows)), [wrap(name, 32) for name in names], fontsize=9)
-        panels[0].invert_yaxis()
-        figure.suptitle("dots: seeds; diamond: mean and, from three seeds on, its 95 % interval", fontsize=9)
-        save(figure, path)

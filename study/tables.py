@@ -16,6 +16,7 @@ from common.records.read import Record, read_json
 from common.statistics import Spread, interval
 from study.facts import PUBLISHED, cost
 from study.groups import UNTIL, Group, Runs, convergence_epoch
+from study.sweep_tables import grid_table
 
 BLOCKS = ("results", "recipes", "classes", "colours", "techniques", "difference", "curve", "maps", "records")
 MAPS = {  # figures of Task 2, and what they show
@@ -121,8 +122,6 @@ class Tables:
 
     def techniques(self) -> list[str]:
         """The ablation: each row against the reference, or against the row that it changes."""
-        from study.sweep_tables import grid_table  # matplotlib
-
         return grid_table(self.ablation) if "combined" in self.ablation else []
 
     def difference(self, *names: str) -> list[str]:

@@ -52,7 +52,6 @@ OPTIONS: list[tuple[str, int, str]] = [
     ("study.sweep ablation.yaml --dataset=phantom", 2, "unknown key --dataset; --help lists the keys$"),
     ("study.sweep ablation.yaml -- --sise=28", 2, "unknown key --sise; did you mean --size"),
     ("study.sweep ablation.yaml -- --model_name=resnet17", 2, "--model_name resnet17: .*did you mean resnet"),
-    ("study.sweep ablation.yaml --workers=0 --output_dir={}", 2, "no run of combined is finished yet"),
     ("study.report --output_dir={}", 2, r"runs: no finished run"),
     ("study.__main__ --size=1", 2, "--size 1: choose from"),
 ]

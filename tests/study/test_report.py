@@ -258,7 +258,8 @@ def test_runs_are_in_the_order_of_their_seeds_and_own_recipes_of_their_scores(tm
     made(tmp_path, "b", 0.6)  # the same again
     made(tmp_path, "c", 0.7, weights="imagenet", augmentation="stain", ema_decay=0.99)
     made(tmp_path, "try-1", 0.8, lr=3)
-    (tmp_path / "sweeps/try").mkdir(parents=True)  # a sweep has its own table
+    (tmp_path / "sweeps/try").mkdir(parents=True)
+    (tmp_path / "sweeps/try/search.jsonl").touch()  # a search has its own table
     recipes = Runs(tmp_path).recipes()
     assert [(name, group.by_seed("acc")) for name, group in recipes.items()] == [("c", {0: 0.7}), ("b", {0: 0.6})]
     titles = ["ResNet-18 fine-tuned, stain augmentation and averaged weights", "ResNet-18 from scratch"]

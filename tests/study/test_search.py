@@ -4,32 +4,29 @@ import json
 from pathlib import Path
 
 import pytest
+from optuna.trial import create_trial
 from processes import end
 from sweep_runs import SEARCH, Write, begin, most_at_once, run, starts, table
 
 from common.cli import Fault, UsageError
 from study.processes import Processes
-from study.search import Search, Trial
+from study.sweep import Search
 from study.sweep_spec import read_sweep
-
-EARLY = {"early_terminate": {"type": "hyperband", "min_iter": 2, "eta": 2}}
 
 
 @pytest.mark.parametrize("method", ["bayes", "random"])
 def test_a_search_ranks_its_trials(
     write_sweep: Write, tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = write_sweep(
-        {**SEARCH, "method": method}, {"together": {"value": 2}}
-    )  # the first two wait for each other
-    output = tmp_path / "out"
+    # The first two trials wait for each other.
+    path, output = write_sweep({**SEARCH, "method": method}, {"together": {"value": 2}}), tmp_path / "out"
     run(path, output, count=4, workers=2)
     assert most_at_once(output) == 2
-    assert sorted(starts(output)) == [f"try-{number}" for number in range(4)]
+    expected = [f"try-{number}" for number in range(4)]
+    assert sorted(starts(output)) == expected
     printed = capsys.readouterr().out.splitlines()
-    assert sorted(line.split(" (")[0] for line in printed[:4]) == [
-        f"try-{number}: finished" for number in range(4)
-    ]
+    assert sorted(line.split(":")[0] for line in printed if ": finished (" in line) == expected
+    assert printed[0] == f"try-0: started (log: {output / 'sweeps/try/try-0.log'})"
     values = [float(line["best validate/acc"]) for line in table(output)]
     assert values == sorted(values, reverse=True) == [float(line["quality"]) for line in table(output)]
     assert len(set(values)) == 4
@@ -42,52 +39,35 @@ def test_a_search_ranks_its_trials(
     assert len(starts(output)) == 5
 
 
-def search_of(write_sweep: Write, tmp_path: Path, **changes: object) -> Search:
-    return Search(read_sweep(write_sweep({**SEARCH, **changes})), Processes(tmp_path, tmp_path, {}), 1)
-
-
 def test_a_new_trial_learns_from_those_before(write_sweep: Write, tmp_path: Path) -> None:
-    qualities = [0.1 + 0.9 * place / 30 for place in range(31)]
-    trials = [Trial(f"t-{x}", {"quality": x, "row": "a"}, "finished", [-abs(x - 0.4)]) for x in qualities]
     distances = {}
     for goal in ("maximize", "minimize"):
-        search = search_of(write_sweep, tmp_path, metric={"name": "validate/acc", "goal": goal})
-        distances[goal] = sorted(abs(search.ask(trials)["quality"] - 0.4) for _ in range(21))[10]
+        content = {**SEARCH, "metric": {"name": "validate/acc", "goal": goal}}
+        search = Search(read_sweep(write_sweep(content)), Processes(tmp_path, tmp_path / goal, {}), 1)
+        for place in range(31):
+            params = {"quality": 0.1 + 0.9 * place / 30, "row": "a"}
+            value = -abs(params["quality"] - 0.4)
+            search.study.add_trial(create_trial(params=params, distributions=search.space, value=value))
+        asked = [search.study.ask(search.space).params["quality"] for _ in range(21)]
+        distances[goal] = sorted(abs(quality - 0.4) for quality in asked)[10]
     assert distances["maximize"] < 0.15 < 0.3 < distances["minimize"]
 
 
 @pytest.mark.parametrize("goal", ["maximize", "minimize"])
-def test_after_each_epoch_of_early_termination_the_best_share_goes_on(
-    write_sweep: Write, tmp_path: Path, goal: str
-) -> None:
-    search = search_of(write_sweep, tmp_path, metric={"name": "validate/acc", "goal": goal}, **EARLY)
-    sign = 1 if goal == "maximize" else -1
-
-    def is_hopeless(own: list[float], *others: list[float]) -> bool:
-        trials = [Trial("t", {}, "begun", [sign * value for value in values]) for values in (own, *others)]
-        return search.is_hopeless(trials[0], trials)
-
-    assert not is_hopeless([0.1, 0.2])  # the first one there
-    assert is_hopeless([0.1, 0.2], [0.3, 0.1])  # its best value counts, not its last one
-    assert not is_hopeless([0.1, 0.2], [0.1, 0.1, 0.9])  # the other one was worse then
-    assert not is_hopeless([0.1, 0.2], [0.9])  # has not come there
-    assert not is_hopeless([0.1, 0.2, 0.3], [0.9, 0.9, 0.9])  # epochs 2, 4, 8, …
-    assert is_hopeless([0.1, 0.2, 0.3, 0.4], [0.0, 0.5, 0.0, 0.0])
-    assert not is_hopeless([0.0, 0.4], [0.0, 0.5], [0.0, 0.3], [0.0, 0.2])  # the second one of four
-    assert is_hopeless([0.0, 0.3], [0.0, 0.5], [0.0, 0.4], [0.0, 0.2])
-
-
-def test_a_bad_trial_is_pruned(write_sweep: Write, tmp_path: Path) -> None:
-    content = {**SEARCH, "method": "random", **EARLY}
+def test_a_bad_trial_is_pruned(write_sweep: Write, tmp_path: Path, goal: str) -> None:
+    early = {"early_terminate": {"type": "hyperband", "min_iter": 2, "eta": 2}}
+    content = {**SEARCH, **early, "method": "random", "metric": {"name": "validate/acc", "goal": goal}}
     path, output = write_sweep(content, {"n_epochs": {"value": 6}, "pause": {"value": 0.4}}), tmp_path / "out"
-    run(path, output, count=5, workers=2)
+    run(path, output, count=6, workers=2)
     pruned = [line for line in table(output) if line["state"] == "pruned"]
     assert pruned
-    assert all(int(line["epochs"]) < 6 for line in pruned)
+    assert all(int(line["epochs"]) in (2, 4) for line in pruned)
     assert all(not (output / "runs" / line["run_id"] / "summary.json").exists() for line in pruned)
+    qualities = [float(line["quality"]) for line in table(output)]
     assert table(output)[0]["state"] == "finished"
+    assert qualities[0] == (max if goal == "maximize" else min)(qualities)
     before = starts(output)
-    run(path, output, count=5)
+    run(path, output, count=6)
     assert starts(output) == before
 
 
@@ -128,10 +108,8 @@ def test_another_search_of_the_same_name_is_refused(write_sweep: Write, tmp_path
     ):
         with pytest.raises(UsageError, match="search try was started with other parameters"):
             run(changed, tmp_path / "out", count=2)
-    (tmp_path / "out/sweeps/try/search.json").unlink()
-    with pytest.raises(
-        UsageError, match=r"runs/try-0: this run is not in .*search\.json: use another --output_dir"
-    ):
+    (tmp_path / "out/sweeps/try/search.jsonl").unlink()
+    with pytest.raises(UsageError, match=r"runs/try-0: this run is not in .*search\.jsonl: use another"):
         run(write_sweep(SEARCH), tmp_path / "out", count=2)
 
 
