@@ -123,12 +123,12 @@ class Search:
         statuses = {run_id: status for run_id, status, _ in ended}
         for trial in self.study.get_trials(states=[TrialState.RUNNING]):
             run_id = f"{self.sweep.name}-{trial.number}"
-            is_hopeless = self.report(trial)
+            reported = self.report(trial)
             if is_finished(self.processes.output_dir, run_id):
                 self.study.tell(trial.number, self.best(self.study.trials[trial.number]))
             elif statuses.get(run_id) in (UsageError.exit_status, Untrainable.exit_status):
                 self.study.tell(trial.number, state=TrialState.FAIL)  # every attempt would end like this
-            elif is_hopeless and run_id in running:
+            elif run_id in running and reported.should_prune():  # each rung is judged once: by its own command
                 self.study.tell(trial.number, state=TrialState.PRUNED)
                 running[run_id][0].terminate()
             elif run_id in statuses:
@@ -155,8 +155,8 @@ class Search:
         values = {**trial.params, "run_id": run_id, "output_dir": self.processes.output_dir}
         self.processes.start(Run(run_id, trial.params, self.sweep.command_line(values)))
 
-    def report(self, trial: FrozenTrial) -> bool:
-        """Tell Optuna the epochs of a trial that have ended; returns whether early termination stops it.
+    def report(self, trial: FrozenTrial) -> optuna.Trial:
+        """Tell Optuna the epochs of a trial that have ended. Returns the trial for its `should_prune`.
 
         That is successive halving which does not wait for the other trials (Li et al., MLSys 2020).
         """
@@ -165,7 +165,7 @@ class Search:
         for epoch, row in enumerate(read_history(path) if path.exists() else [], start=1):
             if epoch not in trial.intermediate_values:
                 handle.report(row[self.sweep.metric.name], epoch)
-        return handle.should_prune()
+        return handle
 
     def best(self, trial: FrozenTrial) -> float:
         """The best metric of a trial's epochs until now; the worst of all numbers before the first one."""

@@ -32,7 +32,7 @@ def main(config: FakeConfig) -> None:
 
     note("processes.txt", os.getpid())
     note("starts.txt", config.run_id)
-    note("wandb.txt", os.environ.get("WANDB_PROJECT"), os.environ.get("WANDB_RUN_GROUP"))
+    note("environment.txt", *map(os.environ.get, ("WANDB_PROJECT", "WANDB_RUN_GROUP", "OMP_NUM_THREADS")))
     while len((config.output_dir / "starts.txt").read_text().split()) < config.together:
         if time.monotonic() > begun + 15:
             raise UsageError("it is alone")
@@ -56,7 +56,7 @@ def main(config: FakeConfig) -> None:
     summary = example_records.summary(facts, history, config.quality, config.quality)
     summary |= {"shifted": changed, "validate/shifted_acc": config.quality - 0.1}
     write_json(folder / "summary.json", summary)
-    note("spans.txt", begun, time.monotonic(), os.environ.get("OMP_NUM_THREADS"))
+    note("spans.txt", begun, time.monotonic())
 
 
 if __name__ == "__main__":

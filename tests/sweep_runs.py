@@ -48,7 +48,7 @@ def starts(output: Path) -> list[str]:
 
 def most_at_once(output: Path) -> int:
     """How many runs were at work at the same time."""
-    spans = [[float(moment) for moment in line.split()[:2]] for line in (output / "spans.txt").open()]
+    spans = [[float(moment) for moment in line.split()] for line in (output / "spans.txt").open()]
     return max(sum(begun <= moment < ended for begun, ended in spans) for moment, _ in spans)
 
 

@@ -18,6 +18,7 @@ from common.statistics import spread
 from study import report
 from study.facts import cost
 from study.groups import Group, Runs, convergence_epoch, identical
+from study.report import fill, own_page
 from study.tables import Tables, check_attribution
 
 PAGE = """# A study
@@ -264,6 +265,16 @@ def test_runs_are_in_the_order_of_their_seeds_and_own_recipes_of_their_scores(tm
     assert [(name, group.by_seed("acc")) for name, group in recipes.items()] == [("c", {0: 0.7}), ("b", {0: 0.6})]
     titles = ["ResNet-18 fine-tuned, stain augmentation and averaged weights", "ResNet-18 from scratch"]
     assert [group.title for group in recipes.values()] == titles
+
+
+def test_a_page_of_own_runs_has_the_table_of_the_ablation(tmp_path: Path) -> None:
+    for name, acc in {"combined": 0.5, "with_ema": 0.6}.items():
+        made(tmp_path, f"ablation_64-{name}-0", acc, ablation=name)
+    runs = Runs(tmp_path)
+    tables = Tables(runs, runs.recipes(), runs.ablation())
+    assert list(tables.rows) == ["ablation_64-with_ema-0", "ablation_64-combined-0"]
+    page = fill(own_page(tables), tables)
+    assert re.search(r"\| with averaged weights \(EMA\) \| 1 \| .* \| 0.600 \| .* \| \+0.100 \|", page)
 
 
 def test_curves_and_the_ablation_of_an_earlier_version_are_shown_until_there_are_new_runs(tmp_path: Path) -> None:

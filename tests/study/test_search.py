@@ -101,13 +101,8 @@ def test_another_search_of_the_same_name_is_refused(write_sweep: Write, tmp_path
     with pytest.raises(UsageError, match="no trial of try has finished"):
         run(write_sweep(SEARCH), tmp_path / "out", workers=0)
     run(write_sweep(SEARCH), tmp_path / "out", count=1)
-    for changed in (
-        write_sweep(SEARCH, {"n_epochs": {"value": 2}}),
-        write_sweep({**SEARCH, "metric": {"name": "validate/acc", "goal": "minimize"}}),
-        write_sweep(SEARCH, {"quality": {"min": 0.1, "max": 0.9}}),
-    ):
-        with pytest.raises(UsageError, match="search try was started with other parameters"):
-            run(changed, tmp_path / "out", count=2)
+    with pytest.raises(UsageError, match="search try was started with other parameters"):
+        run(write_sweep(SEARCH, {"n_epochs": {"value": 2}}), tmp_path / "out", count=2)
     (tmp_path / "out/sweeps/try/search.jsonl").unlink()
     with pytest.raises(UsageError, match=r"runs/try-0: this run is not in .*search\.jsonl: use another"):
         run(write_sweep(SEARCH), tmp_path / "out", count=2)

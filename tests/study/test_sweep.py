@@ -25,7 +25,6 @@ from sweep_runs import (
     SEARCH,
     Write,
     begin,
-    most_at_once,
     read_csv,
     run,
     starts,
@@ -132,10 +131,12 @@ def test_keys_for_every_run_reach_its_command_unless_the_sweep_varies_them(write
 
 
 def test_a_grid_runs_every_combination_once_and_the_seeds_vary_slowest(
-    write_sweep: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    write_sweep: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(processes, "cpu_count", lambda **_: 1)
     path = write_sweep({**GRID, "project": "p"})
-    run(path, tmp_path / "out")
+    run(path, tmp_path / "out", workers=None)
     expected = ["try-a-0", "try-b-0", "try-c-0", "try-a-1", "try-b-1", "try-c-1"]
     assert starts(tmp_path / "out") == expected
     printed = capsys.readouterr()
@@ -150,7 +151,7 @@ def test_a_grid_runs_every_combination_once_and_the_seeds_vary_slowest(
     assert starts(tmp_path / "out") == expected
     with pytest.raises(UsageError, match=r"run try-a-0 .*\(n_epochs was 1\): use another --output_dir"):
         run(path, tmp_path / "out", "--n_epochs=2")
-    assert set((tmp_path / "out/wandb.txt").read_text().splitlines()) == {"p try"}  # project and group
+    assert set((tmp_path / "out/environment.txt").read_text().splitlines()) == {"p try 1"}
 
 
 def test_a_failed_run_is_named_and_the_others_still_run(
@@ -196,17 +197,13 @@ def test_after_a_kill_only_the_runs_that_are_not_running_are_started(
     assert len(list(output.glob("runs/*/summary.json"))) == len(begun + expected)
 
 
-@pytest.mark.parametrize(("cuda", "at_once", "threads"), [(False, 3, "1"), (True, 1, "None")])
-def test_a_cpu_has_one_run_per_core_with_one_thread_each_and_a_gpu_one_run(
-    write_sweep: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuda: bool, at_once: int, threads: str
+def test_a_cpu_has_one_run_per_core_with_one_thread_and_a_gpu_one_run(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(processes, "cpu_count", lambda **_: 3)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    together = {"together": {"value": at_once}, "pause": {"value": 0.1}}
-    run(write_sweep(GRID, together), tmp_path / "out", workers=None)
-    assert most_at_once(tmp_path / "out") == at_once
-    assert {line.split()[2] for line in (tmp_path / "out/spans.txt").open()} == {threads}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert processes.workers("cpu") == (3, {"OMP_NUM_THREADS": "1"})
+    assert processes.workers("auto") == processes.workers("cuda") == (1, {})
 
 
 @pytest.mark.parametrize(
