@@ -135,8 +135,7 @@ class Task5Config(TrainingConfig):
             raise UsageError(f"--train_part {self.train_part}: random weights cannot stay frozen; use all")
         if self.adapt_batchnorm and not frozen:
             raise UsageError("--adapt_batchnorm: with --train_part all the statistics follow the tiles anyway")
-        possible = frozen and not (self.adapt_batchnorm or self.mixup_alpha or self.cutmix_alpha)
-        self._set("cache_features", self.cache_features and possible)
+        self._set("cache_features", self.cache_features and frozen and not self.adapt_batchnorm)
         return self
 
     @classmethod
@@ -149,11 +148,11 @@ class Task5Config(TrainingConfig):
         return implied | FROM_SCRATCH if given.get("weights") == SCRATCH else implied
 
     def runs(self) -> list["Task5Config"]:
-        """The configuration of each run: the fine-tuned one, then the one from scratch, which `resume` spares."""
+        """The configuration of each run: the fine-tuned one, then the one from scratch."""
         if not self.scratch or self.weights == SCRATCH:
             return [self]
         run_id = f"{self.run_id}-scratch"
-        return [self, self.replaced(**FROM_SCRATCH, weights=SCRATCH, run_id=run_id, resume=False)]
+        return [self, self.replaced(**FROM_SCRATCH, weights=SCRATCH, run_id=run_id)]
 
 
 def main(config: Task5Config) -> None:

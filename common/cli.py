@@ -21,16 +21,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from common.files import public
 
-PLAINER = {  # words for those of pydantic's messages
-    "Value error, ": "",
-    "Input should be": "must be",
-    "greater than or equal to": "at least",
-    "less than or equal to": "at most",
-    "greater than": "above",
-    "less than": "below",
-    "a valid integer": "a whole number",
-}
-
 
 class UsageError(Exception):
     """The user asked for something impossible; the message names it and the remedy."""
@@ -59,7 +49,7 @@ class Stopped(Exception):
         self.exit_status = 128 + number
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: Exception | str) -> str:
     """The first line of an error's message, or the name of its type where the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
@@ -87,9 +77,8 @@ def key(
 ) -> Any:
     """A key: its default, its help, and its values, by `choices` or by pydantic's bounds ge, gt, le and lt.
 
-    The default may be a function of the keys before it, and None where a validator of the class fills it in. A
-    bookkeeping key changes where and how a run is kept, not what it computes. The value of a positional key is
-    written without the key's name.
+    The default may be a function of the keys before it, and None where a validator fills it in. A bookkeeping key
+    changes where and how a run is kept, not what it computes. A positional key is written without its name.
     """
     extra: Any = {"choices": list(choices), "bookkeeping": bookkeeping, "positional": positional}
     options: Any = {"default_factory" if callable(default) else "default": default, **bounds}
@@ -106,12 +95,8 @@ class Keys(BaseModel):
             super().__init__(**{**self.recipe(given), **given})
         except ValidationError as error:
             first = error.errors()[0]
-            is_float = any(isinstance(bound, float) for bound in first.get("ctx", {}).values())
-            value = float(first["input"]) if is_float else first["input"]
-            reason = first["msg"].split(", unable")[0]
-            for words, plainer in PLAINER.items():
-                reason = reason.replace(words, plainer)
-            raise UsageError(f"--{first['loc'][0]} {value}: {reason}") from None
+            reason = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+            raise UsageError(f"--{first['loc'][0]} {first['input']}: {reason}") from None
 
     @classmethod
     def recipe(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -200,14 +185,11 @@ def parse(keys: type[K], arguments: Sequence[str], description: str = "") -> K:
 
 
 def run_script(main: Callable[[K], None], keys: type[K], arguments: Sequence[str] | None = None) -> None:
-    """Parse the command line and call `main`; an error becomes one line and an exit status.
-
-    Before the line of an unexpected error stands its traceback; the exit status is then 70.
-    """
+    """Parse the command line and call `main`; an error becomes one line, an unexpected one after its traceback."""
     command, number = "", None
     try:
-        given = sys.argv[1:] if arguments is None else arguments
-        config = parse(keys, given, sys.modules[main.__module__].__doc__ or "")
+        description = sys.modules[main.__module__].__doc__ or ""
+        config = parse(keys, sys.argv[1:] if arguments is None else arguments, description)
         run_id = getattr(config, "run_id", None)
         command = f"the same command{f' with --run_id={run_id}' if run_id else ''}"
         return main(config)

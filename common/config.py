@@ -3,13 +3,12 @@
 import os
 import re
 import secrets
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, model_validator
 
-from common.cli import Keys, UsageError, key
+from common.cli import Keys, key
 from common.data import pathmnist
 
 MOST = 1_000_000  # of what is counted: more is a slip of the keyboard
@@ -26,10 +25,8 @@ def _checked_run_id(run_id: str) -> str:
 RunId = Annotated[str, AfterValidator(_checked_run_id)]
 
 
-def _new_run_id(given: Mapping[str, Any]) -> str:
-    """A random id, or W&B's id under a W&B agent. Raises UsageError where only the user can name the run."""
-    if given["resume"]:
-        raise UsageError("--resume needs --run_id: which run shall be continued?")
+def _new_run_id() -> str:
+    """A random id, or W&B's id under a W&B agent."""
     if "WANDB_SWEEP_ID" in os.environ and "WANDB_RUN_ID" in os.environ:
         return os.environ["WANDB_RUN_ID"]
     return secrets.token_hex(4)
@@ -83,20 +80,11 @@ class Config(ScriptConfig):
         ge=LEAST_TILES,
         le=MOST,
     )
-    resume: bool = key(False, "continue run_id; an error if it has no checkpoint", bookkeeping=True)
     run_id: RunId = key(
         _new_run_id,
         "name of the run; an unfinished run is continued (default: a new id; under a W&B agent, the agent's id)",
     )
     precision: str = key("auto", "auto is bf16 on a GPU that has it, else fp32", choices=("auto", "fp32", "bf16"))
-    wandb_model: bool = key(False, "upload the best weights to W&B, too", bookkeeping=True)
-
-    @model_validator(mode="after")
-    def _as_many_tiles_as_there_are(self) -> Self:
-        whole = pathmnist.COUNTS["train"]
-        if self.dataset == pathmnist.NAME and (self.train_tiles or 0) > whole:
-            raise UsageError(f"--train_tiles {self.train_tiles}: {pathmnist.TITLE} has {whole:,} training tiles")
-        return self
 
 
 class TrainingConfig(Config):
@@ -132,8 +120,6 @@ class TrainingConfig(Config):
     label_smoothing: float = key(
         0.0, "share of the target probability that is spread evenly over all classes", ge=0, lt=1
     )
-    mixup_alpha: float = key(0.0, "mixup's Beta parameter; 0: off", ge=0)
-    cutmix_alpha: float = key(0.0, "cutmix's Beta parameter; 0: off", ge=0)
 
     early_stopping_patience: int | None = key(
         None, "stop after this many epochs without improvement; None: never", ge=1, le=MOST

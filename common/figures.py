@@ -42,11 +42,8 @@ STYLE: dict[str, Any] = {
 }
 
 
-def curve(path: Path, values: Sequence[float], *, ylabel: str, title: str, best_epoch: int | None = None) -> None:
-    """Draw one value per epoch against the epoch's number, which starts at 1, into the PNG file `path`.
-
-    `best_epoch`, whose weights were selected, is marked.
-    """
+def curve(path: Path, values: Sequence[float], *, ylabel: str, title: str, best_epoch: int) -> None:
+    """Draw one value per epoch against its number, from 1, into the PNG file `path`; the best epoch is marked."""
     epochs = range(1, len(values) + 1)
     with style.context(["default", STYLE]):
         figure = Figure(figsize=(6.4, 4))
@@ -54,12 +51,11 @@ def curve(path: Path, values: Sequence[float], *, ylabel: str, title: str, best_
         axes.plot(epochs, values, color=BLUE, marker="o", markersize=4)
         axes.set(title=wrap(title, 75), xlabel="Epoch", ylabel=ylabel, xlim=(0.5, len(values) + 0.5))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10, min_n_ticks=1))
-        if best_epoch is not None:
-            height = values[best_epoch - 1]
-            label = f"selected: epoch {best_epoch} ({height:.4g})"
-            axes.axvline(best_epoch, color=VERMILLION, linestyle="--", linewidth=1)
-            axes.plot(best_epoch, height, "D", color=VERMILLION, markersize=7, label=label)
-            axes.legend()
+        height = values[best_epoch - 1]
+        label = f"selected: epoch {best_epoch} ({height:.4g})"
+        axes.axvline(best_epoch, color=VERMILLION, linestyle="--", linewidth=1)
+        axes.plot(best_epoch, height, "D", color=VERMILLION, markersize=7, label=label)
+        axes.legend()
         save(figure, path)
 
 

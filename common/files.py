@@ -42,10 +42,9 @@ def public(content: Any) -> Any:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield the path of a temporary file beside `path`; at the end, flush it to disk and rename it to `path`.
+    """Yield the path of a temporary file with the same suffix; at the end, flush it and rename it to `path`.
 
-    The temporary name keeps the suffix, because numpy and matplotlib choose the format by it. If the block raises,
-    the temporary file is removed and the file at `path` stays as it was.
+    If the block raises, the temporary file is removed and the file at `path` stays as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.unfinished-{secrets.token_hex(4)}{path.suffix}")

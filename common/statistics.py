@@ -1,4 +1,4 @@
-"""Statistics over several runs: the mean with its interval, paired comparisons, and numbers in words."""
+"""Statistics over several runs: the mean with its interval, and paired comparisons."""
 
 import math
 import statistics
@@ -12,29 +12,23 @@ ROUNDING = 1e-9  # far below one tile's share of an ACC, far above what floating
 
 @dataclass(frozen=True)
 class Spread:
-    """The mean of n values, their standard deviation (n - 1; NaN for one) and the mean's 95 % t interval.
-
-    The interval is NaN for fewer than LEAST_SEEDS values.
-    """
+    """The mean of n values, their standard deviation (n - 1; NaN for one) and the mean's 95 % t interval."""
 
     n: int
     mean: float
     sd: float
-    low: float
+    low: float  # NaN for fewer than LEAST_SEEDS values, as `high`
     high: float
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The differences between two rows, seed by seed, and the p value of the paired t test; NaN without a test.
-
-    `identical` says that both rows have the same networks.
-    """
+    """The differences between two rows, seed by seed, and the p value of the paired t test; NaN without a test."""
 
     differences: Spread
     p: float
     p_holm: float
-    identical: bool = False
+    identical: bool = False  # both rows have the same networks
 
     @property
     def verdict(self) -> str:
@@ -79,11 +73,9 @@ def paired_p(differences: Sequence[float]) -> float:
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's correction of p values (Scand. J. Statistics 6, 1979); a NaN means no test and stays NaN."""
     order = sorted((p, place) for place, p in enumerate(p_values) if not math.isnan(p))
-    corrected = [math.nan] * len(p_values)
-    largest = 0.0
+    corrected, largest = [math.nan] * len(p_values), 0.0
     for rank, (p, place) in enumerate(order):
-        largest = max(largest, min(1.0, p * (len(order) - rank)))
-        corrected[place] = largest
+        corrected[place] = largest = max(largest, min(1.0, p * (len(order) - rank)))
     return corrected
 
 
@@ -93,16 +85,14 @@ def compare(
     """Compare each row with the row that `against` names for it, else with the first one, over their common seeds.
 
     `rows[row][seed]` is a value. Rows without a common seed are left out. Rows that are `identical` to the other,
-    or have fewer than LEAST_SEEDS seeds, have no p value, and Holm's correction does not count them; so it is
-    where `paired_p` gives none.
+    or for which `paired_p` gives no value, do not count in Holm's correction.
     """
     reference, *others = rows
-    pairs = {row: (rows[row], rows[against.get(row, reference)]) for row in others}
-    differences = {
-        row: [value - other[seed] for seed, value in one.items() if seed in other]
-        for row, (one, other) in pairs.items()
-    }
-    differences = {row: values for row, values in differences.items() if values}
+    differences = {}
+    for row in others:
+        other = rows[against.get(row, reference)]
+        if values := [value - other[seed] for seed, value in rows[row].items() if seed in other]:
+            differences[row] = values
     p_values = [math.nan if row in identical else paired_p(values) for row, values in differences.items()]
     return {
         row: Comparison(spread(values), p, p_holm, row in identical)
@@ -123,11 +113,6 @@ def smallest_difference(sd: float, n: int, family: int, power: float = 0.8) -> f
     limit = float(f.isf(SIGNIFICANT / family, 1, n - 1))
     shift = brentq(lambda shift: 1 - power - ncfdtr(1, n - 1, shift**2, limit), 0, 3 * math.sqrt(limit))
     return float(shift) * sd / math.sqrt(n)
-
-
-def counted(number: int, noun: str) -> str:
-    """`1 epoch` or `1,000 epochs`: a number, and its noun in the singular or the plural."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def interval(value: float, low: float | None, high: float | None, digits: int = 4, sign: str = "") -> str:

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from common.training.loop import Trainer
 
 DATA = ("--dataset=phantom", "--size=28", "--input_size=28", "--train_tiles=90", "--wandb=disabled", "--run_id=r")
 # All that has a state or draws random numbers.
-EVERYTHING = ("--augmentation=ta_wide,stain", "--ema_decay=0.9", "--mixup_alpha=0.4", "--cutmix_alpha=1")
+EVERYTHING = ("--augmentation=ta_wide,stain", "--ema_decay=0.9")
 SMALL = ("--model_name=mobilenet_v3_small", "--n_epochs=3", "--batch_size=45")
 
 
@@ -68,7 +67,7 @@ def test_a_signal_ends_the_run_at_once_and_loses_at_most_its_epoch(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    original, calls, stopped = loop.mix, 0, []
+    original, calls, stopped = loop.learning_rate_factor, 0, []
 
     def signalled(*arguments: Any, **keys: Any) -> Any:
         nonlocal calls
@@ -79,7 +78,7 @@ def test_a_signal_ends_the_run_at_once_and_loses_at_most_its_epoch(
 
     handler = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patched, pytest.raises(SystemExit) as ended:
-        patched.setattr(loop, "mix", signalled)
+        patched.setattr(loop, "learning_rate_factor", signalled)
         patched.setattr(loop.Run, "stop", lambda run, status: stopped.append(status))
         run(tmp_path, phantom_root)
     assert ended.value.code == 128 + number
@@ -107,17 +106,3 @@ def test_a_checkpoint_of_another_configuration_is_refused_without_its_record_too
         run(tmp_path, phantom_root)
     assert ended.value.code == 2
     assert "started with another configuration (lr was 0.01)" in capsys.readouterr().err
-
-
-def test_two_processes_cannot_train_the_same_run(tmp_path: Path, phantom_root: Path) -> None:
-    log = tmp_path / "log"
-    first = start(lambda: run(tmp_path, phantom_root, "--n_epochs=50"), tmp_path / "first")
-    try:
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "runs" / "r" / "config.json").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        assert end(start(lambda: run(tmp_path, phantom_root, "--n_epochs=50"), log)) == 2
-        assert log.read_text().strip().endswith(": wait for its end, or use another --run_id")
-    finally:
-        end(first, within=0)

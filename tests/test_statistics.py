@@ -3,7 +3,7 @@ import math
 import pytest
 from scipy import stats
 
-from common.statistics import SIGNIFICANT, compare, counted, holm, interval, paired_p, spread
+from common.statistics import SIGNIFICANT, compare, holm, interval, paired_p, spread
 
 
 def test_a_spread_has_the_t_interval_of_the_mean() -> None:
@@ -93,7 +93,3 @@ def test_an_interval_is_written_with_its_value() -> None:
     assert interval(0.51234, 0.4, 0.6) == "0.5123 [0.4000, 0.6000]"
     assert interval(0.5, -0.4, 0.6, 2, "+") == "+0.50 [-0.40, +0.60]"
     assert interval(0.5, None, None) == interval(0.5, math.nan, math.nan) == "0.5000"
-
-
-def test_a_single_thing_is_in_the_singular() -> None:
-    assert [counted(number, "epoch") for number in (0, 1, 1000)] == ["0 epochs", "1 epoch", "1,000 epochs"]

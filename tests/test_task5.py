@@ -104,17 +104,17 @@ def test_contradictions_are_refused_in_one_line(arguments: list[str], message: s
 
 def test_features_are_cached_where_that_is_possible() -> None:
     assert read("--augmentation=stain").cache_features
-    for arguments in (["--train_part=all"], ["--adapt_batchnorm"], ["--cutmix_alpha=1"], ["--mixup_alpha=1"]):
+    for arguments in (["--train_part=all"], ["--adapt_batchnorm"]):
         assert not read(*arguments).cache_features
 
 
 def test_the_run_from_scratch_differs_in_what_scratch_needs_and_shares_seed_and_budget() -> None:
-    tuned, scratch = read("--run_id=r", "--seed=3", "--augmentation=stain", "--resume").runs()
+    tuned, scratch = read("--run_id=r", "--seed=3", "--augmentation=stain").runs()
     one, other = tuned.as_dict(), scratch.as_dict()
     differing = {name for name in one if one[name] != other[name]}
-    implied = {"weights", "run_id", "resume", "cache_features"}
+    implied = {"weights", "run_id", "cache_features"}
     assert implied < differing <= {*task5.FROM_SCRATCH, *implied}
-    assert (scratch.run_id, scratch.train_part, scratch.resume) == ("r-scratch", "all", False)
+    assert (scratch.run_id, scratch.train_part) == ("r-scratch", "all")
     direct = read("--weights=none", "--run_id=r-scratch", "--seed=3", "--augmentation=stain")
     assert direct.as_dict() == other
     assert direct.runs() == [direct]

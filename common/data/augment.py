@@ -523,8 +523,6 @@ PARTS: dict[str, tuple[str, tuple[Augmentation, ...]]] = {
     "ta_wide": ("flips, TrivialAugmentWide, random erasing", (_flip, _wide, _erase)),
     "dihedral": ("one of the 8 combinations of flips and quarter turns", (_dihedral,)),
     "stain": ("dihedral, amounts of haematoxylin and eosin, hue, zoom", (_dihedral, _stain, _zoom)),
-    "flip": ("flips", (_flip,)),
-    "erase": ("random erasing", (_erase,)),
     "randstain": ("RandStainNA: other colour statistics for half of the tiles", (_randstain(0.5),)),
     "randstain_quarter": ("RandStainNA for a quarter of the tiles", (_randstain(0.25),)),
     "scale": ("zoom", (_zoom,)),
@@ -535,8 +533,7 @@ def build_augmentation(names: str) -> Augmentation:
     """The augmentation of a comma-joined list such as "ta_wide,stain", applied left to right.
 
     It takes uint8 (N, 3, side, side) images on any device and a CPU `torch.Generator`, the source of all its
-    random numbers, and returns images of the same shape and dtype. "none" returns the input itself. Raises
-    UsageError for an unknown part.
+    random numbers. "none" returns the input itself. Raises UsageError for an unknown part.
     """
     chosen = names.split(",")
     if unknown := [name for name in chosen if name not in PARTS]:

@@ -88,7 +88,10 @@ def load_dataset(name: str, size: int, data_root: Path, train_tiles: int | None 
         fingerprint, folder = file.md5, data_root / f"{Path(file.name).stem}.arrays"
         splits = _arrays(folder, partial(_unpack, file, data_root))
         if train_tiles is not None and train_tiles < whole:
-            splits["train"] = _part(splits["train"], train_tiles)
+            images, labels = splits["train"].images, splits["train"].labels
+            chosen = torch.from_numpy(stratified_part(labels.numpy(), train_tiles))
+            images = images.permute(0, 2, 3, 1).index_select(0, chosen).permute(0, 3, 1, 2)  # same memory layout
+            splits["train"] = Split(images, labels[chosen])
             fingerprint += f"-{train_tiles}-of-{whole}-order{ORDER_VERSION}"
     return Dataset(name, size, pathmnist.CLASS_NAMES, **splits, fingerprint=fingerprint)
 
@@ -109,39 +112,26 @@ def stratified_part(labels: np.ndarray, n_tiles: int) -> np.ndarray:
     return np.sort(np.lexsort((labels, places))[:n_tiles])
 
 
-def _part(split: Split, n_tiles: int) -> Split:
-    """A copy of a part of the split, with the same memory layout as the whole split."""
-    chosen = torch.from_numpy(stratified_part(split.labels.numpy(), n_tiles))
-    images = split.images.permute(0, 2, 3, 1).index_select(0, chosen)
-    return Split(images.permute(0, 3, 1, 2), split.labels[chosen])
-
-
 def _arrays(folder: Path, build: Callable[[Path], None]) -> dict[str, Split]:
     """The splits in `folder`. Where it is not there, one process lets `build` fill it, and others wait for it."""
+    temporary = folder.with_name(f".{folder.name}.part")
     try:
         if not folder.exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(folder.with_name(f".{folder.name}.lock")):
                 if not folder.exists():
-                    _fill(folder, build)
+                    shutil.rmtree(temporary, ignore_errors=True)  # what an earlier process may have left
+                    temporary.mkdir()
+                    build(temporary)
+                    temporary.rename(folder)
         return {split: _map(folder, split) for split in SPLITS}
     except (OSError, EOFError, ValueError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)  # the disk may be full
         reason = getattr(error, "strerror", None) or first_line(error)
         raise Fault(
             f"{folder}: cannot be read or built ({reason}); if it is there, delete it and start again; else name "
             "another folder by --data_root"
         ) from error
-
-
-def _fill(folder: Path, build: Callable[[Path], None]) -> None:
-    temporary = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)  # a killed process may have left it
-    temporary.mkdir()
-    try:
-        build(temporary)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _map(folder: Path, split: str) -> Split:
@@ -153,31 +143,32 @@ def _map(folder: Path, split: str) -> Split:
 
 
 def _unpack(file: OfficialFile, data_root: Path, folder: Path) -> None:
-    """Unpack the official file: images (N, H, W, 3) uint8 as they are, labels (N, 1) uint8 as (N,) int64."""
-    path = _official(file, data_root)
+    """Unpack the official file: images (N, H, W, 3) uint8 as they are, labels (N, 1) uint8 as (N,) int64.
+
+    It is downloaded where it is missing or damaged; Fault where that fails.
+    """
+    path = data_root / file.name
+    _download(file, path)
     with zipfile.ZipFile(path) as archive, np.load(path, allow_pickle=False) as arrays:
         for split in SPLITS:
             archive.extract(f"{split}_images.npy", folder)  # block by block: larger than memory at 224 pixels
             np.save(folder / f"{split}_labels.npy", arrays[f"{split}_labels"][:, 0].astype(np.int64))
 
 
-def _official(file: OfficialFile, data_root: Path) -> Path:
-    """The official file in the data root, downloaded where it is missing or damaged; Fault where that fails."""
+def _download(file: OfficialFile, path: Path) -> None:
     import pooch
 
-    path = data_root / file.name
     print(f"{'unpacking' if path.exists() else f'downloading {file.url} to'} {path}", flush=True)
     pooch.get_logger().setLevel("ERROR")  # it says the same on stderr
     # In its largest file a progress bar and a flush for every KiB, the default, would cost minutes.
     downloader = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), chunk_size=1 << 20, timeout=20)
     try:
-        pooch.retrieve(file.url, f"md5:{file.md5}", file.name, data_root, downloader=downloader)
+        pooch.retrieve(file.url, f"md5:{file.md5}", path.name, path.parent, downloader=downloader)
     except (OSError, ValueError) as error:  # requests' errors are OSErrors; another MD5 is a ValueError
         raise Fault(
             f"{path}: missing or damaged, and its download failed ({first_line(error)}): try again, or fetch "
-            f"{file.url} (MD5 {file.md5}) by hand into {data_root}, or use --dataset phantom, which needs no file"
+            f"{file.url} (MD5 {file.md5}) by hand into {path.parent}, or use --dataset phantom"
         ) from error
-    return path
 
 
 def _draw_phantom(n_tiles: int, size: int, folder: Path) -> None:

@@ -1,6 +1,6 @@
 """The records that a run leaves in runs/<run_id>/, read and checked in one place.
 
-A record may have more than its model here names, so that later versions of the project can add to it.
+A record may have more than the keys named here, so that later versions of the project can add to it.
 """
 
 import csv
@@ -9,68 +9,23 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NotRequired
+from typing import Any
 
 import numpy as np
-from pydantic import Field, FiniteFloat, PositiveInt, TypeAdapter, ValidationError
-from typing_extensions import TypedDict  # Python 3.11 has none that pydantic can use
 
 from common.cli import Fault, first_line
 from common.files import digest, read_text
 
-METRICS = ("train/loss", "validate/loss", "validate/auc", "validate/acc", "validate/balanced_acc")
-COLUMNS = ("epoch", *METRICS, "lr", "tiles_per_second", "seconds")  # of history.csv
+COLUMNS = (  # of history.csv
+    *("epoch", "train/loss", "validate/loss", "validate/auc", "validate/acc", "validate/balanced_acc"),
+    *("lr", "tiles_per_second", "seconds"),
+)
+SHARED = {"task", "run_id", "dataset", "synthetic", "data_fingerprint", "tiles", "device"}
+REQUIRED = {  # keys; after --test=False there are no scores of test tiles
+    "config.json": SHARED | {"config", "started"},
+    "summary.json": SHARED | {"validate", "shifted", "wall_seconds"},
+}
 REMEDY = "restore this file, or run the script that wrote it again under another --run_id"
-
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class Keys(TypedDict):
-    seed: int
-    dataset: str
-    size: PositiveInt
-    train_tiles: PositiveInt | None
-
-
-class Shared(TypedDict):
-    task: str
-    run_id: str
-    dataset: str
-    synthetic: bool
-    data_fingerprint: str
-    tiles: dict[str, PositiveInt]  # of each split
-    device: str
-
-
-class Facts(Shared):
-    config: Keys
-    started: str
-
-
-class Estimate(TypedDict):
-    value: Share
-    low: Share
-    high: Share
-
-
-class Scores(TypedDict):
-    n: PositiveInt
-    auc: Estimate
-    acc: Estimate
-    auc_per_class: dict[str, Share | None]
-    confusion_matrix: list[list[int]]
-
-
-class Summary(Shared):
-    best: NotRequired[Scores]  # after --test=False there are no test scores
-    last: NotRequired[Scores]
-    tta: NotRequired[Scores]
-    validate: dict[str, FiniteFloat]
-    shifted: dict[str, Share]
-    wall_seconds: FiniteFloat
-
-
-MODELS: dict[str, TypeAdapter[Any]] = {"config.json": TypeAdapter(Facts), "summary.json": TypeAdapter(Summary)}
 
 
 @dataclass(frozen=True)
@@ -84,11 +39,7 @@ class Record:
 
     @classmethod
     def read(cls, output_dir: Path, run_id: str) -> "Record":
-        """The record of a finished run.
-
-        Raises Fault where a file is missing or damaged, where the files contradict each other, or where the run
-        has no test scores.
-        """
+        """A finished run; Fault where a file is damaged, two differ in a fact, or there are no test scores."""
         folder = run_folder(output_dir, run_id)
         facts, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
         if "best" not in summary:
@@ -113,8 +64,8 @@ class Record:
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays of scores.npz, which `Trainer.test` describes; Fault where it is missing or damaged."""
         path = self.folder / "scores.npz"
-        shape = (self.summary["tiles"]["test"], len(self.summary["best"]["auc_per_class"]))
         try:
+            shape = (self.summary["tiles"]["test"], len(self.summary["best"]["auc_per_class"]))
             with np.load(path, allow_pickle=False) as archive:
                 arrays = dict(archive)
             if arrays["best_logits"].shape != shape or arrays["targets"].shape != shape[:1]:
@@ -122,15 +73,6 @@ class Record:
         except Exception as error:  # a damaged file makes zipfile and numpy raise many types
             raise unreadable(path, error) from error
         return arrays
-
-    @property
-    def scores(self) -> dict[str, float]:
-        """The scores of the selected epoch's weights; `tta test/…`, over 8 views, where the run has them."""
-        scores = {name: self.summary["validate"][name] for name in ("validate/auc", "validate/acc")}
-        scores |= {name: self.summary[name] for name in ("test/auc", "test/acc")}
-        if "tta" in self.summary:
-            scores |= {f"tta test/{name}": self.summary["tta"][name]["value"] for name in ("auc", "acc")}
-        return scores
 
 
 def run_folder(output_dir: Path, run_id: str) -> Path:
@@ -154,10 +96,7 @@ def is_finished(output_dir: Path, run_id: str) -> bool:
 
 
 def best_weights(output_dir: Path, run_id: str) -> Path:
-    """The best.pt of a run. Whoever reads the weights of a run takes their path from here.
-
-    Raises Fault where the file is missing, or is not the one that the run had when it finished.
-    """
+    """A run's best.pt; Fault where it is missing, or is not the one that the run had when it finished."""
     path, summary = checkpoint_folder(output_dir, run_id) / "best.pt", {}
     if is_finished(output_dir, run_id):
         summary = read_json(run_folder(output_dir, run_id) / "summary.json")
@@ -171,10 +110,7 @@ def best_weights(output_dir: Path, run_id: str) -> Path:
 
 
 def read_history(path: Path) -> list[dict[str, float]]:
-    """The rows of a history.csv, one per epoch; Fault where it is missing or damaged.
-
-    The columns may be those of another program's runs.
-    """
+    """The rows of a history.csv, one per epoch, of any columns; Fault where it is missing or damaged."""
     try:
         lines = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
         rows = [{name: float(value) for name, value in line.items()} for line in lines]
@@ -186,25 +122,23 @@ def read_history(path: Path) -> list[dict[str, float]]:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON record of a run; that of config.json and summary.json is checked.
+    """The content of a JSON record of a run.
 
-    Raises Fault where it is missing, damaged, or in the folder of another run.
+    Raises Fault where it is damaged, lacks a key of REQUIRED, or is in the folder of another run.
     """
     try:
         content = json.loads(read_text(path))
-        model = MODELS.get(path.name, TypeAdapter(dict[str, Any]))
-        model.validate_python(content, strict=True, extra="allow")
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object")
+        if missing := REQUIRED.get(path.name, set()) - content.keys():
+            raise ValueError(f"{min(missing)} is missing")
+        if content.get("run_id", path.parent.name) != path.parent.name:
+            raise ValueError(f"run_id: it is of run {content['run_id']}")
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from error
-    if content.get("run_id", path.parent.name) != path.parent.name:
-        raise unreadable(path, f"run_id: it is of run {content['run_id']}")
     return content
 
 
 def unreadable(path: Path, problem: Exception | str) -> Fault:
     """The error for a record that cannot be used."""
-    reason = problem if isinstance(problem, str) else first_line(problem)
-    if isinstance(problem, ValidationError):  # its first line names no key
-        first = problem.errors()[0]
-        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    return Fault(f"{path}: not a readable record ({reason}); {REMEDY}")
+    return Fault(f"{path}: not a readable record ({first_line(problem)}); {REMEDY}")

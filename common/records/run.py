@@ -51,13 +51,12 @@ class Run:
         network: str | None = None,
         facts: Mapping[str, Any] | None = None,
     ) -> None:
-        """Open the run and write config.json.
+        """Open the run and write config.json; `network` describes the network in titles (default: its name).
 
-        `network` describes the network in titles (default: its name); the records carry the task's own `facts`.
         Raises UsageError where the run is finished, is another one than `check_record` allows, or is trained by
-        another process, and where `resume` finds no checkpoint.
+        another process.
         """
-        self.run_id, self.dataset, self.upload_model = config.run_id, dataset, config.wandb_model
+        self.run_id, self.dataset = config.run_id, dataset
         network = network or config.model_name
         data = f"{dataset.title.removesuffix(')')} tiles, {config.input_size} px inputs)"
         self.title = f"{TITLES[task]} · {network} · {data} · seed {config.seed}"
@@ -78,8 +77,6 @@ class Run:
         record = self.folder / "config.json"
         if is_finished(config.output_dir, config.run_id):
             raise UsageError(f"run {config.run_id} is finished already ({self.folder}): use another --run_id")
-        if config.resume and not self.last_checkpoint.exists():
-            raise UsageError(f"--resume: run {config.run_id} has no checkpoint in {self.checkpoints}")
         if record.exists():
             before = read_json(record)
             check_record(config, before, self.facts)
@@ -103,17 +100,13 @@ class Run:
         print(f"run {config.run_id}: {dataset.title} on {device_name}; records in {self.folder}", flush=True)
 
     def log_epoch(self, history: Sequence[Mapping[str, float]]) -> None:
-        """Write history.csv, and pass its last row on to the terminal, and the rows that W&B has not to W&B.
+        """Write history.csv, print its last row, and send W&B the rows that it does not have.
 
         Of a continued run W&B gets all rows: a kill may have lost some. It drops a row of a step that it has.
         """
-
-        def log(run: Any) -> None:
-            for row in history[self._n_sent :]:
-                run.log(dict(row), step=int(row["epoch"]))
-
         write_csv(self.folder / "history.csv", history)
-        self._send(log)
+        for row in history[self._n_sent :]:
+            self._send(lambda run, row=row: run.log(dict(row), step=int(row["epoch"])))
         self._n_sent = len(history)
         tqdm.write("  ".join(f"{name} {value:.5g}" for name, value in history[-1].items()))  # print tears the bar
         sys.stdout.flush()
@@ -123,10 +116,7 @@ class Run:
         self._send(lambda run: run.finish(exit_code=exit_status))
 
     def finish(self, history: Sequence[Mapping[str, float]], summary: Mapping[str, Any]) -> None:
-        """Draw the figures, write summary.json, delete last.pt, send the results to W&B, and print them.
-
-        `summary` is what `Trainer.test` returns; after --test=False it has no test scores.
-        """
+        """Draw the figures, write `summary`, delete last.pt, send the results to W&B, and print them."""
         figures = self._draw(history, summary)
         best = digest(self.checkpoints / "best.pt")
         write_json(self.folder / "summary.json", {**self.facts, **summary, "best_sha256": best})
@@ -160,22 +150,16 @@ class Run:
 
         # Not under the names of the scores: there an image would replace the sweep's metric in the summary.
         run.log({f"figures/{name.replace('/', '-')}": wandb.Image(str(path)) for name, path in figures.items()})
-        # W&B takes the last epoch's row for the summary. The test scores are those of the best epoch, so its row
-        # takes that one's place.
+        # W&B itself takes the last epoch's row for the summary, not the best epoch's.
         tested = {name: summary[name] for name in ("test/auc", "test/acc") if name in summary}
         run.summary.update({**summary["validate"], "best_epoch": summary["validate"]["epoch"], **tested})
-        if self.upload_model:
-            run.log_model(str(self.checkpoints / "best.pt"), name=self.run_id)
 
     def _send(self, action: Callable[[Any], None]) -> None:
         self._wandb = send(self._wandb, action)
 
 
 def check_record(config: Config, before: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Raise UsageError where `before`, the run's config.json, is of another run than `config` and `facts`.
-
-    It may have another task, other keys, other data, or other weights to start from.
-    """
+    """Raise UsageError where `before`, the run's config.json, has another task, keys, data or initial weights."""
 
     def others(facts: Mapping[str, Any]) -> dict[str, Any]:
         # The source of weights may hold the version of a package, so only their content is compared.
@@ -188,10 +172,7 @@ def check_record(config: Config, before: Mapping[str, Any], facts: Mapping[str, 
 def check_same(
     config: Config, before: Mapping[str, Any], remedy: str = "use that one or another --run_id", **more: Any
 ) -> None:
-    """Raise UsageError, naming the differing keys, where the run was started with another configuration.
-
-    `more` are compared like the keys.
-    """
+    """Raise UsageError, naming the differing keys, where `before` has other keys, or other values of `more`."""
     now, before = {**config.identity(), **more}, public(before)
     differing = [f"{name} was {before.get(name)}" for name in now if before.get(name) != now[name]]
     if differing:
@@ -201,25 +182,18 @@ def check_same(
 
 
 def send(run: Any, action: Callable[[Any], None]) -> Any:
-    """Do something with W&B's run, if there is one. An error there ends W&B's run, never ours.
-
-    Returns the run, or None after an error.
-    """
-    if run is None:
-        return None
+    """Do something with W&B's run, if there is one. Returns the run, or None after an error, which ends it."""
     try:
-        action(run)
+        if run is not None:
+            action(run)
+        return run
     except Exception as error:  # W&B raises many types, and none of them may end a training run
         print(f"W&B stopped ({public(first_line(error))}); the local records continue", file=sys.stderr)
-        return None
-    return run
+    return None
 
 
 def start_wandb(task: str, run_id: str, config: ScriptConfig, facts: Mapping[str, Any], network: str) -> Any:
-    """A W&B run, or None where W&B is disabled or cannot start; `network` is described in its displayed name.
-
-    Where W&B cannot be reached, or has no API key, the run is an offline one.
-    """
+    """A W&B run, offline where W&B cannot be reached or has no API key; None where it is disabled or fails."""
     mode = config.wandb if config.wandb != "auto" else os.environ.get("WANDB_MODE") or "online"
     if mode == "disabled":
         return None

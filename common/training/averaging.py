@@ -12,10 +12,9 @@ REFERENCE_STEPS = 1000
 class ExponentialMovingAverage:
     """A copy of a network whose weights follow the trained ones slowly.
 
-    `decay` is meant for a run of 1,000 steps and is scaled to the run's length, so that a run of any length
-    averages over the same share of itself (0.99: about its last tenth); torchvision's references scale theirs
-    by batch and epochs likewise. Early on the average follows faster: at step t the decay is at most
-    (1 + t) / (10 + t), as in TensorFlow's ExponentialMovingAverage.
+    `decay` is for a run of 1,000 steps and is scaled to the run's length: a run of any length averages over the
+    same share of itself (0.99: about its last tenth). At step t the decay is at most (1 + t) / (10 + t), as in
+    TensorFlow's ExponentialMovingAverage.
     """
 
     def __init__(self, model: nn.Module, decay: float, n_steps: int) -> None:
@@ -38,11 +37,8 @@ def reestimate_batchnorm(model: nn.Module, inputs: Iterable[torch.Tensor]) -> No
     Layers that `model.train()` leaves in eval mode are frozen, and keep their statistics.
     """
     model.train()
-    norms = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
-    ]
+    kind = nn.modules.batchnorm._BatchNorm
+    norms = [module for module in model.modules() if isinstance(module, kind) and module.training]
     momenta = [norm.momentum for norm in norms]
     model.eval()
     if not norms:

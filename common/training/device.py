@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from common.cli import UsageError
-from common.statistics import counted
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
@@ -23,10 +22,7 @@ class Compute:
 
     @classmethod
     def of(cls, device: str, precision: str) -> "Compute":
-        """What the keys `device` and `precision` mean on this machine; changes nothing in this process.
-
-        Raises UsageError for `cuda` where there is no GPU.
-        """
+        """What the keys `device` and `precision` mean here; UsageError for `cuda` where there is no GPU."""
         if device == "cuda" and not torch.cuda.is_available():
             raise UsageError("--device cuda: PyTorch sees no CUDA device here; use --device cpu or auto")
         cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
@@ -39,9 +35,8 @@ class Compute:
     def prepare_process(self) -> None:
         """On a CPU, let malloc keep freed memory; a script calls this before it builds its network.
 
-        glibc returns blocks above 32 MB, such as a large batch's activations, as soon as they are freed. At the
-        next step the system clears every page of them again: 180,000 page faults per step of MobileNetV3-Large at
-        64 pixels and batch 512, about an eighth of its time.
+        glibc returns blocks above 32 MB as soon as they are freed, and at the next step the system clears every
+        page of them again: about an eighth of the time of MobileNetV3-Large at 64 pixels and batch 512.
         """
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if self.device.type == "cpu" and mallopt:  # only glibc has it
@@ -54,10 +49,9 @@ class Compute:
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
         cpuinfo = Path("/proc/cpuinfo")  # on Linux, where platform.processor() is empty
-        text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
-        found = re.search(r"model name\s*: (.+)", text)
-        cpu = found[1] if found else platform.processor() or "CPU"
-        return f"{cpu}, {counted(torch.get_num_threads(), 'thread')}"
+        found = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+        cpu, n_threads = found[1] if found else platform.processor() or "CPU", torch.get_num_threads()
+        return f"{cpu}, {n_threads} thread{'' if n_threads == 1 else 's'}"
 
     def autocast(self) -> torch.autocast:
         """The context manager for a forward pass; it does nothing in float32."""

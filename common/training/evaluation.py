@@ -25,7 +25,7 @@ History = Sequence[Mapping[str, float]]  # one row for each epoch, as in history
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The logits (N, C), float32 or rounded to float16, and the targets (N,) int64 of a split, in its order.
+    """The logits (N, C), float32 or float16, and the targets (N,) int64 of a split, in its order.
 
     Of `normalised` logits, the log-probabilities of a baseline, no softmax is taken again: its rounding would rank
     tied tiles at random.
@@ -48,28 +48,27 @@ class Evaluation:
 
     def summary(self, split: str) -> dict[str, float]:
         """Loss (mean cross-entropy), AUC and ACC under the coursework's keys, such as `validate/auc`."""
-        loss = F.cross_entropy(torch.from_numpy(self.logits).float(), torch.from_numpy(self.targets)).item()
-        probabilities = self.probabilities
+        logits, probabilities, targets = torch.from_numpy(self.logits), self.probabilities, self.targets
         return {
-            f"{split}/loss": loss,
-            f"{split}/auc": metrics.auc(probabilities, self.targets),
-            f"{split}/acc": metrics.accuracy(probabilities, self.targets),
-            f"{split}/balanced_acc": metrics.balanced_accuracy(probabilities, self.targets),
+            f"{split}/loss": F.cross_entropy(logits.float(), torch.from_numpy(targets)).item(),
+            f"{split}/auc": metrics.auc(probabilities, targets),
+            f"{split}/acc": metrics.accuracy(probabilities, targets),
+            f"{split}/balanced_acc": metrics.balanced_accuracy(probabilities, targets),
         }
 
     def described(self, class_names: tuple[str, ...]) -> dict[str, Any]:
         """All measures of the test split, AUC and ACC with their intervals, ready for JSON."""
         probabilities, targets = self.probabilities, self.targets
-        areas = [
-            None if math.isnan(area) else float(area) for area in metrics.auc_per_class(probabilities, targets)
-        ]
+        areas = metrics.auc_per_class(probabilities, targets).tolist()
         return {
             "n": len(targets),
             "auc": vars(metrics.auc_estimate(probabilities, targets)),
             "acc": vars(metrics.accuracy_estimate(probabilities, targets)),
             "balanced_acc": vars(metrics.balanced_accuracy_estimate(probabilities, targets)),
             "expected_calibration_error": metrics.expected_calibration_error(probabilities, targets),
-            "auc_per_class": dict(zip(class_names, areas, strict=True)),
+            "auc_per_class": {
+                name: None if math.isnan(area) else area for name, area in zip(class_names, areas, strict=True)
+            },
             "confusion_matrix": metrics.confusion_matrix(probabilities, targets).tolist(),
         }
 

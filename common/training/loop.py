@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
@@ -26,7 +27,6 @@ from common.training import metrics
 from common.training.averaging import ExponentialMovingAverage, reestimate_batchnorm
 from common.training.device import Compute
 from common.training.evaluation import EVALUATION_BATCH, Evaluation, best_epoch, evaluate, reason_to_stop
-from common.training.loss import cross_entropy, mix
 from common.training.models import build_model
 from common.training.optimizer import build_optimizer, learning_rate_factor
 
@@ -64,8 +64,7 @@ class Trainer:
     ) -> None:
         """Move the model to the device, build its optimiser, and load the run's last checkpoint if there is one.
 
-        `lr_factors` are those of `build_optimizer`. Raises Fault where the checkpoint cannot be read, UsageError
-        where it is of another configuration.
+        Raises Fault where the checkpoint cannot be read, UsageError where it is of another configuration.
         """
         self.splits, self.config, self.compute, self.run = splits, config, compute, run
         model.to(compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -92,9 +91,8 @@ class Trainer:
     def fit(self) -> None:
         """Train until there is a reason to stop; the best weights are then in best.pt.
 
-        After each epoch last.pt, best.pt (if this epoch is the best so far) and history.csv are written whole: a
-        kill, Ctrl-C or SIGTERM loses the epoch in progress and no more. Raises Stopped after Ctrl-C or SIGTERM,
-        and Untrainable where the loss or the network's outputs are not finite.
+        After each epoch last.pt, best.pt and history.csv are written: a kill loses the epoch in progress and no
+        more. Raises Stopped after Ctrl-C or SIGTERM, and Untrainable where loss or outputs are not finite.
         """
 
         def interrupt(number: int, frame: FrameType | None) -> None:
@@ -139,8 +137,7 @@ class Trainer:
     def train_epoch(self, epoch: int) -> float:
         """Pass once over the training tiles; returns the mean loss of a tile. `epoch` counts from 1.
 
-        The loss is read once a second and at the end, because a GPU waits while a value is read. Raises
-        Untrainable where the loss is not finite.
+        The loss is read once a second and at the end, because a GPU waits while a value is read.
         """
         config, tiles = self.config, self.splits.train
         self.model.train()
@@ -155,9 +152,8 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = config.lr * group.get("lr_factor", 1.0) * factor
             inputs, labels = tiles.inputs(batch, draws)
-            mixed = mix(inputs, draws, config.mixup_alpha, config.cutmix_alpha)
             with self.compute.autocast():
-                loss = cross_entropy(self.model(mixed.inputs), labels, mixed, config.label_smoothing)
+                loss = F.cross_entropy(self.model(inputs), labels, label_smoothing=config.label_smoothing)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
@@ -174,11 +170,10 @@ class Trainer:
     def test(self) -> dict[str, Any]:
         """Score the test tiles, unless `test` is off, with the last weights and the best ones; write scores.npz.
 
-        Call it once, after `fit`. The best weights also score the validation tiles, plain and under each shift of
-        common/data/shift.py; afterwards `evaluated` has the best weights. Returns the content of summary.json
-        without the facts that `Run` adds. scores.npz has log-probabilities (N, C) float16, targets (N,) uint8, and
-        for each shift the predicted classes (N,) uint8: all scores of the summary are computed from these. Raises
-        what `load_best` does, and Untrainable where an output is not finite.
+        The best weights, which `evaluated` then has, also score the validation tiles, plain and under each shift
+        of common/data/shift.py. Returns the content of summary.json without the facts that `Run` adds. scores.npz
+        has log-probabilities (N, C) float16, targets (N,) uint8, and for each shift the predicted classes (N,)
+        uint8: all scores of the summary are computed from these.
         """
         started = time.perf_counter()
 

@@ -93,10 +93,9 @@ def accuracy_estimate(probabilities: NDArray[Any], targets: NDArray[Any]) -> Est
 def balanced_accuracy_estimate(probabilities: NDArray[Any], targets: NDArray[Any]) -> Estimate:
     """The balanced accuracy with its Wilson score interval for the effective number of tiles.
 
-    A plain accuracy over the effective number of tiles has the same variance as the mean recall: C. Franco,
-    R. J. A. Little, T. A. Louis and E. V. Slud, Journal of Survey Statistics and Methodology 7, 2019, PMC6690503.
-    The numbers of tiles per class count as fixed. For the variance, one right and one wrong tile are added to each
-    class: otherwise a class with few tiles, all of them right, would have no variance.
+    A plain accuracy over that number has the same variance as the mean recall (C. Franco et al., Journal of Survey
+    Statistics and Methodology 7, 2019, PMC6690503). For the variance, one right and one wrong tile are added to
+    each class: otherwise a class with few tiles, all of them right, would have none.
     """
     matrix = confusion_matrix(probabilities, targets)
     present = matrix.any(axis=1)
@@ -112,12 +111,9 @@ def auc_estimate(probabilities: NDArray[Any], targets: NDArray[Any]) -> Estimate
 
     E. R. DeLong, D. M. DeLong and D. L. Clarke-Pearson, Biometrics 44, 1988: the error of an AUC is the sum of the
     tiles' contributions, each a placement minus the AUC. A tile contributes to the AUC of every class, so its
-    contributions are added before they are squared; this includes the covariance between classes. For two classes
-    it is the paper's variance S10/m + S01/n. The tiles, with their classes, count as independent random samples.
-    If a class has a single tile, the interval is too narrow.
-
-    If the variance is 0 (perfect separation, constant scores), the interval is Wilson's for the number of tiles of
-    the rarest class: too wide rather than too narrow.
+    contributions are added before they are squared; this includes the covariance between classes. If a class has a
+    single tile, the interval is too narrow. If the variance is 0 (perfect separation, constant scores), it is
+    Wilson's for the number of tiles of the rarest class: too wide rather than too narrow.
     """
     placements = _placements(probabilities, targets)
     areas = placements.mean(axis=0)

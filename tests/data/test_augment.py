@@ -87,27 +87,6 @@ def test_operations_equal_torchvision(transform, column, bins, name):
             assert difference <= (1 if name in BLENDS else 0), (side, magnitude)
 
 
-def test_blends_seldom_differ_from_torchvision_at_all():
-    images, generator = tiles(200), seeded(3)
-    transform = v2.TrivialAugmentWide()
-    for name in BLENDS:
-        strength = torch.rand(1, 200, generator=generator, dtype=torch.float64) * 1.98 - 0.99
-        kind = torch.full((1, 200), OPERATIONS.index(name))
-        expected = torch.stack(
-            [
-                transform._apply_image_or_video_transform(image, name, m, "nearest", transform._fill)
-                for image, m in zip(images, strength[0].tolist(), strict=True)
-            ]
-        )
-        differing = (augment.apply_operations(images, kind, strength) != expected).double().mean()
-        assert differing < 1e-3
-
-
-def test_the_order_of_operations_is_torchvisions():
-    wide = [OPERATIONS[i] for i in augment.WIDE_OPERATIONS.tolist()]
-    assert wide == list(v2.TrivialAugmentWide._AUGMENTATION_SPACE)
-
-
 # Views
 
 
@@ -241,9 +220,6 @@ def test_zoom_equals_grid_sample():
         result = augment.zoom(images, factor)
         assert (result - expected).abs().max() < 0.501
         assert torch.equal(augment.zoom(images, torch.ones(16, dtype=torch.float64)), images)
-
-
-def test_zoom_factors_are_log_uniform():
     check_uniform(augment.sample_zoom(MANY, seeded()).log(), math.log(0.8), math.log(1.25))
 
 
@@ -283,7 +259,7 @@ def test_parts_are_their_steps_from_left_to_right():
         "ta_wide": [flip, lambda x, g: apply(x, *augment.sample_trivial_augment(40, g)), erase],
         "auto": [flip, lambda x, g: apply(x, *augment.sample_auto_augment(40, g)), erase],
         "stain": [lambda x, g: flip(x, g, 8), lambda x, g: augment.stain(x, *augment.sample_stain(40, g)), zoom],
-        "dihedral,erase,scale": [lambda x, g: flip(x, g, 8), erase, zoom],
+        "dihedral,scale": [lambda x, g: flip(x, g, 8), zoom],
         "none": [],
     }.items():
         generator, expected = seeded(7), images
@@ -292,12 +268,9 @@ def test_parts_are_their_steps_from_left_to_right():
         assert torch.equal(build_augmentation(names)(images, seeded(7)), expected), names
 
 
-@pytest.mark.parametrize(("names", "unknown"), [("flip,ta_wid", "ta_wid"), ("flip,", "")])
-def test_an_unknown_part_is_named_with_the_known_ones(names, unknown):
-    with pytest.raises(
-        UsageError, match=f"--augmentation {names}: unknown part {unknown}; choose from none, auto"
-    ):
-        build_augmentation(names)
+def test_an_unknown_part_is_named_with_the_known_ones():
+    with pytest.raises(UsageError, match="--augmentation scale,: unknown part ; choose from none, auto"):
+        build_augmentation("scale,")
 
 
 def test_operations_do_not_depend_on_the_neighbours_of_a_tile():

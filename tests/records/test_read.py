@@ -48,20 +48,13 @@ def arrays(**changes: Any) -> Change:
 
 
 CASES: list[tuple[Change, str]] = [
-    (changed("config.json", "config", to=None), r"config\.json: .*config: Field required"),
-    (changed("config.json", "config", "seed", to="0"), r"config\.json: .*config\.seed: "),
     (changed("config.json", "run_id", to="other"), r"config\.json: .*run_id: it is of run other"),
     (written("config.json", b"[]"), r"config\.json: not a readable record"),
-    (written("config.json", b'{"config": '), r"config\.json: not a readable record"),
     (written("config.json", b'{"task": "\xff"}'), r"config\.json: not a readable record"),
-    (changed("summary.json", "validate", to=None), r"summary\.json: .*validate: Field required"),
+    (changed("summary.json", "validate", to=None), r"summary\.json: .*validate is missing"),
     (changed("summary.json", "best", to=None), r"runs/r: the run has no test scores \(--test=False\)"),
-    (changed("summary.json", "best", "auc", "high", to=float("inf")), r"summary\.json: .*best\.auc\.high: "),
-    (changed("summary.json", "last", "auc_per_class", "mucus", to="high"), r"last\.auc_per_class\.mucus: "),
-    (changed("summary.json", "task", to="task3"), r"summary\.json: .*task: it is task3, in config\.json task1"),
     (changed("summary.json", "tiles", "train", to=91), r"summary\.json: .*tiles: it is .*91.*, in config\.json"),
     (written("history.csv", b"\xff\xfe\n1\n"), r"history\.csv: not a readable record"),
-    (written("history.csv", b"epoch,validate/acc\n1,high\n"), r"history\.csv: not a readable record"),
     (written("history.csv", b"epoch,validate/acc\n1,0.5,3\n"), r"history\.csv: not a readable record"),
     (written("history.csv", b"epoch,validate/acc\n1,0.5\n3,0.5\n"), r"history\.csv: .*do not count from 1"),
     (lambda folder: (folder / "scores.npz").unlink(), r"scores\.npz: not a readable record"),
@@ -133,10 +126,3 @@ def test_the_weights_of_a_finished_run_are_those_with_which_it_finished(tmp_path
             read()
     (folder / "summary.json").unlink()
     assert best_weights(tmp_path, "r") == path  # those of the best epoch until now
-
-
-def test_a_run_without_test_scores_can_be_read_as_json(tmp_path: Path) -> None:
-    folder = write_run(tmp_path)
-    for name in ("best", "last", "test/acc", "test/auc"):
-        changed("summary.json", name, to=None)(folder)
-    assert read_json(folder / "summary.json")["validate"]["validate/acc"] == 0.5

@@ -144,42 +144,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert all(value.isfinite().all() for value in saved["state_dict"].values())
 
 
-def test_best_weights_follow_the_last_checkpoint_when_a_kill_came_between_the_two(
-    tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def dying(trainer: Trainer) -> None:
-        raise SystemExit
-
-    with monkeypatch.context() as patched, pytest.raises(SystemExit):
-        patched.setattr(Trainer, "save_best", dying)
-        fitted(tiny, tmp_path, n_epochs=2)
-    resumed = trainer_of(tiny, tmp_path, n_epochs=2)
-    saved = best(resumed)
-    assert saved["epoch"] == 1
-    assert_same_weights(saved["state_dict"], resumed.evaluated.state_dict())
-
-
-def test_every_step_has_its_learning_rate_its_random_stream_and_the_keys_of_mixing(
-    tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    streams: set[int] = set()
+def test_every_step_has_its_learning_rate(tiny: Dataset, tmp_path: Path) -> None:
+    trainer = trainer_of(tiny, tmp_path, n_epochs=2, lr=0.01, lr_warmup_epochs=1)
     rates: list[float] = []
-
-    def noted(inputs: torch.Tensor, draws: torch.Generator, mixup_alpha: float, cutmix_alpha: float) -> Any:
-        streams.add(draws.initial_seed())
-        assert (mixup_alpha, cutmix_alpha) == (0.25, 0.75)
-        return mix(inputs, draws, mixup_alpha, cutmix_alpha)
-
-    mix = loop.mix
-    monkeypatch.setattr(loop, "mix", noted)
-    for seed in (0, 1):
-        keys = {"lr": 0.01, "lr_warmup_epochs": 1, "mixup_alpha": 0.25, "cutmix_alpha": 0.75}
-        trainer = trainer_of(tiny, tmp_path / str(seed), seed=seed, n_epochs=2, **keys)
-        rates.clear()
-        groups = trainer.optimizer.param_groups
-        trainer.optimizer.register_step_pre_hook(lambda *_, groups=groups: rates.append(groups[0]["lr"]))
-        trainer.fit()
-    assert len(streams) == 4  # of two epochs of two seeds
+    groups = trainer.optimizer.param_groups
+    trainer.optimizer.register_step_pre_hook(lambda *_: rates.append(groups[0]["lr"]))
+    trainer.fit()
     steps = trainer.steps_per_epoch
     expected = [0.01 * learning_rate_factor(step, steps, trainer.config) for step in range(2 * steps)]
     assert rates == pytest.approx(expected)
@@ -253,8 +223,8 @@ def test_no_training_step_reads_a_value_from_the_device(
     monkeypatch.setattr(  # "meta" has no fused optimiser
         loop, "build_optimizer", lambda model, *_: torch.optim.Adam(model.parameters(), foreach=True)
     )
-    keys = {"mixup_alpha": 0.2, "cutmix_alpha": 1.0, "label_smoothing": 0.1, "ema_decay": 0.99}
-    trainer = trainer_of(tiny, tmp_path, train=tiles, compute=compute, batch_size=130, **keys)
+    keys = {"batch_size": 130, "label_smoothing": 0.1, "ema_decay": 0.99}
+    trainer = trainer_of(tiny, tmp_path, train=tiles, compute=compute, **keys)
     trainer.train_epoch(1)  # reading a value raises here
 
 

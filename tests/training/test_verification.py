@@ -81,14 +81,6 @@ def test_replaced_and_permuted_labels_are_noticed(split: str) -> None:
             check_scores(task1({name: other}))
 
 
-@pytest.mark.parametrize(("name", "value"), [("run_id", "task1-1"), ("train_tiles", 9000)])
-def test_a_configuration_of_another_run_is_named(name: str, value: Any) -> None:
-    record = task1()
-    record.facts["config"][name] = value
-    with pytest.raises(Fault, match=rf"config\.json: .*config\.{name}: it is {value}"):
-        check_scores(record)
-
-
 def test_a_record_that_lacks_an_array_is_named() -> None:
     record = task1()
     record.summary["shifted"]["later"] = 0.5
