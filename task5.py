@@ -121,7 +121,7 @@ class Task5Config(TrainingConfig):
     cache_features: bool = key(
         True, "compute a frozen network's features once, not in every epoch, where that is possible"
     )
-    scratch: bool = key(True, "also train the same network from scratch, and compare", bookkeeping=True)
+    scratch: bool = key(True, "also train the same network from scratch, and compare")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

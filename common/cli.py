@@ -21,6 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from common.files import public
 
+BOOKKEEPING = {"data_root", "output_dir", "wandb", "scratch"}  # keys of where and how a run is kept
+
 
 class UsageError(Exception):
     """The user asked for something impossible; the message names it and the remedy."""
@@ -41,12 +43,11 @@ class Untrainable(Fault):
 
 
 class Stopped(Exception):
-    """A signal ended the run, which can be resumed. Exit status 128 + the signal's number."""
+    """A signal ended the run, which can be resumed; the exit status is 128 + the signal's number."""
 
-    def __init__(self, message: str, number: signal.Signals) -> None:
+    def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
         self.number = number
-        self.exit_status = 128 + number
 
 
 def first_line(error: Exception | str) -> str:
@@ -71,16 +72,15 @@ def key(
     description: str,
     *,
     choices: Sequence[Any] = (),
-    bookkeeping: bool = False,
     positional: bool = False,
     **bounds: float,
 ) -> Any:
     """A key: its default, its help, and its values, by `choices` or by pydantic's bounds ge, gt, le and lt.
 
-    The default may be a function of the keys before it, and None where a validator fills it in. A bookkeeping key
-    changes where and how a run is kept, not what it computes. A positional key is written without its name.
+    The default may be a function of the keys before it, and None where a validator fills it in. The value of a
+    positional key is written without its name.
     """
-    extra: Any = {"choices": list(choices), "bookkeeping": bookkeeping, "positional": positional}
+    extra: Any = {"choices": list(choices), "positional": positional}
     options: Any = {"default_factory" if callable(default) else "default": default, **bounds}
     return Field(description=description, json_schema_extra=extra, **options)
 
@@ -129,15 +129,9 @@ class Keys(BaseModel):
         """Every key and its value, ready for JSON, as records may show them (`public`)."""
         return dict(public(self.model_dump(mode="json")))
 
-    @classmethod
-    def bookkeeping(cls) -> set[str]:
-        """The names of the bookkeeping keys; see `key`."""
-        fields: Mapping[str, Any] = cls.model_fields
-        return {name for name, field in fields.items() if field.json_schema_extra["bookkeeping"]}
-
     def identity(self) -> dict[str, Any]:
-        """The keys that decide what a run computes: all but the bookkeeping keys. Ready for JSON."""
-        return {name: value for name, value in self.as_dict().items() if name not in self.bookkeeping()}
+        """The keys that decide what a run computes: all but BOOKKEEPING. Ready for JSON."""
+        return {name: value for name, value in self.as_dict().items() if name not in BOOKKEEPING}
 
 
 K = TypeVar("K", bound=Keys)
@@ -194,7 +188,7 @@ def run_script(main: Callable[[K], None], keys: type[K], arguments: Sequence[str
         command = f"the same command{f' with --run_id={run_id}' if run_id else ''}"
         return main(config)
     except Stopped as stopped:
-        message, status, number = f"{stopped}; {command} continues", stopped.exit_status, stopped.number
+        message, status, number = f"{stopped}; {command} continues", 128 + stopped.number, stopped.number
     except (UsageError, Fault) as error:
         message, status = str(error), error.exit_status
     except Exception as error:

@@ -48,9 +48,8 @@ class FolderConfig(Keys):
     data_root: Path = key(
         lambda: os.environ.get("PATHMNIST_ROOT") or "~/.medmnist",
         "folder of the data files (default: $PATHMNIST_ROOT, else ~/.medmnist)",
-        bookkeeping=True,
     )
-    output_dir: Path = key(Path(), "folder that gets runs/, checkpoints/, fig/ and wandb/", bookkeeping=True)
+    output_dir: Path = key(Path(), "folder that gets runs/, checkpoints/, fig/ and wandb/")
     seed: int = key(0, "seed of weights, shuffling and augmentation", ge=0, le=LAST_SEED)
 
 
@@ -62,7 +61,6 @@ class ScriptConfig(FolderConfig):
         "auto",
         "W&B mode; auto is $WANDB_MODE, else online where a key is configured, else offline",
         choices=("auto", "online", "offline", "disabled"),
-        bookkeeping=True,
     )
 
 

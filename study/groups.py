@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.cli import Fault
-from common.config import TrainingConfig
+from common.cli import BOOKKEEPING, Fault
 from common.records.read import Record, input_size_of, is_finished, read_json
 from common.statistics import Spread, compare, spread
 from common.training.metrics import Estimate, recalls
@@ -40,7 +39,7 @@ CONVERGED_WITHIN = 0.005
 # Keys in which runs of one row may differ: the seed, where and how a run is kept, and what only older runs have.
 # The number of training tiles stands in the summary, too, and there it is never None.
 OLDER = {"n_seeds", "dry_run", "unfreeze_epoch", "mixup_alpha", "cutmix_alpha", "resume", "wandb_model"}
-APART = {"seed", "run_id", "device", "scratch", "train_tiles"} | OLDER | TrainingConfig.bookkeeping()
+APART = {"seed", "run_id", "device", "scratch", "train_tiles"} | OLDER | BOOKKEEPING
 SCORES = {  # of a run, by their names on the page: where they stand in summary.json
     "acc": ("best", "acc"),
     "auc": ("best", "auc"),

@@ -1,11 +1,9 @@
-"""Augments a batch of uint8 tiles on the device where it lies; every tile gets other random parameters.
+"""Augments a batch of uint8 tiles (N, 3, side, side) where it lies; every tile gets other random parameters.
 
-torchvision's v2 transforms use one set of parameters for a whole batch, and its PIL path needs worker processes.
-Here each augmentation is a pair of functions. `sample_…` draws the parameters of every tile on the CPU, from the
-caller's generator; the other function applies them to the batch, on any device. So CPU and CUDA runs use the same
-parameters, and the host never waits for the device.
-
-Images are uint8 (N, 3, side, side). Results have channels_last memory; inputs are not changed.
+torchvision's v2 transforms use one set of parameters for a whole batch. Here each augmentation is a pair of
+functions. `sample_…` draws the parameters of every tile on the CPU, from the caller's generator; the other one
+applies them, on any device. So CPU and CUDA runs use the same parameters, and the host never waits for a GPU.
+Results have channels_last memory; inputs are not changed.
 """
 
 import math
@@ -284,20 +282,16 @@ def _with_signs(
 
 
 def sample_trivial_augment(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Operation and magnitude of TrivialAugmentWide for `apply_operations`, int64 and float64 (1, count).
-
-    The operation is uniform over 14, the magnitude over 31 bins; both signs are equally likely where there is one.
-    """
+    """Operation and magnitude of TrivialAugmentWide, int64 and float64 (1, count), uniform over their values."""
     operation = WIDE_OPERATIONS[torch.randint(len(WIDE_OPERATIONS), (1, count), generator=generator)]
     magnitude_bin = torch.randint(WIDE_BINS, (1, count), generator=generator)
     return _with_signs(operation, WIDE_MAGNITUDES[operation, magnitude_bin], generator)
 
 
 def sample_auto_augment(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Operation and magnitude of AutoAugment for `apply_operations`, int64 and float64 (2, count): two steps.
+    """Operation and magnitude of AutoAugment, int64 and float64 (2, count): two steps.
 
-    The sub-policy is uniform over the 25 for ImageNet. Each of its two operations is applied with its probability,
-    else it becomes Identity; both signs are equally likely where there is one.
+    The sub-policy is uniform over the 25 for ImageNet. An operation that is not applied becomes Identity.
     """
     operations, probabilities, bins = _imagenet_policy()
     policy = torch.randint(operations.shape[1], (count,), generator=generator)
@@ -463,20 +457,6 @@ def sample_zoom(count: int, generator: torch.Generator) -> torch.Tensor:
     return _uniform((count,), -limit, limit, generator).exp()
 
 
-def _zoom_sources(factor: torch.Tensor, side: int) -> torch.Tensor:
-    """(N, side) float32: where each new row comes from, as a row number that may lie between two rows."""
-    new = torch.arange(side, dtype=torch.float64)
-    source = ((new + 0.5 - side / 2) / factor.unsqueeze(1) + side / 2).abs()
-    # Beyond an edge the tile continues as its mirror image.
-    return (side - (side - source).abs() - 0.5).clamp(0, side - 1).float()
-
-
-def _linear_weights(source: torch.Tensor) -> torch.Tensor:
-    """(N, side, side): how much of each old row goes into each new row, by linear interpolation."""
-    old = torch.arange(source.shape[1], dtype=source.dtype, device=source.device)
-    return (1.0 - (source.unsqueeze(2) - old).abs()).clamp_(min=0.0)
-
-
 def zoom(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """Magnify image i about its centre by `factor[i]`, bilinearly, mirrored beyond the edges.
 
@@ -484,8 +464,16 @@ def zoom(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     is float64 (N,) on the CPU.
     """
     count, side = len(images), images.shape[2]
-    weights = _linear_weights(_on_device(_zoom_sources(factor, side), images.device))
-    # Bilinear interpolation on an upright grid is two matrix products, faster than four gathers a pixel.
+    # Where each new row comes from, (N, side): a row number that may lie between two rows. Beyond an edge the tile
+    # continues as its mirror image.
+    new = torch.arange(side, dtype=torch.float64)
+    source = ((new + 0.5 - side / 2) / factor.unsqueeze(1) + side / 2).abs()
+    source = (side - (side - source).abs() - 0.5).clamp(0, side - 1).float()
+    source = _on_device(source, images.device).unsqueeze(2)
+    # Bilinear interpolation on an upright grid is two matrix products, faster than four gathers a pixel. The
+    # weights (N, side, side) say how much of each old row goes into each new row.
+    old = torch.arange(side, dtype=source.dtype, device=source.device)
+    weights = (1.0 - (source - old).abs()).clamp_(min=0.0)
     pixels = images.permute(0, 2, 3, 1).float()
     planes = weights.bmm(pixels.reshape(count, side, 3 * side)).view(pixels.shape).permute(0, 3, 1, 2)
     return _to_uint8(planes.reshape(count, 3 * side, side).bmm(weights.mT).view(images.shape))

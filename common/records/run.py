@@ -104,9 +104,13 @@ class Run:
 
         Of a continued run W&B gets all rows: a kill may have lost some. It drops a row of a step that it has.
         """
+
+        def log(run: Any) -> None:
+            for row in history[self._n_sent :]:
+                run.log(dict(row), step=int(row["epoch"]))
+
         write_csv(self.folder / "history.csv", history)
-        for row in history[self._n_sent :]:
-            self._send(lambda run, row=row: run.log(dict(row), step=int(row["epoch"])))
+        self._send(log)
         self._n_sent = len(history)
         tqdm.write("  ".join(f"{name} {value:.5g}" for name, value in history[-1].items()))  # print tears the bar
         sys.stdout.flush()
@@ -124,10 +128,9 @@ class Run:
             path.unlink(missing_ok=True)
         self._send(lambda run: self._send_results(run, summary, figures))
         self._send(lambda run: run.finish())
-        if "best" in summary:
-            n, epoch = summary["best"]["n"], summary["best"]["epoch"]
-            scores = "  ".join(f"{name} {summary[name]:.4f}" for name in ("test/auc", "test/acc"))
-            print(f"{scores}  ({n:,} test tiles, weights of epoch {epoch})")
+        if best_scores := summary.get("best"):
+            scores = f"test/auc {summary['test/auc']:.4f}  test/acc {summary['test/acc']:.4f}"
+            print(f"{scores}  ({best_scores['n']:,} test tiles, weights of epoch {best_scores['epoch']})")
         print(f"{self.title}; records in {self.folder}, figures:", *figures.values(), sep="\n  ")
 
     def _draw(self, history: Sequence[Mapping[str, float]], summary: Mapping[str, Any]) -> dict[str, Path]:

@@ -110,8 +110,8 @@ def best_epoch(history: History, select_on: str) -> int:
 def reason_to_stop(history: History, config: TrainingConfig) -> str:
     """Why training ends after these epochs, or an empty string where it continues.
 
-    Early stopping counts the epochs after the warm-up since the score last improved by more than
-    `early_stopping_delta`, as in Keras and Lightning. With `select_on=last` the score is the validation loss.
+    Early stopping counts the epochs after the warm-up since the last improvement by more than the delta, as in
+    Keras and Lightning. With `select_on=last` the score is the validation loss.
     """
     if len(history) >= config.n_epochs:
         return "all epochs done"

@@ -79,11 +79,6 @@ class Trainer:
         self.restore()
 
     @property
-    def end_reason(self) -> str:
-        """Why training ended, or an empty string where it is not over."""
-        return reason_to_stop(self.history, self.config)
-
-    @property
     def best_epoch(self) -> int:
         """The number of the best epoch so far."""
         return best_epoch(self.history, self.config.select_on)
@@ -103,7 +98,7 @@ class Trainer:
         before = signal.signal(signal.SIGTERM, interrupt)
         try:
             with tqdm(total=total, initial=done, unit=" tiles", smoothing=0, disable=None) as self.bar:
-                while not self.end_reason:
+                while not (reason := reason_to_stop(self.history, self.config)):
                     self.history.append(self.train_and_validate(len(self.history) + 1))
                     self.save_last()
                     if self.best_epoch == len(self.history):
@@ -115,7 +110,7 @@ class Trainer:
             raise Stopped(f"{number.name}: run {self.run.run_id} keeps its finished epochs", number) from None
         finally:
             signal.signal(signal.SIGTERM, before)
-        print(f"training ended: {self.end_reason}; best epoch {self.best_epoch} by {self.config.select_on}")
+        print(f"training ended: {reason}; best epoch {self.best_epoch} by {self.config.select_on}")
 
     def train_and_validate(self, epoch: int) -> dict[str, float]:
         """Train one epoch and validate; returns the epoch's row of the history. Raises what `fit` does."""
@@ -209,7 +204,7 @@ class Trainer:
             "validate/shifted_acc": fmean(shifted_acc.values()),
             "shifted": shifted_acc,
             "select_on": self.config.select_on,
-            "stopped": self.end_reason,
+            "stopped": reason_to_stop(self.history, self.config),
             "wall_seconds": sum(row["seconds"] for row in self.history) + time.perf_counter() - started,
         }
 

@@ -17,6 +17,10 @@ EQUAL = 1e-9  # the rounding of sums
 def check_scores(record: Record) -> None:
     """Raise Fault, naming file and key, where a score of the record is not what scores.npz gives."""
     summary, arrays = record.summary, record.arrays()
+    for name, values in (("run_id", (record.run_id,)), ("train_tiles", (None, summary["tiles"]["train"]))):
+        if record.config[name] not in values:
+            problem = f"config.{name}: it is {record.config[name]}, in summary.json {values[-1]}"
+            raise unreadable(record.folder / "config.json", problem)
     try:
         targets = {"test": arrays["targets"], "val": arrays["validate_targets"]}
         shifted = {name: arrays[f"shifted_{name}"] for name in summary["shifted"]}

@@ -103,7 +103,7 @@ def test_the_records_of_the_study_stay_readable() -> None:
         assert ("baseline" in config) == (not history)
         assert input_size_of(config) in (28, 56, 64)
         if "best" in summary:
-            assert 0.5 < Record.read(ROOT, path.parent.name).scores["test/acc"] < 1
+            assert 0.5 < Record.read(ROOT, path.parent.name).summary["test/acc"] < 1
 
 
 def test_the_weights_of_a_finished_run_are_those_with_which_it_finished(tmp_path: Path) -> None:
