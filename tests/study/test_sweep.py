@@ -96,7 +96,7 @@ def test_the_trials_of_the_recipes_are_trained_and_ranked_by_their_group(
         ({"parameters": []}, "parameters: Input should be a valid dictionary"),
         ({"parameters": {"row": {"value": 1, "min": 0, "max": 1}}}, "row: needs either value, or values, or min"),
         ({"parameters": {"row": {"valeus": ["a"]}}}, "row: valeus: Extra inputs are not permitted"),
-        ({"parameters": {"quality": {"min": 0, "max": 2}}}, "must be less than or equal to 1"),
+        ({"parameters": {"quality": {"min": 0, "max": 2}}}, "must be at most 1"),
         ({"parameters": {"quality": {"min": 1, "max": 0}}}, "quality: `low <= high` must hold"),
         ({"parameters": {"run_id": {"value": "a"}}}, "run_id: the sweep gives each run its own"),
         ({"metric": {"name": "validate/f1"}}, "metric: name: Input should be 'train/loss'"),
@@ -346,7 +346,7 @@ def test_the_wandb_agent_runs_train(tmp_path: Path, phantom_root: Path) -> None:
     every = agent_keys(tmp_path, phantom_root)
     runs = {"t0": {**every, "lr": 0.01}, "t1": {**every, "lr": -1}, "t2": {**every, "lr": 0.001}}
     output, operations = run_agent(Sweeper(runs), tmp_path)
-    assert "train.py: --lr -1.0: must be greater than 0" in output
+    assert "train.py: --lr -1.0: must be above 0" in output
     assert {"SweepWithRuns", "CreateAgent", "Heartbeat"} <= set(operations)
     assert not (tmp_path / "runs/t1").exists(), output
     for run_id in ("t0", "t2"):
