@@ -4,17 +4,16 @@
     python -m study --size 64             # a GPU box: PathMNIST with 64 px tiles, into pathmnist-64/
     python -m study --dataset phantom     # a small study on generated tiles, into phantom-28/: some minutes
 
-It needs the packages of `pip install -e '.[demo]'`. Every run is a process of its own. After a kill, the same
-command skips the runs that are finished, and continues the others after their last epoch.
+It needs the packages of `pip install -e '.[demo]'`. Every run is a process of its own, with its output in logs/.
+After a kill, the same command skips the runs that are finished, and continues the others after their last epoch.
 """
 
 import importlib.util
-import itertools
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -26,74 +25,85 @@ from common.cli import Fault, Stopped, UsageError, key, run_script
 from common.config import ScriptConfig, size_key
 from common.records.read import checkpoint_folder, is_finished, read_json, run_folder
 from study import report
+from study.processes import Processes, Run, train_all, workers
+from study.sweep_spec import read_sweep
 
-# EfficientNet-Lite0, because its ImageNet weights come from a package registry.
-TUNED = "task5.py --model_name=tf_efficientnet_lite0 --scratch=False"
-CHOSEN = "--augmentation=stain --batch_size=64 --early_stopping_patience=None --n_epochs=12 --select_on=last"
-CHOSEN += " --ema_decay=0.99"
-SCRATCH = "task5.py --model_name=tf_efficientnet_lite0 --weights=none --train_part=all --backbone_lr_factor=1"
+
+class Row(NamedTuple):
+    """Runs ROW-0, ROW-1, … of a script; the command is without --run_id, --seed, data and folders."""
+
+    command: str
+    n_seeds: int
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a study of a data set runs; the commands are without --run_id, --seed, data and folders.
+    """What a study runs: rows, the arguments of a search, runs that Task 2 explains, and those of baselines."""
 
-    `rows` are trained with each of `n_seeds` seeds, as ROW-SEED. Of the runs `explained`, Task 2 draws the maps.
-    `sweeps` are files of study.sweep with the keys of all their runs.
-    """
-
-    n_seeds: int
-    rows: dict[str, str]
+    rows: dict[str, Row]
+    search: tuple[str, ...]
     explained: tuple[str, ...]
-    task2: str
+    checked_tiles: int
     baselines: tuple[str, ...]
-    sweeps: dict[str, str]
 
 
-STUDY = Plan(
-    n_seeds=5,
-    rows={
-        # With inputs of 28 pixels, for contrast:
-        "task1": "task1.py --input_size=28",
-        "combined": "train.py --input_size=28",
-        # With inputs of 64 pixels, the default:
-        "task1_64": "task1.py",
-        "combined_64": "train.py",
-        # recipes.yaml has the candidates for the next rows, and the rule of choice.
-        "chosen": f"train.py {CHOSEN}",
-        "best_scratch": f"train.py --model_name=resnet18 {CHOSEN}",
-        "frozen_64": f"{TUNED} --train_part=classifier --input_size=64",
-        "frozen_128": f"{TUNED} --train_part=classifier --input_size=128",
-        "tuned": f"{TUNED} --input_size=64 --n_epochs=6",
-        "tuned_scratch": f"{SCRATCH} --input_size=64 --n_epochs=6 --lr=0.002 --lr_warmup_epochs=2",
-        "long_scratch": f"{SCRATCH} --input_size=64 --n_epochs=18 --lr=0.002 --lr_warmup_epochs=2",
-    },
-    explained=("task1_64-0", "chosen-0", "tuned-0"),
-    task2="task2.py",
-    baselines=("", "--train_tiles=900", "--train_tiles=3000", "--train_tiles=9000", "--train_tiles=30000"),
-    sweeps={
-        # 18,000 tiles in batches of 128 give about as many steps as the coursework had.
-        "ablation.yaml": "--train_tiles=18000 --batch_size=128",
-        "learning_curve/task1.yaml": "",
-        "learning_curve/with_all.yaml": "",
-        "learning_curve/lite0.yaml": "",
-    },
-)
-FEW = "--train_tiles=1350"
-DEMO = Plan(
-    n_seeds=2,
-    rows={
-        "task1": f"task1.py {FEW} --input_size=28",
-        "combined": f"train.py {FEW} --input_size=28 --batch_size=64 --n_epochs=8",
-        "with_all": f"train.py {FEW} --input_size=28 --batch_size=64 --n_epochs=8 --ablation=with_all",
-        "tuned": f"{TUNED} {FEW} --input_size=32 --batch_size=64 --n_epochs=4",
-        "tuned_scratch": f"{SCRATCH} {FEW} --input_size=32 --batch_size=64 --n_epochs=4 --lr=0.002",
-    },
-    explained=("task1-0", "tuned-0"),
-    task2="task2.py --checked_tiles=64",
-    baselines=(FEW,),
-    sweeps={},
-)
+# EfficientNet-Lite0, because its ImageNet weights come from a package registry.
+TUNED = "task5.py --model_name=tf_efficientnet_lite0 --scratch=False"
+SCRATCH = f"{TUNED} --weights=none --train_part=all --backbone_lr_factor=1 --lr=0.002"
+CHOSEN = "--augmentation=stain --batch_size=64 --early_stopping_patience=None --n_epochs=12 --select_on=last"
+CHOSEN += " --ema_decay=0.99"
+PARTS = (900, 3000, 9000, 30_000)  # of the training tiles
+
+
+def study_rows() -> dict[str, Row]:
+    """The rows of report.md. recipes.yaml has the rule by which the recipes of some of them were chosen."""
+    rows = {
+        # The coursework's recipes, with inputs of 64 pixels, the default; those of 28 pixels are for contrast.
+        "combined_64": Row("train.py", 5),
+        "task1_64": Row("task1.py", 5),
+        "combined": Row("train.py --input_size=28", 5),
+        "task1": Row("task1.py --input_size=28", 5),
+        "frozen_64": Row(f"{TUNED} --train_part=classifier --input_size=64", 5),
+        "frozen_128": Row(f"{TUNED} --train_part=classifier --input_size=128", 5),
+        # The chosen ones:
+        "chosen": Row(f"train.py {CHOSEN}", 5),
+        "tuned": Row(f"{TUNED} --input_size=64 --n_epochs=6", 5),
+        "tuned_scratch": Row(f"{SCRATCH} --input_size=64 --n_epochs=6 --lr_warmup_epochs=2", 3),
+        "best_scratch": Row(f"train.py --model_name=resnet18 {CHOSEN}", 3),
+        "long_scratch": Row(f"{SCRATCH} --input_size=64 --n_epochs=16 --lr_warmup_epochs=2", 1),
+    }
+    # 18,000 tiles in batches of 128 give about as many steps as the coursework had.
+    for name in read_sweep(Path("ablation.yaml")).parameters["ablation"].values:
+        rows[f"ablation_64-{name}"] = Row(f"train.py --ablation={name} --train_tiles=18000 --batch_size=128", 5)
+    for row in ("task1_64", "chosen", "frozen_64"):
+        for tiles in PARTS:
+            rows[f"learning_curve_{row}-{tiles}"] = Row(f"{rows[row].command} --train_tiles={tiles}", 3)
+    return rows
+
+
+def study_plan() -> Plan:
+    """The study of PathMNIST."""
+    return Plan(
+        study_rows(),
+        search=("sweep.yaml", "--count=30", "--", "--train_tiles=9000"),
+        explained=("task1_64-0", "tuned-0"),
+        checked_tiles=256,
+        baselines=("", *(f"--train_tiles={tiles}" for tiles in PARTS)),
+    )
+
+
+def demo_plan() -> Plan:
+    """The study of the phantom."""
+    few = "--train_tiles=1350"
+    mobilenet = f"train.py {few} --input_size=28 --batch_size=64 --n_epochs=8"
+    rows = {
+        "task1": Row(f"task1.py {few} --input_size=28", 2),
+        "combined": Row(mobilenet, 2),
+        "with_all": Row(f"{mobilenet} --ablation=with_all", 2),
+        "tuned": Row(f"{TUNED} {few} --input_size=32 --batch_size=64 --n_epochs=4", 2),
+        "tuned_scratch": Row(f"{SCRATCH} {few} --input_size=32 --batch_size=64 --n_epochs=4", 2),
+    }
+    return Plan(rows, search=(), explained=("task1-0", "tuned-0"), checked_tiles=64, baselines=(few,))
 
 
 class StudyConfig(ScriptConfig):
@@ -104,6 +114,7 @@ class StudyConfig(ScriptConfig):
     output_dir: Path = key(
         None, "folder of the study (default: DATASET-SIZE; for pathmnist at 28 the current folder)"
     )
+    workers: int | None = key(None, "runs at the same time (default: 1; on a CPU one per core)", ge=1)
 
     @model_validator(mode="after")
     def _folder(self) -> Self:
@@ -113,59 +124,54 @@ class StudyConfig(ScriptConfig):
         return self
 
 
-class Step(NamedTuple):
-    """One process of the study, and whether its records are complete."""
-
-    title: str
-    command: list[str]
-    finished: bool
-
-
 def main(config: StudyConfig) -> None:
     """Missing runs → report.md and report.html."""
     if not Path("task1.py").exists():
         raise UsageError("task1.py: no such file here; start the study in the repository's folder")
-    planned = list(steps(config))
-    needs_timm = any(TUNED.split()[1] in step.command for step in planned if not step.finished)
-    if needs_timm and importlib.util.find_spec("timm") is None:  # not after hours
+    if importlib.util.find_spec("timm") is None:  # not after hours
         raise UsageError("Task 5 needs more packages: pip install -e '.[demo]' -c constraints.txt")
-    for number, step in enumerate(planned, start=1):
-        line = f"[{number}/{len(planned)}] {step.title}"
-        if step.finished:
-            print(f"{line}: finished already", flush=True)
-            continue
-        print(f"\n{line}: {shlex.join(['python', *step.command])}", flush=True)
-        if status := run_step(step.command):
-            raise Fault(f"{step.title} ended with exit status {status}; the same command continues the study")
+    runs, further = commands(demo_plan() if config.dataset == "phantom" else study_plan(), config)
+    n_workers, environment = workers(config.device)
+    processes = Processes(config.output_dir, config.output_dir / "logs", environment)
+    train_all(runs, processes, config.workers or n_workers)
+    for command in further:
+        print(f"\n{shlex.join(['python', *command])}", flush=True)
+        if status := run_step(command):
+            raise Fault(f"it ended with exit status {status}; the same command continues the study")
     report.main(report.ReportConfig(output_dir=config.output_dir))
     print(f"the study is finished: open {(config.output_dir / 'report.html').resolve()}")
 
 
-def steps(config: StudyConfig) -> Iterator[Step]:
-    """The study's processes in their order. Raises UsageError where the folder has runs on other data."""
-    plan, folder = DEMO if config.dataset == "phantom" else STUDY, config.output_dir
-    place = [f"--output_dir={folder}", f"--data_root={config.data_root}"]
+def commands(plan: Plan, config: StudyConfig) -> tuple[list[Run], list[list[str]]]:
+    """The runs of the rows; and the commands after them, of which a baseline and a search skip what is finished.
+
+    Raises UsageError where the folder has runs of these names on other data.
+    """
+    folder = config.output_dir
+    place, data_root = f"--output_dir={folder}", f"--data_root={config.data_root}"
+    data = [f"--dataset={config.dataset}", f"--size={config.size}", data_root]
     logged = [f"--device={config.device}", f"--wandb={config.wandb}"]
-    data = [f"--dataset={config.dataset}", f"--size={config.size}"]
-    for (row, recipe), seed in itertools.product(plan.rows.items(), range(plan.n_seeds)):
-        run_id = f"{row}-{seed}"
-        if (path := run_folder(folder, run_id) / "config.json").exists():
-            before = read_json(path)["config"]
-            if (before["dataset"], before["size"]) != (config.dataset, config.size):
-                what = f"{before['dataset']} at {before['size']} pixels"
-                raise UsageError(f"{path}: a run on {what}; name another --output_dir")
-        keys = [*data, *place, *logged, f"--run_id={run_id}", f"--seed={seed}"]
-        yield Step(run_id, [*recipe.split(), *keys], is_finished(folder, run_id))
-    for file, fixed in plan.sweeps.items():  # it skips what is finished itself
-        command = ["-m", "study.sweep", file, place[0], "--", *data, place[1], *logged, *fixed.split()]
-        yield Step(file, command, finished=False)
+    runs = []
+    for name, row in plan.rows.items():
+        for seed in range(row.n_seeds):
+            run_id = f"{name}-{seed}"
+            if (path := run_folder(folder, run_id) / "config.json").exists():
+                before = read_json(path)["config"]
+                if (before["dataset"], before["size"]) != (config.dataset, config.size):
+                    what = f"{before['dataset']} at {before['size']} pixels"
+                    raise UsageError(f"{path}: a run on {what}; name another --output_dir")
+            keys = [*data, place, *logged, f"--run_id={run_id}", f"--seed={seed}"]
+            runs.append(Run(run_id, {}, [sys.executable, *row.command.split(), *keys]))
+    further = [["-m", "study.baselines", *data, place, *tiles.split()] for tiles in plan.baselines]
     for run_id in plan.explained:
-        has_weights = (checkpoint_folder(folder, run_id) / "best.pt").exists()  # else they are kept elsewhere
-        done = (run_folder(folder, run_id) / "attribution.json").exists()
-        done = done or (is_finished(folder, run_id) and not has_weights)
-        yield Step(f"maps of {run_id}", [*plan.task2.split(), *place, *logged, f"--run_id={run_id}"], done)
-    for tiles in plan.baselines:  # it skips what is finished itself, and takes no time then
-        yield Step(f"baselines {tiles}".strip(), ["-m", "study.baselines", *data, *place, *tiles.split()], False)
+        has_weights = (checkpoint_folder(folder, run_id) / "best.pt").exists()
+        elsewhere = is_finished(folder, run_id) and not has_weights
+        if not elsewhere and not (run_folder(folder, run_id) / "attribution.json").exists():
+            keys = [f"--run_id={run_id}", f"--checked_tiles={plan.checked_tiles}"]
+            further.append(["task2.py", place, data_root, *logged, *keys])
+    if plan.search:
+        further.append(["-m", "study.sweep", *plan.search[:2], place, *plan.search[2:], *data, *logged])
+    return runs, further
 
 
 def run_step(command: Sequence[str]) -> int:

@@ -75,7 +75,7 @@ ABLATIONS = ("ablation_64-*", "ablation-*")  # the first one that has runs
 CURVES = {
     "ResNet-18 from scratch": "learning_curve_task1_64-* task1_64-*",
     "MobileNetV3-Large from scratch, the chosen recipe": "learning_curve_chosen-* chosen-*",
-    "fine-tuned": "learning_curve_tuned-* tuned-*",
+    "EfficientNet-Lite0, only the classifier trained": "learning_curve_frozen_64-* frozen_64-*",
     "logistic regression on the mean colour": "mean_rgb-*",
     "nearest neighbours": "neighbours-*",
     "boosted trees": "boosting-*",
@@ -88,7 +88,7 @@ UNTIL = {  # rows and curves of the earlier version are shown until this other r
     "old_scratch": "tuned",
     "ResNet-18 from scratch, 28 px": "task1_64",
     "MobileNetV3-Large from scratch, stain augmentation, 28 px": "chosen",
-    "EfficientNet-Lite0, only the last layer trained": "tuned",
+    "EfficientNet-Lite0, only the last layer trained": "frozen_64",
 }
 
 
