@@ -219,12 +219,13 @@ class Runs:
         return curves
 
     def recipes(self) -> dict[str, Group]:
-        """The finished runs that have test scores, but a search's, as groups that differ in the seed alone."""
-        searches = tuple(f"{path.parent.name}-" for path in (self.folder / "sweeps").glob("*/search.jsonl"))
+        """The finished runs with test scores, but those of sweeps, as groups that differ in the seed alone."""
+        searches = [f"{path.parent.name}-" for path in (self.folder / "sweeps").glob("*/search.jsonl")]
+        sweeps = ("ablation", "learning_curve", *searches)
         found: dict[str, dict[int, Record]] = {}
         for run_id in self.finished:
             summary = read_json(self.folder / "runs" / run_id / "summary.json")
-            if "best" in summary and not run_id.startswith(searches):
+            if "best" in summary and not run_id.startswith(sweeps):
                 record = self.record(run_id)
                 same = {name: value for name, value in record.config.items() if name not in APART}
                 group = found.setdefault(f"{summary['tiles']['train']} {sorted(same.items())}", {})

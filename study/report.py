@@ -64,7 +64,7 @@ def main(config: ReportConfig) -> None:
     if by_hand:
         tables = Tables(runs, runs.groups(), runs.ablation(), runs.curves())
     else:
-        tables = Tables(runs, runs.recipes(), runs.ablation())
+        tables = Tables(runs, runs.recipes(), runs.ablation(), runs.curves())
     check_runs(runs.read.values(), seeds_in_names=by_hand)
     pages = {page: read_text(page) if by_hand else own_page(tables)}
     if by_hand and (readme := folder / "README.md").exists():
@@ -169,8 +169,10 @@ def own_page(tables: Tables) -> str:
         names = {MAPS[name]: f"fig/task2/{run_id}-{name}.png" for name in ("means", "randomisation", "removal")}
         shown = [f"![{words}]({name})" for words, name in names.items() if (folder / name).exists()]
         section(f"Saliency maps of {text(run_id)}", block("maps", run_id), *shown)
-    if tables.ablation:
+    if "combined" in tables.ablation:
         section("Ablation", block("techniques"))
+    if tables.curves:
+        section("Fewer training tiles", block("curve"))
     for path in sorted((folder / "sweeps").glob("*/table.md")):
         section(f"Sweep {text(path.parent.name)}", read_text(path).strip())
     if rows:

@@ -152,7 +152,7 @@ def test_a_mistake_in_a_page_is_named(
 
 
 def test_a_page_about_own_runs_has_no_words_of_a_study(tmp_path: Path) -> None:
-    for run_id in ("task1-0", "combined-0"):
+    for run_id in ("task1-0", "combined-0", "ablation-combined-0", "ablation-with_ema-0"):
         shutil.copytree(ROOT / "runs" / run_id, tmp_path / "runs" / run_id)
     table = tmp_path / "sweeps/try/table.md"
     table.parent.mkdir(parents=True)
@@ -161,6 +161,7 @@ def test_a_page_about_own_runs_has_no_words_of_a_study(tmp_path: Path) -> None:
     page = (tmp_path / "report.md").read_text()
     assert "| ResNet-18 from scratch | 28 px | 89,996 | 1 | 0.810 [0.800, 0.819] |" in page
     assert "test ACC [95 %, over tiles]" in page
+    assert "## Ablation\n\n| row | seeds |" in page
     assert "## Sweep try\n\n| rank |" in page
     for word in ("coursework", "over seeds", "Yang", "begin -->"):
         assert word not in page
