@@ -112,11 +112,15 @@ def normalise(images: torch.Tensor) -> torch.Tensor:
 def batches(
     n_tiles: int, batch_size: int, device: torch.device, shuffle: torch.Generator | None = None
 ) -> list[torch.Tensor]:
-    """Cut 0..n_tiles-1 into batches of int64 indices on `device`, each index once, shuffled if asked.
+    """Cut 0..n_tiles-1 into batches of int64 indices on `device`; each index once, shuffled if asked.
 
     There are as few batches as `batch_size` allows, and their sizes differ by at most one tile: a last batch of
     few tiles would make BatchNorm's running statistics worse, and a batch of one tile cannot train BatchNorm.
+    Shuffled batches all have one size, for which a GPU prepares its kernels once: to fill the last ones, some
+    indices, fewer than there are batches, come twice.
     """
     order = torch.randperm(n_tiles, generator=shuffle) if shuffle else torch.arange(n_tiles)
     n_batches = max(1, min(math.ceil(n_tiles / batch_size), n_tiles // 2))
+    if shuffle:
+        order = torch.cat([order, order[: -n_tiles % n_batches]])
     return list(order.to(device).tensor_split(n_batches))

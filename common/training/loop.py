@@ -160,7 +160,7 @@ class Trainer:
             if time.monotonic() - read > 1:
                 self.bar.set_postfix(loss=f"{read_loss(total, epoch) / seen:.3f}")
                 read = time.monotonic()
-        return read_loss(total, epoch) / len(tiles)
+        return read_loss(total, epoch) / seen
 
     def test(self) -> dict[str, Any]:
         """Score the test tiles, unless `test` is off, with the last weights and the best ones; write scores.npz.
