@@ -19,7 +19,7 @@ from common.training.device import Compute
 from common.training.loop import generator
 
 CACHING_BATCH = 256
-RANDOM_VIEWS = 16  # of a training tile, the first not augmented, where an augmentation has unlimited ones
+N_VIEWS = 8  # of a training tile, the first not augmented; flips and quarter turns have no more
 View = Callable[[torch.Tensor], torch.Tensor]  # uint8 (B, 3, H, W) to the same
 
 
@@ -72,11 +72,11 @@ def cache_features(
 def cached_splits(model: FineTunedNetwork, dataset: Dataset, config: TrainingConfig, compute: Compute) -> Splits:
     """The features of all splits; from then on the model takes features instead of tiles.
 
-    Training tiles have the views of their augmentation, or `RANDOM_VIEWS` of them, test tiles all 8 dihedral views
-    where `tta` needs them, all others one view, which is not augmented. Raises UsageError where those of the
-    training tiles need too much memory.
+    Training tiles have `N_VIEWS` views of their augmentation, test tiles all 8 dihedral views where `tta` needs
+    them, all others one view, which is not augmented. Raises UsageError where those of the training tiles need too
+    much memory.
     """
-    n_views = {"none": 1, "dihedral": 8}.get(config.augmentation, RANDOM_VIEWS)
+    n_views = 1 if config.augmentation == "none" else N_VIEWS
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if compute.device.type == "cuda":
         memory = torch.cuda.mem_get_info(compute.device)[0]
