@@ -111,24 +111,18 @@ def turn() -> float:
     return time.perf_counter() - started
 
 
-def prepare_ours(config: TrainingConfig, compute: Compute) -> None:
-    """Build our loop in this process and warm it up."""
-    global measured
-    measured = our_loop(config, compute)
-    turn()
-
-
-def prepare_plain(config: TrainingConfig, compute: Compute) -> int:
-    """Build the plain loop in this process and warm it up; returns the number of its workers, the best one."""
+def prepare(plain: bool, config: TrainingConfig, compute: Compute) -> int:
+    """Build a loop in this process and warm it up; returns the plain loop's best number of workers."""
     global measured
     cores, seconds = os.cpu_count() or 1, {}
-    for workers in {0, 1, cores // 2, cores}:
-        measured = plain_loop(config, compute, workers)
+    for workers in (0, 1, cores // 2, cores) if plain else (0,):
+        measured = plain_loop(config, compute, workers) if plain else our_loop(config, compute)
         turn()
         seconds[workers] = turn()
     best = min(seconds, key=seconds.__getitem__)
-    measured = plain_loop(config, compute, best)
-    turn()
+    if plain:
+        measured = plain_loop(config, compute, best)
+        turn()
     return best
 
 
@@ -140,8 +134,8 @@ def compare(config: TrainingConfig, compute: Compute) -> dict[str, Any]:
     np.savez(path, train_images=images, train_labels=labels.astype(np.uint8)[:, None])
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn) as plain, ProcessPoolExecutor(1, spawn) as ours:
-        workers = plain.submit(prepare_plain, config, compute).result()
-        ours.submit(prepare_ours, config, compute).result()  # after the other: warming up takes all cores
+        workers = plain.submit(prepare, True, config, compute).result()
+        ours.submit(prepare, False, config, compute).result()  # after the other: warming up takes all cores
         turns = [[len(labels) / one.submit(turn).result() for one in (plain, ours)] for _ in range(TURNS)]
     rates = {"plain": [one[0] for one in turns], "ours": [one[1] for one in turns]}
     rates["ratio"] = [one[1] / one[0] for one in turns]
