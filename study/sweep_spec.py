@@ -17,12 +17,14 @@ from common.files import read_text
 from common.finetune.weights import library_name
 from common.training.models import check_model_name
 
+Scalar = bool | int | float | str | None
+
 
 class Parameter(BaseModel, extra="forbid"):
     """A key of the runs: one `value`, or `values` to choose from, or a range from `min` to `max`."""
 
-    value: Any = None
-    values: list[Any] = Field(default_factory=list, min_length=1)
+    value: Scalar = None
+    values: list[Scalar] = Field(default_factory=list, min_length=1)
     min: int | float = 0
     max: int | float = 0
     distribution: Literal["constant", "categorical", "uniform", "int_uniform", "log_uniform_values"] | None = None
@@ -104,7 +106,7 @@ def read_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
     refuses: that should not end the twentieth run. OSError.
     """
     try:
-        content = yaml.safe_load(read_text(path))
+        content = _load(path)
         sweep = Sweep.model_validate({"name": path.stem, **content} if isinstance(content, dict) else content)
         sweep._config_class = _config_class(Path(sweep.program))
         for argument in overrides:
@@ -123,10 +125,16 @@ def read_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
         first = error.errors(include_url=False)[0]
         words = [*map(str, first["loc"]), first["msg"].removeprefix("Value error, ")]
         raise UsageError(f"{path}: {': '.join(words)}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date 2001-13-45, or no text
-        raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())[:200]}") from None
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
+
+
+def _load(path: Path) -> Any:
+    text = read_text(path)
+    try:
+        return yaml.safe_load(text)
+    except Exception as error:  # PyYAML has six types for scalars like !!int abc, !!float '' and 2001-13-45
+        raise UsageError(f"not YAML: {' '.join(str(error).split())[:200]}") from None
 
 
 def _config_class(program: Path) -> type[Config]:

@@ -90,6 +90,13 @@ def test_the_trials_of_the_recipes_are_trained_and_ranked_by_their_group(
     [
         ("\x00", "not YAML"),
         ("name: 2001-13-45", "not YAML"),
+        ("name: !!bool abc", "not YAML"),
+        ("name: !!float ''", "not YAML"),
+        # Nine levels of such aliases would unfold to a billion values.
+        (
+            "program: train.py\nmethod: grid\nparameters: {seed: {values: [&a [1, 2], *a]}}",
+            "parameters: seed: values: 0",
+        ),
         ("[1]", "should be a valid dictionary"),
         ("name: a", "program: Field required"),
         ({"method": "bayesian"}, "method: Input should be 'grid', 'random' or 'bayes'"),
