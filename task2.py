@@ -14,6 +14,7 @@ fig/task2/<run_id>-*.png, runs/<run_id>/saliency.md and runs/<run_id>/attributio
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from common.cli import Fault, key, run_script  # before torch: common/__init__.py sets how its threads wait
 
@@ -26,6 +27,7 @@ from common.data.dataset import load_dataset
 from common.explain import tiles
 from common.explain.stages import grad_cam_layer
 from common.finetune.trained import load_trained
+from common.finetune.weights import SCRATCH
 from common.records.read import best_weights, run_folder
 from common.training.device import Compute
 from common.training.evaluation import evaluate
@@ -56,7 +58,9 @@ def main(config: Task2Config) -> None:
     dataset = load_dataset(trained["dataset"], trained["size"], config.data_root, trained["train_tiles"])
     if dataset.fingerprint != run["data_fingerprint"]:
         raise Fault(f"{config.data_root}: its {dataset.title} is not what run {run_id} was trained on")
-    network = f"{loaded.model_name}, {tiles.origin(trained)} on {dataset.title}, seed {trained['seed']}"
+    weights = Path(trained.get("weights", SCRATCH)).name  # of a file without its folders
+    origin = "trained from scratch" if weights == SCRATCH else f"from {weights}, fine-tuned"
+    network = f"{loaded.model_name}, {origin} on {dataset.title}, seed {trained['seed']}"
     print(f"explaining run {run_id}: {network}; test tiles, on {compute.name}", flush=True)
 
     from common.explain.checks import FAILS, chance, check_methods, judge
@@ -87,7 +91,7 @@ def main(config: Task2Config) -> None:
         classes = names[labels[index]], names[predicted[index]], float(probabilities[index].max())
         own = {name: values[place] for name, values in maps.items()}
         explained[index] = tiles.Explained(run_id, index, tile, *classes, own)
-    shown, right, wrong = ([explained[index] for index in group] for group in groups)
+    shown, *sides = ([explained[index] for index in group] for group in groups)
 
     torch.manual_seed(derived_seed(config.seed, 0, "randomised network"))
     fresh = loaded.untrained().to(compute.device)
@@ -97,7 +101,7 @@ def main(config: Task2Config) -> None:
 
     facts = {"run_id": run_id, "dataset": dataset.title, "synthetic": run["synthetic"]}
     facts |= {"network": network, "device": compute.name}
-    figures = draw(config.output_dir, facts, names, shown, right, wrong, checks, means)
+    figures = draw(config.output_dir, facts, names, shown, sides, checks, means)
     folder = run_folder(config.output_dir, run_id)
     tiles.write_records(folder, config, facts, shown, checks, figures)
     for method in checks["methods"].values():
@@ -105,9 +109,8 @@ def main(config: Task2Config) -> None:
         failed = f"not shown: {'; '.join(conditions)}" if outcome == FAILS else ""
         print(f"{method['title']:22}{outcome:24}{failed}".rstrip())
     print(chance(len(checks["methods"])))
-    print(f"records: {folder / 'saliency.md'}, {folder / 'attribution.json'}; figures:")
-    for path in figures.values():
-        print(f"  {path}")
+    records = f"{folder / 'saliency.md'}, {folder / 'attribution.json'}"
+    print(f"records: {records}; figures: {config.output_dir / 'fig' / 'task2' / run_id}-*.png")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ need no display. With the same versions of matplotlib and its libraries, the sam
 
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,26 @@ STYLE: dict[str, Any] = {
     "legend.edgecolor": "none",
     "text.parse_math": False,  # a `$` in a name is a letter
 }
+NO_GRID = {"axes.grid": False}
+PICTURES = {**NO_GRID, "axes.spines.left": False, "axes.spines.bottom": False}
+NO_TICKS: dict[str, Any] = {"xticks": [], "yticks": []}  # of such axes
+
+
+@contextmanager
+def drawing(path: Path, size: tuple[float, float], style_changes: Mapping[str, Any] = {}) -> Iterator[Figure]:
+    """A figure of `size` in inches, in STYLE; at the end, it becomes a PNG file without matplotlib's version."""
+    with style.context(["default", STYLE, dict(style_changes)]):
+        figure = Figure(figsize=size)
+        yield figure
+        FigureCanvasAgg(figure)
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, format="png", metadata={"Software": None})
 
 
 def curve(path: Path, values: Sequence[float], *, ylabel: str, title: str, best_epoch: int) -> None:
     """Draw one value per epoch against its number, from 1, into the PNG file `path`; the best epoch is marked."""
     epochs = range(1, len(values) + 1)
-    with style.context(["default", STYLE]):
-        figure = Figure(figsize=(6.4, 4))
+    with drawing(path, (6.4, 4)) as figure:
         axes = figure.add_subplot()
         axes.plot(epochs, values, color=BLUE, marker="o", markersize=4)
         axes.set(title=wrap(title, 75), xlabel="Epoch", ylabel=ylabel, xlim=(0.5, len(values) + 0.5))
@@ -56,7 +70,6 @@ def curve(path: Path, values: Sequence[float], *, ylabel: str, title: str, best_
         axes.axvline(best_epoch, color=VERMILLION, linestyle="--", linewidth=1)
         axes.plot(best_epoch, height, "D", color=VERMILLION, markersize=7, label=label)
         axes.legend()
-        save(figure, path)
 
 
 def confusion(path: Path, matrix: NDArray[Any], class_names: Sequence[str], *, title: str) -> None:
@@ -67,8 +80,7 @@ def confusion(path: Path, matrix: NDArray[Any], class_names: Sequence[str], *, t
     # A class without tiles has shares of 0, not 0/0.
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     names = [wrap(name, 16) for name in class_names]
-    with style.context(["default", STYLE, {"axes.grid": False}]):
-        figure = Figure(figsize=(6.4, 5.8))
+    with drawing(path, (6.4, 5.8), NO_GRID) as figure:
         axes = figure.add_subplot()
         image = axes.imshow(shares, cmap="viridis", vmin=0, vmax=1)
         for (row, column), count in np.ndenumerate(matrix):
@@ -80,17 +92,9 @@ def confusion(path: Path, matrix: NDArray[Any], class_names: Sequence[str], *, t
         axes.set_yticks(range(len(names)), names, fontsize=8)
         bar = figure.colorbar(image, shrink=0.8, format=PercentFormatter(1))
         bar.set_label("Share of the true class's tiles")
-        save(figure, path)
 
 
 def wrap(text: str, width: int) -> str:
     """The text in lines of about `width` letters; a number and its unit (`28 px`, `seed 0`) stay together."""
     joined = re.sub(r"(?<=seed) (?=\d)|(?<=\d) (?=px)", "\N{NO-BREAK SPACE}", text)
     return textwrap.fill(joined, width, break_long_words=False).replace("\N{NO-BREAK SPACE}", " ")
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write the figure as a PNG file, without matplotlib's version in it."""
-    FigureCanvasAgg(figure)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", metadata={"Software": None})

@@ -5,12 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib import style
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from common.data.augment import build_augmentation
-from common.figures import PALETTE, STYLE, save, wrap
+from common.figures import NO_TICKS, PALETTE, PICTURES, drawing, wrap
 from common.records.read import Record
 from common.records.run import AXIS_LABELS
 from common.statistics import spread
@@ -23,25 +21,6 @@ TUNED, SCRATCH = PALETTE[2], PALETTE[3]  # other networks, with pretrained weigh
 PANELS = {**AXIS_LABELS, "validate/loss": "Validation loss (cross-entropy, nats)"}
 MARKERS = "os^v*PX"
 AIM = 0.9  # of the coursework
-# The rungs of the ladder, and what each one changes; those without runs are left out.
-RUNGS = {
-    "colour": "the mean colour alone",
-    "boosting": "boosted trees on colours and gradients",
-    "neighbours": "nearest neighbours on colours and gradients",
-    "combined": "MobileNetV3-Large, 28 px inputs",
-    "task1": "ResNet-18, 28 px inputs",
-    "combined_64": "MobileNetV3-Large, 64 px inputs",
-    "task1_64": "ResNet-18, 64 px inputs",
-    "chosen": "+ stain augmentation, averaged weights",
-    "best_scratch": "best network from scratch",
-    "tuned_scratch": "EfficientNet-Lite0 from scratch",
-    "long_scratch": "EfficientNet-Lite0 from scratch, longer",
-    "frozen_64": "ImageNet weights, frozen",
-    "frozen_128": "ImageNet weights, frozen, 128 px inputs",
-    "tuned": "+ ImageNet weights, all layers trained",
-    "old_scratch": "EfficientNet-Lite0 from scratch, 64 px inputs",
-    "old_tuned": "+ ImageNet weights, all layers trained",
-}
 OPERATIONS = {"ta_wide": "TrivialAugment", "auto": "AutoAugment", "stain": "stain"}
 DRAWS = 6
 
@@ -58,29 +37,30 @@ def colour_of(record: Record) -> str:
 def draw_ladder(path: Path, rows: Mapping[str, Group], aim: float | None = None) -> None:
     """Draw the test ACC of every row with its interval and its cost, sorted; published scores on the same axis.
 
-    `rows` are by their names in RUNGS; another row has its title. `aim` is marked by a line, and shows that the
-    rows are this study's: then the published scores are shown, and the 8 views of the best row.
+    `aim` is marked by a line, and shows that the rows are this study's: then the published scores are shown, and
+    the 8 views of the best row.
     """
     rungs = []
-    for name, group in rows.items():
-        over, config = group.spread("acc"), group.first.config
-        title = RUNGS.get(name, f"{group.title}, {group.side} px")
-        if over:
-            rungs.append((over, title, price_of(group) if "model_name" in config else "", colour_of(group.first)))
+    for group in rows.values():
+        config = group.first.config
+        price = cost(config["model_name"], group.side)[1] if "model_name" in config else 0
+        if over := group.spread("acc"):
+            rungs.append((over, f"{group.title}, {group.side} px", price, colour_of(group.first)))
     best = max(rows.values(), key=lambda group: spread(list(group.by_seed("acc").values())).mean)
     if aim and (views := best.spread("views")):
-        rungs.append((views, "+ 8 views of each test tile", price_of(best, 8), colour_of(best.first)))
+        price = 8 * cost(best.first.config["model_name"], best.side)[1]
+        rungs.append((views, "+ 8 views of each test tile", price, colour_of(best.first)))
     rungs.sort(key=lambda rung: rung[0].mean)
     others: dict[str, list[float]] = {}
     for network, _, acc, _ in (one for part in PUBLISHED.values() for one in part) if aim else ():
         others.setdefault(network.split(":")[0], []).append(acc)
-    with style.context(["default", STYLE]):
-        figure = Figure(figsize=(8, 1.5 + 0.36 * (len(rungs) + len(others))))
+    with drawing(path, (8, 1.5 + 0.36 * (len(rungs) + len(others)))) as figure:
         axes = figure.add_subplot()
         for place, (over, _, price, colour) in enumerate(rungs, start=len(others)):
             axes.plot([over.low, over.high], [place, place], color=colour, linewidth=2)
             axes.plot(over.mean, place, "o", color=colour, markersize=7)
-            axes.annotate(price, (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=9)
+            words = f"{price / 1e6:,.0f} M" if price else ""
+            axes.annotate(words, (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=9)
         for place, scores in enumerate(others.values()):
             axes.plot(scores, [place] * len(scores), "s", color="black", markersize=5)
         names = [*others, *(rung[1] for rung in rungs)]
@@ -98,12 +78,6 @@ def draw_ladder(path: Path, rows: Mapping[str, Group], aim: float | None = None)
         explained = "dot: mean over the seeds, with its 95 % interval from three seeds on"
         explained += " · square: published" if aim else ""
         figure.suptitle(f"{explained}\non the right: multiply-adds for one tile", fontsize=9)
-        save(figure, path)
-
-
-def price_of(group: Group, views: int = 1) -> str:
-    """The multiply-adds of a prediction, in words."""
-    return f"{views * cost(group.first.config['model_name'], group.side)[1] / 1e6:,.0f} M"
 
 
 def draw_curves(path: Path, groups: Mapping[str, Sequence[Record]], title: str) -> None:
@@ -111,8 +85,7 @@ def draw_curves(path: Path, groups: Mapping[str, Sequence[Record]], title: str) 
 
     A diamond marks the epoch whose weights a run keeps. The mean ends with the shortest run.
     """
-    with style.context(["default", STYLE]):
-        figure = Figure(figsize=(9.6, 6.6 + 0.22 * len(groups)))
+    with drawing(path, (9.6, 6.6 + 0.22 * len(groups))) as figure:
         panels = figure.subplots(2, 2).flat
         ordered = ("train/loss", "validate/loss", "validate/auc", "validate/acc")
         for axes, column in zip(panels, ordered, strict=True):
@@ -121,8 +94,7 @@ def draw_curves(path: Path, groups: Mapping[str, Sequence[Record]], title: str) 
                 colour, marker = colour_of(runs[0]), next(markers[colour_of(runs[0])], "o")
                 curves = [np.array([row[column] for row in run.history]) for run in runs]
                 for run, values in zip(runs, curves, strict=True):
-                    thin = {"alpha": 0.4, "linewidth": 0.9} if len(runs) > 1 else {"linewidth": 2.0}
-                    axes.plot(np.arange(1, len(values) + 1), values, color=colour, **thin)
+                    axes.plot(np.arange(1, len(values) + 1), values, color=colour, alpha=0.4, linewidth=0.9)
                     best = int(run.summary["validate"]["epoch"])
                     axes.plot(best, values[best - 1], marker, color=colour, markersize=4, alpha=0.8)
                 shortest = min(map(len, curves))
@@ -134,13 +106,11 @@ def draw_curves(path: Path, groups: Mapping[str, Sequence[Record]], title: str) 
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", frameon=False)
         figure.suptitle(title, fontsize=10)
-        save(figure, path)
 
 
 def draw_learning_curve(path: Path, curves: Mapping[str, Sequence[Group]]) -> None:
     """Draw test and validation ACC against the number of training tiles, a line per recipe, with intervals."""
-    with style.context(["default", STYLE]):
-        figure = Figure(figsize=(8, 4.2 + 0.22 * len(curves)))
+    with drawing(path, (8, 4.2 + 0.22 * len(curves))) as figure:
         panels = figure.subplots(1, 2, sharey=True)
         scores = {"Test ACC": "acc", "Validation ACC": "validation"}
         for axes, (name, score) in zip(panels, scores.items(), strict=True):
@@ -149,40 +119,27 @@ def draw_learning_curve(path: Path, curves: Mapping[str, Sequence[Group]]) -> No
                 found = [group.spread(score) for group in groups]
                 means, low, high = np.array([(one.mean, one.low, one.high) for one in found if one]).T
                 colour, baseline = colour_of(groups[0].first), "baseline" in groups[0].first.config
-                axes.errorbar(
-                    [group.tiles for group in groups],
-                    means,
-                    yerr=np.nan_to_num([means - low, high - means]),
-                    color=colour,
-                    marker=next(markers[colour], "o"),
-                    markersize=5,
-                    capsize=3,
-                    linestyle="--" if baseline else "-",
-                    label=title,
-                )
+                look = {"color": colour, "marker": next(markers[colour], "o"), "markersize": 5, "capsize": 3}
+                look |= {"linestyle": "--" if baseline else "-", "label": title}
+                tiles, bars = [group.tiles for group in groups], np.nan_to_num([means - low, high - means])
+                axes.errorbar(tiles, means, yerr=bars, **look)
             tiles = sorted({group.tiles for groups in curves.values() for group in groups})
             axes.set_xscale("log")
             axes.set_xticks(tiles, [f"{number:,}" for number in tiles], rotation=30)
             axes.minorticks_off()
             axes.set(xlabel="Training tiles (logarithmic)", ylabel=name)
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", frameon=False)
-        save(figure, path)
 
 
 def draw_augmentations(path: Path, original: torch.Tensor) -> None:
     """Draw a tile (3, H, W) uint8, and DRAWS draws of each augmentation of it."""
-    with style.context(["default", STYLE, {"axes.grid": False}]):
-        figure = Figure(figsize=(8, 1.05 * len(OPERATIONS) + 0.4))
-        grid = figure.subplots(len(OPERATIONS), DRAWS + 1, squeeze=False)
+    with drawing(path, (8, 1.05 * len(OPERATIONS) + 0.4), PICTURES) as figure:
+        grid = figure.subplots(len(OPERATIONS), DRAWS + 1, squeeze=False, subplot_kw=NO_TICKS)
         for line, (name, title) in zip(grid, OPERATIONS.items(), strict=True):
             images = original.repeat(DRAWS, 1, 1, 1)
             changed = build_augmentation(name)(images, torch.Generator().manual_seed(0))
-            for axes in line:
-                axes.set(xticks=[], yticks=[])
-                axes.spines[:].set_visible(False)
             for axes, image in zip(line[1:], changed, strict=True):
                 axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
             line[1].set_ylabel(title, rotation=0, ha="right", va="center")
         grid[0, 0].imshow(original.permute(1, 2, 0).numpy(), interpolation="nearest")
         grid[0, 0].set_title("original", fontsize=9)
-        save(figure, path)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from common.explain.checks import CONTROLS, FRACTIONS, RANDOMISATION_LIMIT
 from common.explain.maps import METHODS
 from common.explain.tiles import Explained
-from common.figures import PALETTE, STYLE, VERMILLION, save, wrap
+from common.figures import NO_TICKS, PALETTE, PICTURES, VERMILLION, drawing, wrap
 
 # The line of each method, in Okabe and Ito's colours, and of each control, in grey and black.
 LINES: dict[str, dict[str, Any]] = {
@@ -37,14 +36,14 @@ def draw(
     facts: Mapping[str, Any],
     class_names: Sequence[str],
     shown: Sequence[Explained],
-    right: Sequence[Explained],
-    wrong: Sequence[Explained],
+    sides: Sequence[Sequence[Explained]],
     checks: Mapping[str, Any],
     means: Mapping[str, Sequence[NDArray[Any]]],
 ) -> dict[str, Path]:
     """Draw two figures for each tile in `shown` and six of the run, and return the run's figures by name.
 
-    `facts` are task2.py's, `checks` and `means` those of `check_methods`.
+    `sides` are tiles of right and of wrong predictions, at most one of each class in both; `facts` are task2.py's,
+    `checks` and `means` those of `check_methods`.
     """
     for one in shown:
         tile_and_saliency(output_dir, one)
@@ -54,7 +53,7 @@ def draw(
     title = f"{network}; test tiles; class explained: the predicted one"
     methods_panel(figures["methods"], shown[:MAIN], title)
     methods_panel(figures["all_methods"], shown, title)
-    class_grid(figures["classes"], class_names, right, wrong, title)
+    class_grid(figures["classes"], class_names, sides, title)
     title = f"{network}; {n['randomisation']} test tiles"
     mean_maps(figures["means"], means, title)
     randomisation(figures["randomisation"], checks["methods"], title)
@@ -65,11 +64,10 @@ def draw(
 
 def tile_and_saliency(output_dir: Path, explained: Explained) -> None:
     """Draw a tile and its saliency map as two PNG files of the same layout."""
+    by_hand = {**PICTURES, "figure.constrained_layout.use": False}  # both with their picture at the same place
     for part in ("input", "saliency"):
-        with style.context(["default", STYLE, {"axes.grid": False, "figure.constrained_layout.use": False}]):
-            figure = Figure(figsize=(2.4, 2.9))
-            axes = figure.add_axes((0.04, 0.22, 0.92, 0.76))
-            _bare(axes)
+        with drawing(output_dir / explained.row[part], (2.4, 2.9), by_hand) as figure:
+            axes = figure.add_axes((0.04, 0.22, 0.92, 0.76), **NO_TICKS)
             if part == "input":
                 axes.imshow(explained.tile, interpolation="nearest")
                 words = wrap(f"predicted: {explained.predicted} ({explained.probability:.2f})", 42)
@@ -80,13 +78,11 @@ def tile_and_saliency(output_dir: Path, explained: Explained) -> None:
                 bar = figure.colorbar(image, cax=place, orientation="horizontal", extend="max")
                 bar.ax.tick_params(labelsize=6)
                 bar.set_label(wrap(f"|∂ logit of {explained.predicted} / ∂ input|", 45), fontsize=6)
-            save(figure, output_dir / explained.row[part])
 
 
 def methods_panel(path: Path, rows: Sequence[Explained], title: str) -> None:
     """Draw one row per tile: the tile, then its map by every method. Each map has a separate colour scale."""
-    with style.context(["default", STYLE, {"axes.grid": False}]):
-        figure = Figure(figsize=(8, 1.12 * len(rows) + 0.9))
+    with drawing(path, (8, 1.12 * len(rows) + 0.9), PICTURES) as figure:
         grid = _grid(figure, len(rows), ["Input", *(method.title for method in METHODS.values())])
         for line, row in zip(grid, rows, strict=True):
             _tile(line[0], row)
@@ -99,19 +95,15 @@ def methods_panel(path: Path, rows: Sequence[Explained], title: str) -> None:
         words = "Bright, or orange: the pixel speaks for the class (Saliency and SmoothGrad: for or against it); "
         words += f"purple: against it.\nEach map's scale ends at its {ROBUST_PERCENTILE:.0f}th percentile. "
         figure.supxlabel(f"{words}A tile in a frame is classified wrongly.", fontsize=8)
-        save(figure, path)
 
 
-def class_grid(
-    path: Path, names: Sequence[str], right: Sequence[Explained], wrong: Sequence[Explained], title: str
-) -> None:
+def class_grid(path: Path, names: Sequence[str], sides: Sequence[Sequence[Explained]], title: str) -> None:
     """Draw one row per class: a tile that is classified correctly and one that is not, each with its map."""
-    sides = [{row.label: row for row in side} for side in (right, wrong)]
-    with style.context(["default", STYLE, {"axes.grid": False}]):
-        figure = Figure(figsize=(6.4, 1.12 * len(names) + 0.9))
+    by_class = [{row.label: row for row in side} for side in sides]
+    with drawing(path, (6.4, 1.12 * len(names) + 0.9), PICTURES) as figure:
         grid = _grid(figure, len(names), ["right", "saliency", "wrong", "saliency"])
         for line, name in zip(grid, names, strict=True):
-            for left, heat, side in zip(line[::2], line[1::2], sides, strict=True):
+            for left, heat, side in zip(line[::2], line[1::2], by_class, strict=True):
                 if name not in side:
                     left.text(0.5, 0.5, "none", ha="center", va="center", fontsize=8, transform=left.transAxes)
                     continue
@@ -123,13 +115,11 @@ def class_grid(
                     left.set_ylabel(words, fontsize=7, rotation=0, ha="right", va="center")
             line[0].set_ylabel(wrap(name, 16), fontsize=8, rotation=0, ha="right", va="center")
         figure.suptitle(wrap(title, 90), fontsize=9)
-        save(figure, path)
 
 
 def mean_maps(path: Path, means: Mapping[str, Sequence[NDArray[Any]]], title: str) -> None:
     """Draw each method's mean map of the trained network, and below it that of the network with random weights."""
-    with style.context(["default", STYLE, {"axes.grid": False}]):
-        figure = Figure(figsize=(8, 4))
+    with drawing(path, (8, 4), PICTURES) as figure:
         grid = _grid(figure, 2, [METHODS[name].title for name in means])
         for column, both in zip(grid.T, means.values(), strict=True):
             for axes, map_ in zip(column, both, strict=True):
@@ -138,7 +128,6 @@ def mean_maps(path: Path, means: Mapping[str, Sequence[NDArray[Any]]], title: st
         grid[1, 0].set_ylabel("random weights", fontsize=9)
         figure.suptitle(wrap(f"Mean size of the maps; {title}", 105), fontsize=9)
         figure.supxlabel("A place that is bright with random weights, too, is of the architecture.", fontsize=8)
-        save(figure, path)
 
 
 def randomisation(path: Path, methods: Mapping[str, Mapping[str, Any]], title: str) -> None:
@@ -146,8 +135,7 @@ def randomisation(path: Path, methods: Mapping[str, Mapping[str, Any]], title: s
 
     Edges do not depend on the network: they stay at 1.
     """
-    with style.context(["default", STYLE]):
-        figure = Figure(figsize=(6.4, 4.6))
+    with drawing(path, (6.4, 4.6)) as figure:
         axes = figure.add_subplot()
         axes.axhspan(-RANDOMISATION_LIMIT, RANDOMISATION_LIMIT, color="#EAF3EA", zorder=0)
         words = " a method passes if its last interval lies in this band"
@@ -161,13 +149,11 @@ def randomisation(path: Path, methods: Mapping[str, Mapping[str, Any]], title: s
         axes.set(ylabel="Rank correlation with the trained map", ylim=(-0.6, 1.05))
         axes.set_title(wrap(title, 90), fontsize=9)
         figure.legend(loc="outside lower center", ncols=3, fontsize=8)
-        save(figure, path)
 
 
 def removal_curves(path: Path, report: Mapping[str, Mapping[str, Any]], title: str) -> None:
     """Draw the mean deletion and insertion curves of every method and both controls, with their intervals."""
-    with style.context(["default", STYLE]):
-        figure = Figure(figsize=(8, 4.4))
+    with drawing(path, (8, 4.4)) as figure:
         panels = figure.subplots(1, 2, sharey=True)
         for axes, kind, better in zip(panels, ("deletion", "insertion"), ("lower", "higher"), strict=True):
             for number, (name, order) in enumerate(report.items()):
@@ -176,10 +162,8 @@ def removal_curves(path: Path, report: Mapping[str, Mapping[str, Any]], title: s
             axes.xaxis.set_major_formatter(PercentFormatter(1))
             axes.set_xlabel("Pixels blurred away" if kind == "deletion" else "Pixels brought back")
         panels[0].set_ylabel("Probability of the explained class")
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
         figure.suptitle(wrap(f"{title}; bars: 95\N{NO-BREAK SPACE}% intervals over tiles", 110), fontsize=9)
-        save(figure, path)
 
 
 def _line(axes: Axes, places: NDArray[Any], estimates: Sequence[Mapping[str, float]], name: str) -> None:
@@ -191,9 +175,7 @@ def _line(axes: Axes, places: NDArray[Any], estimates: Sequence[Mapping[str, flo
 
 def _grid(figure: Figure, n_rows: int, titles: Sequence[str]) -> NDArray[Any]:
     """Axes for pictures, (n_rows, len(titles)), with a title above each column."""
-    grid: NDArray[Any] = figure.subplots(n_rows, len(titles), squeeze=False)
-    for axes in grid.flat:
-        _bare(axes)
+    grid: NDArray[Any] = figure.subplots(n_rows, len(titles), squeeze=False, subplot_kw=NO_TICKS)
     for axes, title in zip(grid[0], titles, strict=True):
         axes.set_title(wrap(title, 12), fontsize=9)
     return grid
@@ -209,9 +191,3 @@ def _heat(axes: Axes, map_: NDArray[Any], signed: bool) -> AxesImage:
     limit = float(np.percentile(np.abs(map_), ROBUST_PERCENTILE)) or float(np.abs(map_).max()) or 1.0
     colours, lowest = (SIGNED_MAP, -limit) if signed else (POSITIVE_MAP, 0)
     return axes.imshow(map_, cmap=colours, vmin=lowest, vmax=limit, interpolation="nearest")
-
-
-def _bare(axes: Axes) -> None:
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.spines[:].set_visible(False)
