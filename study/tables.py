@@ -5,7 +5,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -13,10 +12,9 @@ from common.cli import Fault
 from common.files import digest
 from common.markdown import markdown_table, text
 from common.records.read import Record, read_json
-from common.statistics import Spread, interval
+from common.statistics import SIGNIFICANT, Comparison, compare, interval, smallest_difference
 from study.facts import PUBLISHED, cost
-from study.groups import UNTIL, Group, Runs, convergence_epoch
-from study.sweep_tables import grid_table
+from study.groups import AGAINST, UNTIL, Group, Runs, convergence_epoch, identical
 
 BLOCKS = ("results", "recipes", "classes", "colours", "techniques", "difference", "curve", "maps", "records")
 MAPS = {  # figures of Task 2, and what they show
@@ -28,6 +26,22 @@ MAPS = {  # figures of Task 2, and what they show
     "removal": "removed pixels",
 }
 WATTS = 10  # of a core, an assumption
+COLUMNS = {  # scores of the ablation's table
+    "validation": "validation ACC",
+    "acc": "test ACC",
+    "auc": "test AUC",
+    "views": "test ACC, 8 views",
+}
+NOTE = (
+    "± is the standard deviation over the seeds (n - 1). Differences are to the first row, or to the row that is "
+    "named, seed by seed. Intervals are t intervals over the seeds alone: they do not tell how the numbers would "
+    "change with other tiles. p is the paired t test's with Holm's correction over the rows; the verdict is by "
+    f"it, at {SIGNIFICANT}. Not decided means: these seeds could not see a difference. There may be one."
+)
+IDENTICAL = (
+    "Identical: the selected networks of both rows give the same outputs, so there is nothing to test. For "
+    "example, early stopping changes nothing where no run stops early."
+)
 RECORDS = ("config.json", "history.csv", "scores.npz", "summary.json", "attribution.json")
 
 
@@ -53,8 +67,7 @@ class Tables:
         name, *arguments = words.split()
         if name not in BLOCKS:
             raise Fault(f"the page has a block {words!r}, but there is no table {name}")
-        lines: list[str] = getattr(self, name)(*arguments)
-        return lines
+        return list(getattr(self, name)(*arguments))
 
     def chosen(self, names: Sequence[str]) -> list[Group]:
         """The rows of these names that are shown; all of them where there are no names."""
@@ -67,7 +80,7 @@ class Tables:
         lines = []
         for group in groups:
             cells = [_over(group, score, single) for score in ("acc", "balanced", "auc", "views")]
-            sizes = [_side(group), f"{group.tiles:,}", str(len(group.records))]
+            sizes = [f"{group.side} px", f"{group.tiles:,}", str(len(group.records))]
             lines.append([text(group.title), *sizes, *cells])
         for name in names:
             lines += [
@@ -89,7 +102,7 @@ class Tables:
             parameters, multiplications = cost(config["model_name"], group.side)
             lengths = sorted({len(record.history) for record in group.records})
             line = [text(group.title), f"{parameters / 1e6:.1f} M", f"{multiplications / 1e6:,.0f} M"]
-            line += [_side(group), f"{lengths[0]} to {lengths[-1]}" if lengths[1:] else str(lengths[0])]
+            line += [f"{group.side} px", f"{lengths[0]} to {lengths[-1]}" if lengths[1:] else str(lengths[0])]
             line += [str(config.get("batch_size", ""))]
             line += [text(f"{config.get('optimizer')}, {config.get('lr', math.nan):.2g}")]
             line += [text(config.get("augmentation", "").replace(",", ", "))]
@@ -114,7 +127,7 @@ class Tables:
         """Validation ACC, also under changed colours, beside test ACC, and the calibration error."""
         scores = ("validation", "staining", "brightness", "noise", "acc", "calibration")
         lines = [
-            [text(group.title), _side(group), *(_mean(group, score) for score in scores)]
+            [text(group.title), f"{group.side} px", *(_mean(group, score) for score in scores)]
             for group in self.chosen(names)
         ]
         columns = ["network", "input", "validation ACC", "other staining", "other brightness", "colour noise"]
@@ -135,10 +148,9 @@ class Tables:
         lines = []
         for title, groups in self.curves.items():
             found = {group.tiles: _mean(group, "acc") for group in groups}
-            lines.append([title, _side(groups[0]), *(found.get(number, "") for number in tiles)])
-        return markdown_table(
-            ["test ACC", "input", *(f"{number:,} tiles" for number in tiles)], "lr" + "r" * len(tiles), lines
-        )
+            lines.append([title, f"{groups[0].side} px", *(found.get(number, "") for number in tiles)])
+        columns = ["test ACC", "input", *(f"{number:,} tiles" for number in tiles)]
+        return markdown_table(columns, "lr" + "r" * len(tiles), lines)
 
     def maps(self, *run_ids: str) -> list[str]:
         """The maps of the first of these runs that Task 2 has explained, and the checks of every method."""
@@ -150,14 +162,14 @@ class Tables:
 
         records = Path("runs") / explained[0]
         content = read_json(folder / records / "attribution.json")
-        check_attribution(content, str(folder / records / "attribution.json"))
         lines = []
         for method in content["methods"].values():
             *_, last = method["randomisation"].values()
             scores = [last, method["margin_over_random"], method["margin_over_sobel"]]
-            outcome = judge(method, content["n"]).outcome
+            outcome, _ = judge(method, content["n"])
             passes = {PASSES: "yes", FAILS: "no"}.get(outcome, outcome)
-            cells = [*map(_estimate, scores), f"{method['infidelity']['value']:.2f}"]
+            cells = [interval(one["value"], one["low"], one["high"], 2) for one in scores]
+            cells.append(f"{method['infidelity']['value']:.2f}")
             lines.append([text(method["title"]), passes, *cells])
         columns = ["method", "passes", "correlation with the map of random weights", "better than a random order"]
         table = markdown_table([*columns, "better than edges", "infidelity"], "llrrrr", lines)
@@ -195,77 +207,100 @@ class Tables:
         ROW SCORE: the mean over the seeds · ROW SCORE interval: with its interval · ROW - ROW SCORE: the mean
         difference by seed, or with its interval · least ROW SCORE, most ROW SCORE: of the seeds · ROW seeds: their
         number · ROW recall CLASS · ROW taken CLASS: for what, and its share · hard: test tiles that all networks
-        get wrong · hours: of all runs · energy: kWh of these hours. SCORE is one of SCORES; a row of the ablation
-        is ablation.NAME.
+        get wrong · hours: of all runs · energy: kWh of these hours. SCORE is one of SCORES in study/groups.py; a
+        row of the ablation is ablation.NAME.
         """
         try:
-            return self._number(key)
-        except (KeyError, ValueError, IndexError) as error:
+            match key.split():
+                case ["hard"]:
+                    trained = [group for group in self.shown.values() if "model_name" in group.first.config]
+                    outputs = [record.arrays() for group in trained for record in group.records]
+                    wrong = [one["best_logits"].argmax(1) != one["targets"] for one in outputs]
+                    return f"{np.all(wrong, axis=0).sum():,}"
+                case ["hours" | "energy"]:
+                    paths = (self.runs.folder / "runs" / run_id / "summary.json" for run_id in self.runs.finished)
+                    hours = sum(read_json(path)["wall_seconds"] for path in paths) / 3600
+                    return f"{hours:,.0f}" if key == "hours" else f"{hours * WATTS / 1000:.1f}"
+                case ["least" | "most" as which, name, score]:
+                    values = self._row(name).by_seed(score).values()
+                    return f"{min(values) if which == 'least' else max(values):.3f}"
+                case [name, "seeds"]:
+                    return str(len(self._row(name).records))
+                case [name, "recall", *words]:
+                    return f"{self._row(name).recalls()[' '.join(words)]:.2f}"
+                case [name, "taken", *words]:
+                    taken, share = self._row(name).mistaken(" ".join(words))
+                    return f"{taken} ({share:.0%})"
+                case [name, "-", other, score, *shown]:
+                    over, sign = self._row(name).minus(self._row(other), score), "+"
+                case [name, score, *shown]:
+                    over, sign = self._row(name).spread(score), ""
+                case _:
+                    raise ValueError("there is no such number")
+            if over is None:
+                raise ValueError("no seed has this score")
+            low, high = (over.low, over.high) if shown == ["interval"] else (None, None)
+            return interval(over.mean, low, high, 3, sign)
+        except (KeyError, ValueError) as error:
             raise Fault(f"the page asks for {key!r}, which the records do not answer ({error})") from None
-
-    def _number(self, key: str) -> str:
-        if key == "hard":
-            return f"{self.hard():,}"
-        if key in ("hours", "energy"):
-            folder = self.runs.folder / "runs"
-            summaries = (read_json(folder / run_id / "summary.json") for run_id in self.runs.finished)
-            seconds = sum(summary["wall_seconds"] for summary in summaries)
-            return f"{seconds / 3600:,.0f}" if key == "hours" else f"{seconds / 3600 * WATTS / 1000:.1f}"
-        name, *words = key.split()
-        if name in ("least", "most"):
-            values = self._row(words[0]).by_seed(words[1]).values()
-            return f"{(min if name == 'least' else max)(values):.3f}"
-        group = self._row(name)
-        if words[0] == "seeds":
-            return str(len(group.records))
-        if words[0] == "recall":
-            return f"{group.recalls()[' '.join(words[1:])]:.2f}"
-        if words[0] == "taken":
-            taken, share = group.mistaken(" ".join(words[1:]))
-            return f"{taken} ({share:.0%})"
-        sign = ""
-        over: Spread | None
-        if words[0] == "-":
-            over, sign, words = group.minus(self._row(words[1]), words[2]), "+", words[2:]
-        else:
-            over = group.spread(words[0])
-        if over is None:
-            raise ValueError("no seed has this score")
-        low, high = (over.low, over.high) if words[1:] == ["interval"] else (None, None)
-        return interval(over.mean, low, high, 3, sign)
 
     def _row(self, name: str) -> Group:
         row = name.removeprefix("ablation.")
         return self.rows[name] if row == name else self.ablation[row]
-
-    def hard(self) -> int:
-        """How many test tiles all networks of the rows get wrong."""
-        wrong = []
-        for group in self.shown.values():
-            for record in group.records if "model_name" in group.first.config else ():
-                arrays = record.arrays()
-                wrong.append(arrays["best_logits"].argmax(1) != arrays["targets"])
-        return int(np.all(wrong, axis=0).sum())
 
 
 def difference_table(one: Group, other: Group) -> list[str]:
     """Two rows side by side: when they converge, their scores, and the first minus the second one by seed."""
     epochs = [np.mean([convergence_epoch(run.history) for run in group.records]) for group in (one, other)]
     lines = [["epoch of convergence", *(f"{epoch:.1f}" for epoch in epochs), ""]]
-    for score, title in (("validation", "validation ACC"), ("acc", "test ACC"), ("auc", "test AUC")):
+    for score in ("validation", "acc", "auc"):
         found = one.minus(other, score)
         change = interval(found.mean, found.low, found.high, 3, "+") if found else ""
-        lines.append([title, _over(one, score), _over(other, score), change])
+        lines.append([COLUMNS[score], _over(one, score), _over(other, score), change])
     return markdown_table(["", text(one.title), text(other.title), "difference"], "lrrr", lines)
 
 
-def _side(group: Group) -> str:
-    return f"{group.side} px"
+def grid_table(rows: Mapping[str, Group]) -> list[str]:
+    """The scores of every row and its difference in test ACC, and what these seeds could not see."""
+    first, *others = rows
+    against = {row: AGAINST[row] if AGAINST.get(row) in rows else first for row in others}
+    same = {row for row, other in against.items() if identical(rows[row], rows[other])}
+    comparisons = compare({row: group.by_seed("acc") for row, group in rows.items()}, same, against)
+    lines = []
+    for row, group in rows.items():
+        change, p, verdict = _change(comparisons[row]) if row in comparisons else ("", "", "")
+        if against.get(row, first) != first:
+            change += f" against '{text(rows[against[row]].title)}'"
+        cells = [_mean(group, score, with_sd=True) for score in COLUMNS]
+        lines.append([text(group.title), str(len(group.records)), *cells, change, p, verdict])
+    columns = ["row", "seeds", *COLUMNS.values(), "difference in test ACC [95 % interval]", "p (Holm)", "verdict"]
+    found = markdown_table(columns, "lrrrrrrrl", lines)
+    if views := rows[first].by_seed("views"):  # no training: outside the family of Holm's correction
+        change, p, _ = _change(compare({"one": rows[first].by_seed("acc"), "8": views})["8"])
+        p = f", p = {p}".replace("= <", "<") if p else ""
+        found += ["", f"8 views of each test tile (flips, quarter turns) instead of one, first row: {change}{p}."]
+    tested = [one.differences for one in comparisons.values() if not math.isnan(one.p_holm)]
+    if pooled := math.sqrt(sum(one.sd**2 for one in tested) / max(len(tested), 1)):
+        smallest = smallest_difference(pooled, min(one.n for one in tested), len(tested))
+        found += [
+            "",
+            f"These seeds could show a difference in test ACC of {smallest:.3f} or more (in 8 of 10 such studies, "
+            "at Holm's most severe step, with the pooled spread of these paired differences).",
+        ]
+    return [*found, "", NOTE, *(["", IDENTICAL] if same else [])]
 
 
-def _mean(group: Group, score: str) -> str:
+def _change(one: Comparison) -> tuple[str, str, str]:
+    values = one.differences
+    p = "" if math.isnan(one.p_holm) else "< 0.001" if one.p_holm < 0.001 else f"{one.p_holm:.3f}"
+    return interval(values.mean, values.low, values.high, 3, "+"), p, one.verdict
+
+
+def _mean(group: Group, score: str, with_sd: bool = False) -> str:
     found = group.spread(score)
-    return f"{found.mean:.3f}" if found else ""
+    if found is None:
+        return ""
+    return f"{found.mean:.3f}" + (f" ± {found.sd:.3f}" if with_sd and found.n > 1 else "")
 
 
 def _over(group: Group, score: str, over_tiles: bool = False) -> str:
@@ -274,26 +309,6 @@ def _over(group: Group, score: str, over_tiles: bool = False) -> str:
         return interval(one.value, one.low, one.high, 3)
     found = group.spread(score)
     return interval(found.mean, found.low, found.high, 3) if found else ""
-
-
-def _estimate(value: Mapping[str, float]) -> str:
-    return interval(value["value"], value["low"], value["high"], 2)
-
-
-def check_attribution(content: Mapping[str, Any], path: str) -> None:
-    """Raise Fault where a map's areas are not those of its curves."""
-    for name, method in {**content["methods"], **content["controls"]}.items():
-        areas = {
-            kind: np.trapezoid([point["value"] for point in method[f"{kind}_curve"]], content["fractions"])
-            for kind in ("deletion", "insertion")
-        }
-        margins = {"margin": areas["insertion"] - areas["deletion"], **areas}
-        for control, values in content["controls"].items():
-            if f"margin_over_{control}" in method:
-                margins[f"margin_over_{control}"] = margins["margin"] - values["margin"]["value"]
-        for kind, value in margins.items():
-            if abs(method[kind]["value"] - value) > 1e-6:
-                raise Fault(f"{path}: {name}, {kind} is not that of its curves; run task2.py again")
 
 
 def digest_of(records: Sequence[Record]) -> str:

@@ -11,7 +11,7 @@ Inputs are (N, 3, H, W) float32 in -1..1, targets (N,) int64, maps (N, H, W) flo
 
 import copy
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -152,19 +152,13 @@ def removal_report(removals: Mapping[str, Mapping[str, Array]]) -> dict[str, Any
     return report
 
 
-class Verdict(NamedTuple):
-    """What the checks say of a method: `PASSES`, `FAILS` or `TOO_FEW`, and which conditions fail, in words."""
-
-    outcome: str
-    failed: tuple[str, ...]
-
-
-def judge(method: Mapping[str, Any], n: Mapping[str, int]) -> Verdict:
+def judge(method: Mapping[str, Any], n: Mapping[str, int]) -> tuple[str, tuple[str, ...]]:
     """Judge a method by its numbers in attribution.json; `n` are the record's numbers of tiles.
 
-    It passes if its maps lose their order when the whole network is random (the interval of the mean rank
-    correlation lies within plus and minus `RANDOMISATION_LIMIT`), and its order beats both controls at deletion
-    and insertion (the interval of the paired margin starts above 0).
+    Returns `PASSES`, `FAILS` or `TOO_FEW`, and which conditions fail, in words. A method passes if its maps lose
+    their order when the whole network is random (the interval of the mean rank correlation lies within plus and
+    minus `RANDOMISATION_LIMIT`), and its order beats both controls at deletion and insertion (the interval of the
+    paired margin starts above 0).
     """
     *_, random = method["randomisation"].values()
     conditions = {
@@ -174,7 +168,7 @@ def judge(method: Mapping[str, Any], n: Mapping[str, int]) -> Verdict:
     }
     failed = tuple(name for name, holds in conditions.items() if not holds)
     few = min(n["randomisation"], n["removal"]) < LEAST_TILES
-    return Verdict(TOO_FEW if few else FAILS if failed else PASSES, failed)
+    return TOO_FEW if few else FAILS if failed else PASSES, failed
 
 
 def chance(n_methods: int) -> str:

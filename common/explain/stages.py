@@ -3,6 +3,7 @@
 Maps are outputs (N, C, H, W) with H = W. The functions run the network once on `image`, (1, 3, size, size).
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,21 +23,19 @@ def map_sides(model: nn.Module, image: torch.Tensor) -> dict[str, int]:
     """
     sides: dict[str, int] = {}
 
-    def note(name: str, output: Any) -> None:
+    def note(_module: nn.Module, _inputs: Any, output: Any, name: str) -> None:
         is_map = isinstance(output, torch.Tensor) and output.dim() == 4 and output.shape[2] == output.shape[3]
         sides[name] = output.shape[3] if is_map else 0
 
     hooks = [
-        module.register_forward_hook(lambda _module, _inputs, output, name=name: note(name, output))
+        module.register_forward_hook(partial(note, name=name))
         for name, module in model.named_modules()
         if next(module.parameters(), None) is not None
     ]
-    try:
-        with torch.no_grad():
-            model(image)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with torch.no_grad():
+        model(image)
+    for hook in hooks:
+        hook.remove()
     return sides
 
 

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from common.cli import UsageError
 from common.config import ScriptConfig
 from common.files import write_json, write_text
-from common.finetune.weights import SCRATCH
 from common.markdown import markdown_table
 from common.records.read import checkpoint_folder, read_json
 from common.records.run import provenance, send, start_wandb
@@ -51,12 +50,6 @@ def find_run(output_dir: Path, run_id: str | None) -> Mapping[str, Any]:
         wanted = f"--run_id {run_id}: no finished run" if run_id else "no finished Task 1 run with its weights"
         raise UsageError(f"{wanted} in {output_dir}; python task1.py makes one, --output_dir names its folder")
     return max(ours, key=lambda run: (run["tiles"]["train"], run["started"], run["run_id"]))
-
-
-def origin(trained: Mapping[str, Any]) -> str:
-    """How the network of this configuration was trained, in words."""
-    weights = trained.get("weights", SCRATCH)
-    return "trained from scratch" if weights == SCRATCH else f"from {Path(weights).name}, fine-tuned"
 
 
 def choose_tiles(n_tiles: int, count: int, seed: int) -> list[int]:

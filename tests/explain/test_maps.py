@@ -83,11 +83,6 @@ def test_a_map_has_the_tile_s_shape_a_known_range_and_depends_on_the_class_and_n
     assert not torch.allclose(alone, other_class)
 
 
-def test_a_network_in_train_mode_is_refused(resnet: nn.Module) -> None:
-    with pytest.raises(ValueError, match="eval mode"):
-        METHODS["saliency"].maps(copy.deepcopy(resnet).train(), tiles(2), torch.tensor([0, 1]), 0)
-
-
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "grad_cam"])
 def test_a_map_is_high_at_the_pixels_that_the_logit_depends_on(name: str, corner: nn.Module) -> None:
     maps = METHODS[name].maps(corner, dark_corner(3), torch.ones(3, dtype=torch.int64), 0).abs()
@@ -257,7 +252,7 @@ def test_a_method_passes_only_if_every_interval_is_on_the_right_side(
     }
     outcome = "does not pass" if failed else "passes"
     assert judge(method, {"randomisation": 16, "removal": 16}) == (outcome, tuple(failed))
-    assert judge(method, {"randomisation": 15, "removal": 256}).outcome == "too few tiles to judge"
+    assert judge(method, {"randomisation": 15, "removal": 256})[0] == "too few tiles to judge"
 
 
 def test_the_reader_is_told_what_passing_by_chance_looks_like() -> None:

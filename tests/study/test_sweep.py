@@ -39,7 +39,7 @@ from common.records.read import Record
 from study import processes, recipes, sweep
 from study.groups import Group
 from study.sweep_spec import read_sweep
-from study.sweep_tables import grid_table
+from study.tables import grid_table
 from train import ABLATIONS
 
 
