@@ -24,7 +24,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from common.cli import UsageError, key, run_script
-from common.config import FolderConfig, size_key
+from common.config import LEAST_TILES, MOST, FolderConfig, size_key
 from common.data import pathmnist
 from common.data.dataset import SPLITS, Split, load_dataset
 from common.data.shift import CHUNK, SHIFTS, shifted
@@ -37,16 +37,13 @@ from common.training.metrics import accuracy
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 SMALLEST = 1e-12  # a probability of 0 has no logarithm
+BASELINES = {  # their titles, and how many seeds: one where the seed changes nothing
+    "mean_rgb": ("logistic regression on the mean colour", 1),
+    "neighbours": ("nearest neighbours on colour and gradient statistics", 1),
+    "boosting": ("boosted trees on colour and gradient statistics", 3),
+}
 
 Table = tuple[NDArray[np.float32], NDArray[np.int64]]  # the features (N, 28) and the labels (N,) of a split
-
-
-TITLES = {
-    "mean_rgb": "logistic regression on the mean colour",
-    "neighbours": "nearest neighbours on colour and gradient statistics",
-    "boosting": "boosted trees on colour and gradient statistics",
-}
-N_SEEDS = {"mean_rgb": 1, "neighbours": 1, "boosting": 3}  # 1 where the seed changes nothing
 
 
 class BaselinesConfig(FolderConfig):
@@ -55,10 +52,7 @@ class BaselinesConfig(FolderConfig):
     dataset: str = key(pathmnist.NAME, "data set", choices=(pathmnist.NAME, "phantom"))
     size: int = size_key(28)
     train_tiles: int | None = key(
-        None,
-        "number of training tiles, as for a network (default: all)",
-        ge=45,  # the largest number of neighbours
-        le=pathmnist.COUNTS["train"],
+        None, "number of training tiles, as for a network (default: all)", ge=LEAST_TILES, le=MOST
     )
 
 
@@ -67,8 +61,8 @@ def main(config: BaselinesConfig) -> None:
     dataset = load_dataset(config.dataset, config.size, config.data_root, config.train_tiles)
     splits = {name: getattr(dataset, name) for name in SPLITS}
     tables: dict[str, Table] = {}
-    for name, title in TITLES.items():
-        for seed in range(config.seed, config.seed + N_SEEDS[name]):
+    for name, (title, n_seeds) in BASELINES.items():
+        for seed in range(config.seed, config.seed + n_seeds):
             run_id = f"{name}-{len(dataset.train)}-{seed}"
             folder = run_folder(config.output_dir, run_id)
             if is_finished(config.output_dir, run_id):

@@ -33,7 +33,9 @@ def html_page(markdown: str, folder: Path) -> str:
     for token in tokens:
         for child in token.children or []:
             if child.type == "image":
-                child.attrSet("src", _inside(folder / unquote(str(child.attrGet("src")))))
+                path = folder / unquote(str(child.attrGet("src")))
+                kind, _ = mimetypes.guess_type(path.name)
+                child.attrSet("src", f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}")
         token.children = _without_local_links(token.children or [])
     contents = [
         f'<li class="{tag}"><a href="#{anchor}">{html.escape(text)}</a></li>'
@@ -59,12 +61,6 @@ def _add_anchors(tokens: Sequence[Token]) -> list[tuple[str, str, str]]:
             opening.attrSet("id", anchor := f"{anchor}-{same}" if same else anchor)
             headings.append((opening.tag, text, anchor))
     return headings
-
-
-def _inside(path: Path) -> str:
-    """The file as a data URI."""
-    kind, _ = mimetypes.guess_type(path.name)
-    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def _without_local_links(tokens: Sequence[Token]) -> list[Token]:

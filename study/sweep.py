@@ -31,12 +31,6 @@ from common.records.run import check_same
 from study.processes import Processes, Run, train_all, workers
 from study.sweep_spec import Sweep, read_sweep
 
-STATES = {  # of trials, in the order of the table
-    TrialState.COMPLETE: "finished",
-    TrialState.PRUNED: "pruned",  # by early termination
-    TrialState.RUNNING: "begun",
-    TrialState.FAIL: "refused",  # an impossible configuration
-}
 REMEDY = "use another --output_dir, or another name in the sweep file"
 
 
@@ -136,9 +130,8 @@ class Search:
             elif run_id not in failed:
                 left.append(trial)
         for run_id, _, outcome in ended:
-            trial = self.study.trials[int(run_id.rpartition("-")[2])]
-            score = f", {self.sweep.metric.name} {self.best(trial):.4f}" if trial.intermediate_values else ""
-            print(f"{run_id}: {'pruned' if trial.state == TrialState.PRUNED else outcome}{score}", flush=True)
+            state = self.study.trials[int(run_id.rpartition("-")[2])].state
+            print(f"{run_id}: {'pruned' if state == TrialState.PRUNED else outcome}", flush=True)
         for trial in left:
             if len(running) < n_workers:
                 self.start(trial)
@@ -176,18 +169,19 @@ class Search:
     def write_table(self) -> None:
         """Write table.md, and print the command of the best trial.
 
-        The table has no test scores: nobody may choose a trial by them.
+        It has no test scores: nobody may choose a trial by them. The states are Optuna's: `pruned` means ended by
+        early termination, `fail` an impossible configuration.
         """
         name, table = self.sweep.name, self.processes.logs / "table.md"
         trials = sorted(self.study.trials, key=self.best, reverse=self.sweep.metric.goal == "maximize")
-        trials.sort(key=lambda trial: [*STATES].index(trial.state))  # keeps that order within a state
+        trials.sort(key=lambda trial: trial.state != TrialState.COMPLETE)  # keeps that order otherwise
         if not trials or trials[0].state != TrialState.COMPLETE:
             raise UsageError(f"no trial of {name} has finished (logs: {self.processes.logs})")
         rows = []
         for trial in trials:
             n_epochs = len(trial.intermediate_values)
-            cells = [f"{name}-{trial.number}", STATES[trial.state], self.best(trial) if n_epochs else "", n_epochs]
-            cells += trial.params.values()
+            state, best = trial.state.name.lower(), self.best(trial) if n_epochs else ""
+            cells = [f"{name}-{trial.number}", state, best, n_epochs, *trial.params.values()]
             rows.append([f"{cell:.4g}" if isinstance(cell, float) else text(cell) for cell in cells])
         columns = ["run_id", "state", f"best {self.sweep.metric.name}", "epochs", *trials[0].params]
         folder = run_folder(self.processes.output_dir, f"{name}-{trials[0].number}")

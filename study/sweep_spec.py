@@ -11,11 +11,8 @@ from optuna import distributions
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
 
 from common.cli import UsageError, parse
-from common.config import Config, RunId, TrainingConfig
-from common.data.augment import build_augmentation
+from common.config import Config, RunId
 from common.files import read_text
-from common.finetune.weights import library_name
-from common.training.models import check_model_name
 
 Scalar = bool | int | float | str | None
 
@@ -85,12 +82,7 @@ class Sweep(BaseModel, extra="forbid"):
 
     def config(self, values: Mapping[str, Any]) -> Config:
         """The program's configuration for the fixed keys and `values`; UsageError where it refuses them."""
-        config = parse(self._config_class, self.command_line(values)[2:])
-        if isinstance(config, TrainingConfig):  # names that a run itself would refuse only after its start
-            build_augmentation(config.augmentation)
-            if problem := check_model_name(library_name(config.model_name)):
-                raise UsageError(f"--model_name {config.model_name}: {problem}")
-        return config
+        return parse(self._config_class, self.command_line(values)[2:])
 
     def command_line(self, values: Mapping[str, Any]) -> list[str]:
         """The command that runs the program with the fixed keys and `values`."""
@@ -105,8 +97,12 @@ def read_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
     Raises UsageError naming the file and what in it is missing, malformed or unknown, or which value the program
     refuses: that should not end the twentieth run. OSError.
     """
+    text = read_text(path)
     try:
-        content = _load(path)
+        content = yaml.safe_load(text)
+    except Exception as error:  # PyYAML has six types for scalars like !!int abc, !!float '' and 2001-13-45
+        raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())[:200]}") from None
+    try:
         sweep = Sweep.model_validate({"name": path.stem, **content} if isinstance(content, dict) else content)
         sweep._config_class = _config_class(Path(sweep.program))
         for argument in overrides:
@@ -127,14 +123,6 @@ def read_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
         raise UsageError(f"{path}: {': '.join(words)}") from None
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
-
-
-def _load(path: Path) -> Any:
-    text = read_text(path)
-    try:
-        return yaml.safe_load(text)
-    except Exception as error:  # PyYAML has six types for scalars like !!int abc, !!float '' and 2001-13-45
-        raise UsageError(f"not YAML: {' '.join(str(error).split())[:200]}") from None
 
 
 def _config_class(program: Path) -> type[Config]:

@@ -36,7 +36,6 @@ OPTIONS: list[tuple[str, int, str]] = [
     ("train.py --ablation=with_ema --ema_decay=0", 2, "--ema_decay 0.0: --ablation with_ema sets this key itself"),
     ("task2.py --output_dir={}", 2, "no finished Task 1 run .*; python task1.py makes one"),
     ("task5.py --weights={}/none.pth", 2, r"none\.pth: No such file"),
-    ("task5.py --train_part=all --adapt_batchnorm", 2, "--adapt_batchnorm: with --train_part all"),
     ("task5.py --weights=none --train_part=head", 2, "--train_part head: random weights cannot stay frozen"),
     ("study.sweep", 2, "which sweep"),
     ("study.sweep {}/none.yaml", 1, r"none\.yaml: No such file"),

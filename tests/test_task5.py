@@ -91,7 +91,6 @@ def test_the_recipe_of_the_network_is_implied_and_can_be_overridden() -> None:
     ("arguments", "message"),
     [
         (["--weights=none", "--train_part=head"], "--train_part head: random weights cannot stay frozen"),
-        (["--train_part=all", "--adapt_batchnorm"], "--adapt_batchnorm: with --train_part all"),
         (["--model_name=resnet19"], "--model_name resnet19: torchvision has no classification model of this name"),
     ],
 )

@@ -73,8 +73,7 @@ def cached_splits(model: FineTunedNetwork, dataset: Dataset, config: TrainingCon
     """The features of all splits; from then on the model takes features instead of tiles.
 
     Training tiles have `N_VIEWS` views of their augmentation, test tiles all 8 dihedral views where `tta` needs
-    them, all others one view, which is not augmented. Raises UsageError where those of the training tiles need too
-    much memory.
+    them, others one view, not augmented. Raises UsageError where those of the training tiles need too much memory.
     """
     n_views = 1 if config.augmentation == "none" else N_VIEWS
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -81,10 +81,8 @@ class FineTunedNetwork(nn.Module):
         """The inputs of the head for `images` (N, 3, size, size) in -1..1: (N, *feature_shape)."""
         seen: list[torch.Tensor] = []
         hook = self.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        try:
-            self.network(self._prepared(images))
-        finally:
-            hook.remove()
+        self.network(self._prepared(images))
+        hook.remove()
         return seen[0]
 
     def _prepared(self, images: torch.Tensor) -> torch.Tensor:
@@ -103,16 +101,12 @@ def build_fine_tuned(
     # PyTorch's initialisation: timm's is twelve times as wide, and undoing it takes hundreds of steps.
     layer.reset_parameters()
     if weights.state_dict is not None:
-        load_into(network, weights, last)
+        _load_into(network, weights, last)
     return FineTunedNetwork(network, weights, size, train_part, adapt_batchnorm)
 
 
-def load_into(network: nn.Module, weights: Weights, last: str) -> None:
-    """Load the weights into `network`, all but its last layer, which is called `last`.
-
-    A prefix that names have before the network's own, such as `module.` of DataParallel, is left out. Raises
-    UsageError, with the first tensor that does not fit, where the weights belong to another network.
-    """
+def _load_into(network: nn.Module, weights: Weights, last: str) -> None:
+    """Load all but the layer `last`; a prefix of the names, such as `module.` of DataParallel, is left out."""
     own, state = network.state_dict(), weights.state_dict or {}
     first = next(iter(own))
     prefix = min((name for name in state if name.endswith(first)), key=len, default=first).removesuffix(first)

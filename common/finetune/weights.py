@@ -57,7 +57,7 @@ def library_name(model_name: str) -> str:
 
 
 @cache
-def _entries() -> dict[str, Any]:
+def _entries() -> dict[str, tuple[str, Any]]:
     """For each torchvision weights entry, such as `A_Weights.V1`: the name of its network, and the entry."""
     return {str(entry): (name, entry) for name in model_names() for entry in models.get_model_weights(name)}
 
@@ -73,11 +73,8 @@ def default_weights(model_name: str) -> str:
 
 def network_of(weights: str) -> str | None:
     """The network of weights that are given by name; None for a file, a run, or no weights."""
-    if "_Weights." not in weights or weights.lower().endswith(SUFFIXES):
-        return PACKAGED_WEIGHTS.get(weights)
-    if weights not in _entries():
-        raise UsageError(f"--weights {weights}: torchvision has none such{closest(weights, list(_entries()))}")
-    return str(_entries()[weights][0])
+    owner, _ = _entries().get(weights, (PACKAGED_WEIGHTS.get(weights), None))
+    return owner
 
 
 def _inputs(model_name: str, weights: str) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
@@ -171,8 +168,8 @@ def _read(path: Path, begins: str = "") -> tuple[str, dict[str, torch.Tensor]]:
 def _from_run(run_id: str, output_dir: Path) -> Weights:
     """The best weights of a run of this project; they expect the inputs of that run."""
     if not (checkpoint_folder(output_dir, run_id) / "best.pt").exists():
-        files = " or ".join(SUFFIXES)
-        raise UsageError(f"--weights {run_id}: no known weights, no {files} file, nor a run in {output_dir}")
+        files, hint = " or ".join(SUFFIXES), closest(run_id, [*PACKAGED_WEIGHTS, *_entries()])
+        raise UsageError(f"--weights {run_id}: no known weights, no {files} file, nor a run in {output_dir}{hint}")
     path = best_weights(output_dir, run_id)
     saved = checkpoint.load(path)
     state_dict, expected = dict(saved["state_dict"]), [(0.5,) * 3, (0.5,) * 3]

@@ -30,7 +30,7 @@ def test_a_search_ranks_its_trials(
     values = [float(line["best validate/acc"]) for line in table(output)]
     assert values == sorted(values, reverse=True) == [float(line["quality"]) for line in table(output)]
     assert len(set(values)) == 4
-    assert [line["state"] for line in table(output)] == ["finished"] * 4
+    assert [line["state"] for line in table(output)] == ["complete"] * 4
     text = (output / "sweeps/try/table.md").read_text()
     assert text.startswith(f"**try**: no data; 4 trials of a {method} search")
     config = json.loads((output / "runs" / table(output)[0]["run_id"] / "config.json").read_text())["config"]
@@ -64,7 +64,7 @@ def test_a_bad_trial_is_pruned(write_sweep: Write, tmp_path: Path, goal: str) ->
     assert all(int(line["epochs"]) in (2, 4) for line in pruned)
     assert all(not (output / "runs" / line["run_id"] / "summary.json").exists() for line in pruned)
     qualities = [float(line["quality"]) for line in table(output)]
-    assert table(output)[0]["state"] == "finished"
+    assert table(output)[0]["state"] == "complete"
     assert qualities[0] == (max if goal == "maximize" else min)(qualities)
     before = starts(output)
     run(path, output, count=6)
@@ -78,7 +78,7 @@ def test_trials_whose_configuration_is_refused_are_not_tried_again(
     path = write_sweep({**SEARCH, "method": "random", "parameters": parameters})
     for _ in range(2):
         run(path, tmp_path / "out", count=12)
-    assert {line["state"] for line in table(tmp_path / "out")} == {"finished", "refused"}
+    assert {line["state"] for line in table(tmp_path / "out")} == {"complete", "fail"}
     assert len(table(tmp_path / "out")) == len(starts(tmp_path / "out")) == 12
     printed = capsys.readouterr().out
     assert "FAILED with exit status 2: fake_program.py: --quality -1.0: broken" in printed
@@ -94,7 +94,7 @@ def test_trials_that_a_full_disk_made_fail_are_tried_again(write_sweep: Write, t
     (output / "disk-is-full").unlink()
     run(path, output, count=2)
     assert starts(output) == ["try-0", "try-1"] * 2
-    assert [line["state"] for line in table(output)] == ["finished"] * 2
+    assert [line["state"] for line in table(output)] == ["complete"] * 2
 
 
 def test_another_search_of_the_same_name_is_refused(write_sweep: Write, tmp_path: Path) -> None:
