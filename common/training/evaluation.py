@@ -64,7 +64,7 @@ class Evaluation:
             "n": len(targets),
             "auc": vars(metrics.auc_estimate(probabilities, targets)),
             "acc": vars(metrics.accuracy_estimate(probabilities, targets)),
-            "balanced_acc": vars(metrics.balanced_accuracy_estimate(probabilities, targets)),
+            "balanced_acc": {"value": metrics.balanced_accuracy(probabilities, targets)},
             "expected_calibration_error": metrics.expected_calibration_error(probabilities, targets),
             "auc_per_class": {
                 name: None if math.isnan(area) else area for name, area in zip(class_names, areas, strict=True)

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-# 95 % of the standard normal distribution lies between −Z and Z.
-Z = 1.959963984540054
+Z = 1.959963984540054  # 95 % of the standard normal distribution lies between −Z and Z
 
 
 @dataclass(frozen=True)
@@ -90,22 +89,6 @@ def accuracy_estimate(probabilities: NDArray[Any], targets: NDArray[Any]) -> Est
     return _wilson(accuracy(probabilities, targets), len(targets))
 
 
-def balanced_accuracy_estimate(probabilities: NDArray[Any], targets: NDArray[Any]) -> Estimate:
-    """The balanced accuracy with its Wilson score interval for the effective number of tiles.
-
-    A plain accuracy over that number has the same variance as the mean recall (C. Franco et al., Journal of Survey
-    Statistics and Methodology 7, 2019, PMC6690503). For the variance, one right and one wrong tile are added to
-    each class: otherwise a class with few tiles, all of them right, would have none.
-    """
-    matrix = confusion_matrix(probabilities, targets)
-    present = matrix.any(axis=1)
-    right, counts = np.diagonal(matrix)[present], matrix.sum(axis=1)[present]
-    adjusted = (right + 1) / (counts + 2)
-    variance = (adjusted * (1 - adjusted) / counts).sum() / len(counts) ** 2
-    mean = adjusted.mean()
-    return _wilson(balanced_accuracy(probabilities, targets), float(mean * (1 - mean) / variance))
-
-
 def auc_estimate(probabilities: NDArray[Any], targets: NDArray[Any]) -> Estimate:
     """The mean AUC, as `auc` computes it, with DeLong's interval on the logit scale.
 
@@ -157,7 +140,7 @@ def _share_below(scores: NDArray[Any], others: NDArray[Any]) -> NDArray[np.float
     return np.asarray((below + not_above) / (2 * len(ordered)))
 
 
-def _wilson(share: float, count: float) -> Estimate:
+def _wilson(share: float, count: int) -> Estimate:
     """Wilson's interval of a share of `count` tiles."""
     shrink = 1 / (1 + Z**2 / count)
     centre = shrink * (share + Z**2 / (2 * count))

@@ -46,7 +46,8 @@ def test_every_changed_score_of_a_record_is_refused(run_id: str, tmp_path: Path)
     check_runs([Record.read(tmp_path, run_id)], seeds_in_names=True)
     tried = 0
     for path in leaves(whole):
-        if not UNTOLD & set(path):
+        unused = path[1:2] == ("balanced_acc",) and path[2] != "value"  # older records' interval, on no page
+        if not unused and not UNTOLD & set(path):
             summary = copy.deepcopy(whole)
             place: Any = summary
             for name in path[:-1]:

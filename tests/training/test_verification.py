@@ -42,7 +42,7 @@ def task1(arrays: Mapping[str, np.ndarray] = MappingProxyType({})) -> Changed:
     ("keys", "by"),
     [
         (("best", "acc", "value"), 1e-6),
-        (("tta", "balanced_acc", "low"), 1e-6),
+        (("tta", "balanced_acc", "value"), 1e-6),
         (("last", "auc_per_class", "debris"), 1e-6),
         (("best", "epoch"), -1),
         (("test/acc",), 1e-6),
