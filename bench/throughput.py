@@ -7,15 +7,14 @@
 - ours: `Trainer.train_epoch` with the configuration of task1.py and of train.py.
 
 Both have the same network, batch size, augmentation, loss and input side, on phantom tiles of that side. They take
-turns, each in a process of its own, so that other work on the machine slows both alike.
+turns, so that other work on the machine slows both alike. They share a process, so that what
+`Compute.prepare_process` gains helps the plain loop, too.
 """
 
-import multiprocessing
 import os
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,7 +23,7 @@ import medmnist
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SubsetRandomSampler
 from torchvision.models import get_model
 from torchvision.transforms import v2
 
@@ -46,19 +45,11 @@ FOLDER = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
 SIDE = 64
 TURNS = 5
-GPU_TILES = 89_996  # the tiles of a turn on a GPU: those of PathMNIST
-# The steps of a turn on a CPU:
-CONFIGS: dict[type[TrainingConfig], int] = {task1.Task1Config: 20, train.TrainConfig: 3}
+CPU_TILES, GPU_TILES = 1536, 89_996  # of a turn; on a GPU as many as PathMNIST has
+Loop = Callable[[], object]  # trains one epoch
 
 
-class PathMNIST(medmnist.PathMNIST):
-    """medmnist's data set for any number of tiles; medmnist expects the official number."""
-
-    def __len__(self) -> int:
-        return len(self.imgs)
-
-
-def plain_loop(config: TrainingConfig, compute: Compute, workers: int) -> Callable[[], object]:
+def plain_loop(config: TrainingConfig, compute: Compute, workers: int) -> Loop:
     """An epoch of a tutorial's loop. Only the first one includes the workers' start."""
     wide = config.augmentation == "ta_wide"
     flips = [v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(), v2.TrivialAugmentWide()] if wide else []
@@ -66,9 +57,10 @@ def plain_loop(config: TrainingConfig, compute: Compute, workers: int) -> Callab
     tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3)]
     transform = v2.Compose([*flips, *tensor, *erasing])
     loader = DataLoader(
-        PathMNIST("train", transform=transform, root=str(config.data_root), size=SIDE),
+        medmnist.PathMNIST("train", transform=transform, root=str(config.data_root), size=SIDE),
         batch_size=config.batch_size,
-        shuffle=True,
+        # `shuffle=True` would ask for the length, which medmnist gives for the official number of tiles alone.
+        sampler=SubsetRandomSampler(range(config.train_tiles)),
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=compute.device.type == "cuda",
@@ -89,7 +81,7 @@ def plain_loop(config: TrainingConfig, compute: Compute, workers: int) -> Callab
     return epoch
 
 
-def our_loop(config: TrainingConfig, compute: Compute) -> Callable[[], object]:
+def our_loop(config: TrainingConfig, compute: Compute) -> Loop:
     """An epoch as `Trainer.fit` runs it."""
     compute.prepare_process()
     dataset = load_dataset("phantom", SIDE, config.data_root, config.train_tiles)
@@ -99,31 +91,13 @@ def our_loop(config: TrainingConfig, compute: Compute) -> Callable[[], object]:
     return lambda: trainer.train_epoch(1)
 
 
-measured: Callable[[], object]  # in a loop's own process: its epoch
-
-
-def turn() -> float:
-    """Seconds of one epoch of this process's loop."""
+def seconds(loop: Loop) -> float:
+    """The time of one epoch."""
     started = time.perf_counter()
-    measured()
+    loop()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - started
-
-
-def prepare(plain: bool, config: TrainingConfig, compute: Compute) -> int:
-    """Build a loop in this process and warm it up; returns the plain loop's best number of workers."""
-    global measured
-    cores, seconds = os.cpu_count() or 1, {}
-    for workers in (0, 1, cores // 2, cores) if plain else (0,):
-        measured = plain_loop(config, compute, workers) if plain else our_loop(config, compute)
-        turn()
-        seconds[workers] = turn()
-    best = min(seconds, key=seconds.__getitem__)
-    if plain:
-        measured = plain_loop(config, compute, best)
-        turn()
-    return best
 
 
 def compare(config: TrainingConfig, compute: Compute) -> dict[str, Any]:
@@ -132,16 +106,17 @@ def compare(config: TrainingConfig, compute: Compute) -> dict[str, Any]:
     images, labels = train_split.images.permute(0, 2, 3, 1).numpy(), train_split.labels.numpy()
     path = config.data_root / f"pathmnist_{SIDE}.npz"
     np.savez(path, train_images=images, train_labels=labels.astype(np.uint8)[:, None])
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn) as plain, ProcessPoolExecutor(1, spawn) as ours:
-        workers = plain.submit(prepare, True, config, compute).result()
-        ours.submit(prepare, False, config, compute).result()  # after the other: warming up takes all cores
-        turns = [[len(labels) / one.submit(turn).result() for one in (plain, ours)] for _ in range(TURNS)]
+    ours, cores = our_loop(config, compute), os.cpu_count() or 1
+    plain = {workers: plain_loop(config, compute, workers) for workers in {0, 1, cores // 2, cores}}
+    for loop in (ours, *plain.values()):
+        seconds(loop)  # the first epoch warms up
+    best = min(plain, key=lambda workers: seconds(plain[workers]))
+    turns = [[len(labels) / seconds(loop) for loop in (plain[best], ours)] for _ in range(TURNS)]
     rates = {"plain": [one[0] for one in turns], "ours": [one[1] for one in turns]}
     rates["ratio"] = [one[1] / one[0] for one in turns]
     return {
         "network": f"{config.model_name}, batch {config.batch_size}, augmentation {config.augmentation}",
-        "workers": workers,
+        "workers": best,
         **{name: {"median": median(all_), "range": [min(all_), max(all_)]} for name, all_ in rates.items()},
     }
 
@@ -161,12 +136,11 @@ def table() -> list[str]:
 def main(config: Keys) -> None:
     """Measure both tasks, write the record, fill the page."""
     compute, rows = Compute.of("auto", "auto"), []
-    for configuration, steps in CONFIGS.items():
+    keys = {"dataset": "phantom", "size": SIDE, "run_id": "bench", "wandb": "disabled"}
+    keys["train_tiles"] = GPU_TILES if compute.device.type == "cuda" else CPU_TILES
+    for configuration in (task1.Task1Config, train.TrainConfig):
         with tempfile.TemporaryDirectory() as folder:
-            keys = {"dataset": "phantom", "size": SIDE, "run_id": "bench", "wandb": "disabled"}
-            task = configuration(**keys, data_root=folder, output_dir=folder)
-            n_tiles = GPU_TILES if compute.device.type == "cuda" else steps * task.batch_size
-            rows.append(compare(task.replaced(train_tiles=n_tiles), compute))
+            rows.append(compare(configuration(**keys, data_root=folder, output_dir=folder), compute))
         print(f"{rows[-1]['network']}: ours / plain {rows[-1]['ratio']['median']:.2f}", flush=True)
     facts = {"device": compute.name, "repeats": TURNS, **provenance(("torch", "torchvision", "numpy"))}
     write_json(FOLDER / f"throughput-{compute.device.type}.json", {**facts, "rows": rows})
