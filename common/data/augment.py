@@ -7,62 +7,37 @@ Results have channels_last memory; inputs are not changed.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torchvision.transforms import AutoAugment, AutoAugmentPolicy, v2
+from torchvision.transforms.v2 import functional
 
 from common.cli import UsageError
 
 Augmentation = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 
-# For each operation, as in torchvision: the magnitudes of the first and the last bin of TrivialAugmentWide (31
-# bins, Müller & Hutter 2021, arXiv:2103.10158) and of AutoAugment (10 bins, Cubuk et al. 2019, arXiv:1805.09501),
-# and whether half of the magnitudes are negative. None: the method does not use this operation.
-RANGES: dict[str, tuple[tuple[float, float] | None, tuple[float, float] | None, bool]] = {
-    "Identity": ((0.0, 0.0), None, False),
-    "ShearX": ((0.0, 0.99), (0.0, 0.3), True),
-    "ShearY": ((0.0, 0.99), None, True),
-    "TranslateX": ((0.0, 32.0), None, True),
-    "TranslateY": ((0.0, 32.0), None, True),
-    "Rotate": ((0.0, 135.0), (0.0, 30.0), True),
-    "Brightness": ((0.0, 0.99), None, True),
-    "Color": ((0.0, 0.99), (0.0, 0.9), True),
-    "Contrast": ((0.0, 0.99), (0.0, 0.9), True),
-    "Sharpness": ((0.0, 0.99), (0.0, 0.9), True),
-    "Posterize": ((8.0, 2.0), (8.0, 4.0), False),
-    "Solarize": ((1.0, 0.0), (1.0, 0.0), False),
-    "AutoContrast": ((0.0, 0.0), (0.0, 0.0), False),
-    "Equalize": ((0.0, 0.0), (0.0, 0.0), False),
-    "Invert": (None, (0.0, 0.0), False),
-}
-OPERATIONS = tuple(RANGES)
+# torchvision's tables: by operation, a function that gives its magnitudes, and whether half of them are negative.
+# TrivialAugmentWide (Müller & Hutter 2021, arXiv:2103.10158) has 31 bins, AutoAugment (Cubuk et al. 2019,
+# arXiv:1805.09501) 10.
+WIDE, AUTO = v2.TrivialAugmentWide._AUGMENTATION_SPACE, v2.AutoAugment._AUGMENTATION_SPACE
+WIDE_BINS, AUTO_BINS = 31, 10
+OPERATIONS = (*WIDE, "Invert")  # Invert is of AutoAugment alone
+SIGNED = torch.tensor([name in WIDE and WIDE[name][1] for name in OPERATIONS])
 MOVE, LAST_MOVE = OPERATIONS.index("ShearX"), OPERATIONS.index("Rotate")  # these and all between move pixels
-WIDE_BINS = 31
-AUTO_BINS = 10
-
-ERASE_PROBABILITY = 0.1
-ERASE_AREA = (0.02, 0.33)
-ERASE_RATIO = (0.3, 3.3)
-# torchvision erases to 0 after normalisation; with mean .5 and std .5 that is mid-grey.
-ERASE_GREY = 128
 
 # Optical density of each dye in red, green and blue: haematoxylin, eosin and the remainder, DAB
 # (Ruifrok & Johnston 2001, "Quantification of histochemical staining by color deconvolution").
 STAIN_VECTORS = torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]]).double()
-# Each dye's concentration is scaled by 1 ± .2 and shifted by ± .05; hue turns by ± 10°.
-STAIN_SCALE = 0.2
-STAIN_SHIFT = 0.05
-STAIN_HUE = math.radians(10.0)
 
 # CIELAB from linear sRGB under D65.
 LAB_MATRIX = torch.tensor(
     [[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169], [0.019334, 0.119193, 0.950227]]
 ).double()
 LAB_WHITE = torch.tensor([[0.95047], [1.0], [1.08883]]).double()
-
-ZOOM_LIMIT = 1.25
 
 # RandStainNA: in each colour space, for each of its three channels, the mean and the standard deviation over tiles
 # of a tile's mean, and of a tile's own standard deviation. Measured on 9,000 training tiles of PathMNIST at 64 px
@@ -145,8 +120,6 @@ def _sources(name: str, magnitude: float, height: int, width: int, device: torch
 
     torchvision itself moves a tile of pixel numbers: so ties are rounded as it rounds them, on CUDA as on the CPU.
     """
-    from torchvision.transforms.v2 import functional
-
     numbers = torch.arange(1.0, height * width + 1).view(1, height, width)
     moved: torch.Tensor
     if name == "Rotate":
@@ -190,9 +163,10 @@ def _sharpness(images: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
 
 
 def _recolour(name: str, images: torch.Tensor, settings: torch.Tensor) -> torch.Tensor:
-    """An operation on colours, with `_settings`; the result is uint8, or float 0 … 255 to truncate."""
-    from torchvision.transforms.v2 import functional
+    """An operation on colours; the result is uint8, or float 0 … 255 to truncate.
 
+    `settings` (n, 4) has for each image the blend's ratio, 1 − ratio, and the threshold and mask of grey levels.
+    """
     ratio, rest, threshold, mask = settings.view(-1, 4, 1, 1, 1).unbind(1)
     match name:
         case "Brightness":
@@ -214,18 +188,14 @@ def _recolour(name: str, images: torch.Tensor, settings: torch.Tensor) -> torch.
             return images
 
 
-def _settings(magnitude: torch.Tensor) -> torch.Tensor:
-    """What `_recolour` needs of magnitudes (N,): ratio, 1 − ratio, threshold and mask; (N, 4) float32."""
-    ratio = 1.0 + magnitude
-    # Posterize's magnitude is the number of highest bits, of 8, that stay.
-    mask = (255 << (8 - magnitude.long().clamp(0, 8))) & 255
-    return torch.stack([ratio, 1.0 - ratio, 255 * magnitude, mask], dim=1).float()
-
-
 def _operate(images: torch.Tensor, operation: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
     order = operation.argsort()
     ordered, strengths = operation[order], magnitude[order]
-    settings = _on_device(_settings(strengths), images.device)
+    ratio = 1.0 + strengths
+    # Posterize's magnitude is the number of highest bits, of 8, that stay.
+    mask = (255 << (8 - strengths.long().clamp(0, 8))) & 255
+    settings = torch.stack([ratio, 1.0 - ratio, 255 * strengths, mask], dim=1)
+    settings = _on_device(settings.float(), images.device)
 
     def apply(number: int, part: torch.Tensor, these: slice) -> torch.Tensor:
         if number == MOVE:
@@ -247,31 +217,23 @@ def apply_operations(images: torch.Tensor, operation: torch.Tensor, magnitude: t
     return images
 
 
-def _magnitudes(column: int, bins: int) -> torch.Tensor:
-    """The magnitude of each operation at each bin of a column of `RANGES`, float64 (operations, bins)."""
-    # float32 first: torchvision takes its magnitudes from float32 tables.
-    ends = [(wide, auto)[column] or (0.0, 0.0) for wide, auto, _ in RANGES.values()]
-    table = torch.stack([torch.linspace(first, last, bins) for first, last in ends])
-    bits = OPERATIONS.index("Posterize")
-    table[bits] = table[bits].round()
-    return table.double()
+def _magnitudes(space: Mapping[str, Any], bins: int) -> torch.Tensor:
+    """The magnitude of each operation at each bin, float64 (operations, bins); 0 where it has none."""
+    table = torch.zeros(len(OPERATIONS), bins, dtype=torch.float64)
+    for number, name in enumerate(OPERATIONS):
+        # AutoAugment's shifts depend on the tile's side; its ImageNet policy has no shifts, so any number will do.
+        magnitudes = space[name][0](bins, 0, 0) if name in space else None
+        if magnitudes is not None:
+            table[number] = magnitudes
+    return table
 
 
-WIDE_MAGNITUDES, AUTO_MAGNITUDES = _magnitudes(0, WIDE_BINS), _magnitudes(1, AUTO_BINS)
-WIDE_OPERATIONS = torch.tensor([i for i, (wide, _, _) in enumerate(RANGES.values()) if wide])
-SIGNED = torch.tensor([signed for _, _, signed in RANGES.values()])
-
-
-@lru_cache(maxsize=1)
-def _imagenet_policy() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Operation, probability and bin of both operations of AutoAugment's 25 sub-policies, (2, 25) each."""
-    from torchvision.transforms import AutoAugment, AutoAugmentPolicy
-
-    pairs = AutoAugment(AutoAugmentPolicy.IMAGENET).policies
-    operations = torch.tensor([[OPERATIONS.index(name) for name, _, _ in pair] for pair in pairs])
-    probabilities = torch.tensor([[p for _, p, _ in pair] for pair in pairs], dtype=torch.float64)
-    bins = torch.tensor([[number or 0 for _, _, number in pair] for pair in pairs])
-    return operations.T, probabilities.T, bins.T
+WIDE_MAGNITUDES, AUTO_MAGNITUDES = _magnitudes(WIDE, WIDE_BINS), _magnitudes(AUTO, AUTO_BINS)
+# Operation, probability and bin of both operations of AutoAugment's 25 sub-policies for ImageNet, (2, 25) each.
+PAIRS = AutoAugment(AutoAugmentPolicy.IMAGENET).policies
+POLICY_OPERATIONS = torch.tensor([[OPERATIONS.index(name) for name, _, _ in pair] for pair in PAIRS]).T
+POLICY_PROBABILITIES = torch.tensor([[p for _, p, _ in pair] for pair in PAIRS], dtype=torch.float64).T
+POLICY_BINS = torch.tensor([[number or 0 for _, _, number in pair] for pair in PAIRS]).T
 
 
 def _with_signs(
@@ -283,7 +245,7 @@ def _with_signs(
 
 def sample_trivial_augment(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Operation and magnitude of TrivialAugmentWide, int64 and float64 (1, count), uniform over their values."""
-    operation = WIDE_OPERATIONS[torch.randint(len(WIDE_OPERATIONS), (1, count), generator=generator)]
+    operation = torch.randint(len(WIDE), (1, count), generator=generator)
     magnitude_bin = torch.randint(WIDE_BINS, (1, count), generator=generator)
     return _with_signs(operation, WIDE_MAGNITUDES[operation, magnitude_bin], generator)
 
@@ -293,11 +255,10 @@ def sample_auto_augment(count: int, generator: torch.Generator) -> tuple[torch.T
 
     The sub-policy is uniform over the 25 for ImageNet. An operation that is not applied becomes Identity.
     """
-    operations, probabilities, bins = _imagenet_policy()
-    policy = torch.randint(operations.shape[1], (count,), generator=generator)
-    happens = torch.rand(2, count, generator=generator, dtype=torch.float64) < probabilities[:, policy]
-    operation = torch.where(happens, operations[:, policy], OPERATIONS.index("Identity"))
-    return _with_signs(operation, AUTO_MAGNITUDES[operation, bins[:, policy]], generator)
+    policy = torch.randint(len(PAIRS), (count,), generator=generator)
+    happens = torch.rand(2, count, generator=generator, dtype=torch.float64) < POLICY_PROBABILITIES[:, policy]
+    operation = torch.where(happens, POLICY_OPERATIONS[:, policy], OPERATIONS.index("Identity"))
+    return _with_signs(operation, AUTO_MAGNITUDES[operation, POLICY_BINS[:, policy]], generator)
 
 
 def sample_erasing(side: int, count: int, generator: torch.Generator) -> torch.Tensor:
@@ -306,32 +267,33 @@ def sample_erasing(side: int, count: int, generator: torch.Generator) -> torch.T
     As torchvision's RandomErasing (Zhong et al. 2017, arXiv:1708.04896): the area is uniform, the ratio of height
     to width log-uniform. Of ten attempts the first one counts whose rectangle is lower and narrower than the tile.
     """
-    area = side * side * _uniform((count, 10), *ERASE_AREA, generator)
-    low, high = (math.log(ratio) for ratio in ERASE_RATIO)
-    ratio = _uniform((count, 10), low, high, generator).exp()
+    area = side * side * _uniform((count, 10), 0.02, 0.33, generator)
+    ratio = _uniform((count, 10), math.log(0.3), math.log(3.3), generator).exp()
     sizes = torch.stack([(area * ratio).sqrt().round(), (area / ratio).sqrt().round()], dim=2)
     fits = (sizes < side).all(2)
     # argmax gives the first maximum: the first attempt that fits.
     size = sizes[torch.arange(count), fits.int().argmax(1)].long()
     corner = (_uniform((count, 2), 0.0, 1.0, generator) * (side - size + 1)).long()
-    happens = fits.any(1) & (torch.rand(count, generator=generator) < ERASE_PROBABILITY)
+    happens = fits.any(1) & (torch.rand(count, generator=generator) < 0.1)
     return torch.cat([corner, size], dim=1) * happens.unsqueeze(1)
 
 
 def erase(images: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-    """Fill rectangle `boxes[i]` (top, left, height, width; CPU) of image i with mid-grey, 128."""
+    """Fill rectangle `boxes[i]` (top, left, height, width; CPU) of image i with mid-grey, 128.
+
+    torchvision erases to 0 after normalisation; with mean .5 and std .5 that is mid-grey.
+    """
     box = _on_device(boxes, images.device)[..., None]
     start, extent = box[:, :2], box[:, 2:]
     pixel = torch.arange(images.shape[2], device=images.device)
     inside = (pixel >= start) & (pixel < start + extent)
-    return images.clone().masked_fill_(inside[:, :1, :, None] & inside[:, 1:, None, :], ERASE_GREY)
+    return images.clone().masked_fill_(inside[:, :1, :, None] & inside[:, 1:, None, :], 128)
 
 
 def sample_stain(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Scale and shift of the dyes, (count, 3) each, and turn of the hue in radians (count,): uniform float64."""
-    scale = _uniform((count, 3), 1.0 - STAIN_SCALE, 1.0 + STAIN_SCALE, generator)
-    shift = _uniform((count, 3), -STAIN_SHIFT, STAIN_SHIFT, generator)
-    return scale, shift, _uniform((count,), -STAIN_HUE, STAIN_HUE, generator)
+    scale, shift = _uniform((count, 3), 0.8, 1.2, generator), _uniform((count, 3), -0.05, 0.05, generator)
+    return scale, shift, _uniform((count,), -math.radians(10), math.radians(10), generator)
 
 
 def _turn_about_grey(angle: torch.Tensor) -> torch.Tensor:
@@ -453,7 +415,7 @@ def randstain(images: torch.Tensor, space: torch.Tensor, mean: torch.Tensor, spr
 
 def sample_zoom(count: int, generator: torch.Generator) -> torch.Tensor:
     """Zoom factors 0.8 … 1.25, float64 (count,); log-uniform, so that both directions are equally likely."""
-    limit = math.log(ZOOM_LIMIT)
+    limit = math.log(1.25)
     return _uniform((count,), -limit, limit, generator).exp()
 
 
