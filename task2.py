@@ -21,7 +21,7 @@ from common.cli import Fault, key, run_script  # before torch: common/__init__.p
 # isort: split
 import torch
 
-from common.config import LAST_SEED, MOST, RunId, ScriptConfig
+from common.config import LAST_SEED, RunId, ScriptConfig
 from common.data.batches import DeviceTiles
 from common.data.dataset import load_dataset
 from common.explain import tiles
@@ -42,7 +42,7 @@ class Task2Config(ScriptConfig):
     run_id: RunId | None = key(
         None, "the run to explain (default: Task 1's with most training tiles, the newest of several)"
     )
-    checked_tiles: int = key(256, "test tiles for the checks of the methods", ge=6, le=MOST)
+    checked_tiles: int = key(256, "test tiles for the checks of the methods", ge=6)
     seed: int = key(0, "seed of the choice of tiles, of noise and of random networks", ge=0, le=LAST_SEED)
 
 

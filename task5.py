@@ -25,7 +25,7 @@ from common.cli import UsageError, key, run_script  # before torch: common/__ini
 import torch
 from pydantic import model_validator
 
-from common.config import MOST, TrainingConfig
+from common.config import TrainingConfig
 from common.data.augment import build_augmentation
 from common.data.batches import device_splits
 from common.data.dataset import Dataset, load_dataset
@@ -114,7 +114,7 @@ class Task5Config(TrainingConfig):
         0.1, "with train_part=all: the first block's factor of lr; it grows geometrically to the head", gt=0, le=1
     )
     input_size: int = key(
-        None, "side in pixels of the network's inputs (default: what the weights were trained on)", ge=8, le=MOST
+        None, "side in pixels of the network's inputs (default: what the weights were trained on)", ge=8
     )
     cache_features: bool = key(
         True, "compute a frozen network's features once, not in every epoch, where that is possible"

@@ -9,8 +9,8 @@
 
 The defaults are the coursework's configuration. The coursework reports test AUC 0.988 and test ACC 0.913 for it on
 the full PathMNIST at 64 pixels, one seed. Techniques that it does not have are off by default: EMA, stain
-augmentation, no weight decay for norms, selection by other scores. One is on: the statistics of BatchNorm are
-measured again before each validation, because MobileNetV3's running statistics are late after few steps.
+augmentation, selection by other scores. One is on: the statistics of BatchNorm are measured again before each
+validation, because MobileNetV3's running statistics are late after few steps.
 
 Leaves the same records as task1.py; the figures are in fig/task3/.
 """

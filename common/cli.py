@@ -21,14 +21,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from common.files import public
 
-PLAINER = {  # words for those of pydantic's messages
-    "Value error, ": "",
-    "Input should be": "must be",
-    "greater than or equal to": "at least",
-    "less than or equal to": "at most",
-    "greater than": "above",
-    "less than": "below",
-}
 BOOKKEEPING = {"data_root", "output_dir", "wandb", "scratch"}  # keys of where and how a run is kept
 
 
@@ -76,12 +68,7 @@ def closest(name: str, known: Sequence[str]) -> str:
 
 
 def key(
-    default: Any,
-    description: str,
-    *,
-    choices: Sequence[Any] = (),
-    positional: bool = False,
-    **bounds: float,
+    default: Any, description: str, *, choices: Sequence[Any] = (), positional: bool = False, **bounds: float
 ) -> Any:
     """A key: its default, its help, and its values, by `choices` or by pydantic's bounds ge, gt, le and lt.
 
@@ -103,9 +90,8 @@ class Keys(BaseModel):
             super().__init__(**{**self.recipe(given), **given})
         except ValidationError as error:
             first = error.errors()[0]
-            reason = first["msg"]
-            for words, plainer in PLAINER.items():
-                reason = reason.replace(words, plainer)
+            reason = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+            reason = reason.replace("greater than", "above")
             raise UsageError(f"--{first['loc'][0]} {first['input']}: {reason}") from None
 
     @classmethod

@@ -50,9 +50,7 @@ def spread(values: Sequence[float]) -> Spread:
 
     n, mean = len(values), statistics.fmean(values)
     sd = statistics.stdev(values) if n > 1 else math.nan
-    if n < LEAST_SEEDS:
-        return Spread(n, mean, sd, math.nan, math.nan)
-    half = float(t.ppf(0.975, n - 1)) * sd / math.sqrt(n)
+    half = math.nan if n < LEAST_SEEDS else float(t.ppf(0.975, n - 1)) * sd / math.sqrt(n)
     return Spread(n, mean, sd, mean - half, mean + half)
 
 

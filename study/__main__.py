@@ -22,7 +22,8 @@ from typing import NamedTuple, Self
 from pydantic import model_validator
 
 from common.cli import Fault, Stopped, UsageError, key, run_script
-from common.config import ScriptConfig, size_key
+from common.config import ScriptConfig
+from common.data import pathmnist
 from common.records.read import checkpoint_folder, is_finished, read_json, run_folder
 from study import report
 from study.processes import Processes, Run, train_all, workers
@@ -110,7 +111,7 @@ class StudyConfig(ScriptConfig):
     """The data set of the study, and its folder."""
 
     dataset: str = key("pathmnist", "data set", choices=("pathmnist", "phantom"))
-    size: int = size_key(28)
+    size: int = key(28, "tile side in pixels", choices=tuple(pathmnist.MD5))
     output_dir: Path = key(
         None, "folder of the study (default: DATASET-SIZE; for pathmnist at 28 the current folder)"
     )

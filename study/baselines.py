@@ -24,7 +24,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from common.cli import UsageError, key, run_script
-from common.config import LEAST_TILES, MOST, FolderConfig, size_key
+from common.config import LEAST_TILES, FolderConfig
 from common.data import pathmnist
 from common.data.dataset import SPLITS, Split, load_dataset
 from common.data.shift import CHUNK, SHIFTS, shifted
@@ -50,9 +50,9 @@ class BaselinesConfig(FolderConfig):
     """The data set of the baselines."""
 
     dataset: str = key(pathmnist.NAME, "data set", choices=(pathmnist.NAME, "phantom"))
-    size: int = size_key(28)
+    size: int = key(28, "tile side in pixels", choices=tuple(pathmnist.MD5))
     train_tiles: int | None = key(
-        None, "number of training tiles, as for a network (default: all)", ge=LEAST_TILES, le=MOST
+        None, "number of training tiles, as for a network (default: all)", ge=LEAST_TILES
     )
 
 

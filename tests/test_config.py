@@ -33,7 +33,7 @@ def read(*arguments: str) -> TrainingConfig:
         # As a W&B agent writes them.
         (["--tta=False", "--amsgrad=True"], {"tta": False, "amsgrad": True}),
         (["--batch_size=512.0", "--lr=1e-05"], {"batch_size": 512, "lr": 1e-5}),
-        (["--norm_weight_decay=null", "--early_stopping_patience=None"], {"norm_weight_decay": None}),
+        (["--early_stopping_patience=null"], {"early_stopping_patience": None}),
         (["--run_id=none"], {"run_id": "none"}),  # not an optional key
     ],
 )

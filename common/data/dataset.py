@@ -124,7 +124,13 @@ def _arrays(folder: Path, build: Callable[[Path], None]) -> dict[str, Split]:
                     temporary.mkdir()
                     build(temporary)
                     temporary.rename(folder)
-        return {split: _map(folder, split) for split in SPLITS}
+        splits = {}
+        for split in SPLITS:
+            # 'c' (copy on write): torch warns of read-only arrays. Nothing is ever written here.
+            images = np.load(folder / f"{split}_images.npy", mmap_mode="c", allow_pickle=False)
+            labels = np.load(folder / f"{split}_labels.npy", allow_pickle=False)
+            splits[split] = Split(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels))
+        return splits
     except (OSError, EOFError, ValueError) as error:
         shutil.rmtree(temporary, ignore_errors=True)  # the disk may be full
         reason = getattr(error, "strerror", None) or first_line(error)
@@ -134,41 +140,29 @@ def _arrays(folder: Path, build: Callable[[Path], None]) -> dict[str, Split]:
         ) from error
 
 
-def _map(folder: Path, split: str) -> Split:
-    """Map a split's images, and read its labels. Raises an error where a file is missing or cut off."""
-    # 'c' (copy on write): torch warns of read-only arrays. Nothing is ever written here.
-    images = np.load(folder / f"{split}_images.npy", mmap_mode="c", allow_pickle=False)
-    labels = np.load(folder / f"{split}_labels.npy", allow_pickle=False)
-    return Split(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels))
-
-
 def _unpack(file: OfficialFile, data_root: Path, folder: Path) -> None:
     """Unpack the official file: images (N, H, W, 3) uint8 as they are, labels (N, 1) uint8 as (N,) int64.
 
     It is downloaded where it is missing or damaged; Fault where that fails.
     """
-    path = data_root / file.name
-    _download(file, path)
-    with zipfile.ZipFile(path) as archive, np.load(path, allow_pickle=False) as arrays:
-        for split in SPLITS:
-            archive.extract(f"{split}_images.npy", folder)  # block by block: larger than memory at 224 pixels
-            np.save(folder / f"{split}_labels.npy", arrays[f"{split}_labels"][:, 0].astype(np.int64))
-
-
-def _download(file: OfficialFile, path: Path) -> None:
     import pooch
 
+    path = data_root / file.name
     print(f"{'unpacking' if path.exists() else f'downloading {file.url} to'} {path}", flush=True)
     pooch.get_logger().setLevel("ERROR")  # it says the same on stderr
     # In its largest file a progress bar and a flush for every KiB, the default, would cost minutes.
     downloader = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), chunk_size=1 << 20, timeout=20)
     try:
-        pooch.retrieve(file.url, f"md5:{file.md5}", path.name, path.parent, downloader=downloader)
+        pooch.retrieve(file.url, f"md5:{file.md5}", file.name, data_root, downloader=downloader)
     except (OSError, ValueError) as error:  # requests' errors are OSErrors; another MD5 is a ValueError
         raise Fault(
             f"{path}: missing or damaged, and its download failed ({first_line(error)}): try again, or fetch "
-            f"{file.url} (MD5 {file.md5}) by hand into {path.parent}, or use --dataset phantom"
+            f"{file.url} (MD5 {file.md5}) by hand into {data_root}, or use --dataset phantom"
         ) from error
+    with zipfile.ZipFile(path) as archive, np.load(path, allow_pickle=False) as arrays:
+        for split in SPLITS:
+            archive.extract(f"{split}_images.npy", folder)  # block by block: larger than memory at 224 pixels
+            np.save(folder / f"{split}_labels.npy", arrays[f"{split}_labels"][:, 0].astype(np.int64))
 
 
 def _draw_phantom(n_tiles: int, size: int, folder: Path) -> None:

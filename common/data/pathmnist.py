@@ -4,7 +4,7 @@ They are copied because the import of medmnist takes three seconds and creates ~
 MedMNIST, change this module.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 NAME = "pathmnist"
 TITLE = "PathMNIST"
@@ -35,8 +35,7 @@ LABELS_SHA256 = {  # of the labels as uint8, in the order of the file with 28 px
 PHANTOM_TRAIN_TILES = 9000  # of the generated tiles in the place of PathMNIST's, without --train_tiles
 
 
-@dataclass(frozen=True)
-class OfficialFile:
+class OfficialFile(NamedTuple):
     """An official file: its name, its address and its MD5."""
 
     name: str

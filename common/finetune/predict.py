@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageOps
 
 from common.cli import Fault, Keys, UsageError, first_line, key, run_script
-from common.config import device_key
+from common.config import DEVICES
 from common.data.pathmnist import CLASS_NAMES, TITLE, has_stained_colours
 from common.files import write_text
 from common.finetune.trained import load_trained
@@ -38,7 +38,7 @@ class PredictConfig(Keys):
     pictures: tuple[Path, ...] = key((), "pictures, and folders of pictures", positional=True)
     csv: Path | None = key(None, "the table's file (default: stdout)")
     output_dir: Path = key(Path(), "folder that has the run's checkpoints/ and runs/")
-    device: str = device_key()
+    device: str = key("auto", "computing device; auto is CUDA if there is one", choices=DEVICES)
 
 
 def main(config: PredictConfig) -> None:

@@ -30,13 +30,11 @@ def save(path: Path, content: dict[str, Any]) -> None:
 def load(path: Path) -> dict[str, Any]:
     """Read what `save` wrote, tensors on the CPU.
 
-    Raises Fault where the file is missing, damaged, or holds anything but plain data.
+    Raises OSError, and Fault where the file is damaged or holds anything but plain data.
     """
     try:
         with open(path, "rb") as file:
             content = read_plain(file)
-    except FileNotFoundError:
-        raise Fault(f"{path}: no such checkpoint; train first, or name another --run_id") from None
     except ValueError as error:
         raise Fault(f"{path}: not a readable checkpoint ({error}); train again with another --run_id") from error
     if not isinstance(content, dict):

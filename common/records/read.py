@@ -20,11 +20,6 @@ COLUMNS = (  # of history.csv
     *("epoch", "train/loss", "validate/loss", "validate/auc", "validate/acc", "validate/balanced_acc"),
     *("lr", "tiles_per_second", "seconds"),
 )
-SHARED = {"task", "run_id", "dataset", "synthetic", "data_fingerprint", "tiles", "device"}
-REQUIRED = {  # keys; after --test=False there are no scores of test tiles
-    "config.json": SHARED | {"config", "started"},
-    "summary.json": SHARED | {"validate", "shifted", "wall_seconds"},
-}
 REMEDY = "restore this file, or run the script that wrote it again under another --run_id"
 
 
@@ -58,8 +53,7 @@ class Record:
     @property
     def config(self) -> Mapping[str, Any]:
         """The run's keys."""
-        content: Mapping[str, Any] = self.facts["config"]
-        return content
+        return dict(self.facts["config"])
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays of scores.npz, which `Trainer.test` describes; Fault where it is missing or damaged."""
@@ -124,14 +118,12 @@ def read_history(path: Path) -> list[dict[str, float]]:
 def read_json(path: Path) -> Any:
     """The content of a JSON record of a run.
 
-    Raises Fault where it is damaged, lacks a key of REQUIRED, or is in the folder of another run.
+    Raises Fault where it is damaged, or in the folder of another run.
     """
     try:
         content = json.loads(read_text(path))
         if not isinstance(content, dict):
             raise ValueError("it is no JSON object")
-        if missing := REQUIRED.get(path.name, set()) - content.keys():
-            raise ValueError(f"{min(missing)} is missing")
         if content.get("run_id", path.parent.name) != path.parent.name:
             raise ValueError(f"run_id: it is of run {content['run_id']}")
     except (OSError, ValueError) as error:

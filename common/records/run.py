@@ -177,8 +177,7 @@ def check_same(
 ) -> None:
     """Raise UsageError, naming the differing keys, where `before` has other keys, or other values of `more`."""
     now, before = {**config.identity(), **more}, public(before)
-    differing = [f"{name} was {before.get(name)}" for name in now if before.get(name) != now[name]]
-    if differing:
+    if differing := [f"{name} was {before.get(name)}" for name in now if before.get(name) != now[name]]:
         raise UsageError(
             f"run {config.run_id} was started with another configuration ({', '.join(differing)}): {remedy}"
         )

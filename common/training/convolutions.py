@@ -57,8 +57,7 @@ class SmallMapConv2d(nn.Conv2d):
         return (
             input.device.type == "cpu"
             and not torch.is_autocast_enabled("cpu")
-            and self.groups in (1, self.in_channels)
-            and (self.groups == 1 or self.in_channels == self.out_channels)
+            and (self.groups == 1 or self.groups == self.in_channels == self.out_channels)
             and self.padding_mode == "zeros"
             and not isinstance(self.padding, str)
             and self.dilation == (1, 1)
@@ -138,19 +137,15 @@ def _windows(
     input: torch.Tensor, weight: torch.Tensor, stride: Axes, padding: Axes
 ) -> Iterator[tuple[int, int, tuple[slice, slice], tuple[slice, slice]]]:
     """For each output pixel: its row and column, the pixels of the map under the kernel, and the taps on them."""
-    rows, columns = (_spans(input.shape[2 + a], weight.shape[2 + a], stride[a], padding[a]) for a in (0, 1))
-    for row, (pixel_rows, tap_rows) in enumerate(rows):
-        for column, (pixel_columns, tap_columns) in enumerate(columns):
+    axes: list[list[tuple[slice, slice]]] = []
+    for size, taps, step, pad in zip(input.shape[2:], weight.shape[2:], stride, padding, strict=True):
+        axes.append([])
+        for first in range(-pad, size + pad - taps + 1, step):
+            low, high = (min(max(end, 0), size) for end in (first, first + taps))
+            axes[-1].append((slice(low, high), slice(low - first, high - first)))
+    for row, (pixel_rows, tap_rows) in enumerate(axes[0]):
+        for column, (pixel_columns, tap_columns) in enumerate(axes[1]):
             yield row, column, (pixel_rows, pixel_columns), (tap_rows, tap_columns)
-
-
-def _spans(size: int, kernel: int, stride: int, padding: int) -> list[tuple[slice, slice]]:
-    """Along one axis, for each output pixel: the pixels under the kernel, and the taps on them."""
-    spans = []
-    for first in range(-padding, size + padding - kernel + 1, stride):
-        low, high = (min(max(end, 0), size) for end in (first, first + kernel))
-        spans.append((slice(low, high), slice(low - first, high - first)))
-    return spans
 
 
 def _channels_last(images: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from common.cli import Fault, Stopped, Untrainable
+from common.cli import Stopped, Untrainable
 from common.config import TrainingConfig
 from common.data.augment import build_augmentation
 from common.data.batches import Splits, Tiles, batches, device_splits
@@ -213,31 +213,24 @@ class Trainer:
         tiles = self.splits.train
         order = torch.randperm(len(tiles), generator=generator(self.config.seed, 0, "batchnorm"))[:BATCHNORM_TILES]
         for places in batches(len(order), EVALUATION_BATCH, order.device):
-            inputs, _ = tiles.inputs(order[places].to(tiles.index_device))
-            yield inputs
+            yield tiles.inputs(order[places].to(tiles.index_device))[0]
 
     def save_best(self) -> None:
         """Write best.pt: the evaluated weights, and what a reader must know to use them."""
-        dataset = self.run.dataset
         content = {
             "run_id": self.run.run_id,
             "state_dict": self.evaluated.state_dict(),
             "epoch": len(self.history),
             "model_name": self.config.model_name,
-            "class_names": list(dataset.class_names),
-            "dataset": dataset.title,
-            "size": dataset.size,
+            "class_names": list(self.run.dataset.class_names),
             "config": self.config.as_dict(),
         }
         checkpoint.save(self.run.checkpoints / "best.pt", content)
 
     def load_best(self) -> None:
-        """Load best.pt into `evaluated`; Fault where it cannot be read or is not of the best epoch."""
+        """Load best.pt into `evaluated`; Fault where it cannot be read."""
         path = self.run.checkpoints / "best.pt"
-        saved = checkpoint.load(path)
-        if saved["epoch"] != self.best_epoch:
-            raise Fault(f"{path}: not the weights of epoch {self.best_epoch}; train again with another --run_id")
-        checkpoint.load_weights(self.evaluated, saved["state_dict"], path)
+        checkpoint.load_weights(self.evaluated, checkpoint.load(path)["state_dict"], path)
 
     def save_last(self) -> None:
         """Write last.pt, all that training needs to continue."""

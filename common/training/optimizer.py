@@ -27,21 +27,13 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The fused optimiser that the configuration names, over every trainable parameter.
 
-    Parameters of one dimension (of norm layers, and biases) are a separate group with `norm_weight_decay`.
-    `lr_factors` multiply the learning rate of the parameters that they name; each factor has its groups.
+    `lr_factors` multiply the learning rate of the parameters that they name; each factor has its group.
     """
-    norm_decay = config.weight_decay if config.norm_weight_decay is None else config.norm_weight_decay
-    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    factors = {name: (lr_factors or {}).get(name, 1.0) for name, _ in trainable}
-    groups = []
-    for factor in dict.fromkeys(factors.values()):
-        members = [parameter for name, parameter in trainable if factors[name] == factor]
-        shared = {} if factor == 1 else {"lr_factor": factor}
-        groups += [
-            {"params": [p for p in members if p.ndim > 1], "weight_decay": config.weight_decay, **shared},
-            {"params": [p for p in members if p.ndim <= 1], "weight_decay": norm_decay, **shared},
-        ]
-    optimizers: dict[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-    optimizer: torch.optim.Optimizer
-    optimizer = optimizers[config.optimizer](groups, lr=config.lr, amsgrad=config.amsgrad, fused=True)
-    return optimizer
+    groups: dict[float, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            factor = (lr_factors or {}).get(name, 1.0)
+            groups.setdefault(factor, {"params": [], "lr_factor": factor})["params"].append(parameter)
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    decay, amsgrad = config.weight_decay, config.amsgrad
+    return kind(groups.values(), lr=config.lr, weight_decay=decay, amsgrad=amsgrad, fused=True)

@@ -41,7 +41,6 @@ class Bomb:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: None, "no such checkpoint; train first, or name another --run_id"),
         (lambda path: path.write_bytes(b""), "not a readable checkpoint"),
         (lambda path: torch.save([1, 2], path), "not a checkpoint of this project"),
         (lambda path: torch.save({"a": Bomb(path.with_name("boom"))}, path), "not a readable checkpoint"),

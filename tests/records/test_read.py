@@ -51,7 +51,6 @@ CASES: list[tuple[Change, str]] = [
     (changed("config.json", "run_id", to="other"), r"config\.json: .*run_id: it is of run other"),
     (written("config.json", b"[]"), r"config\.json: not a readable record"),
     (written("config.json", b'{"task": "\xff"}'), r"config\.json: not a readable record"),
-    (changed("summary.json", "validate", to=None), r"summary\.json: .*validate is missing"),
     (changed("summary.json", "best", to=None), r"runs/r: the run has no test scores \(--test=False\)"),
     (changed("summary.json", "tiles", "train", to=91), r"summary\.json: .*tiles: it is .*91.*, in config\.json"),
     (written("history.csv", b"\xff\xfe\n1\n"), r"history\.csv: not a readable record"),

@@ -103,7 +103,7 @@ def test_the_trials_of_the_recipes_are_trained_and_ranked_by_their_group(
         ({"parameters": []}, "parameters: Input should be a valid dictionary"),
         ({"parameters": {"row": {"value": 1, "min": 0, "max": 1}}}, "row: needs either value, or values, or min"),
         ({"parameters": {"row": {"valeus": ["a"]}}}, "row: valeus: Extra inputs are not permitted"),
-        ({"parameters": {"quality": {"min": 0, "max": 2}}}, "must be at most 1"),
+        ({"parameters": {"quality": {"min": 0, "max": 2}}}, "must be less than or equal to 1"),
         ({"parameters": {"quality": {"min": 1, "max": 0}}}, "quality: `low <= high` must hold"),
         ({"parameters": {"run_id": {"value": "a"}}}, "run_id: the sweep gives each run its own"),
         ({"metric": {"name": "validate/f1"}}, "metric: name: Input should be 'train/loss'"),

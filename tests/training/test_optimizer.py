@@ -30,16 +30,12 @@ def test_the_warm_up_rises_in_a_straight_line_to_the_peak() -> None:
     assert factors[99] == pytest.approx(0.1)
 
 
-def test_norms_and_biases_are_decayed_apart() -> None:
+def test_every_parameter_has_the_weight_decay_and_its_learning_rate_factor() -> None:
     model = build_model(MODEL, 9, 28)
-    config = TrainingConfig(weight_decay=0.3, norm_weight_decay=0.0, optimizer="adamw", amsgrad=True)
-    groups = build_optimizer(model, config).param_groups
-    decays = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
-    assert len(decays) == len(list(model.parameters()))
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            is_matrix = isinstance(module, torch.nn.Conv2d | torch.nn.Linear) and name == "weight"
-            assert decays[id(parameter)] == (0.3 if is_matrix else 0.0)
-    assert all(group["amsgrad"] for group in groups)
-    same = build_optimizer(model, TrainingConfig(weight_decay=0.3)).param_groups
-    assert {group["weight_decay"] for group in same} == {0.3}
+    names = dict(model.named_parameters())
+    first, config = next(iter(names)), TrainingConfig(weight_decay=0.3, optimizer="adamw", amsgrad=True)
+    optimizer = build_optimizer(model, config, {first: 0.1})
+    assert isinstance(optimizer, torch.optim.AdamW)
+    factors = {id(p): group["lr_factor"] for group in optimizer.param_groups for p in group["params"]}
+    assert factors == {id(p): 0.1 if name == first else 1.0 for name, p in names.items()}
+    assert all((group["weight_decay"], group["amsgrad"]) == (0.3, True) for group in optimizer.param_groups)
