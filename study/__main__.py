@@ -27,6 +27,7 @@ from common.data import pathmnist
 from common.records.read import checkpoint_folder, is_finished, read_json, run_folder
 from study import report
 from study.processes import Processes, Run, train_all, workers
+from study.recipes import read_trials
 from study.sweep_spec import read_sweep
 
 
@@ -57,7 +58,7 @@ PARTS = (900, 3000, 9000, 30_000)  # of the training tiles
 
 
 def study_rows() -> dict[str, Row]:
-    """The rows of report.md. recipes.yaml has the rule by which the recipes of some of them were chosen."""
+    """The trials of recipes.yaml, and the rows of report.md, whose recipes were partly chosen by them."""
     rows = {
         # The coursework's recipes, with inputs of 64 pixels, the default; those of 28 pixels are for contrast.
         "combined_64": Row("train.py", 5),
@@ -73,13 +74,15 @@ def study_rows() -> dict[str, Row]:
         "best_scratch": Row(f"train.py --model_name=resnet18 {CHOSEN}", 3),
         "long_scratch": Row(f"{SCRATCH} --input_size=64 --n_epochs=16 --lr_warmup_epochs=2", 1),
     }
+    # Trials on 9,000 tiles, by which the chosen recipes were chosen:
+    trials = {name: Row(trial.command, trial.n_seeds) for name, trial in read_trials().items()}
     # 18,000 tiles in batches of 128 give about as many steps as the coursework had.
     for name in read_sweep(Path("ablation.yaml")).parameters["ablation"].values:
         rows[f"ablation_64-{name}"] = Row(f"train.py --ablation={name} --train_tiles=18000 --batch_size=128", 5)
     for row in ("task1_64", "chosen", "frozen_64"):
         for tiles in PARTS:
             rows[f"learning_curve_{row}-{tiles}"] = Row(f"{rows[row].command} --train_tiles={tiles}", 3)
-    return rows
+    return trials | rows
 
 
 def study_plan() -> Plan:

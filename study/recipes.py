@@ -1,71 +1,54 @@
-"""Train the trials of recipes.yaml, which choose the study's recipes, and print their table.
+"""The trials that chose the study's recipes: recipes.yaml has them and the rule, `python -m study` trains them."""
 
-python -m study.recipes --data_root FOLDER    # it skips what is finished, and continues the rest
-"""
-
-import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
 import yaml
 
-from common.cli import run_script
-from common.config import FolderConfig
 from common.files import read_text
 from common.markdown import markdown_table
 from common.records.read import is_finished, read_json, run_folder
-from study.processes import Processes, Run, train_all, workers
 
 FILE = Path(__file__).resolve().parent.parent / "recipes.yaml"
 
 
-def read_trials(config: FolderConfig, file: Path = FILE) -> dict[tuple[str, str], list[Run]]:
-    """The trials by group and candidate, one per seed. Their values are the keys that the candidate changes."""
+class Trial(NamedTuple):
+    """Runs of a candidate, one for each seed: its group, the keys that it changes there, and the whole command."""
+
+    group: str
+    changes: str
+    command: str
+    n_seeds: int
+
+
+def read_trials(file: Path = FILE) -> dict[str, Trial]:
+    """The trials by the names of their runs without the seeds, `recipe-CANDIDATE`."""
     content = yaml.safe_load(read_text(file))
-    trials: dict[tuple[str, str], list[Run]] = {}
+    trials = {}
     for group, part in content["groups"].items():
         for candidate, changes in part["candidates"].items():
-            for seed in content["seeds"]:
-                run_id = f"recipe-{candidate}-{seed}"
-                keys = {**content["keys"], **part["keys"], **changes, "seed": seed, "run_id": run_id}
-                keys |= {"data_root": config.data_root, "output_dir": config.output_dir}
-                words = [f"--{name}={value}" for name, value in keys.items()]
-                run = Run(run_id, changes, [sys.executable, str(FILE.parent / part["program"]), *words])
-                trials.setdefault((group, candidate), []).append(run)
+            keys = {**content["keys"], **part["keys"], **changes}
+            command = " ".join([part["program"], *(f"--{name}={value}" for name, value in keys.items())])
+            words = ", ".join(f"{name} {value}" for name, value in changes.items()) or "–"
+            trials[f"recipe-{candidate}"] = Trial(group, words, command, len(content["seeds"]))
     return trials
 
 
-def ranking(trials: Mapping[tuple[str, str], Sequence[Run]], output_dir: Path) -> list[str]:
+def ranking(output_dir: Path, file: Path = FILE) -> list[str]:
     """A table of the finished trials, best mean score first within each group."""
     rows = []
-    for (group, candidate), runs in trials.items():
-        finished = [run.run_id for run in runs if is_finished(output_dir, run.run_id)]
-        found = [read_json(run_folder(output_dir, run_id) / "summary.json") for run_id in finished]
-        if not found:
+    for name, trial in read_trials(file).items():
+        run_ids = [f"{name}-{seed}" for seed in range(trial.n_seeds)]
+        paths = [run_folder(output_dir, one) / "summary.json" for one in run_ids if is_finished(output_dir, one)]
+        if not paths:
             continue
-        changes = ", ".join(f"{name} {value}" for name, value in runs[0].values.items()) or "–"
+        found = [read_json(path) for path in paths]
         plain = fmean(one["validate"]["validate/acc"] for one in found)
         changed = fmean(one["validate/shifted_acc"] for one in found)
         unseen = fmean(one["shifted"][name] for name in ("gamma", "chromatic_noise") for one in found)
         numbers = [f"{score:.4f}" for score in ((plain + changed) / 2, plain, changed, unseen)]
-        rows.append([group, candidate, changes, str(len(found)), *numbers])
+        rows.append([trial.group, name.removeprefix("recipe-"), trial.changes, str(len(found)), *numbers])
     rows.sort(key=lambda row: (row[0], -float(row[4])))
     columns = ["group", "candidate", "change", "seeds", "score", "validation ACC", "changed colours"]
-    return markdown_table([*columns, "without CIELAB"], "lllrrrrr", rows)
-
-
-def main(config: FolderConfig) -> None:
-    """Missing trials → table."""
-    trials = read_trials(config)
-    runs = [run for same_seed in zip(*trials.values(), strict=True) for run in same_seed]
-    n_workers, environment = workers("auto")
-    processes = Processes(config.output_dir, config.output_dir / "recipes", environment)
-    try:
-        train_all(runs, processes, n_workers)
-    finally:
-        print("\n".join(ranking(trials, config.output_dir)))
-
-
-if __name__ == "__main__":
-    run_script(main, FolderConfig)
+    return markdown_table([*columns, "without CIELAB"], "lllrrrrr", rows) if rows else []

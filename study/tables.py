@@ -15,8 +15,10 @@ from common.records.read import Record, read_json
 from common.statistics import SIGNIFICANT, Comparison, compare, interval, smallest_difference
 from study.facts import PUBLISHED, cost
 from study.groups import AGAINST, UNTIL, Group, Runs, convergence_epoch, identical
+from study.recipes import ranking
 
-BLOCKS = ("results", "recipes", "classes", "colours", "techniques", "difference", "curve", "maps", "records")
+BLOCKS = ["results", "recipes", "classes", "colours", "techniques", "difference", "curve"]
+BLOCKS += ["maps", "trials", "records"]
 MAPS = {  # figures of Task 2, and what they show
     "methods": "maps by each method",
     "all_methods": "the maps of all ten tiles",
@@ -179,6 +181,10 @@ class Tables:
             table = [f"!{links.pop(0)}", "", *table]
         links.append(f"[the tiles in words]({records / 'saliency.md'})")
         return [*table, "", chance(len(lines)), "", f"More of run {explained[0]}: {', '.join(links)}."]
+
+    def trials(self) -> list[str]:
+        """The trials that chose the recipes."""
+        return ranking(self.runs.folder)
 
     def records(self) -> list[str]:
         """Where the numbers come from: each row's runs, commits, days and devices, and a digest of its records."""

@@ -101,10 +101,10 @@ def test_help_explains_every_key_with_its_choices_and_its_default() -> None:
 
 
 def test_errors_name_the_program_as_it_is_typed(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "study.recipes", "--quux", f"--output_dir={tmp_path}"]
+    words = [sys.executable, "-m", "study.report", "--quux", f"--output_dir={tmp_path}"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "study.recipes: unknown key --quux; --help lists the keys\n"
+    assert done.stderr == "study.report: unknown key --quux; --help lists the keys\n"
 
 
 def ended(main: Callable[[TrainingConfig], None], *arguments: str) -> int:

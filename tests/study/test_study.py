@@ -1,6 +1,7 @@
 """The study in one command: its steps, and a small study from start to end."""
 
 import importlib.util
+import json
 import os
 import signal
 import time
@@ -21,6 +22,7 @@ from common.cli import Keys, UsageError, parse, run_script
 from study import __main__ as study
 from study import baselines, sweep
 from study.groups import ABLATIONS, CURVES, ROWS
+from study.recipes import ranking, read_trials
 
 SCRIPTS: dict[str, type[Keys]] = {
     "task1.py": task1.Task1Config,
@@ -36,7 +38,7 @@ def config_of(*arguments: str) -> study.StudyConfig:
     return parse(study.StudyConfig, arguments, "")
 
 
-@pytest.mark.parametrize(("dataset", "n_runs"), [("pathmnist", 128), ("phantom", 10)])
+@pytest.mark.parametrize(("dataset", "n_runs"), [("pathmnist", 162), ("phantom", 10)])
 def test_every_step_is_a_command_that_its_script_accepts(dataset: str, n_runs: int, tmp_path: Path) -> None:
     plan = study.demo_plan() if dataset == "phantom" else study.study_plan()
     runs, further = study.commands(plan, config_of(f"--dataset={dataset}", f"--output_dir={tmp_path}"))
@@ -45,7 +47,7 @@ def test_every_step_is_a_command_that_its_script_accepts(dataset: str, n_runs: i
         program, *arguments = command[command[0] == "-m" :]
         assert parse(SCRIPTS[program], arguments, "").output_dir == tmp_path  # type: ignore[attr-defined]
     patterns = [pattern for patterns, _ in ROWS.values() for pattern in patterns.split()]
-    patterns += [pattern for patterns in CURVES.values() for pattern in patterns.split()]
+    patterns += ["recipe-*"] + [pattern for patterns in CURVES.values() for pattern in patterns.split()]
     shown = [run for run in runs if any(fnmatchcase(run.run_id, one) for one in (*patterns, *ABLATIONS))]
     assert dataset == "phantom" or shown == runs  # on the page
 
@@ -67,6 +69,27 @@ def test_what_is_explained_or_has_its_weights_elsewhere_is_not_explained_again(t
     assert explained() == ["--run_id=tuned-0"]
     with pytest.raises(UsageError, match="a run on pathmnist at 28 pixels; name another --output_dir"):
         study.commands(study.study_plan(), config_of("--size=64", f"--output_dir={tmp_path}"))
+
+
+def test_trials_are_ranked_by_validation_and_changed_colours_within_their_group(tmp_path: Path) -> None:
+    file = tmp_path / "recipes.yaml"
+    file.write_text(
+        "{keys: {size: 28}, seeds: [0, 1], groups: {all: {program: train.py, keys: {lr: 1}, candidates: "
+        "{plain: {}, better: {n_epochs: 9}, later: {}}}}}"
+    )
+    trials = read_trials(file)
+    assert trials["recipe-better"] == ("all", "n_epochs 9", "train.py --size=28 --lr=1 --n_epochs=9", 2)
+    for name, accs in {"plain-0": (0.9, 0.4), "better-0": (0.8, 0.5), "better-1": (0.8, 0.7)}.items():
+        path = write_run(tmp_path, {**CONFIG, "run_id": f"recipe-{name}"}) / "summary.json"
+        summary = json.loads(path.read_text())
+        summary["validate"]["validate/acc"], summary["validate/shifted_acc"] = accs
+        summary["shifted"] = {"lab_statistics": 0.1, "gamma": 0.2, "chromatic_noise": 0.4}
+        path.write_text(json.dumps(summary))
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in ranking(tmp_path, file)]
+    assert rows[2:] == [
+        ["all", "better", "n_epochs 9", "2", "0.7000", "0.8000", "0.6000", "0.3000"],
+        ["all", "plain", "–", "1", "0.6500", "0.9000", "0.4000", "0.3000"],
+    ]
 
 
 def test_only_the_study_of_pathmnist_at_28_pixels_is_written_into_the_current_folder() -> None:

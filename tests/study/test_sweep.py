@@ -33,10 +33,9 @@ from sweep_runs import (
 from wandb_server import WandbServer
 
 from common.cli import Fault, UsageError
-from common.config import FolderConfig
 from common.files import write_json
 from common.records.read import Record
-from study import processes, recipes, sweep
+from study import processes, sweep
 from study.groups import Group
 from study.sweep_spec import read_sweep
 from study.tables import grid_table
@@ -59,27 +58,6 @@ def test_the_search_file_has_the_courseworks_space() -> None:
     assert ranges == {"lr": ("log_uniform_values", 1e-4, 1), "weight_decay": ("log_uniform_values", 1e-6, 1)}
     assert content.swept == content.parameters
     assert (content.metric.name, content.metric.goal, content.method) == ("validate/acc", "maximize", "bayes")
-
-
-def test_the_trials_of_the_recipes_are_trained_and_ranked_by_their_group(
-    write_sweep: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    group = {"program": "tests/fake_program.py", "keys": {"quality": 0.5}}
-    group |= {"candidates": {"plain": {}, "good": {"quality": 0.9}}}
-    content, file = {"keys": {"row": "b"}, "seeds": [0, 1], "groups": {"all": group}}, tmp_path / "recipes.yaml"
-    file.write_text(yaml.safe_dump(content, sort_keys=False))
-    config = FolderConfig(output_dir=tmp_path / "out", data_root=tmp_path)
-    trials = recipes.read_trials(config, file)
-    monkeypatch.setattr(recipes, "read_trials", lambda _: trials)
-    monkeypatch.setattr(processes, "cpu_count", lambda **_: 1)
-    (tmp_path / "out").mkdir()
-    recipes.main(config)
-    assert starts(tmp_path / "out") == [f"recipe-{name}-{seed}" for seed in (0, 1) for name in ("plain", "good")]
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| all")]
-    assert [re.split(r" *\| *", row)[2:6] for row in rows] == [
-        ["good", "quality 0.9", "2", "0.8500"],  # the mean of validation ACC .9 and .8 under changed colours
-        ["plain", "–", "2", "0.4500"],
-    ]
 
 
 # Reading a sweep file
