@@ -39,7 +39,7 @@ class FolderConfig(Keys):
         lambda: os.environ.get("PATHMNIST_ROOT") or "~/.medmnist",
         "folder of the data files (default: $PATHMNIST_ROOT, else ~/.medmnist)",
     )
-    output_dir: Path = key(Path(), "folder that gets runs/, checkpoints/, fig/ and wandb/")
+    output_dir: Path = key(Path("my"), "folder that gets runs/, checkpoints/, fig/ and wandb/")
     seed: int = key(0, "seed of weights, shuffling and augmentation", ge=0, le=LAST_SEED)
 
 

@@ -1,8 +1,8 @@
 """The page of a study: its tables, numbers and figures are made from the records of its runs.
 
-    python -m study.report                    # fills the blocks and numbers of report.md and README.md here
-    python -m study.report --check            # exit status 1, naming the first difference, if they are out of date
-    python -m study.report --output_dir my    # a page about your own finished runs: my/report.md, my/report.html
+    python -m study.report                          # a page about your finished runs: my/report.md, my/report.html
+    python -m study.report --output_dir .           # fills the blocks and numbers of report.md and README.md here
+    python -m study.report --output_dir . --check   # exit status 1, naming the first difference, if out of date
 
 The prose of report.md is written by hand. A comment says what stands behind it:
 
@@ -49,7 +49,7 @@ IN_CURVES += ["old_tuned", "old_scratch"]  # of the earlier version
 class ReportConfig(Keys):
     """Where the study is, and whether to write or to check."""
 
-    output_dir: Path = key(Path(), "folder of the study: has runs/ and gets report.md")
+    output_dir: Path = key(Path("my"), "folder of the study: has runs/ and gets report.md")
     check: bool = key(False, "write nothing: exit with 1 if report.md is not what the records give")
     data_root: Path | None = key(None, "folder of PathMNIST's 28 px file: also draw the augmentations of a tile")
 
@@ -78,7 +78,7 @@ def main(config: ReportConfig) -> None:
     if config.check:
         for path, content in made.items():
             if difference := first_difference(read_text(path), content):
-                raise Fault(f"{path} is out of date: {difference}; python -m study.report writes it again")
+                raise Fault(f"{path} is out of date: {difference}; without --check this command writes it again")
         print(f"{page} is what the records of {len(runs.read)} runs give")
         return
     for path, content in made.items():

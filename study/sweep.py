@@ -40,7 +40,7 @@ class SweepConfig(Keys):
     file: tuple[str, ...] = key((), "the sweep's YAML file; then, after --, keys for every run", positional=True)
     count: int = key(20, "trials of a search, of all workers together; a grid ignores it", ge=1, le=10_000)
     workers: int | None = key(None, "runs at the same time, 0: none (default: 1; on a CPU one per core)", ge=0)
-    output_dir: Path = key(Path(), "folder that gets sweeps/ and the runs' folders")
+    output_dir: Path = key(Path("my"), "folder that gets sweeps/ and the runs' folders")
 
 
 def grid(sweep: Sweep, output_dir: Path) -> list[Run]:

@@ -37,7 +37,7 @@ class PredictConfig(Keys):
     network: str | None = key(None, "id of a run, or its best.pt", positional=True)
     pictures: tuple[Path, ...] = key((), "pictures, and folders of pictures", positional=True)
     csv: Path | None = key(None, "the table's file (default: stdout)")
-    output_dir: Path = key(Path(), "folder that has the run's checkpoints/ and runs/")
+    output_dir: Path = key(Path("my"), "folder that has the run's checkpoints/ and runs/")
     device: str = key("auto", "computing device; auto is CUDA if there is one", choices=DEVICES)
 
 
