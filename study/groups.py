@@ -38,9 +38,8 @@ AGAINST = {  # rows that change another row than the reference, with which all o
 CONVERGED_WITHIN = 0.005
 # Keys in which runs of one row may differ: the seed, where and how a run is kept, and what only older runs have.
 # The number of training tiles stands in the summary, too, and there it is never None.
-OLDER = (
-    "dry_run unfreeze_epoch n_seeds mixup_alpha cutmix_alpha resume wandb_model feature_views norm_weight_decay"
-)
+OLDER = {"dry_run", "unfreeze_epoch", "n_seeds", "mixup_alpha", "cutmix_alpha", "norm_weight_decay"}
+OLDER |= {"resume", "wandb_model", "feature_views"}
 APART = {"seed", "run_id", "device", "scratch", "train_tiles"} | OLDER | BOOKKEEPING
 SCORES = {  # of a run, by their names on the page: where they stand in summary.json
     "acc": ("best", "acc"),
