@@ -20,7 +20,7 @@ OPTIONS: list[tuple[str, int, str]] = [
     ("task1.py quux", 2, "unknown key quux; --help lists the keys$"),
     ("task1.py --lr", 2, "--lr: expected one argument$"),
     ("task1.py --lr=fast", 2, "--lr fast: must be a valid number"),
-    ("task1.py --lr=0", 2, "--lr 0: must be above 0$"),
+    ("task1.py --lr=0", 2, "--lr 0.0: must be above 0$"),
     ("task1.py --lr=nan", 2, "--lr nan: must be a finite number$"),
     ("task1.py --n_epochs=2.5", 2, "--n_epochs 2.5: must be a valid integer"),
     ("task1.py --amsgrad=perhaps", 2, "--amsgrad perhaps: must be a valid boolean"),

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import task1
 import train
 from common.cli import parse
-from common.data import dataset as module
-from common.data.dataset import Dataset, load_dataset
+from common.data.dataset import Dataset, Split, load_dataset, stratified_part
 from common.training.metrics import accuracy, auc
 
 FILE = Path(os.environ.get("PATHMNIST_ROOT", "/nowhere"), "pathmnist.npz")
@@ -72,10 +72,12 @@ def test_a_short_training_learns_real_tissue(
     """
 
     def with_fewer_tiles_to_score(*arguments: Any) -> Dataset:
-        dataset = load_dataset(*arguments)
-        return dataclasses.replace(
-            dataset, val=module._part(dataset.val, 2000), test=module._part(dataset.test, 500)
-        )
+        dataset, parts = load_dataset(*arguments), {}
+        for name, n_tiles in {"val": 2000, "test": 500}.items():
+            whole = getattr(dataset, name)
+            chosen = torch.from_numpy(stratified_part(whole.labels.numpy(), n_tiles))
+            parts[name] = Split(whole.images[chosen], whole.labels[chosen])
+        return dataclasses.replace(dataset, **parts)
 
     monkeypatch.setattr("common.training.loop.load_dataset", with_fewer_tiles_to_score)
     config_class = task1.Task1Config if script is task1 else train.TrainConfig

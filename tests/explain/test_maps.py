@@ -207,13 +207,13 @@ def test_every_check_gets_its_tiles_maps_and_networks(
 ) -> None:
     saliency = METHODS["saliency"]
     monkeypatch.setattr(checks, "METHODS", {"saliency": saliency})
-    monkeypatch.setattr(checks, "COSTLY", {"randomisation": 3, "infidelity": 2})
+    monkeypatch.setattr(checks, "COSTLY", {"randomisation": 3, "infidelity": 3})
     torch.manual_seed(1)
     fresh = build_model("resnet18", 9, SIZE).eval().requires_grad_(False)
     inputs, targets = tiles(4), torch.tensor([0, 3, 5, 8])
     checked, means = check_methods(resnet, fresh, inputs, targets, 0)
     assert capsys.readouterr().out.splitlines()[0] == "Saliency (1 of 1): maps of 7 networks"
-    assert checked["n"] == {"removal": 4, "randomisation": 3, "infidelity": 2}
+    assert checked["n"] == {"removal": 4, "randomisation": 3, "infidelity": 3}
     maps = saliency.maps(resnet, inputs, targets, 0)
     got = checked["methods"]["saliency"]
     assert list(got["randomisation"]) == list(stages(resnet, inputs[:1]))
@@ -224,7 +224,7 @@ def test_every_check_gets_its_tiles_maps_and_networks(
         means["saliency"], (maps[:3], saliency.maps(fresh, inputs[:3], targets[:3], 0)), strict=True
     ):
         np.testing.assert_allclose(mean, of.mean(0), rtol=1e-5)
-    assert got["infidelity"] == mean_estimate(infidelity(resnet, inputs[:2], targets[:2], maps[:2], 0))
+    assert got["infidelity"] == mean_estimate(infidelity(resnet, inputs[:3], targets[:3], maps[:3], 0))
     edges = removal(resnet, inputs, targets, edge_map(inputs), 0)
     assert checked["controls"]["sobel"]["deletion"] == mean_estimate(area(edges["deletion"]))
 

@@ -100,7 +100,7 @@ def test_the_records_of_the_study_stay_readable() -> None:
         summary, config = read_json(path), read_json(path.with_name("config.json"))["config"]
         history = read_history(path.with_name("history.csv"))
         assert ("baseline" in config) == (not history)
-        assert input_size_of(config) in (28, 56, 64)
+        assert input_size_of(config) in (28, 56, 64, 96, 112)
         if "best" in summary:
             assert 0.5 < Record.read(ROOT, path.parent.name).summary["test/acc"] < 1
 
