@@ -246,7 +246,7 @@ def described(record: Record) -> str:
     start = "from scratch" if config.get("weights", "none") == "none" else "fine-tuned"
     added = [f"{config['augmentation']} augmentation"] if config.get("augmentation", "none") != "none" else []
     added += ["averaged weights"] if config.get("ema_decay") else []
-    added += [f"row {config['ablation']}"] if config.get("ablation") else []
+    added += [f"row {config['ablation']}"] if config.get("ablation", "combined") != "combined" else []
     return f"{NETWORKS.get(name, name)} {start}" + (f", {' and '.join(added)}" if added else "")
 
 
