@@ -142,3 +142,8 @@ def test_without_variance_the_auc_interval_is_wilsons_for_the_rarest_class(score
     targets = np.repeat([0, 1, 2], [20, 10, 30])
     estimate = metrics.auc_estimate(scores[targets], targets)
     assert (estimate.low, estimate.high) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_the_calibration_error_has_fifteen_bins() -> None:
+    probabilities = np.array([[0.65, 0.35], [0.69, 0.31]])  # ten bins would put both tiles into one
+    assert metrics.expected_calibration_error(probabilities, np.array([0, 1])) == pytest.approx((0.35 + 0.69) / 2)
