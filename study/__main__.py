@@ -10,23 +10,21 @@ After a kill, the same command skips the runs that are finished, and continues t
 
 import importlib.util
 import shlex
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import NamedTuple, Self
 
 from pydantic import model_validator
 
-from common.cli import Fault, Stopped, UsageError, key, run_script
+from common.cli import Fault, UsageError, key, run_script
 from common.config import ScriptConfig
 from common.data import pathmnist
 from common.records.read import checkpoint_folder, is_finished, read_json, run_folder
 from study import report
-from study.processes import Processes, Run, train_all, workers
+from study.processes import Processes, Run, sigterm_raises, train_all, workers
 from study.recipes import read_trials
 from study.sweep_spec import read_sweep
 
@@ -165,7 +163,7 @@ def commands(plan: Plan, config: StudyConfig) -> tuple[list[Run], list[list[str]
                     what = f"{before['dataset']} at {before['size']} pixels"
                     raise UsageError(f"{path}: a run on {what}; name another --output_dir")
             keys = [*data, place, *logged, f"--run_id={run_id}", f"--seed={seed}"]
-            runs.append(Run(run_id, {}, [sys.executable, *row.command.split(), *keys]))
+            runs.append(Run(run_id, [sys.executable, *row.command.split(), *keys]))
     further = [["-m", "study.baselines", *data, place, *tiles.split()] for tiles in plan.baselines]
     for run_id in plan.explained:
         has_weights = (checkpoint_folder(folder, run_id) / "best.pt").exists()
@@ -180,12 +178,7 @@ def commands(plan: Plan, config: StudyConfig) -> tuple[list[Run], list[list[str]
 
 def run_step(command: Sequence[str]) -> int:
     """Run Python with these arguments; the exit status. A signal that ends the study ends this process, too."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Stopped("SIGTERM: the study ended early", signal.SIGTERM)
-
-    signal.signal(signal.SIGTERM, stop)
-    with subprocess.Popen([sys.executable, *command]) as process:
+    with sigterm_raises("the study ended early"), subprocess.Popen([sys.executable, *command]) as process:
         try:
             return process.wait()
         except BaseException:

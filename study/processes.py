@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from joblib import cpu_count
 
@@ -23,11 +22,24 @@ PAUSE = 0.5  # seconds between two looks at the processes
 
 @dataclass(frozen=True)
 class Run:
-    """One run: its id, the values that make it differ from the others, and the command that trains it."""
+    """One run: its id, and the command that trains it."""
 
     run_id: str
-    values: Mapping[str, Any]
     command: Sequence[str]
+
+
+@contextmanager
+def sigterm_raises(words: str) -> Iterator[None]:
+    """A context in which SIGTERM raises Stopped, as Ctrl-C raises KeyboardInterrupt; `words` say what it ended."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(f"SIGTERM: {words}", number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def workers(device: str) -> tuple[int, dict[str, str]]:
@@ -56,20 +68,15 @@ class Processes:
 
         Raises Stopped after SIGTERM, and Fault where runs have failed.
         """
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            raise Stopped("SIGTERM: the runs ended early", signal.SIGTERM)
-
         self.logs.mkdir(parents=True, exist_ok=True)
-        before = signal.signal(signal.SIGTERM, stop)
-        try:
-            yield
-        finally:
-            for process, _ in self.running.values():
-                process.terminate()
-            for process, _ in self.running.values():
-                process.wait()
-            signal.signal(signal.SIGTERM, before)
+        with sigterm_raises("the runs ended early"):
+            try:
+                yield
+            finally:
+                for process, _ in self.running.values():
+                    process.terminate()
+                for process, _ in self.running.values():
+                    process.wait()
         if self.failed:
             raise Fault(f"{', '.join(self.failed)} failed: see their logs; the same command tries them again")
 
@@ -128,5 +135,5 @@ def train_all(runs: Sequence[Run], processes: Processes, n_workers: int) -> None
                     left.remove(run)
             for run_id, _, outcome in processes.ended():
                 print(f"{run_id}: {outcome}", flush=True)
-                if not outcome.startswith("finished"):
+                if not is_finished(processes.output_dir, run_id):
                     processes.failed.append(run_id)

@@ -62,7 +62,7 @@ def grid(sweep: Sweep, output_dir: Path) -> list[Run]:
         command = sweep.command_line({**values, "run_id": run_id, "output_dir": output_dir})
         if (path := run_folder(output_dir, run_id) / "config.json").exists():
             check_same(config, read_json(path)["config"], REMEDY)
-        runs.append(Run(run_id, values, command))
+        runs.append(Run(run_id, command))
     return runs
 
 
@@ -94,6 +94,10 @@ class Search:
         self.study.set_user_attr("content", content)
         self.space = {name: parameter.for_optuna() for name, parameter in sweep.swept.items()}
 
+    def run_id(self, number: int) -> str:
+        """The id of a trial's run."""
+        return f"{self.sweep.name}-{number}"
+
     def run(self, n_workers: int) -> None:
         """Train trials until none is left, and write their table; without workers, only write the table.
 
@@ -116,7 +120,7 @@ class Search:
         running, failed, left = self.processes.running, self.processes.failed, []
         statuses = {run_id: status for run_id, status, _ in ended}
         for trial in self.study.get_trials(states=[TrialState.RUNNING]):
-            run_id = f"{self.sweep.name}-{trial.number}"
+            run_id = self.run_id(trial.number)
             reported = self.report(trial)
             if is_finished(self.processes.output_dir, run_id):
                 self.study.tell(trial.number, self.best(self.study.trials[trial.number]))
@@ -136,7 +140,7 @@ class Search:
             if len(running) < n_workers:
                 self.start(trial)
         while len(running) < n_workers and len(self.study.trials) < self.count:
-            folder = run_folder(self.processes.output_dir, f"{self.sweep.name}-{len(self.study.trials)}")
+            folder = run_folder(self.processes.output_dir, self.run_id(len(self.study.trials)))
             if folder.exists():
                 raise UsageError(f"{folder}: this run is not in {self.file}: {REMEDY}")
             self.start(self.study.ask(self.space))
@@ -144,16 +148,16 @@ class Search:
 
     def start(self, trial: FrozenTrial | optuna.Trial) -> None:
         """Start a trial's process, unless another command trains it."""
-        run_id = f"{self.sweep.name}-{trial.number}"
+        run_id = self.run_id(trial.number)
         values = {**trial.params, "run_id": run_id, "output_dir": self.processes.output_dir}
-        self.processes.start(Run(run_id, trial.params, self.sweep.command_line(values)))
+        self.processes.start(Run(run_id, self.sweep.command_line(values)))
 
     def report(self, trial: FrozenTrial) -> optuna.Trial:
         """Tell Optuna the epochs of a trial that have ended. Returns the trial for its `should_prune`.
 
         That is successive halving which does not wait for the other trials (Li et al., MLSys 2020).
         """
-        path = run_folder(self.processes.output_dir, f"{self.sweep.name}-{trial.number}") / "history.csv"
+        path = run_folder(self.processes.output_dir, self.run_id(trial.number)) / "history.csv"
         handle = optuna.Trial(self.study, trial._trial_id)
         for epoch, row in enumerate(read_history(path) if path.exists() else [], start=1):
             if epoch not in trial.intermediate_values:
@@ -181,10 +185,10 @@ class Search:
         for trial in trials:
             n_epochs = len(trial.intermediate_values)
             state, best = trial.state.name.lower(), self.best(trial) if n_epochs else ""
-            cells = [f"{name}-{trial.number}", state, best, n_epochs, *trial.params.values()]
+            cells = [self.run_id(trial.number), state, best, n_epochs, *trial.params.values()]
             rows.append([f"{cell:.4g}" if isinstance(cell, float) else text(cell) for cell in cells])
         columns = ["run_id", "state", f"best {self.sweep.metric.name}", "epochs", *trials[0].params]
-        folder = run_folder(self.processes.output_dir, f"{name}-{trials[0].number}")
+        folder = run_folder(self.processes.output_dir, self.run_id(trials[0].number))
         data = read_json(folder / "config.json")["dataset"]
         command = shlex.join(["python", *self.sweep.command_line(trials[0].params)[1:]])
         lines = [f"**{name}**: {data}; {len(rows)} trials of a {self.sweep.method} search", ""]
