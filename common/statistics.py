@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 SIGNIFICANT = 0.05
@@ -28,13 +28,10 @@ class Comparison:
     differences: Spread
     p: float
     p_holm: float
-    identical: bool = False  # both rows have the same networks
 
     @property
     def verdict(self) -> str:
         """The comparison in words."""
-        if self.identical:
-            return "identical"
         if self.differences.n < LEAST_SEEDS:
             return "too few seeds"
         if self.differences.mean == 0 == self.differences.sd:
@@ -55,16 +52,11 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def paired_p(differences: Sequence[float]) -> float:
-    """The two-sided p value of the paired t test; NaN for fewer than LEAST_SEEDS pairs.
-
-    If all differences are equal, up to rounding, the t statistic is not defined: p is 1 if they are 0, else NaN.
-    """
+    """The two-sided p value of the paired t test; NaN for fewer than LEAST_SEEDS pairs, or equal differences."""
     from scipy.stats import ttest_1samp
 
-    if len(differences) < LEAST_SEEDS:
-        return math.nan
-    if max(differences) - min(differences) < ROUNDING:
-        return 1.0 if abs(differences[0]) < ROUNDING else math.nan
+    if len(differences) < LEAST_SEEDS or max(differences) - min(differences) < ROUNDING:
+        return math.nan  # there the t statistic is not defined
     return float(ttest_1samp(differences, 0.0).pvalue)
 
 
@@ -77,13 +69,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def compare(
-    rows: Mapping[str, Mapping[int, float]], identical: Collection[str] = (), against: Mapping[str, str] = {}
-) -> dict[str, Comparison]:
+def compare(rows: Mapping[str, Mapping[int, float]], against: Mapping[str, str] = {}) -> dict[str, Comparison]:
     """Compare each row with the row that `against` names for it, else with the first one, over their common seeds.
 
-    `rows[row][seed]` is a value. Rows without a common seed are left out. Rows that are `identical` to the other,
-    or for which `paired_p` gives no value, do not count in Holm's correction.
+    `rows[row][seed]` is a value. Rows without a common seed are left out. Rows for which `paired_p` gives no
+    value do not count in Holm's correction.
     """
     reference, *others = rows
     differences = {}
@@ -91,9 +81,9 @@ def compare(
         other = rows[against.get(row, reference)]
         if values := [value - other[seed] for seed, value in rows[row].items() if seed in other]:
             differences[row] = values
-    p_values = [math.nan if row in identical else paired_p(values) for row, values in differences.items()]
+    p_values = list(map(paired_p, differences.values()))
     return {
-        row: Comparison(spread(values), p, p_holm, row in identical)
+        row: Comparison(spread(values), p, p_holm)
         for (row, values), p, p_holm in zip(differences.items(), p_values, holm(p_values), strict=True)
     }
 

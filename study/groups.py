@@ -16,6 +16,7 @@ NETWORKS = {
     "resnet18": "ResNet-18",
     "mobilenet_v3_large": "MobileNetV3-Large",
     "tf_efficientnet_lite0": "EfficientNet-Lite0",
+    "tf_efficientnet_lite1": "EfficientNet-Lite1",
 }
 TECHNIQUES = {  # rows of the ablation
     "combined": "reference",
@@ -62,12 +63,12 @@ ROWS = {
     "combined": ("combined-*", "Task 3: MobileNetV3-Large, the coursework's configuration"),
     "combined_64": ("combined_64-*", "Task 3: MobileNetV3-Large, the coursework's configuration"),
     "chosen": ("chosen-*", "Task 3: MobileNetV3-Large, the chosen recipe"),
-    "best_scratch": ("best_scratch-*", "the best network from scratch"),
-    "frozen_64": ("frozen_64-*", "Task 5: only the classifier is trained"),
-    "frozen_128": ("frozen_128-*", "Task 5: only the classifier is trained"),
-    "tuned": ("tuned-*", "Task 5: all layers fine-tuned"),
-    "tuned_scratch": ("tuned_scratch-*", "Task 5: the same network from scratch"),
-    "long_scratch": ("long_scratch-*", "Task 5: from scratch, trained longer"),
+    "best_scratch": ("best_scratch-*", "ResNet-18, the chosen recipe"),
+    "frozen_64": ("frozen_64-*", "Task 5: EfficientNet-Lite1, only the classifier trained"),
+    "frozen_128": ("frozen_128-*", "Task 5: EfficientNet-Lite1, only the classifier trained"),
+    "tuned": ("tuned-*", "Task 5: EfficientNet-Lite1, all layers fine-tuned"),
+    "tuned_scratch": ("tuned_scratch-*", "Task 5: EfficientNet-Lite1 from scratch, the same recipe"),
+    "long_scratch": ("long_scratch-*", "Task 5: EfficientNet-Lite1 from scratch, trained longer"),
     # Runs of an earlier version, whose tiles were resized after their augmentation:
     "old_tuned": ("task5 task5-seed*", "Task 5: EfficientNet-Lite0, all layers fine-tuned"),
     "old_scratch": ("task5-scratch*", "Task 5: EfficientNet-Lite0 from scratch"),
@@ -76,20 +77,13 @@ ABLATIONS = ("ablation_64-*", "ablation-*")  # the first one that has runs
 CURVES = {
     "ResNet-18 from scratch": "learning_curve_task1_64-* task1_64-*",
     "MobileNetV3-Large from scratch, the chosen recipe": "learning_curve_chosen-* chosen-*",
-    "EfficientNet-Lite0, only the classifier trained": "learning_curve_frozen_64-* frozen_64-*",
+    "EfficientNet-Lite1, only the classifier trained": "learning_curve_frozen_64-* frozen_64-*",
     "logistic regression on the mean colour": "mean_rgb-*",
     "nearest neighbours": "neighbours-*",
     "boosted trees": "boosting-*",
     "ResNet-18 from scratch, 28 px": "learning_curve_task1-* task1-*",
     "MobileNetV3-Large from scratch, stain augmentation, 28 px": "learning_curve_with_all-* with_all-*",
     "EfficientNet-Lite0, only the last layer trained": "learning_curve_lite0-* lite0-head-*",
-}
-UNTIL = {  # rows and curves of the earlier version are shown until this other row has a finished run
-    "old_tuned": "tuned",
-    "old_scratch": "tuned",
-    "ResNet-18 from scratch, 28 px": "task1_64",
-    "MobileNetV3-Large from scratch, stain augmentation, 28 px": "chosen",
-    "EfficientNet-Lite0, only the last layer trained": "frozen_64",
 }
 
 
@@ -211,9 +205,8 @@ class Runs:
         """The recipes that were trained on several numbers of tiles, each with a group per number."""
         curves = {}
         for title, runs in CURVES.items():
-            replaced = title in UNTIL and self.matching(ROWS[UNTIL[title]][0])
             parts: dict[int, list[Record]] = {}
-            for record in [] if replaced else self.matching(runs):
+            for record in self.matching(runs):
                 parts.setdefault(record.summary["tiles"]["train"], []).append(record)
             if len(parts) > 1:
                 curves[title] = [Group(title, parts[tiles]) for tiles in sorted(parts)]
@@ -259,12 +252,3 @@ def convergence_epoch(history: Sequence[Mapping[str, float]]) -> int:
     # In floating point 0.920 - 0.915 is above 0.005; 1e-9 is far below one tile's share of an ACC.
     reached = max(accuracies) - CONVERGED_WITHIN - 1e-9
     return next(epoch for epoch, accuracy in enumerate(accuracies, start=1) if accuracy >= reached)
-
-
-def identical(group: Group, other: Group) -> bool:
-    """Whether the runs with a common seed gave the same outputs: early stopping stopped none of them."""
-    twins = {record.config["seed"]: record for record in other.records}
-    pairs = [(one, twins[one.config["seed"]]) for one in group.records if one.config["seed"] in twins]
-    return bool(pairs) and all(
-        np.array_equal(one.arrays()["best_logits"], twin.arrays()["best_logits"]) for one, twin in pairs
-    )

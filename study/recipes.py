@@ -14,12 +14,16 @@ FILE = Path(__file__).resolve().parent.parent / "recipes.yaml"
 
 
 class Trial(NamedTuple):
-    """Runs of a candidate, one for each seed: its group, the keys that it changes there, and the whole command."""
+    """Runs of a candidate, one for each seed: its group, the keys that it changes there, and the whole command.
+
+    The keys of a `withdrawn` one are no longer in the code, so it cannot be trained again.
+    """
 
     group: str
     changes: str
     command: str
     n_seeds: int
+    withdrawn: bool
 
 
 def read_trials(file: Path = FILE) -> dict[str, Trial]:
@@ -31,7 +35,8 @@ def read_trials(file: Path = FILE) -> dict[str, Trial]:
             keys = {**content["keys"], **part["keys"], **changes}
             command = " ".join([part["program"], *(f"--{name}={value}" for name, value in keys.items())])
             words = ", ".join(f"{name} {value}" for name, value in changes.items()) or "–"
-            trials[f"recipe-{candidate}"] = Trial(group, words, command, len(content["seeds"]))
+            withdrawn = candidate in content["withdrawn"]
+            trials[f"recipe-{candidate}"] = Trial(group, words, command, len(content["seeds"]), withdrawn)
     return trials
 
 

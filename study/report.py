@@ -127,7 +127,7 @@ def draw(tables: Tables, by_hand: bool, data_root: Path | None = None) -> None:
     """Draw the figures of the page."""
     from study import figures  # matplotlib
 
-    folder, rows = tables.runs.folder, tables.shown
+    folder, rows = tables.runs.folder, tables.rows
     if rows:
         figures.draw_ladder(folder / LADDER, rows, figures.AIM if by_hand else None)
     chosen = tables.chosen(IN_CURVES) if by_hand else rows.values()

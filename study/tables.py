@@ -14,7 +14,7 @@ from common.markdown import markdown_table, text
 from common.records.read import Record, read_json
 from common.statistics import SIGNIFICANT, Comparison, compare, interval, smallest_difference
 from study.facts import PUBLISHED, cost
-from study.groups import AGAINST, UNTIL, Group, Runs, convergence_epoch, identical
+from study.groups import AGAINST, Group, Runs, convergence_epoch
 from study.recipes import ranking
 
 BLOCKS = ["results", "recipes", "classes", "colours", "techniques", "difference", "curve"]
@@ -38,11 +38,8 @@ NOTE = (
     "± is the standard deviation over the seeds (n - 1). Differences are to the first row, or to the row that is "
     "named, seed by seed. Intervals are t intervals over the seeds alone: they do not tell how the numbers would "
     "change with other tiles. p is the paired t test's with Holm's correction over the rows; the verdict is by "
-    f"it, at {SIGNIFICANT}. Not decided means: these seeds could not see a difference. There may be one."
-)
-IDENTICAL = (
-    "Identical: the selected networks of both rows give the same outputs, so there is nothing to test. For "
-    "example, early stopping changes nothing where no run stops early."
+    f"it, at {SIGNIFICANT}. Not decided means: these seeds could not see a difference. There may be one. "
+    "The same means: every seed has the same test ACC, as where no run stopped early."
 )
 RECORDS = ("config.json", "history.csv", "scores.npz", "summary.json", "attribution.json")
 
@@ -56,11 +53,6 @@ class Tables:
     ablation: Mapping[str, Group] = field(default_factory=dict)
     curves: Mapping[str, Sequence[Group]] = field(default_factory=dict)
 
-    @property
-    def shown(self) -> dict[str, Group]:
-        """The rows without those of an earlier version that have been replaced."""
-        return {name: group for name, group in self.rows.items() if UNTIL.get(name) not in self.rows}
-
     def block(self, words: str) -> list[str]:
         """The lines of a block: one of BLOCKS, which are methods, then the names of rows.
 
@@ -72,8 +64,8 @@ class Tables:
         return list(getattr(self, name)(*arguments))
 
     def chosen(self, names: Sequence[str]) -> list[Group]:
-        """The rows of these names that are shown; all of them where there are no names."""
-        return [self.shown[name] for name in names or self.shown if name in self.shown]
+        """The rows of these names that have runs; all of them where there are no names."""
+        return [self.rows[name] for name in names or self.rows if name in self.rows]
 
     def results(self, *names: str) -> list[str]:
         """The scores of each row over its seeds, and published ones."""
@@ -188,7 +180,7 @@ class Tables:
 
     def records(self) -> list[str]:
         """Where the numbers come from: each row's runs, commits, days and devices, and a digest of its records."""
-        rows = {group.title + f", {group.side} px": list(group.records) for group in self.shown.values()}
+        rows = {group.title + f", {group.side} px": list(group.records) for group in self.rows.values()}
         if self.ablation:
             rows["ablation"] = [record for group in self.ablation.values() for record in group.records]
         known = {record.run_id for records in rows.values() for record in records}
@@ -219,7 +211,7 @@ class Tables:
         try:
             match key.split():
                 case ["hard"]:
-                    trained = [group for group in self.shown.values() if "model_name" in group.first.config]
+                    trained = [group for group in self.rows.values() if "model_name" in group.first.config]
                     outputs = [record.arrays() for group in trained for record in group.records]
                     wrong = [one["best_logits"].argmax(1) != one["targets"] for one in outputs]
                     return f"{np.all(wrong, axis=0).sum():,}"
@@ -270,8 +262,7 @@ def grid_table(rows: Mapping[str, Group]) -> list[str]:
     """The scores of every row and its difference in test ACC, and what these seeds could not see."""
     first, *others = rows
     against = {row: AGAINST[row] if AGAINST.get(row) in rows else first for row in others}
-    same = {row for row, other in against.items() if identical(rows[row], rows[other])}
-    comparisons = compare({row: group.by_seed("acc") for row, group in rows.items()}, same, against)
+    comparisons = compare({row: group.by_seed("acc") for row, group in rows.items()}, against)
     lines = []
     for row, group in rows.items():
         change, p, verdict = _change(comparisons[row]) if row in comparisons else ("", "", "")
@@ -293,7 +284,7 @@ def grid_table(rows: Mapping[str, Group]) -> list[str]:
             f"These seeds could show a difference in test ACC of {smallest:.3f} or more (in 8 of 10 such studies, "
             "at Holm's most severe step, with the pooled spread of these paired differences).",
         ]
-    return [*found, "", NOTE, *(["", IDENTICAL] if same else [])]
+    return [*found, "", NOTE]
 
 
 def _change(one: Comparison) -> tuple[str, str, str]:

@@ -10,7 +10,7 @@ from conftest import CPU
 
 import task5
 from common.cli import UsageError, parse
-from common.data.batches import DeviceTiles
+from common.data.batches import DeviceTiles, device_splits
 from common.data.dataset import load_dataset
 from common.data.shift import SHIFTS
 from common.finetune import features, network
@@ -67,7 +67,7 @@ def test_the_defaults_are_the_courseworks() -> None:
     config = read()
     assert config.model_name == "mobilenet_v3_large"
     assert config.weights == "MobileNet_V3_Large_Weights.IMAGENET1K_V2"
-    assert (config.train_part, config.adapt_batchnorm, config.cache_features) == ("classifier", False, True)
+    assert config.train_part == "classifier"
     assert (config.n_epochs, config.batch_size, config.label_smoothing) == (20, 512, 0.1)
 
 
@@ -101,17 +101,11 @@ def test_contradictions_are_refused_in_one_line(arguments: list[str], message: s
     assert "\n" not in str(caught.value)
 
 
-def test_features_are_cached_where_that_is_possible() -> None:
-    assert read("--augmentation=stain").cache_features
-    for arguments in (["--train_part=all"], ["--adapt_batchnorm"]):
-        assert not read(*arguments).cache_features
-
-
 def test_the_run_from_scratch_differs_in_what_scratch_needs_and_shares_seed_and_budget() -> None:
     tuned, scratch = read("--run_id=r", "--seed=3", "--augmentation=stain").runs()
     one, other = tuned.as_dict(), scratch.as_dict()
     differing = {name for name in one if one[name] != other[name]}
-    implied = {"weights", "run_id", "cache_features"}
+    implied = {"weights", "run_id"}
     assert implied < differing <= {*task5.FROM_SCRATCH, *implied}
     assert (scratch.run_id, scratch.train_part) == ("r-scratch", "all")
     direct = read("--weights=none", "--run_id=r-scratch", "--seed=3", "--augmentation=stain")
@@ -177,9 +171,16 @@ def test_the_command_again_skips_what_is_finished_and_compares_again(
 
 
 def test_the_cache_changes_how_long_a_run_takes_and_not_what_it_finds(
-    finished: Path, phantom_root: Path, weights: Path, tmp_path: Path
+    finished: Path, phantom_root: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task5.main(read(*keys(phantom_root, tmp_path, weights, "--scratch=False", "--cache_features=False")))
+    monkeypatch.setattr(
+        task5,
+        "cached_splits",
+        lambda _, dataset, config, compute: device_splits(
+            dataset, compute.device, config.input_size, config.augmentation
+        ),
+    )
+    task5.main(read(*keys(phantom_root, tmp_path, weights, "--scratch=False")))
     arrays = []
     for folder in (finished, tmp_path):
         with np.load(folder / "runs/r/scores.npz", allow_pickle=False) as scores:
@@ -201,9 +202,7 @@ def test_a_cache_that_takes_more_than_60_percent_of_the_memory_is_refused(
     monkeypatch.setattr(features.os, "sysconf", pages.get)
     features.cached_splits(model, dataset, config, CPU)
     pages["SC_PHYS_PAGES"] -= 2
-    with pytest.raises(
-        UsageError, match=r"features of all tiles take 0\.0 GB .*; add --cache_features=False, and"
-    ):
+    with pytest.raises(UsageError, match=r"features of all tiles take 0\.0 GB .*; lower --train_tiles, or"):
         features.cached_splits(model, dataset, config, CPU)
 
 

@@ -33,23 +33,6 @@ MOVE, LAST_MOVE = OPERATIONS.index("ShearX"), OPERATIONS.index("Rotate")  # thes
 # (Ruifrok & Johnston 2001, "Quantification of histochemical staining by color deconvolution").
 STAIN_VECTORS = torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]]).double()
 
-# CIELAB from linear sRGB under D65.
-LAB_MATRIX = torch.tensor(
-    [[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169], [0.019334, 0.119193, 0.950227]]
-).double()
-LAB_WHITE = torch.tensor([[0.95047], [1.0], [1.08883]]).double()
-
-# RandStainNA: in each colour space, for each of its three channels, the mean and the standard deviation over tiles
-# of a tile's mean, and of a tile's own standard deviation. Measured on 9,000 training tiles of PathMNIST at 64 px
-# (`stratified_part`), with the functions below.
-RANDSTAIN_MOMENTS = torch.tensor(
-    [
-        [[63.1163, 27.5761, -14.902], [11.1466, 8.6075, 4.8412], [7.7512, 5.6688, 2.8159], [4.067, 3.0528, 1.512]],
-        [[0.3251, 0.2804, 0.303], [0.183, 0.1352, 0.123], [0.1098, 0.0848, 0.0813], [0.0704, 0.0476, 0.0551]],
-        [[0.8544, 0.2993, 0.7454], [0.0246, 0.1049, 0.0932], [0.0158, 0.0714, 0.0638], [0.0113, 0.0379, 0.0312]],
-    ]
-)  # CIELAB, HED, HSV
-
 
 def _uniform(size: tuple[int, ...], low: float, high: float, generator: torch.Generator) -> torch.Tensor:
     return torch.rand(size, generator=generator, dtype=torch.float64) * (high - low) + low
@@ -329,90 +312,6 @@ def _to_uint8(values: torch.Tensor) -> torch.Tensor:
     return levels.contiguous(memory_format=torch.channels_last)
 
 
-def _to_lab(rgb: torch.Tensor) -> torch.Tensor:
-    linear = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
-    xyz = torch.einsum("ij,njp->nip", LAB_MATRIX.to(rgb), linear) / LAB_WHITE.to(rgb)
-    x, y, z = torch.where(xyz > 0.008856, xyz.clamp(min=1e-6) ** (1 / 3), 7.787 * xyz + 16 / 116).unbind(1)
-    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], dim=1)
-
-
-def _from_lab(lab: torch.Tensor) -> torch.Tensor:
-    lightness, a, b = lab.unbind(1)
-    y = (lightness + 16) / 116
-    cubes = torch.stack([y + a / 500, y, y - b / 200], dim=1)
-    xyz = torch.where(cubes > 0.2068966, cubes**3, (cubes - 16 / 116) / 7.787) * LAB_WHITE.to(lab)
-    linear = torch.einsum("ij,njp->nip", LAB_MATRIX.inverse().to(lab), xyz).clamp(0, 1)
-    return torch.where(linear > 0.0031308, 1.055 * linear.clamp(min=1e-6) ** (1 / 2.4) - 0.055, 12.92 * linear)
-
-
-def _to_hed(rgb: torch.Tensor) -> torch.Tensor:
-    density = -((rgb * 255 + 1) / 256).log()
-    return torch.einsum("ij,njp->nip", STAIN_VECTORS.T.inverse().to(rgb), density)
-
-
-def _from_hed(hed: torch.Tensor) -> torch.Tensor:
-    density = torch.einsum("ij,njp->nip", STAIN_VECTORS.T.to(hed), hed)
-    return ((-density).exp() * 256 - 1) / 255
-
-
-def _to_hsv(rgb: torch.Tensor) -> torch.Tensor:
-    high, low = rgb.amax(1), rgb.amin(1)
-    chroma = high - low
-    red, green, blue = rgb.unbind(1)
-    safe = chroma.clamp(min=1e-6)
-    sector = torch.where(
-        high == red,
-        ((green - blue) / safe) % 6,
-        torch.where(high == green, (blue - red) / safe + 2, (red - green) / safe + 4),
-    )
-    return torch.stack([sector / 6, chroma / high.clamp(min=1e-6), high], dim=1)
-
-
-def _from_hsv(hsv: torch.Tensor) -> torch.Tensor:
-    hue, saturation, value = hsv.unbind(1)
-    saturation, value = saturation.clamp(0, 1), value.clamp(0, 1)
-    offset = torch.tensor([5.0, 3.0, 1.0], device=hsv.device).view(3, 1)
-    sector = (offset + 6 * hue.unsqueeze(1)) % 6
-    return value.unsqueeze(1) * (1 - saturation.unsqueeze(1) * torch.minimum(sector, 4 - sector).clamp(0, 1))
-
-
-COLOUR_SPACES = ((_to_lab, _from_lab), (_to_hed, _from_hed), (_to_hsv, _from_hsv))
-
-
-def sample_randstain(
-    probability: float, count: int, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Colour space of each tile (0: as it is, 1 to 3: of COLOUR_SPACES), and its new mean and spread there.
-
-    int64 (count,), float64 (count, 3) twice; means and spreads are normal draws (Shen et al. 2022, RandStainNA).
-    """
-    space = torch.randint(1, 4, (count,), generator=generator)
-    moments = RANDSTAIN_MOMENTS[space - 1].double()
-    mean, spread = (
-        moments[:, i] + moments[:, i + 1] * torch.randn(count, 3, generator=generator, dtype=torch.float64)
-        for i in (0, 2)
-    )
-    happens = torch.rand(count, generator=generator) < probability
-    return space * happens, mean, spread.clamp(min=0)
-
-
-def randstain(images: torch.Tensor, space: torch.Tensor, mean: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
-    """Give tile i `mean[i]` and `spread[i]` (N, 3) in the colour space `space[i]`; all three on the CPU."""
-    order = space.argsort()
-    parameters = _on_device(torch.stack([mean, spread])[:, order].float(), images.device).unsqueeze(3)
-
-    def apply(number: int, part: torch.Tensor, these: slice) -> torch.Tensor:
-        if number == 0:
-            return part
-        to_space, from_space = COLOUR_SPACES[number - 1]
-        colours = to_space(part.flatten(2).float() / 255)
-        old_mean, old_spread = colours.mean(2, keepdim=True), colours.std(2, keepdim=True).clamp(min=1e-3)
-        moved = (colours - old_mean) / old_spread * parameters[1, these] + parameters[0, these]
-        return _to_uint8((from_space(moved) * 255).view(part.shape))
-
-    return _by_kind(images, space, order, apply)
-
-
 def sample_zoom(count: int, generator: torch.Generator) -> torch.Tensor:
     """Zoom factors 0.8 … 1.25, float64 (count,); log-uniform, so that both directions are equally likely."""
     limit = math.log(1.25)
@@ -456,10 +355,6 @@ def _erase(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return erase(images, sample_erasing(images.shape[2], len(images), generator))
 
 
-def _randstain(probability: float) -> Augmentation:
-    return _step(partial(sample_randstain, probability), randstain)
-
-
 _flip, _dihedral = (_step(partial(sample_views, n_views), dihedral) for n_views in (4, 8))
 _stain, _zoom = _step(sample_stain, stain), _step(sample_zoom, zoom)
 
@@ -473,9 +368,6 @@ PARTS: dict[str, tuple[str, tuple[Augmentation, ...]]] = {
     "ta_wide": ("flips, TrivialAugmentWide, random erasing", (_flip, _wide, _erase)),
     "dihedral": ("one of the 8 combinations of flips and quarter turns", (_dihedral,)),
     "stain": ("dihedral, amounts of haematoxylin and eosin, hue, zoom", (_dihedral, _stain, _zoom)),
-    "randstain": ("RandStainNA: other colour statistics for half of the tiles", (_randstain(0.5),)),
-    "randstain_quarter": ("RandStainNA for a quarter of the tiles", (_randstain(0.25),)),
-    "scale": ("zoom", (_zoom,)),
 }
 
 

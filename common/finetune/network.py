@@ -33,18 +33,15 @@ class FineTunedNetwork(nn.Module):
 
     The trained part is `head` (the last linear layer), `classifier` (the outermost module around it, which is all
     that is not convolutional) or `all`. The rest is frozen: it has no gradients and stays in eval mode, without
-    dropout and with constant BatchNorm statistics. With `adapt_batchnorm` the statistics follow the tiles.
+    dropout and with constant BatchNorm statistics.
     """
 
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(
-        self, network: nn.Module, weights: Weights, size: int, train_part: str, adapt_batchnorm: bool = False
-    ) -> None:
+    def __init__(self, network: nn.Module, weights: Weights, size: int, train_part: str) -> None:
         super().__init__()
-        self.network, self.adapt_batchnorm = network, adapt_batchnorm
-        self.takes_features, self.frozen = False, train_part != "all"
+        self.network, self.takes_features, self.frozen = network, False, train_part != "all"
         self.register_buffer("mean", torch.tensor(weights.mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(weights.std).view(3, 1, 1))
         last, _ = last_layer(network)
@@ -66,9 +63,6 @@ class FineTunedNetwork(nn.Module):
         if mode and self.frozen:
             self.network.eval()
             self.head.train()
-            for module in self.network.modules() if self.adapt_batchnorm else ():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.train()
         return self
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -90,7 +84,7 @@ class FineTunedNetwork(nn.Module):
 
 
 def build_fine_tuned(
-    model_name: str, weights: Weights, size: int, train_part: str = "classifier", adapt_batchnorm: bool = False
+    model_name: str, weights: Weights, size: int, train_part: str = "classifier"
 ) -> FineTunedNetwork:
     """The network with its weights and a new last layer for the classes, from torch's global generator.
 
@@ -102,7 +96,7 @@ def build_fine_tuned(
     layer.reset_parameters()
     if weights.state_dict is not None:
         _load_into(network, weights, last)
-    return FineTunedNetwork(network, weights, size, train_part, adapt_batchnorm)
+    return FineTunedNetwork(network, weights, size, train_part)
 
 
 def _load_into(network: nn.Module, weights: Weights, last: str) -> None:

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import ROOT
-from example_records import CONFIG, TILES, facts, outputs, row, summary, write_run
+from example_records import CONFIG, TILES, facts, row, summary, write_run
 
 from common.cli import Fault, run_script
 from common.records.read import Record
 from common.statistics import spread
 from study import report
 from study.facts import cost
-from study.groups import Group, Runs, convergence_epoch, identical
+from study.groups import Group, Runs, convergence_epoch
 from study.report import fill, own_page
 from study.tables import Tables
 
@@ -93,14 +93,6 @@ def test_a_page_is_filled_from_the_records(study: Path) -> None:
     assert "data:image/png;base64," in (study / "report.html").read_text()
     make(study)
     assert (study / "report.md").read_text() == page
-
-
-def test_an_old_row_is_shown_until_the_new_one_has_runs(tables: Tables) -> None:
-    old = dataclasses.replace(tables, rows={"old_tuned": tables.rows["old_tuned"]})
-    assert list(old.shown) == ["old_tuned"]
-    new = dataclasses.replace(tables, rows={**old.rows, "tuned": tables.rows["old_tuned"]})
-    assert list(new.shown) == ["tuned"]
-    assert new.number("old_tuned acc") == "0.944"  # the prose may still name it
 
 
 @pytest.mark.parametrize("name", ["config.json", "summary.json", "history.csv", "scores.npz", "attribution.json"])
@@ -278,7 +270,7 @@ def test_a_page_of_own_runs_has_the_table_of_the_ablation(tmp_path: Path) -> Non
     assert re.search(r"\| with averaged weights \(EMA\) \| 1 \| .* \| 0.600 \| .* \| \+0.100 \|", page)
 
 
-def test_curves_and_the_ablation_of_an_earlier_version_are_shown_until_there_are_new_runs(tmp_path: Path) -> None:
+def test_curves_have_a_group_per_number_of_tiles_and_a_new_ablation_replaces_the_old_one(tmp_path: Path) -> None:
     title = "ResNet-18 from scratch, 28 px"
     made(tmp_path, "learning_curve_task1-9000-0", tiles=9000)
     made(tmp_path, "task1-0", tiles=900)
@@ -286,16 +278,6 @@ def test_curves_and_the_ablation_of_an_earlier_version_are_shown_until_there_are
     for name in ("ablation", "ablation_64"):
         made(tmp_path, f"{name}-combined-0", ablation="combined")
         assert Runs(tmp_path).ablation()["combined"].first.run_id == f"{name}-combined-0"
-    made(tmp_path, "task1_64-0")
-    assert Runs(tmp_path).curves() == {}
-
-
-def test_rows_are_identical_where_every_common_seed_has_the_same_outputs(tmp_path: Path) -> None:
-    one, twin = (Group("", [made(tmp_path, f"{name}-{seed}", seed=seed) for seed in (0, 1)]) for name in "ab")
-    assert identical(one, twin)
-    np.savez(tmp_path / "runs/b-1/scores.npz", **outputs(1.0))  # type: ignore[arg-type]
-    assert not identical(one, twin)
-    assert not identical(one, Group("", [made(tmp_path, "c-2", seed=2)]))  # nothing in common
 
 
 def test_a_run_has_converged_within_half_a_point_of_its_best_epoch() -> None:

@@ -235,7 +235,7 @@ def test_the_table_of_a_grid_has_the_hand_made_numbers(tmp_path: Path) -> None:
     p = 2 * stats.ttest_rel([0.40, 0.51, 0.60], [0.5, 0.6, 0.7]).pvalue
     assert f"| {p:.3f} | worse |" in text
     assert "| a | 3 | 0.800 ± 0.000 | 0.600 ± 0.100 | 0.900 ± 0.000 |  |  |  |  |" in text
-    assert re.search(r"\| twin \| 3 \| .*\+0.000 \[\+0.000, \+0.000\] \|  \| identical \|", text)
+    assert re.search(r"\| twin \| 3 \| .*\+0.000 \[\+0.000, \+0.000\] \|  \| the same \|", text)
     assert re.search(r"\| short \| 1 \| .* \| \+0.300 \|  \| too few seeds \|", text)
     # Both spreads pooled: sqrt((.0208167² + .0057735²) / 2) = .015275. Of 200,000 simulated studies
     # with a difference of .0706, 80.0 % show it at 0.05 / 2.
