@@ -52,6 +52,15 @@ def test_every_step_is_a_command_that_its_script_accepts(dataset: str, n_runs: i
     assert dataset == "phantom" or shown == runs  # on the page
 
 
+def test_the_network_from_scratch_has_the_recipe_of_the_fine_tuned_one_but_for_its_weights() -> None:
+    rows = study.study_rows()
+    tuned, scratch = (
+        parse(task5.Task5Config, [*rows[name].command.split()[1:], "--run_id=r"]).as_dict()
+        for name in ("tuned", "tuned_scratch")
+    )
+    assert {name for name in tuned if tuned[name] != scratch[name]} == {"weights"}
+
+
 def test_what_is_explained_or_has_its_weights_elsewhere_is_not_explained_again(tmp_path: Path) -> None:
     def explained() -> list[str]:
         config = config_of(f"--output_dir={tmp_path}")
