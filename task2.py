@@ -9,7 +9,7 @@ method: do its maps change when the network is randomised, do its pixels matter 
 than edges? On one core of an AMD EPYC, a ResNet-18 at 28 pixels took three minutes, an EfficientNet-Lite0 at 64
 pixels thirteen.
 
-Leaves NNNNN-input.png and NNNNN-saliency.png for each tile in fig/task2/<run_id>/, six figures
+Leaves NNNNN-input.png and NNNNN-saliency.png for each tile in fig/task2/<run_id>/, five figures
 fig/task2/<run_id>-*.png, runs/<run_id>/saliency.md and runs/<run_id>/attribution.json.
 """
 
@@ -76,22 +76,16 @@ def main(config: Task2Config) -> None:
         inputs, _ = test.inputs(where.to(test.index_device))
         return inputs, torch.from_numpy(predicted)[where].to(compute.device)
 
-    each = (
-        tiles.one_of_each_class(labels, some, config.seed) for some in (labels == predicted, labels != predicted)
-    )
-    groups = [tiles.choose_tiles(len(test), SHOWN, config.seed), *each]
-    pictured = sorted({index for group in groups for index in group})
-    print(f"maps of {len(pictured)} tiles to show, by {len(METHODS)} methods", flush=True)
-    inputs = inputs_of(pictured)
+    chosen = tiles.choose_tiles(len(test), SHOWN, config.seed)
+    print(f"maps of {len(chosen)} tiles to show, by {len(METHODS)} methods", flush=True)
+    inputs = inputs_of(chosen)
     maps = {name: way.maps(model, *inputs, config.seed).cpu().numpy() for name, way in METHODS.items()}
-    names = dataset.class_names
-    explained = {}
-    for place, index in enumerate(pictured):
+    names, shown = dataset.class_names, []
+    for place, index in enumerate(chosen):
         tile = dataset.test.images[index].permute(1, 2, 0).numpy()
         classes = names[labels[index]], names[predicted[index]], float(probabilities[index].max())
         own = {name: values[place] for name, values in maps.items()}
-        explained[index] = tiles.Explained(run_id, index, tile, *classes, own)
-    shown, *sides = ([explained[index] for index in group] for group in groups)
+        shown.append(tiles.Explained(run_id, index, tile, *classes, own))
 
     torch.manual_seed(derived_seed(config.seed, 0, "randomised network"))
     fresh = loaded.untrained().to(compute.device)
@@ -101,7 +95,7 @@ def main(config: Task2Config) -> None:
 
     facts = {"run_id": run_id, "dataset": dataset.title, "synthetic": run["synthetic"]}
     facts |= {"network": network, "device": compute.name}
-    figures = draw(config.output_dir, facts, names, shown, sides, checks, means)
+    figures = draw(config.output_dir, facts, shown, checks, means)
     folder = run_folder(config.output_dir, run_id)
     tiles.write_records(folder, config, facts, shown, checks, figures)
     for method in checks["methods"].values():

@@ -2,7 +2,7 @@
 
     python task5.py                        # a GPU box: MobileNetV3-Large with its ImageNet weights
     python task5.py --size 28 --model_name tf_efficientnet_lite0   # a CPU: a smaller network, with its recipe
-    python task5.py --weights FILE.pth     # or a torchvision entry, or the id of a run of yours
+    python task5.py --weights FILE.pth     # or a torchvision entry
 
 Tiles are resized to the side that the weights were trained with (224 pixels for MobileNetV3-Large). With batches
 of 512, the run from scratch then needs about 27 GB of a GPU in bf16: --batch_size 128 or --input_size 64 needs
@@ -101,8 +101,8 @@ class Task5Config(TrainingConfig):
     )
     weights: str = key(
         None,
-        "a torchvision entry such as ResNet18_Weights.IMAGENET1K_V1, efficientnet_lite0_imagenet, a file, the id "
-        "of a run, or none for random weights (default: the network's ImageNet weights)",
+        "a torchvision entry such as ResNet18_Weights.IMAGENET1K_V1, efficientnet_lite0_imagenet, a file, or none "
+        "for random weights (default: the network's ImageNet weights)",
     )
     train_part: str = key(
         "classifier", "the new last layer, all that is not convolutional, or all layers", choices=TRAIN_PARTS
@@ -147,7 +147,7 @@ def main(config: Task5Config) -> None:
     compute = Compute.of(config.device, config.precision)
     compute.prepare_process()
     build_augmentation(config.augmentation)  # refuses an unknown one before the weights and the data are read
-    weights = {run.weights: load_weights(run.weights, run.model_name, run.output_dir) for run in config.runs()}
+    weights = {run.weights: load_weights(run.weights, run.model_name) for run in config.runs()}
     if config.input_size is None:
         config = config.replaced(input_size=weights[config.weights].size)
     dataset = load_dataset(config.dataset, config.size, config.data_root, config.train_tiles)

@@ -19,6 +19,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from common.cli import Keys, run_script  # before torch: common/__init__.py sets how its threads wait
+
+# isort: split
 import medmnist
 import numpy as np
 import torch
@@ -29,7 +32,6 @@ from torchvision.transforms import v2
 
 import task1
 import train
-from common.cli import Keys, run_script
 from common.config import TrainingConfig
 from common.data.batches import device_splits
 from common.data.dataset import load_dataset

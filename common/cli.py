@@ -155,10 +155,11 @@ def parse(keys: type[K], arguments: Sequence[str], description: str = "") -> K:
     fields: Mapping[str, Any] = keys.model_fields
     for name, field in fields.items():
         kind = (typing.get_args(field.annotation) or (field.annotation,))[0]  # `int | None` is (int, NoneType)
+        kind = (typing.get_args(kind) or (kind,))[0]  # of an annotated type
         default, extra, text = keys.recipe({}).get(name, field.default), field.json_schema_extra, field.description
         if extra["choices"]:
             text += f" [{' | '.join(map(str, extra['choices']))}]"
-        if "(default: " not in text:
+        if "(default: " not in text and default != ():
             text += f" (default: {default})"
         options: dict[str, Any] = {"help": text.replace("%", "%%"), "metavar": kind.__name__.upper()}
         if extra["positional"]:
@@ -173,6 +174,7 @@ def parse(keys: type[K], arguments: Sequence[str], description: str = "") -> K:
     if unknown:
         name = unknown[0].partition("=")[0]
         hint = closest(name, [f"--{known}" for known in fields]) or "; --help lists the keys"
+        hint = f"; write --{unknown[0]}" if name in fields else hint
         raise UsageError(f"unknown key {name}{hint}")
     return keys(**vars(given))
 
@@ -205,7 +207,8 @@ def run_script(main: Callable[[K], None], keys: type[K], arguments: Sequence[str
     except KeyboardInterrupt:
         message, status = f"interrupted; {command} continues" if command else "interrupted", 130
     with suppress(OSError):  # nobody may read stderr any more
-        print(f"{Path(program()[-1]).name}: {' '.join(message.splitlines())}", file=sys.stderr)
+        line = "".join(character if character.isprintable() else " " for character in message)
+        print(f"{Path(program()[-1]).name}: {line}", file=sys.stderr)
     if number and "WANDB_SWEEP_ID" in os.environ:  # its agent takes an exit status for a failure, but not a signal
         sys.stdout.flush()
         signal.signal(number, signal.SIG_DFL)

@@ -69,7 +69,6 @@ def study_rows() -> dict[str, Row]:
         # The recipe of `tuned`, so that only the weights differ; and for longer, with a recipe for random weights.
         "tuned_scratch": Row(f"{SCRATCH} {LIKE_TUNED}", 3),
         "long_scratch": Row(f"{SCRATCH} --n_epochs=16", 1),
-        # For contrast:
         "combined": Row("train.py --input_size=28", 5),
         "task1": Row("task1.py --input_size=28", 5),
     }

@@ -12,7 +12,6 @@ finished. Each leaves the records of a run without epochs, in runs/<baseline>-<t
 
 import time
 from collections.abc import Mapping
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -32,7 +31,7 @@ from common.files import atomic_path, write_json, write_text
 from common.records.read import COLUMNS, is_finished, read_json, run_folder
 from common.records.run import provenance
 from common.training.device import Compute
-from common.training.evaluation import Evaluation
+from common.training.evaluation import Evaluation, scores_of
 from common.training.metrics import accuracy
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -130,7 +129,7 @@ def features(split: Split) -> NDArray[np.float32]:
 def fit_and_score(
     models: Mapping[str, Any], tables: Mapping[str, Table], class_names: tuple[str, ...]
 ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """The arrays of scores.npz and the content of summary.json, as `Trainer.test` gives them for a network.
+    """The arrays of scores.npz and the content of summary.json, as of a network; see `scores_of`.
 
     `tables` hold the splits, and the validation tiles under each shift. Validation ACC chooses one of the
     classifiers; only this one scores the test tiles.
@@ -147,27 +146,9 @@ def fit_and_score(
     accuracies = {name: accuracy(one.logits, one.targets) for name, one in validations.items()}
     setting = max(accuracies, key=accuracies.__getitem__)  # of equal ones the first
     validation, test = validations[setting], score(models[setting], "test")
-    predicted = {name: score(models[setting], name).logits.argmax(1).astype(np.uint8) for name in SHIFTS}
-    shifted_acc = {name: float((labels == tables[name][1]).mean()) for name, labels in predicted.items()}
-    described = test.described(class_names)
-    arrays = {
-        "best_logits": test.logits,
-        "targets": test.targets.astype(np.uint8),
-        "validate_logits": validation.logits,
-        "validate_targets": validation.targets.astype(np.uint8),
-        **{f"shifted_{name}": labels for name, labels in predicted.items()},
-    }
-    summary = {
-        "test/auc": described["auc"]["value"],
-        "test/acc": described["acc"]["value"],
-        "best": described,
-        "validate": validation.summary("validate"),
-        "validate/shifted_acc": fmean(shifted_acc.values()),
-        "shifted": shifted_acc,
-        "setting": setting,
-        "wall_seconds": time.perf_counter() - started,
-    }
-    return arrays, summary
+    predicted = {name: score(models[setting], name).logits.argmax(1) for name in SHIFTS}
+    arrays, summary = scores_of({"best": test}, validation, predicted, class_names)
+    return arrays, {**summary, "setting": setting, "wall_seconds": time.perf_counter() - started}
 
 
 if __name__ == "__main__":

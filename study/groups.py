@@ -1,6 +1,6 @@
 """The rows of the page: runs that differ in their seed alone, and their scores over the seeds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -69,7 +69,6 @@ ROWS = {
     "tuned": ("tuned-*", "Task 5: EfficientNet-Lite1, all layers fine-tuned"),
     "tuned_scratch": ("tuned_scratch-*", "Task 5: EfficientNet-Lite1 from scratch, the same recipe"),
     "long_scratch": ("long_scratch-*", "Task 5: EfficientNet-Lite1 from scratch, trained longer"),
-    # Runs of an earlier version, whose tiles were resized after their augmentation:
     "old_tuned": ("task5 task5-seed*", "Task 5: EfficientNet-Lite0, all layers fine-tuned"),
     "old_scratch": ("task5-scratch*", "Task 5: EfficientNet-Lite0 from scratch"),
 }
@@ -148,7 +147,8 @@ class Group:
         """The score of a single run with its interval over the test tiles; None where the record has none."""
         part, name = SCORES[score]
         value = self.first.summary.get(part, {}).get(name)
-        return Estimate(**value) if isinstance(value, Mapping) and len(self.records) == 1 else None
+        has_interval = len(self.records) == 1 and isinstance(value, Mapping) and "low" in value
+        return Estimate(**value) if has_interval else None
 
     def minus(self, other: "Group", score: str) -> Spread | None:
         """The differences of a score from another group's, seed by seed; None without a common seed."""
@@ -170,17 +170,18 @@ class Group:
 
 
 class Runs:
-    """The finished runs of a folder; `read` has the records of those that were asked for."""
+    """The finished runs of a folder; `read` has the records of those that were asked for, each of them checked."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.read = folder, dict[str, Record]()
+    def __init__(self, folder: Path, check: Callable[[Record], None] = lambda record: None) -> None:
+        self.folder, self.check, self.read = folder, check, dict[str, Record]()
         paths = sorted((folder / "runs").glob("*/config.json"))
         self.finished = [path.parent.name for path in paths if is_finished(folder, path.parent.name)]
 
     def record(self, run_id: str) -> Record:
-        """The record of a run, which is read once."""
+        """The record of a run, which is read and checked once."""
         if run_id not in self.read:
             self.read[run_id] = Record.read(self.folder, run_id)
+            self.check(self.read[run_id])
         return self.read[run_id]
 
     def matching(self, patterns: str) -> list[Record]:

@@ -13,7 +13,7 @@ The prose of report.md is written by hand. A comment says what stands behind it:
 
 The rows are those of study/groups.py. A folder without such a page gets one that shows every finished run.
 report.html is the same page as one file, with the figures inside. Before anything is shown, the scores of every
-run are computed again from its outputs (study/check.py).
+run are computed again from its outputs (common/training/verification.py).
 """
 
 import re
@@ -25,6 +25,7 @@ from common.data import pathmnist
 from common.data.dataset import load_dataset, resize
 from common.files import digest, read_text, write_text
 from common.markdown import text
+from common.training.verification import check_scores
 from study.check import check_runs
 from study.groups import Runs
 from study.html_page import html_page
@@ -57,7 +58,7 @@ class ReportConfig(Keys):
 def main(config: ReportConfig) -> None:
     """The records → the tables, numbers and figures of report.md, or a check of them."""
     folder, page = config.output_dir, config.output_dir / "report.md"
-    runs = Runs(folder)
+    runs = Runs(folder, check_scores)
     if not runs.finished:
         raise UsageError(f"{folder / 'runs'}: no finished run; python task1.py --output_dir {folder} makes one")
     by_hand = page.exists() and BLOCK.search(read_text(page)) is not None
@@ -65,7 +66,8 @@ def main(config: ReportConfig) -> None:
         tables = Tables(runs, runs.groups(), runs.ablation(), runs.curves())
     else:
         tables = Tables(runs, runs.recipes(), runs.ablation(), runs.curves())
-    check_runs(runs.read.values(), seeds_in_names=by_hand)
+    if by_hand:  # a user may well train the same network twice
+        check_runs(runs.read.values())
     pages = {page: read_text(page) if by_hand else own_page(tables)}
     if by_hand and (readme := folder / "README.md").exists():
         pages[readme] = read_text(readme)
@@ -134,7 +136,7 @@ def draw(tables: Tables, by_hand: bool, data_root: Path | None = None) -> None:
     trained = {f"{group.title}, {group.side} px": group.records for group in chosen if group.first.history}
     if trained:
         figures.draw_curves(folder / CURVES, trained, str(next(iter(trained.values()))[0].summary["dataset"]))
-    if by_hand and tables.curves:
+    if tables.curves:
         figures.draw_learning_curve(folder / LEARNING, tables.curves)
     if data_root:
         tiles = load_dataset(pathmnist.NAME, 28, data_root).test.images[SHOWN_TILE : SHOWN_TILE + 1]
@@ -144,7 +146,7 @@ def draw(tables: Tables, by_hand: bool, data_root: Path | None = None) -> None:
 def own_page(tables: Tables) -> str:
     """A page about all finished runs of a folder, ready to be filled."""
     folder, rows = tables.runs.folder, tables.rows
-    summaries = [group.first.summary for group in rows.values()]
+    summaries = [record.summary for record in tables.runs.read.values()]
     lines = ["# Report", "", text("; ".join(sorted({one["dataset"] for one in summaries})) or "Sweeps")]
     if any(one["synthetic"] for one in summaries):
         lines += ["", "> These tiles are generated. They are not tissue, so these are no results on PathMNIST."]
@@ -172,7 +174,7 @@ def own_page(tables: Tables) -> str:
     if "combined" in tables.ablation:
         section("Ablation", block("techniques"))
     if tables.curves:
-        section("Fewer training tiles", block("curve"))
+        section("Fewer training tiles", f"![Test ACC and validation ACC]({LEARNING})")
     for path in sorted((folder / "sweeps").glob("*/table.md")):
         section(f"Sweep {text(path.parent.name)}", read_text(path).strip())
     if rows:

@@ -15,6 +15,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import optuna
 from filelock import FileLock
@@ -23,7 +24,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from common.cli import Keys, Untrainable, UsageError, key, run_script
+from common.cli import Fault, Keys, Untrainable, UsageError, first_line, key, run_script
 from common.files import write_text
 from common.markdown import markdown_table, text
 from common.records.read import is_finished, read_history, read_json, run_folder
@@ -79,15 +80,19 @@ class Search:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         # Constant liar: a trial without a value counts as a bad one, so trials at the same time differ.
-        bayes = sweep.method == "bayes"
-        self.study = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(self.file))),
-            sampler=samplers.TPESampler(constant_liar=True) if bayes else samplers.RandomSampler(),
-            pruner=pruners.SuccessiveHalvingPruner(early.min_iter, early.eta) if early else pruners.NopPruner(),
-            study_name=sweep.name,
-            direction=sweep.metric.goal,
-            load_if_exists=True,
-        )
+        sampler = samplers.TPESampler(constant_liar=True) if sweep.method == "bayes" else samplers.RandomSampler()
+        pruner = pruners.SuccessiveHalvingPruner(early.min_iter, early.eta) if early else pruners.NopPruner()
+        try:
+            self.study = optuna.create_study(
+                storage=JournalStorage(JournalFileBackend(str(self.file))),
+                sampler=sampler,
+                pruner=pruner,
+                study_name=sweep.name,
+                direction=sweep.metric.goal,
+                load_if_exists=True,
+            )
+        except Exception as error:  # a damaged journal makes Optuna raise many types
+            raise Fault(f"{self.file}: damaged ({first_line(error)}); restore it, or {REMEDY}") from error
         content = sweep.model_dump(mode="json", include={"metric", "parameters"}, exclude_unset=True)
         if self.study.user_attrs.get("content", content) != content:
             raise UsageError(f"search {sweep.name} was started with other parameters: {REMEDY}")
@@ -119,11 +124,14 @@ class Search:
         """
         running, failed, left = self.processes.running, self.processes.failed, []
         statuses = {run_id: status for run_id, status, _ in ended}
+        folder = run_folder(self.processes.output_dir, self.run_id(len(self.study.trials)))
+        if folder.exists():
+            raise UsageError(f"{folder}: this run is not in {self.file}: {REMEDY}")
         for trial in self.study.get_trials(states=[TrialState.RUNNING]):
             run_id = self.run_id(trial.number)
             reported = self.report(trial)
             if is_finished(self.processes.output_dir, run_id):
-                self.study.tell(trial.number, self.best(self.study.trials[trial.number]))
+                self.study.tell(trial.number, self.best(trial.number))
             elif statuses.get(run_id) in (UsageError.exit_status, Untrainable.exit_status):
                 self.study.tell(trial.number, state=TrialState.FAIL)  # every attempt would end like this
             elif run_id in running and reported.should_prune():  # each rung is judged once: by its own command
@@ -140,9 +148,6 @@ class Search:
             if len(running) < n_workers:
                 self.start(trial)
         while len(running) < n_workers and len(self.study.trials) < self.count:
-            folder = run_folder(self.processes.output_dir, self.run_id(len(self.study.trials)))
-            if folder.exists():
-                raise UsageError(f"{folder}: this run is not in {self.file}: {REMEDY}")
             self.start(self.study.ask(self.space))
         return bool(running or left) or len(self.study.trials) < self.count
 
@@ -157,40 +162,52 @@ class Search:
 
         That is successive halving which does not wait for the other trials (Li et al., MLSys 2020).
         """
-        path = run_folder(self.processes.output_dir, self.run_id(trial.number)) / "history.csv"
         handle = optuna.Trial(self.study, trial._trial_id)
-        for epoch, row in enumerate(read_history(path) if path.exists() else [], start=1):
+        for epoch, score in enumerate(self.scores(trial.number), start=1):
             if epoch not in trial.intermediate_values:
-                handle.report(row[self.sweep.metric.name], epoch)
+                handle.report(score, epoch)
         return handle
 
-    def best(self, trial: FrozenTrial) -> float:
+    def scores(self, number: int) -> list[float]:
+        """The metric after each epoch of a trial's run."""
+        path = run_folder(self.processes.output_dir, self.run_id(number)) / "history.csv"
+        return [row[self.sweep.metric.name] for row in (read_history(path) if path.exists() else [])]
+
+    def best(self, number: int) -> float:
         """The best metric of a trial's epochs until now; the worst of all numbers before the first one."""
-        values = trial.intermediate_values.values()
         maximize = self.sweep.metric.goal == "maximize"
-        return max(values, default=-math.inf) if maximize else min(values, default=math.inf)
+        scores = self.scores(number)
+        return max(scores, default=-math.inf) if maximize else min(scores, default=math.inf)
 
     def write_table(self) -> None:
         """Write table.md, and print the command of the best trial.
 
-        It has no test scores: nobody may choose a trial by them. The states are Optuna's: `pruned` means ended by
-        early termination, `fail` an impossible configuration.
+        Scores and keys are those of the runs' records; the journal only says which trials there are, and their
+        states: `pruned` means ended by early termination, `fail` an impossible configuration. There are no test
+        scores: nobody may choose a trial by them. Raises Fault where journal and records differ.
         """
-        name, table = self.sweep.name, self.processes.logs / "table.md"
-        trials = sorted(self.study.trials, key=self.best, reverse=self.sweep.metric.goal == "maximize")
+        name, table, output_dir = self.sweep.name, self.processes.logs / "table.md", self.processes.output_dir
+        trials = sorted(self.study.trials, key=lambda trial: self.best(trial.number))
+        trials = trials[::-1] if self.sweep.metric.goal == "maximize" else trials
         trials.sort(key=lambda trial: trial.state != TrialState.COMPLETE)  # keeps that order otherwise
         if not trials or trials[0].state != TrialState.COMPLETE:
             raise UsageError(f"no trial of {name} has finished (logs: {self.processes.logs})")
-        rows = []
+        rows: list[list[str]] = []
+        best_keys: dict[str, Any] = {}
+        data = ""
         for trial in trials:
-            n_epochs = len(trial.intermediate_values)
-            state, best = trial.state.name.lower(), self.best(trial) if n_epochs else ""
-            cells = [self.run_id(trial.number), state, best, n_epochs, *trial.params.values()]
+            run_id, state, keys = self.run_id(trial.number), trial.state.name.lower(), trial.params
+            if (trial.state == TrialState.COMPLETE) != is_finished(output_dir, run_id):
+                raise Fault(f"{self.file}: trial {trial.number} is {state} there, but not in its run's records")
+            if (path := run_folder(output_dir, run_id) / "config.json").exists():
+                record = read_json(path)
+                keys = {key: record["config"][key] for key in self.space}
+                best_keys, data = best_keys or keys, data or record["dataset"]
+            scores = self.scores(trial.number)
+            cells = [run_id, state, self.best(trial.number) if scores else "", len(scores), *keys.values()]
             rows.append([f"{cell:.4g}" if isinstance(cell, float) else text(cell) for cell in cells])
-        columns = ["run_id", "state", f"best {self.sweep.metric.name}", "epochs", *trials[0].params]
-        folder = run_folder(self.processes.output_dir, self.run_id(trials[0].number))
-        data = read_json(folder / "config.json")["dataset"]
-        command = shlex.join(["python", *self.sweep.command_line(trials[0].params)[1:]])
+        columns = ["run_id", "state", f"best {self.sweep.metric.name}", "epochs", *self.space]
+        command = shlex.join(["python", *self.sweep.command_line(best_keys)[1:]])
         lines = [f"**{name}**: {data}; {len(rows)} trials of a {self.sweep.method} search", ""]
         lines += [*markdown_table(columns, "l" * len(columns), rows), "", f"The best trial: `{command}`"]
         write_text(table, "\n".join(lines) + "\n")

@@ -4,7 +4,7 @@ import runpy
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from optuna import distributions
@@ -116,6 +116,9 @@ def read_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
         for name, one in sweep.swept.items():
             for tried in one.values or (one.min, one.max):
                 sweep.config({name: tried})
+            whole = int in (kind := sweep._config_class.model_fields[name].annotation, *get_args(kind))
+            if whole and isinstance(one.for_optuna(), distributions.FloatDistribution):
+                raise UsageError(f"parameter {name}: a whole number; use values, or distribution: int_uniform")
         return sweep
     except ValidationError as error:
         first = error.errors(include_url=False)[0]

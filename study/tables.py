@@ -11,18 +11,16 @@ import numpy as np
 from common.cli import Fault
 from common.files import digest
 from common.markdown import markdown_table, text
-from common.records.read import Record, read_json
+from common.records.read import Record, read_json, unreadable
 from common.statistics import SIGNIFICANT, Comparison, compare, interval, smallest_difference
 from study.facts import PUBLISHED, cost
 from study.groups import AGAINST, Group, Runs, convergence_epoch
 from study.recipes import ranking
 
-BLOCKS = ["results", "recipes", "classes", "colours", "techniques", "difference", "curve"]
-BLOCKS += ["maps", "trials", "records"]
+BLOCKS = ("results", "recipes", "classes", "colours", "techniques", "difference", "maps", "trials", "records")
 MAPS = {  # figures of Task 2, and what they show
     "methods": "maps by each method",
     "all_methods": "the maps of all ten tiles",
-    "classes": "one right and one wrong tile of each class",
     "means": "mean maps, also of an untrained network",
     "randomisation": "random weights",
     "removal": "removed pixels",
@@ -136,16 +134,6 @@ class Tables:
         groups = self.chosen(names)
         return difference_table(*groups[:2]) if len(groups) > 1 else []
 
-    def curve(self) -> list[str]:
-        """The test ACC of each recipe by its number of training tiles."""
-        tiles = sorted({group.tiles for groups in self.curves.values() for group in groups})
-        lines = []
-        for title, groups in self.curves.items():
-            found = {group.tiles: _mean(group, "acc") for group in groups}
-            lines.append([title, f"{groups[0].side} px", *(found.get(number, "") for number in tiles)])
-        columns = ["test ACC", "input", *(f"{number:,} tiles" for number in tiles)]
-        return markdown_table(columns, "lr" + "r" * len(tiles), lines)
-
     def maps(self, *run_ids: str) -> list[str]:
         """The maps of the first of these runs that Task 2 has explained, and the checks of every method."""
         folder = self.runs.folder
@@ -154,17 +142,19 @@ class Tables:
             return []
         from common.explain.checks import FAILS, PASSES, chance, judge  # Captum: seconds
 
-        records = Path("runs") / explained[0]
-        content = read_json(folder / records / "attribution.json")
-        lines = []
-        for method in content["methods"].values():
-            *_, last = method["randomisation"].values()
-            scores = [last, method["margin_over_random"], method["margin_over_sobel"]]
-            outcome, _ = judge(method, content["n"])
-            passes = {PASSES: "yes", FAILS: "no"}.get(outcome, outcome)
-            cells = [interval(one["value"], one["low"], one["high"], 2) for one in scores]
-            cells.append(f"{method['infidelity']['value']:.2f}")
-            lines.append([text(method["title"]), passes, *cells])
+        records, lines = Path("runs") / explained[0], []
+        content = read_json(path := folder / records / "attribution.json")
+        try:
+            for method in content["methods"].values():
+                *_, last = method["randomisation"].values()
+                scores = [last, method["margin_over_random"], method["margin_over_sobel"]]
+                outcome, _ = judge(method, content["n"])
+                passes = {PASSES: "yes", FAILS: "no"}.get(outcome, outcome)
+                cells = [interval(one["value"], one["low"], one["high"], 2) for one in scores]
+                cells.append(f"{method['infidelity']['value']:.2f}")
+                lines.append([text(method["title"]), passes, *cells])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise unreadable(path, error) from error
         columns = ["method", "passes", "correlation with the map of random weights", "better than a random order"]
         table = markdown_table([*columns, "better than edges", "infidelity"], "llrrrr", lines)
         paths = {name: Path("fig") / "task2" / f"{explained[0]}-{name}.png" for name in MAPS}

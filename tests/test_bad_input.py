@@ -17,6 +17,7 @@ OFFICIAL = "task1.py --dataset=pathmnist --size=28 --data_root={} --output_dir={
 OPTIONS: list[tuple[str, int, str]] = [
     ("task1.py --batchsize=3", 2, r"unknown key --batchsize; did you mean --batch_size\?$"),
     ("task1.py --quux=3", 2, "unknown key --quux; --help lists the keys$"),
+    ("task1.py lr=0.1", 2, "unknown key lr; write --lr=0.1$"),
     ("task1.py quux", 2, "unknown key quux; --help lists the keys$"),
     ("task1.py --lr", 2, "--lr: expected one argument$"),
     ("task1.py --lr=fast", 2, "--lr fast: must be a valid number"),

@@ -69,6 +69,13 @@ def test_the_defaults_are_the_courseworks() -> None:
     assert config.weights == "MobileNet_V3_Large_Weights.IMAGENET1K_V2"
     assert config.train_part == "classifier"
     assert (config.n_epochs, config.batch_size, config.label_smoothing) == (20, 512, 0.1)
+    assert (config.optimizer, config.lr, config.lr_min, config.weight_decay) == (
+        "adamw",
+        5e-4,
+        0.1,
+        1.0640579453275e-06,
+    )
+    assert (config.augmentation, config.reestimate_batchnorm) == ("dihedral", True)
 
 
 def test_weights_imply_their_network_and_a_network_implies_its_weights() -> None:
@@ -79,7 +86,21 @@ def test_weights_imply_their_network_and_a_network_implies_its_weights() -> None
 
 
 def test_the_recipe_of_the_network_is_implied_and_can_be_overridden() -> None:
-    recipe = task5.LITE
+    recipe = {
+        "augmentation": "stain",
+        "batch_size": 64,
+        "ema_decay": 0.99,
+        "input_size": 64,
+        "label_smoothing": 0.1,
+        "lr": 0.003,
+        "lr_min": 0.0,
+        "lr_warmup_epochs": 1,
+        "n_epochs": 6,
+        "optimizer": "adamw",
+        "select_on": "last",
+        "train_part": "all",
+        "weight_decay": 0.01,
+    }
     for arguments in (["--weights=efficientnet_lite0_imagenet"], ["--model_name=tf_efficientnet_lite0"]):
         values = read("--dataset=phantom", *arguments).as_dict()
         assert {name: values[name] for name in recipe} == recipe
@@ -104,10 +125,14 @@ def test_contradictions_are_refused_in_one_line(arguments: list[str], message: s
 def test_the_run_from_scratch_differs_in_what_scratch_needs_and_shares_seed_and_budget() -> None:
     tuned, scratch = read("--run_id=r", "--seed=3", "--augmentation=stain").runs()
     one, other = tuned.as_dict(), scratch.as_dict()
-    differing = {name for name in one if one[name] != other[name]}
-    implied = {"weights", "run_id"}
-    assert implied < differing <= {*task5.FROM_SCRATCH, *implied}
-    assert (scratch.run_id, scratch.train_part) == ("r-scratch", "all")
+    assert {name: other[name] for name in one if one[name] != other[name]} == {
+        "weights": "none",
+        "run_id": "r-scratch",
+        "train_part": "all",
+        "backbone_lr_factor": 1.0,
+        "lr": 0.0019976195957370426,
+        "lr_warmup_epochs": 2,
+    }
     direct = read("--weights=none", "--run_id=r-scratch", "--seed=3", "--augmentation=stain")
     assert direct.as_dict() == other
     assert direct.runs() == [direct]
@@ -135,7 +160,7 @@ def test_a_comparison_leaves_its_records_and_figures_and_nothing_else(finished: 
 def test_the_best_checkpoint_is_the_network_that_was_scored(finished: Path, phantom_root: Path) -> None:
     test = DeviceTiles(load_dataset("phantom", 28, phantom_root, 90).test, CPU.device, input_size=32)
     for run_id in ("r", "r-scratch"):
-        model = network.build_fine_tuned(SMALL, load_weights("none", SMALL, finished), 32)
+        model = network.build_fine_tuned(SMALL, load_weights("none", SMALL), 32)
         model.load_state_dict(checkpoint.load(finished / f"checkpoints/{run_id}/best.pt")["state_dict"])
         with np.load(finished / f"runs/{run_id}/scores.npz", allow_pickle=False) as scores:
             scored = evaluate(model, test, CPU)
@@ -196,7 +221,7 @@ def test_a_cache_that_takes_more_than_60_percent_of_the_memory_is_refused(
 ) -> None:
     config = read("--dataset=phantom", f"--model_name={SMALL}", "--input_size=32")
     dataset = load_dataset("phantom", 28, phantom_root, 90)
-    model = network.build_fine_tuned(SMALL, load_weights("none", SMALL, Path()), 32)
+    model = network.build_fine_tuned(SMALL, load_weights("none", SMALL), 32)
     size = 8 * 90 * 576 * 4  # views, training tiles, float32 values of 4 bytes
     pages = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": int(size / 0.6) + 1}
     monkeypatch.setattr(features.os, "sysconf", pages.get)
@@ -215,7 +240,7 @@ def test_cached_splits_have_the_views_that_training_and_test_time_augmentation_n
 ) -> None:
     arguments = ["--dataset=phantom", f"--model_name={SMALL}", "--input_size=32", f"--tta={tta}"]
     config = read(*arguments, f"--augmentation={augmentation}")
-    model = network.build_fine_tuned(SMALL, load_weights("none", SMALL, Path()), 32)
+    model = network.build_fine_tuned(SMALL, load_weights("none", SMALL), 32)
     for module in model.modules():  # else random weights give almost the same features for all tiles
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_var.fill_(0.1)

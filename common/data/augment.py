@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy, v2
 from torchvision.transforms.v2 import functional
 
-from common.cli import UsageError
+from common.cli import Keys, UsageError, run_script
 
 Augmentation = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 
@@ -38,7 +38,7 @@ def _uniform(size: tuple[int, ...], low: float, high: float, generator: torch.Ge
     return torch.rand(size, generator=generator, dtype=torch.float64) * (high - low) + low
 
 
-def _on_device(parameters: torch.Tensor, device: torch.device) -> torch.Tensor:
+def to_device(parameters: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copy the parameters of a step to the device; the host does not wait, because they lie in pinned memory."""
     if device.type == "cuda":
         parameters = parameters.pin_memory()
@@ -60,7 +60,7 @@ def _by_kind(
 
     `kind` is int64 (N,) on the CPU, so that the host knows the sizes of the groups; `order` (N,) sorts it.
     """
-    sort, unsort = _on_device(torch.stack([order, order.argsort()]), images.device)
+    sort, unsort = to_device(torch.stack([order, order.argsort()]), images.device)
     grouped = _take(images, sort)
     start = 0
     for number, count in enumerate(kind.bincount().tolist()):
@@ -114,7 +114,7 @@ def _sources(name: str, magnitude: float, height: int, width: int, device: torch
     else:
         shift = [int(magnitude), 0] if name == "TranslateX" else [0, int(magnitude)]
         moved = functional.affine(numbers, angle=0.0, translate=shift, scale=1.0, shear=[0.0, 0.0])
-    return moved.flatten().to(device, torch.int64)
+    return to_device(moved.flatten().long(), device)
 
 
 def _move(images: torch.Tensor, operation: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
@@ -178,7 +178,7 @@ def _operate(images: torch.Tensor, operation: torch.Tensor, magnitude: torch.Ten
     # Posterize's magnitude is the number of highest bits, of 8, that stay.
     mask = (255 << (8 - strengths.long().clamp(0, 8))) & 255
     settings = torch.stack([ratio, 1.0 - ratio, 255 * strengths, mask], dim=1)
-    settings = _on_device(settings.float(), images.device)
+    settings = to_device(settings.float(), images.device)
 
     def apply(number: int, part: torch.Tensor, these: slice) -> torch.Tensor:
         if number == MOVE:
@@ -266,7 +266,7 @@ def erase(images: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
 
     torchvision erases to 0 after normalisation; with mean .5 and std .5 that is mid-grey.
     """
-    box = _on_device(boxes, images.device)[..., None]
+    box = to_device(boxes, images.device)[..., None]
     start, extent = box[:, :2], box[:, 2:]
     pixel = torch.arange(images.shape[2], device=images.device)
     inside = (pixel >= start) & (pixel < start + extent)
@@ -301,7 +301,7 @@ def stain(images: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, hue: t
     matrix = (mix * scale.unsqueeze(1)) @ STAIN_VECTORS.T.inverse()
     offset = mix @ shift.unsqueeze(2)
     density = images.flatten(2).float().add_(1.0).div_(256.0).log_()
-    parameters = _on_device(torch.cat([matrix, offset], dim=2).float(), images.device)
+    parameters = to_device(torch.cat([matrix, offset], dim=2).float(), images.device)
     # `density` is minus the density, and so is the result.
     stained = torch.baddbmm(-parameters[..., 3:], parameters[..., :3], density).exp_().mul_(256.0).sub_(1.0)
     return _to_uint8(stained.view(images.shape))
@@ -330,7 +330,7 @@ def zoom(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     new = torch.arange(side, dtype=torch.float64)
     source = ((new + 0.5 - side / 2) / factor.unsqueeze(1) + side / 2).abs()
     source = (side - (side - source).abs() - 0.5).clamp(0, side - 1).float()
-    source = _on_device(source, images.device).unsqueeze(2)
+    source = to_device(source, images.device).unsqueeze(2)
     # Bilinear interpolation on an upright grid is two matrix products, faster than four gathers a pixel. The
     # weights (N, side, side) say how much of each old row goes into each new row.
     old = torch.arange(side, dtype=source.dtype, device=source.device)
@@ -390,6 +390,11 @@ def build_augmentation(names: str) -> Augmentation:
     return augment
 
 
-if __name__ == "__main__":  # python -m common.data.augment: the parts of --augmentation
+def main(config: Keys) -> None:
+    """Print the parts of --augmentation."""
     for part, (description, _) in PARTS.items():
         print(f"{part:18} {description}")
+
+
+if __name__ == "__main__":
+    run_script(main, Keys)

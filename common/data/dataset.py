@@ -157,7 +157,7 @@ def _unpack(file: OfficialFile, data_root: Path, folder: Path) -> None:
     except (OSError, ValueError) as error:  # requests' errors are OSErrors; another MD5 is a ValueError
         raise Fault(
             f"{path}: missing or damaged, and its download failed ({first_line(error)}): try again, or fetch "
-            f"{file.url} (MD5 {file.md5}) by hand into {data_root}, or use --dataset phantom"
+            f"{file.url} (MD5 {file.md5}) by hand into --data_root {data_root}, or use --dataset phantom"
         ) from error
     with zipfile.ZipFile(path) as archive, np.load(path, allow_pickle=False) as arrays:
         for split in SPLITS:

@@ -34,26 +34,22 @@ ROBUST_PERCENTILE = 99.0  # a map's colour scale ends here, so that one extreme 
 def draw(
     output_dir: Path,
     facts: Mapping[str, Any],
-    class_names: Sequence[str],
     shown: Sequence[Explained],
-    sides: Sequence[Sequence[Explained]],
     checks: Mapping[str, Any],
     means: Mapping[str, Sequence[NDArray[Any]]],
 ) -> dict[str, Path]:
-    """Draw two figures for each tile in `shown` and six of the run, and return the run's figures by name.
+    """Draw two figures for each tile in `shown` and five of the run, and return the run's figures by name.
 
-    `sides` are tiles of right and of wrong predictions, at most one of each class in both; `facts` are task2.py's,
-    `checks` and `means` those of `check_methods`.
+    `facts` are task2.py's, `checks` and `means` those of `check_methods`.
     """
     for one in shown:
         tile_and_saliency(output_dir, one)
-    names = ("methods", "all_methods", "classes", "means", "randomisation", "removal")
+    names = ("methods", "all_methods", "means", "randomisation", "removal")
     figures = {name: output_dir / "fig" / "task2" / f"{facts['run_id']}-{name}.png" for name in names}
     network, n = facts["network"], checks["n"]
     title = f"{network}; test tiles; class explained: the predicted one"
     methods_panel(figures["methods"], shown[:MAIN], title)
     methods_panel(figures["all_methods"], shown, title)
-    class_grid(figures["classes"], class_names, sides, title)
     title = f"{network}; {n['randomisation']} test tiles"
     mean_maps(figures["means"], means, title)
     randomisation(figures["randomisation"], checks["methods"], title)
@@ -95,26 +91,6 @@ def methods_panel(path: Path, rows: Sequence[Explained], title: str) -> None:
         words = "Bright, or orange: the pixel speaks for the class (Saliency and SmoothGrad: for or against it); "
         words += f"purple: against it.\nEach map's scale ends at its {ROBUST_PERCENTILE:.0f}th percentile. "
         figure.supxlabel(f"{words}A tile in a frame is classified wrongly.", fontsize=8)
-
-
-def class_grid(path: Path, names: Sequence[str], sides: Sequence[Sequence[Explained]], title: str) -> None:
-    """Draw one row per class: a tile that is classified correctly and one that is not, each with its map."""
-    by_class = [{row.label: row for row in side} for side in sides]
-    with drawing(path, (6.4, 1.12 * len(names) + 0.9), PICTURES) as figure:
-        grid = _grid(figure, len(names), ["right", "saliency", "wrong", "saliency"])
-        for line, name in zip(grid, names, strict=True):
-            for left, heat, side in zip(line[::2], line[1::2], by_class, strict=True):
-                if name not in side:
-                    left.text(0.5, 0.5, "none", ha="center", va="center", fontsize=8, transform=left.transAxes)
-                    continue
-                row = side[name]
-                _tile(left, row)
-                _heat(heat, row.maps["saliency"], signed=False)
-                if row.label != row.predicted:
-                    words = wrap(f"taken for {row.predicted}", 16)
-                    left.set_ylabel(words, fontsize=7, rotation=0, ha="right", va="center")
-            line[0].set_ylabel(wrap(name, 16), fontsize=8, rotation=0, ha="right", va="center")
-        figure.suptitle(wrap(title, 90), fontsize=9)
 
 
 def mean_maps(path: Path, means: Mapping[str, Sequence[NDArray[Any]]], title: str) -> None:

@@ -58,17 +58,6 @@ def choose_tiles(n_tiles: int, count: int, seed: int) -> list[int]:
     return [int(index) for index in random.choice(n_tiles, min(count, n_tiles), replace=False)]
 
 
-def one_of_each_class(labels: NDArray[Any], candidates: NDArray[np.bool_], seed: int) -> list[int]:
-    """A random tile of each class among the candidates, by class; none of a class without a candidate.
-
-    `labels` are (N,) integers, `candidates` (N,) bool.
-    """
-    order = np.random.default_rng(seed).permutation(len(labels))
-    order = order[candidates[order]]
-    _, first_places = np.unique(labels[order], return_index=True)
-    return [int(index) for index in order[first_places]]
-
-
 def write_records(
     folder: Path,
     config: ScriptConfig,

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from common.cli import UsageError
 from common.config import TrainingConfig
-from common.data.augment import build_augmentation, dihedral_view
+from common.data.augment import build_augmentation, dihedral_view, to_device
 from common.data.batches import RESIDENT_SHARE, Batch, DeviceTiles, Splits, normalise
 from common.data.dataset import Dataset, Split
 from common.data.shift import shifted
@@ -42,7 +42,7 @@ class CachedFeatures:
             return self.features[0].index_select(0, indices), labels
         # The augmentation `dihedral` samples its 8 views in the same way: both use the same view of a tile.
         view = torch.randint(n_views, (len(indices),), generator=draws)
-        return self.features[view.to(self.index_device, non_blocking=True), indices], labels
+        return self.features[to_device(view, self.index_device), indices], labels
 
     def views(self, indices: torch.Tensor) -> Batch:
         """Features (views, B, …) of every view, and labels (B,)."""

@@ -104,6 +104,8 @@ def _load_into(network: nn.Module, weights: Weights, last: str) -> None:
     own, state = network.state_dict(), weights.state_dict or {}
     first = next(iter(own))
     prefix = min((name for name in state if name.endswith(first)), key=len, default=first).removesuffix(first)
+    if prefix:
+        print(f"--weights {weights.name}: the prefix {prefix!r} of its names is left out")
     given = OrderedDict((OLD_DENSENET.sub(r"\1", name.removeprefix(prefix)), state[name]) for name in state)
     given |= {name: value for name, value in own.items() if name.startswith(f"{last}.")}
     # Without the versions of the network's parts, each converts from its oldest one; MNASNet must know its own.
@@ -112,7 +114,7 @@ def _load_into(network: nn.Module, weights: Weights, last: str) -> None:
         network.load_state_dict(given)
     except RuntimeError as error:  # its second line names the first tensors that do not fit
         problem = textwrap.shorten(str(error).splitlines()[1], 200)
-        remedy = "name the network of these weights with --model_name, or other weights"
+        remedy = "save this network's state_dict alone, or name the network of the weights with --model_name"
         raise UsageError(f"--weights {weights.name}: {problem}: {remedy}") from None
 
 

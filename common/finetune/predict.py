@@ -1,7 +1,7 @@
 """Label pictures with a trained network: a table of classes and probabilities.
 
-    python -m common.finetune.predict RUN_ID PICTURES…                    # a run's best weights; a table on stdout
-    python -m common.finetune.predict best.pt FOLDER --csv classes.csv    # every picture in the folder
+    python -m common.finetune.predict RUN_ID PICTURES…                  # a run's best weights; a table on stdout
+    python -m common.finetune.predict RUN_ID FOLDER --csv classes.csv   # every picture in the folder, into a file
 
 Pictures are PNG, JPEG, TIFF, GIF, BMP or WEBP files of 8 bits per channel. Each is cropped to its central square
 and shrunk to the size of the tiles that the network was trained on. A warning, on stderr and in the table, says
@@ -50,6 +50,8 @@ def main(config: PredictConfig) -> None:
     device = Compute.of(config.device, "fp32").device
     file = Path(config.network).expanduser()
     paths = [path for name in config.pictures for path in picture_files(name)]
+    if config.csv and (config.csv in paths or config.csv.is_symlink() or config.csv.is_fifo()):
+        raise UsageError(f"--csv {config.csv}: one of the pictures, a link or a pipe; use another name")
     trained = load_trained(file if file.is_file() else best_weights(config.output_dir, config.network), device)
 
     rows = []
@@ -97,7 +99,8 @@ def read_picture(path: Path, size: int) -> tuple[torch.Tensor, str]:
     """
     try:
         with Image.open(path, formats=FORMATS) as picture:
-            if picture.mode.startswith(("I", "F")):
+            bits = max(getattr(picture, "tag_v2", {}).get(258, (8,)))  # of a TIFF; Pillow misreads some of 16
+            if bits > 8 or picture.mode.startswith(("I", "F")):
                 raise ValueError("more than 8 bits per channel: save it as an 8-bit RGB picture")
             n_frames = getattr(picture, "n_frames", 1)
             layer = ImageOps.exif_transpose(picture).convert("RGBA")

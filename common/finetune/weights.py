@@ -15,7 +15,6 @@ from torchvision import models
 from common.cli import Fault, UsageError, closest, first_line
 from common.files import digest
 from common.records import checkpoint
-from common.records.read import best_weights, checkpoint_folder, input_size_of
 from common.training.models import TIMM, build_model, model_names
 
 # Networks of timm whose ImageNet weights are in a Python package: the sha256 of its file, and the inputs' side.
@@ -91,17 +90,18 @@ def _inputs(model_name: str, weights: str) -> tuple[int, tuple[float, ...], tupl
     return expected.crop_size[0], tuple(expected.mean), tuple(expected.std)
 
 
-def load_weights(name: str, model_name: str, output_dir: Path) -> Weights:
-    """Find, check and read weights: `none`, a name of `PACKAGED_WEIGHTS` or torchvision, a file, or a run's id.
+def load_weights(name: str, model_name: str) -> Weights:
+    """Find, check and read weights: `none`, a name of `PACKAGED_WEIGHTS` or torchvision, or a file.
 
     A user's file is assumed to expect the mean and std of the network's default weights. Raises UsageError with
-    the file and the remedy, Fault where a download or a run's record is broken.
+    the file and the remedy, Fault where a download fails.
     """
     owner = network_of(name)
     if owner not in (None, model_name):
         raise UsageError(f"--weights {name}: for another network; add --model_name {owner}")
     if not owner and name != SCRATCH and not name.lower().endswith(SUFFIXES):
-        return _from_run(name, output_dir)
+        hint = closest(name, [*PACKAGED_WEIGHTS, *_entries()])
+        raise UsageError(f"--weights {name}: no known weights, and no {' or '.join(SUFFIXES)} file{hint}")
     inputs = _inputs(model_name, name)
     if name == SCRATCH:
         return Weights(name, "random initialisation", None, None, *inputs)
@@ -149,6 +149,8 @@ def _read(path: Path, begins: str = "") -> tuple[str, dict[str, torch.Tensor]]:
     Raises UsageError where the file is missing, damaged or no state dict, or its sha256 does not begin so.
     """
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ValueError("not a regular file")
         sha256 = digest(path)
         if not sha256.startswith(begins):
             raise ValueError(f"its sha256 is {sha256}, not {begins}…: damaged; delete it and fetch it again")
@@ -163,18 +165,3 @@ def _read(path: Path, begins: str = "") -> tuple[str, dict[str, torch.Tensor]]:
     except Exception as error:  # a damaged file makes safetensors raise many types
         raise UsageError(f"--weights {path}: {getattr(error, 'strerror', None) or first_line(error)}") from error
     return sha256, {str(name): value for name, value in content.items()}
-
-
-def _from_run(run_id: str, output_dir: Path) -> Weights:
-    """The best weights of a run of this project; they expect the inputs of that run."""
-    if not (checkpoint_folder(output_dir, run_id) / "best.pt").exists():
-        files, hint = " or ".join(SUFFIXES), closest(run_id, [*PACKAGED_WEIGHTS, *_entries()])
-        raise UsageError(f"--weights {run_id}: no known weights, no {files} file, nor a run in {output_dir}{hint}")
-    path = best_weights(output_dir, run_id)
-    saved = checkpoint.load(path)
-    state_dict, expected = dict(saved["state_dict"]), [(0.5,) * 3, (0.5,) * 3]
-    if "mean" in state_dict:  # a FineTunedNetwork, which contains its preprocessing
-        expected = [tuple(state_dict.pop(name).flatten().tolist()) for name in ("mean", "std")]
-        state_dict = {name.removeprefix("network."): value for name, value in state_dict.items()}
-    size, source = input_size_of(saved["config"]), f"run {run_id} of this project, best.pt"
-    return Weights(run_id, source, digest(path), state_dict, size, *expected)

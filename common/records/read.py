@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel, ValidationError
 
 from common.cli import Fault, first_line
 from common.files import digest, read_text
@@ -21,6 +22,31 @@ COLUMNS = (  # of history.csv
     *("lr", "tiles_per_second", "seconds"),
 )
 REMEDY = "restore this file, or run the script that wrote it again under another --run_id"
+
+
+class RunKeys(BaseModel, strict=True):
+    """The keys of a run that pages show or sort by."""
+
+    seed: int
+    size: int
+    train_tiles: int | None
+    model_name: str = ""
+    augmentation: str = ""
+    lr: float = 0.0
+
+
+class Facts(BaseModel, strict=True):
+    """What pages show of config.json and summary.json, and nothing computes again."""
+
+    config: RunKeys
+    dataset: str
+    data_fingerprint: str
+    synthetic: bool
+    tiles: dict[str, int]
+    device: str
+    commit: str | None
+    started: str
+    wall_seconds: float
 
 
 @dataclass(frozen=True)
@@ -43,6 +69,12 @@ class Record:
             if summary[name] != facts[name]:
                 problem = f"{name}: it is {summary[name]}, in config.json {facts[name]}"
                 raise unreadable(folder / "summary.json", problem)
+        try:
+            Facts.model_validate({**summary, **facts})
+        except ValidationError as error:
+            first = error.errors()[0]
+            problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+            raise unreadable(folder / "config.json", problem) from None
         return cls(folder, facts, summary, read_history(folder / "history.csv"))
 
     @property
@@ -57,15 +89,11 @@ class Record:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays of scores.npz, which `Trainer.test` describes; Fault where it is missing or damaged."""
-        path = self.folder / "scores.npz"
-        try:
-            shape = (self.summary["tiles"]["test"], len(self.summary["best"]["auc_per_class"]))
-            with np.load(path, allow_pickle=False) as archive:
-                arrays = dict(archive)
-            if arrays["best_logits"].shape != shape or arrays["targets"].shape != shape[:1]:
-                raise ValueError(f"its outputs do not have the shape {shape} of summary.json")
-        except Exception as error:  # a damaged file makes zipfile and numpy raise many types
-            raise unreadable(path, error) from error
+        arrays = read_arrays(self.folder / "scores.npz")
+        shape = (self.summary["tiles"]["test"], len(self.summary["best"]["auc_per_class"]))
+        if arrays["best_logits"].shape != shape or arrays["targets"].shape != shape[:1]:
+            problem = f"its outputs do not have the shape {shape} of summary.json"
+            raise unreadable(self.folder / "scores.npz", problem)
         return arrays
 
 
@@ -91,16 +119,22 @@ def is_finished(output_dir: Path, run_id: str) -> bool:
 
 def best_weights(output_dir: Path, run_id: str) -> Path:
     """A run's best.pt; Fault where it is missing, or is not the one that the run had when it finished."""
-    path, summary = checkpoint_folder(output_dir, run_id) / "best.pt", {}
-    if is_finished(output_dir, run_id):
-        summary = read_json(run_folder(output_dir, run_id) / "summary.json")
-    try:
-        found = digest(path)
-    except FileNotFoundError:
-        raise Fault(f"{path}: no such checkpoint; train first, or name another --run_id") from None
-    if summary.get("best_sha256", found) != found:
+    path = checkpoint_folder(output_dir, run_id) / "best.pt"
+    if not (path.exists() and is_finished(output_dir, run_id)):
+        raise Fault(f"{path}: no checkpoint of a finished run; train first, or name another run")
+    found = digest(path)
+    if read_json(run_folder(output_dir, run_id) / "summary.json").get("best_sha256", found) != found:
         raise Fault(f"{path}: not the weights with which run {run_id} finished; restore them, or train again")
     return path
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a scores.npz; Fault where it is missing or damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return dict(archive)
+    except Exception as error:  # a damaged file makes zipfile and numpy raise many types
+        raise unreadable(path, error) from error
 
 
 def read_history(path: Path) -> list[dict[str, float]]:

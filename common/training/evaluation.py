@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,30 @@ class Evaluation:
             },
             "confusion_matrix": metrics.confusion_matrix(probabilities, targets).tolist(),
         }
+
+
+def scores_of(
+    test: Mapping[str, Evaluation],
+    validation: Evaluation,
+    shifted: Mapping[str, np.ndarray],
+    class_names: tuple[str, ...],
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays of scores.npz, and the scores of summary.json, all of which follow from these arrays.
+
+    `test` has the outputs for the test tiles, by `best`, `last` and `tta`; it may be empty. `shifted` has the
+    predicted classes (N,) of the validation tiles under each shift. The arrays are log-probabilities (N, C)
+    float16, as `rounded` gives them, and targets and predicted classes (N,) uint8.
+    """
+    arrays = {f"{name}_logits": one.logits for name, one in test.items()}
+    arrays |= {"validate_logits": validation.logits, "validate_targets": validation.targets.astype(np.uint8)}
+    arrays |= {f"shifted_{name}": labels.astype(np.uint8) for name, labels in shifted.items()}
+    summary: dict[str, Any] = {name: one.described(class_names) for name, one in test.items()}
+    if test:
+        arrays["targets"] = test["best"].targets.astype(np.uint8)
+        summary |= {f"test/{name}": summary["best"][name]["value"] for name in ("auc", "acc")}
+    accuracies = {name: float((labels == validation.targets).mean()) for name, labels in shifted.items()}
+    summary |= {"validate": validation.summary("validate"), "shifted": accuracies}
+    return arrays, {**summary, "validate/shifted_acc": fmean(accuracies.values())}
 
 
 @torch.no_grad()

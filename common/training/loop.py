@@ -4,7 +4,6 @@ import math
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from statistics import fmean
 from types import FrameType
 from typing import Any
 
@@ -23,10 +22,16 @@ from common.data.pathmnist import CLASS_NAMES
 from common.files import atomic_path
 from common.records import checkpoint
 from common.records.run import Run, check_same
-from common.training import metrics
 from common.training.averaging import ExponentialMovingAverage, reestimate_batchnorm
 from common.training.device import Compute
-from common.training.evaluation import EVALUATION_BATCH, Evaluation, best_epoch, evaluate, reason_to_stop
+from common.training.evaluation import (
+    EVALUATION_BATCH,
+    Evaluation,
+    best_epoch,
+    evaluate,
+    reason_to_stop,
+    scores_of,
+)
 from common.training.models import build_model
 from common.training.optimizer import build_optimizer, learning_rate_factor
 
@@ -166,9 +171,8 @@ class Trainer:
         """Score the test tiles, unless `test` is off, with the last weights and the best ones; write scores.npz.
 
         The best weights, which `evaluated` then has, also score the validation tiles, plain and under each shift
-        of common/data/shift.py. Returns the content of summary.json without the facts that `Run` adds. scores.npz
-        has log-probabilities (N, C) float16, targets (N,) uint8, and for each shift the predicted classes (N,)
-        uint8: all scores of the summary are computed from these.
+        of common/data/shift.py. Returns the content of summary.json without the facts that `Run` adds; see
+        `scores_of`.
         """
         started = time.perf_counter()
 
@@ -183,26 +187,15 @@ class Trainer:
         if test and self.config.tta:
             scores["tta"] = score(test, tta=True)
         validation = score(self.splits.val)
-        foreign = {name: score(tiles) for name, tiles in self.splits.shifted()}
-        arrays = {f"{name}_logits": evaluation.logits for name, evaluation in scores.items()}
-        if test:
-            arrays["targets"] = scores["best"].targets.astype(np.uint8)
-        arrays |= {"validate_logits": validation.logits, "validate_targets": validation.targets.astype(np.uint8)}
-        arrays |= {f"shifted_{name}": one.logits.argmax(1).astype(np.uint8) for name, one in foreign.items()}
+        shifted = {name: score(tiles).logits.argmax(1) for name, tiles in self.splits.shifted()}
+        arrays, summary = scores_of(scores, validation, shifted, self.run.dataset.class_names)
         with atomic_path(self.run.folder / "scores.npz") as temporary:
             np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
-        summary: dict[str, Any] = {}
-        for name, evaluation in scores.items():
-            epoch = len(self.history) if name == "last" else self.best_epoch
-            summary[name] = {"epoch": epoch, **evaluation.described(self.run.dataset.class_names)}
-        if test:
-            summary |= {f"test/{name}": summary["best"][name]["value"] for name in ("auc", "acc")}
-        shifted_acc = {name: metrics.accuracy(one.probabilities, one.targets) for name, one in foreign.items()}
+        for name in scores:
+            summary[name]["epoch"] = len(self.history) if name == "last" else self.best_epoch
         return {
             **summary,
-            "validate": {**self.history[self.best_epoch - 1], **validation.summary("validate")},
-            "validate/shifted_acc": fmean(shifted_acc.values()),
-            "shifted": shifted_acc,
+            "validate": {**self.history[self.best_epoch - 1], **summary["validate"]},
             "select_on": self.config.select_on,
             "stopped": reason_to_stop(self.history, self.config),
             "wall_seconds": sum(row["seconds"] for row in self.history) + time.perf_counter() - started,

