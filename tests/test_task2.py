@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import MODEL
 from example_records import CONFIG, write_run
 from matplotlib.image import imread
@@ -18,6 +19,7 @@ import task5
 from common.cli import run_script
 from common.explain import checks
 from common.explain.tiles import choose_tiles, find_run
+from common.training.models import build_model
 
 PHANTOM = ["--dataset", "phantom", "--size", "28", "--input_size", "28"]
 
@@ -139,12 +141,13 @@ def test_a_fine_tuned_network_is_explained(trained: Path, phantom_root: Path, tm
     folder = tmp_path / "out"
     shutil.copytree(trained, folder)
     where = ["--data_root", str(phantom_root), "--output_dir", str(folder), "--wandb", "disabled"]
-    keys = [*PHANTOM[:4], "--train_tiles", "450", "--run_id", "tuned", "--weights", "first", "--model_name", MODEL]
-    keys += ["--n_epochs", "1", "--scratch", "false", "--input_size", "32"]
+    keys = [*PHANTOM[:4], "--train_tiles", "450", "--run_id", "tuned", "--weights", str(folder / "w.pt")]
+    torch.save(build_model(MODEL, 9, 32).state_dict(), folder / "w.pt")
+    keys += ["--model_name", MODEL, "--n_epochs", "1", "--scratch", "false", "--input_size", "32"]
     run_script(task5.main, task5.Task5Config, [*keys, *where])
     explain(folder, phantom_root, "--run_id", "tuned", "--checked_tiles", "6")
     content = json.loads((folder / "runs/tuned/attribution.json").read_text())
-    assert content["network"].startswith(f"{MODEL}, from first, fine-tuned on phantom")
+    assert content["network"].startswith(f"{MODEL}, from w.pt, fine-tuned on phantom")
     stages = list(content["methods"]["saliency"]["randomisation"])
     assert stages == ["head", "1", "2", "4", "8", "16"]
 
