@@ -272,7 +272,7 @@ def grid_table(rows: Mapping[str, Group]) -> list[str]:
         found += [
             "",
             f"These seeds could show a difference in test ACC of {smallest:.3f} or more (in 8 of 10 such studies, "
-            "at Holm's most severe step, with the pooled spread of these paired differences).",
+            "with the strictest correction for several tests, and the pooled spread of these paired differences).",
         ]
     return [*found, "", NOTE]
 

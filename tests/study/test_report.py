@@ -180,7 +180,7 @@ def test_a_folder_without_runs_is_named(tmp_path: Path, capsys: pytest.CaptureFi
     with pytest.raises(SystemExit) as ended:
         make(tmp_path)
     assert ended.value.code == 2
-    assert f"{tmp_path}/runs: no finished run; python task1.py --output_dir {tmp_path} makes one" in (
+    assert f"{tmp_path}/runs: no finished run with test scores; python task1.py makes one" in (
         capsys.readouterr().err
     )
 
