@@ -33,14 +33,13 @@ def _new_run_id() -> str:
 
 
 class FolderConfig(Keys):
-    """Where a command reads and writes, and the seed of its random numbers."""
+    """Where a command reads and writes."""
 
     data_root: Path = key(
         lambda: os.environ.get("PATHMNIST_ROOT") or "~/.medmnist",
         "folder of the data files (default: $PATHMNIST_ROOT, else ~/.medmnist)",
     )
     output_dir: Path = key(Path("my"), "folder that gets runs/, checkpoints/, fig/ and wandb/")
-    seed: int = key(0, "seed of weights, shuffling and augmentation", ge=0, le=LAST_SEED)
 
 
 class ScriptConfig(FolderConfig):
@@ -67,6 +66,7 @@ class Config(ScriptConfig):
         f"phantom: so many are generated (default: {pathmnist.PHANTOM_TRAIN_TILES})",
         ge=LEAST_TILES,
     )
+    seed: int = key(0, "seed of weights, shuffling and augmentation", ge=0, le=LAST_SEED)
     run_id: RunId = key(
         _new_run_id,
         "name of the run; an unfinished run is continued (default: a new id; under a W&B agent, the agent's id)",

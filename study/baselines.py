@@ -61,7 +61,7 @@ def main(config: BaselinesConfig) -> None:
     splits = {name: getattr(dataset, name) for name in SPLITS}
     tables: dict[str, Table] = {}
     for name, (title, n_seeds) in BASELINES.items():
-        for seed in range(config.seed, config.seed + n_seeds):
+        for seed in range(n_seeds):
             run_id = f"{name}-{len(dataset.train)}-{seed}"
             folder = run_folder(config.output_dir, run_id)
             if is_finished(config.output_dir, run_id):

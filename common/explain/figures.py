@@ -73,7 +73,7 @@ def tile_and_saliency(output_dir: Path, explained: Explained) -> None:
                 place = figure.add_axes((0.1, 0.15, 0.8, 0.035))
                 bar = figure.colorbar(image, cax=place, orientation="horizontal", extend="max")
                 bar.ax.tick_params(labelsize=6)
-                bar.set_label(wrap(f"|∂ logit of {explained.predicted} / ∂ input|", 45), fontsize=6)
+                bar.set_label(wrap(f"|∂ logit of {explained.predicted} / ∂ input|", 45), fontsize=6, loc="left")
 
 
 def methods_panel(path: Path, rows: Sequence[Explained], title: str) -> None:

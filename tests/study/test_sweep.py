@@ -37,7 +37,7 @@ from common.files import write_json
 from common.records.read import Record
 from study import processes, sweep
 from study.groups import Group
-from study.sweep_spec import read_sweep
+from study.sweep_spec import Hyperband, read_sweep
 from study.tables import grid_table
 from train import ABLATIONS
 
@@ -57,6 +57,7 @@ def test_the_search_file_has_the_courseworks_space() -> None:
     assert ranges == {"lr": ("log_uniform_values", 1e-4, 1), "weight_decay": ("log_uniform_values", 1e-6, 1)}
     assert content.swept == content.parameters
     assert (content.metric.name, content.metric.goal, content.method) == ("validate/acc", "maximize", "bayes")
+    assert Hyperband(type="hyperband", min_iter=4).eta == 3  # W&B's default
 
 
 # Reading a sweep file
