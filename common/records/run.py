@@ -210,17 +210,17 @@ def start_wandb(task: str, run_id: str, config: ScriptConfig, facts: Mapping[str
         finish_timeout=WANDB_PATIENCE,
     )
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    project = os.environ.get("WANDB_PROJECT") or WANDB_PROJECT
+    project, keys = os.environ.get("WANDB_PROJECT") or WANDB_PROJECT, config.as_dict()
     for attempt in (mode, "offline"):
         try:
             wandb.setup(settings)  # silent before init: else W&B prints its server's address with the password
             run = wandb.init(
                 project=project,
                 id=run_id,
-                name=f"{TITLES[task]} · {network} · seed {config.seed}",
+                name=f"{TITLES[task]} · {network} · seed {keys['seed']}",
                 job_type=task,
                 tags=[tag[:64] for tag in (task, network, facts["dataset"])],  # W&B refuses longer ones
-                config=public({**config.as_dict(), "facts": facts, **provenance(())}),
+                config=public({**keys, "facts": facts, **provenance(())}),
                 dir=str(config.output_dir),
                 mode=attempt,  # type: ignore[arg-type]
                 resume="allow",
