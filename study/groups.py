@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from common.cli import BOOKKEEPING, Fault
-from common.records.read import Record, input_size_of, is_finished, read_json
+from common.records.read import Record, input_size_of, read_json
 from common.statistics import Spread, compare, spread
 from common.training.metrics import Estimate, recalls
 
@@ -174,8 +174,7 @@ class Runs:
 
     def __init__(self, folder: Path, check: Callable[[Record], None] = lambda record: None) -> None:
         self.folder, self.check, self.read = folder, check, dict[str, Record]()
-        paths = sorted((folder / "runs").glob("*/config.json"))
-        self.finished = [path.parent.name for path in paths if is_finished(folder, path.parent.name)]
+        self.finished = [path.parent.name for path in sorted((folder / "runs").glob("*/summary.json"))]
 
     def record(self, run_id: str) -> Record:
         """The record of a run, which is read and checked once."""

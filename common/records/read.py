@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from common.cli import Fault, first_line
+from common.data.pathmnist import CLASS_NAMES
 from common.files import digest, read_text
 
 COLUMNS = (  # of history.csv
@@ -69,8 +70,9 @@ class Record:
             if summary[name] != facts[name]:
                 problem = f"{name}: it is {summary[name]}, in config.json {facts[name]}"
                 raise unreadable(folder / "summary.json", problem)
+        summary = {**facts, **summary}
         try:
-            Facts.model_validate({**summary, **facts})
+            Facts.model_validate(summary)
         except ValidationError as error:
             first = error.errors()[0]
             problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
@@ -90,8 +92,8 @@ class Record:
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays of scores.npz, which `Trainer.test` describes; Fault where it is missing or damaged."""
         arrays = read_arrays(self.folder / "scores.npz")
-        shape = (self.summary["tiles"]["test"], len(self.summary["best"]["auc_per_class"]))
-        if arrays["best_logits"].shape != shape or arrays["targets"].shape != shape[:1]:
+        shape = (self.summary["tiles"]["test"], len(CLASS_NAMES))
+        if [arrays[name].shape for name in ("best_logits", "targets") if name in arrays] != [shape, shape[:1]]:
             problem = f"its outputs do not have the shape {shape} of summary.json"
             raise unreadable(self.folder / "scores.npz", problem)
         return arrays
