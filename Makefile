@@ -13,7 +13,7 @@ FAST ?=
 	$(VENV) -m pip install --quiet --editable '.[demo,dev]' --constraint constraints.txt
 	touch $@
 
-demo: .venv/installed  ## a small study of all tasks on generated tiles, into demo/
+demo: .venv/installed  ## a small study on generated tiles, into demo/
 	$(VENV) -m study --dataset phantom --size 28 --data_root demo/data --output_dir demo --wandb disabled
 
 report: .venv/installed  ## the study of a data set: run what is missing, then write report.md

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from common.cli import UsageError
 from common.config import ScriptConfig
 from common.files import write_json, write_text
-from common.markdown import markdown_table
+from common.markdown import markdown_table, text
 from common.records.read import checkpoint_folder, read_json
 from common.records.run import provenance, send, start_wandb
 
@@ -77,7 +77,7 @@ def write_records(
         images = [f"![{part} of tile {tile}](../../{row[part]})" for part in ("input", "saliency")]
         cells.append([tile, row["label"], f"{row['predicted']} ({row['probability']:.2f}){mark}", *images])
     table = markdown_table(["Index", "Label", "Predicted", "Input", "Saliency"], "lllll", cells)
-    write_text(folder / "saliency.md", "\n".join(table) + "\n")
+    write_text(folder / "saliency.md", "\n".join([text(facts["network"]), "", *table]) + "\n")
     names = {name: path.name for name, path in figures.items()}
     origins = provenance(("captum", "torch", "torchvision", "numpy", "scipy", "matplotlib"))
     record = {**facts, "config": config.as_dict(), **origins, "tiles": rows, **checks, "figures": names}

@@ -53,6 +53,7 @@ def main(config: PredictConfig) -> None:
     if config.csv and (config.csv in paths or config.csv.is_symlink() or config.csv.is_fifo()):
         raise UsageError(f"--csv {config.csv}: one of the pictures, a link or a pipe; use another name")
     trained = load_trained(file if file.is_file() else best_weights(config.output_dir, config.network), device)
+    origin = ["the network was trained on the phantom, not on tissue"] if trained.synthetic else []
 
     rows = []
     for path in paths:
@@ -64,6 +65,7 @@ def main(config: PredictConfig) -> None:
             best = CLASS_NAMES[row.index(max(row))]
         except Fault as fault:
             remark = str(fault)
+        remark = "; ".join([*origin, remark] if remark else origin)
         if remark:
             print(f"warning: {shown}: {remark}", file=sys.stderr)
         rows.append([shown, best, max(row), remark, *row])

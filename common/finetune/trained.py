@@ -20,13 +20,13 @@ class Trained(nn.Module):
     """A trained network: tiles (N, 3, size, size) uint8 in, probabilities of the classes (N, C) float32 out.
 
     `network` takes inputs (N, 3, input_size, input_size) in -1..1 and returns logits. `size` is the side in pixels
-    of the tiles on which it was trained, `input_size` their side after resizing.
+    of the tiles on which it was trained, `input_size` their side after resizing; `synthetic`: they were the phantom's.
     """
 
-    def __init__(self, network: nn.Module, model_name: str, size: int, input_size: int) -> None:
+    def __init__(self, network: nn.Module, model_name: str, size: int, input_size: int, synthetic: bool) -> None:
         super().__init__()
         self.network, self.model_name, self.class_names = network, model_name, CLASS_NAMES
-        self.size, self.input_size = size, input_size
+        self.size, self.input_size, self.synthetic = size, input_size, synthetic
 
     def untrained(self) -> nn.Module:
         """The same network with random weights from torch's global generator, on the CPU."""
@@ -53,7 +53,7 @@ def load_trained(path: Path | str, device: torch.device | str = "cpu") -> Traine
     network = _build(name, side, fine_tuned="mean" in state_dict)
     checkpoint.load_weights(network, state_dict, path)
     network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return Trained(network, name, size, side).eval().requires_grad_(False)
+    return Trained(network, name, size, side, config.get("dataset") == "phantom").eval().requires_grad_(False)
 
 
 def _build(model_name: str, size: int, fine_tuned: bool) -> nn.Module:

@@ -90,7 +90,7 @@ class Record:
         return dict(self.facts["config"])
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The arrays of scores.npz, which `Trainer.test` describes; Fault where it is missing or damaged."""
+        """The arrays of scores.npz, which `scores_of` describes; Fault where it is missing or damaged."""
         arrays = read_arrays(self.folder / "scores.npz")
         shape = (self.summary["tiles"]["test"], len(CLASS_NAMES))
         if [arrays[name].shape for name in ("best_logits", "targets") if name in arrays] != [shape, shape[:1]]:

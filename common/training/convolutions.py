@@ -2,7 +2,7 @@
 
 In the deeper layers of a network a tile of 28 pixels has become a map of 4 × 4, 2 × 2 or 1 × 1 pixels. There the
 CPU library behind nn.Conv2d (oneDNN) multiplies mostly padding, and the weight gradient of a depthwise convolution
-takes up to a hundred times as long as its forward pass. docs/speed.md's tables show what this module saves.
+takes up to a hundred times as long as its forward pass. docs/speed.md says what this module saves.
 
 In this module a map is (N, H, W, C) and a kernel (C_out, kH, kW, C_in). They are views of PyTorch's (N, C, H, W)
 tensors in channels_last order.

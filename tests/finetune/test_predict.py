@@ -109,6 +109,10 @@ def test_a_folder_gives_a_table_of_its_pictures_and_one_bad_picture_is_a_row(
     run(output, output / "checkpoints/plain/best.pt", "--csv", tmp_path / "t.csv", images)
     assert (tmp_path / "t.csv").read_text() == printed.out
     assert not capsys.readouterr().out
+    save(output / "other.pt", "resnet18", build_model("resnet18", 9, 28), dataset="phantom")
+    run(output, output / "other.pt", images / "a.png", images / "torn.png")
+    for line in csv.DictReader(io.StringIO(capsys.readouterr().out)):
+        assert line["warning"].startswith("the network was trained on the phantom, not on tissue")
 
 
 @pytest.mark.parametrize(
