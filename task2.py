@@ -24,6 +24,7 @@ import torch
 from common.config import LAST_SEED, RunId, ScriptConfig
 from common.data.batches import DeviceTiles
 from common.data.dataset import load_dataset
+from common.data.pathmnist import CLASS_NAMES
 from common.explain import tiles
 from common.explain.stages import grad_cam_layer
 from common.finetune.trained import load_trained
@@ -80,10 +81,10 @@ def main(config: Task2Config) -> None:
     print(f"maps of {len(chosen)} tiles to show, by {len(METHODS)} methods", flush=True)
     inputs = inputs_of(chosen)
     maps = {name: way.maps(model, *inputs, config.seed).cpu().numpy() for name, way in METHODS.items()}
-    names, shown = dataset.class_names, []
+    shown = []
     for place, index in enumerate(chosen):
         tile = dataset.test.images[index].permute(1, 2, 0).numpy()
-        classes = names[labels[index]], names[predicted[index]], float(probabilities[index].max())
+        classes = CLASS_NAMES[labels[index]], CLASS_NAMES[predicted[index]], float(probabilities[index].max())
         own = {name: values[place] for name, values in maps.items()}
         shown.append(tiles.Explained(run_id, index, tile, *classes, own))
 

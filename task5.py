@@ -37,6 +37,7 @@ from common.finetune.weights import (
     SCRATCH,
     Weights,
     default_weights,
+    inputs_of,
     library_name,
     load_weights,
     network_of,
@@ -122,6 +123,8 @@ class Task5Config(TrainingConfig):
             raise UsageError(f"--model_name {self.model_name}: {problem}")
         if self.weights is None:
             self._set("weights", default_weights(self.model_name))
+        if self.input_size is None:
+            self._set("input_size", inputs_of(self.model_name, self.weights)[0])
         if self.weights == SCRATCH and self.train_part != "all":
             raise UsageError(f"--train_part {self.train_part}: random weights cannot stay frozen; use all")
         return self
@@ -148,8 +151,6 @@ def main(config: Task5Config) -> None:
     compute.prepare_process()
     build_augmentation(config.augmentation)  # refuses an unknown one before the weights and the data are read
     weights = {run.weights: load_weights(run.weights, run.model_name) for run in config.runs()}
-    if config.input_size is None:
-        config = config.replaced(input_size=weights[config.weights].size)
     dataset = load_dataset(config.dataset, config.size, config.data_root, config.train_tiles)
     runs = config.runs()
     for single in runs:
@@ -160,7 +161,7 @@ def main(config: Task5Config) -> None:
             print(f"run {single.run_id} is finished already")
         else:
             train(single, weights[single.weights], dataset, compute)
-    if len(runs) > 1:
+    if len(runs) > 1 and config.test:
         compare(config)
 
 

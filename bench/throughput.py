@@ -33,15 +33,17 @@ from torchvision.transforms import v2
 import task1
 import train
 from common.config import TrainingConfig
+from common.data import pathmnist
 from common.data.batches import device_splits
 from common.data.dataset import load_dataset
 from common.files import read_text, write_json, write_text
-from common.markdown import filled, markdown_table
+from common.markdown import markdown_table
 from common.records.read import read_json
 from common.records.run import Run, provenance
 from common.training.device import Compute
 from common.training.loop import Trainer
 from common.training.models import build_model
+from study.report import BLOCK
 
 FOLDER = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
@@ -87,7 +89,7 @@ def our_loop(config: TrainingConfig, compute: Compute) -> Loop:
     """An epoch as `Trainer.fit` runs it."""
     compute.prepare_process()
     dataset = load_dataset("phantom", SIDE, config.data_root, config.train_tiles)
-    model = build_model(config.model_name, len(dataset.class_names), config.input_size)
+    model = build_model(config.model_name, len(pathmnist.CLASS_NAMES), config.input_size)
     splits = device_splits(dataset, compute.device, config.input_size, config.augmentation)
     trainer = Trainer(model, splits, config, compute, Run("task1", config, dataset, compute.name))
     return lambda: trainer.train_epoch(1)
@@ -135,6 +137,11 @@ def table() -> list[str]:
     return markdown_table([f"{SIDE} px inputs", "device", "plain loop", "ours", "ours / plain"], "llrrr", rows)
 
 
+def filled(page: str) -> str:
+    """docs/speed.md with the table between its comments."""
+    return BLOCK.sub(lambda _: "\n".join(["<!-- bench: begin -->", *table(), "<!-- bench: end -->"]), page)
+
+
 def main(config: Keys) -> None:
     """Measure both tasks, write the record, fill the page."""
     compute, rows = Compute.of("auto", "auto"), []
@@ -146,7 +153,7 @@ def main(config: Keys) -> None:
         print(f"{rows[-1]['network']}: ours / plain {rows[-1]['ratio']['median']:.2f}", flush=True)
     facts = {"device": compute.name, "repeats": TURNS, **provenance(("torch", "torchvision", "numpy"))}
     write_json(FOLDER / f"throughput-{compute.device.type}.json", {**facts, "rows": rows})
-    write_text(PAGE, filled(read_text(PAGE), "bench", table()))
+    write_text(PAGE, filled(read_text(PAGE)))
 
 
 if __name__ == "__main__":

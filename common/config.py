@@ -12,7 +12,7 @@ from common.cli import Keys, key
 from common.data import pathmnist
 
 LAST_SEED = 2**32 - 1
-LEAST_TILES = 45  # of training: every class has some, and the phantom's other splits have every class
+LEAST_TILES = 45  # of training: every class has some, and the phantom's test split has every class
 DEVICES = ("auto", "cpu", "cuda")
 
 

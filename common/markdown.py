@@ -1,23 +1,8 @@
-"""Tables in Markdown, and parts of a page that a program writes."""
+"""Tables in Markdown."""
 
 import html
 from collections.abc import Iterable, Sequence
 from typing import Any
-
-from common.cli import Fault
-
-
-def filled(page: str, name: str, lines: Iterable[str]) -> str:
-    """`page` with `lines` between its comments `<!-- name: begin -->` and `<!-- name: end -->`.
-
-    Raises Fault where the page does not have both.
-    """
-    begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
-    before, *rest = page.split(begin)
-    after = rest[0].split(end)[1:] if len(rest) == 1 else []
-    if len(after) != 1:
-        raise Fault(f"the page needs one comment {begin.strip()} and after it, on another line, one {end}")
-    return before + begin + "".join(f"{line}\n" for line in lines) + end + after[0]
 
 
 def markdown_table(columns: Sequence[str], alignment: str, rows: Iterable[Sequence[str]]) -> list[str]:

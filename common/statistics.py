@@ -88,8 +88,8 @@ def compare(rows: Mapping[str, Mapping[int, float]], against: Mapping[str, str] 
     }
 
 
-def smallest_difference(sd: float, n: int, family: int, power: float = 0.8) -> float:
-    """The smallest true difference that a paired t test of `n` seeds shows with this probability (its power).
+def smallest_difference(sd: float, n: int, family: int) -> float:
+    """The smallest true difference that a paired t test of `n` seeds shows with a probability of 0.8 (its power).
 
     `sd` is that of the paired differences. The test is at the most severe step of Holm's correction over `family`
     tests. The square of t has the noncentral F distribution (Cohen, Statistical Power Analysis, 1988).
@@ -99,7 +99,7 @@ def smallest_difference(sd: float, n: int, family: int, power: float = 0.8) -> f
     from scipy.stats import f
 
     limit = float(f.isf(SIGNIFICANT / family, 1, n - 1))
-    shift = brentq(lambda shift: 1 - power - ncfdtr(1, n - 1, shift**2, limit), 0, 3 * math.sqrt(limit))
+    shift = brentq(lambda shift: 0.2 - ncfdtr(1, n - 1, shift**2, limit), 0, 3 * math.sqrt(limit))
     return float(shift) * sd / math.sqrt(n)
 
 

@@ -117,7 +117,7 @@ class StudyConfig(ScriptConfig):
     output_dir: Path = key(
         None, "folder of the study (default: DATASET-SIZE; for pathmnist at 28 the current folder)"
     )
-    workers: int | None = key(None, "runs at the same time (default: 1; on a CPU one per core)", ge=1)
+    workers: int | None = key(None, "runs at the same time (default: 1; on a CPU one per physical core)", ge=1)
 
     @model_validator(mode="after")
     def _folder(self) -> Self:
@@ -172,8 +172,9 @@ def commands(plan: Plan, config: StudyConfig) -> tuple[list[Run], list[list[str]
         if not elsewhere and not (run_folder(folder, run_id) / "attribution.json").exists():
             keys = [f"--run_id={run_id}", f"--checked_tiles={plan.checked_tiles}"]
             further.append(["task2.py", place, data_root, *logged, *keys])
+    count = [f"--workers={config.workers}"] if config.workers else []
     if plan.search:
-        further.append(["-m", "study.sweep", *plan.search[:2], place, *plan.search[2:], *data, *logged])
+        further.append(["-m", "study.sweep", *plan.search[:2], place, *count, *plan.search[2:], *data, *logged])
     return runs, further
 
 

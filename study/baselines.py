@@ -82,12 +82,12 @@ def main(config: BaselinesConfig) -> None:
                 "device": Compute.of("cpu", "fp32").name,
             }
             keys = {**config.as_dict(), "baseline": name, "run_id": run_id, "seed": seed}
-            source = provenance(("scikit-learn", "scipy", "numpy", "medmnist"))
+            source = provenance(("scikit-learn", "scipy", "numpy"))
             write_json(folder / "config.json", {"config": keys, **facts, **source})
             write_text(folder / "history.csv", ",".join(COLUMNS) + "\n")
             columns = slice(3) if name == "mean_rgb" else slice(None)
             seen = {part: (table[:, columns], labels) for part, (table, labels) in tables.items()}
-            arrays, summary = fit_and_score(classifiers(name, seed), seen, dataset.class_names)
+            arrays, summary = fit_and_score(classifiers(name, seed), seen)
             with atomic_path(folder / "scores.npz") as temporary:
                 np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
             write_json(folder / "summary.json", {**facts, "title": title, **summary})
@@ -127,7 +127,7 @@ def features(split: Split) -> NDArray[np.float32]:
 
 
 def fit_and_score(
-    models: Mapping[str, Any], tables: Mapping[str, Table], class_names: tuple[str, ...]
+    models: Mapping[str, Any], tables: Mapping[str, Table]
 ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     """The arrays of scores.npz and the content of summary.json, as of a network; see `scores_of`.
 
@@ -147,7 +147,7 @@ def fit_and_score(
     setting = max(accuracies, key=accuracies.__getitem__)  # of equal ones the first
     validation, test = validations[setting], score(models[setting], "test")
     predicted = {name: score(models[setting], name).logits.argmax(1) for name in SHIFTS}
-    arrays, summary = scores_of({"best": test}, validation, predicted, class_names)
+    arrays, summary = scores_of({"best": test}, validation, predicted)
     return arrays, {**summary, "setting": setting, "wall_seconds": time.perf_counter() - started}
 
 

@@ -66,8 +66,7 @@ def draw_ladder(path: Path, rows: Mapping[str, Group], aim: float | None = None)
         names = [*others, *(rung[1] for rung in rungs)]
         axes.set_yticks(range(len(names)), [wrap(name, 48) for name in names], fontsize=9)
         axes.set_ylim(-0.7, len(names) - 0.4)
-        values = [rung[0].mean for rung in rungs]
-        axes.set_xlim(min(values) - 0.04, min(1.0, max(values) + 0.04))
+        axes.set_xlim(rungs[0][0].mean - 0.04, min(1.0, rungs[-1][0].mean + 0.04))
         axes.grid(axis="y", visible=False)
         data = sorted({str(group.first.summary["dataset"]) for group in rows.values()})
         axes.set_xlabel(wrap(f"Test ACC, {'; '.join(data)}", 80))  # so a phantom says that it is one

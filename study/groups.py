@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 
@@ -37,11 +38,9 @@ AGAINST = {  # rows that change another row than the reference, with which all o
     "with_all": "with_stain_only",
 }
 CONVERGED_WITHIN = 0.005
-# Keys in which runs of one row may differ: the seed, where and how a run is kept, and what only older runs have.
+# Keys in which runs of one row may differ: the seed, where a run is kept, and a key that only older runs have.
 # The number of training tiles stands in the summary, too, and there it is never None.
-OLDER = {"dry_run", "unfreeze_epoch", "n_seeds", "mixup_alpha", "cutmix_alpha", "norm_weight_decay"}
-OLDER |= {"resume", "wandb_model", "feature_views"}
-APART = {"seed", "run_id", "device", "scratch", "train_tiles"} | OLDER | BOOKKEEPING
+APART = {"seed", "run_id", "device", "train_tiles", "n_seeds"} | BOOKKEEPING
 SCORES = {  # of a run, by their names on the page: where they stand in summary.json
     "acc": ("best", "acc"),
     "auc": ("best", "auc"),
@@ -174,7 +173,9 @@ class Runs:
 
     def __init__(self, folder: Path, check: Callable[[Record], None] = lambda record: None) -> None:
         self.folder, self.check, self.read = folder, check, dict[str, Record]()
-        self.finished = [path.parent.name for path in sorted((folder / "runs").glob("*/summary.json"))]
+        found = {path.parent.name: read_json(path) for path in sorted((folder / "runs").glob("*/summary.json"))}
+        self.hours = sum(summary["wall_seconds"] for summary in found.values()) / 3600
+        self.scored = [run_id for run_id, summary in found.items() if "best" in summary]
 
     def record(self, run_id: str) -> Record:
         """The record of a run, which is read and checked once."""
@@ -185,7 +186,7 @@ class Runs:
 
     def matching(self, patterns: str) -> list[Record]:
         """The finished runs whose ids match one of the patterns, by seed."""
-        ids = [run for run in self.finished if any(fnmatchcase(run, pattern) for pattern in patterns.split())]
+        ids = [run for run in self.scored if any(fnmatchcase(run, pattern) for pattern in patterns.split())]
         return sorted(map(self.record, ids), key=lambda record: record.config["seed"])
 
     def groups(self) -> dict[str, Group]:
@@ -197,7 +198,7 @@ class Runs:
         """The rows of the ablation by their names in train.py, the reference first; empty without runs."""
         rows: dict[str, list[Record]] = {name: [] for name in TECHNIQUES}
         for record in next(filter(None, map(self.matching, ABLATIONS)), []):
-            rows.setdefault(record.config["ablation"], []).append(record)
+            rows.setdefault(record.config.get("ablation", ""), []).append(record)
         titles = {name: TECHNIQUES.get(name, name.replace("_", " ")) for name in rows}
         return {name: Group(titles[name], records) for name, records in rows.items() if records}
 
@@ -217,16 +218,16 @@ class Runs:
         searches = [f"{path.parent.name}-" for path in (self.folder / "sweeps").glob("*/search.jsonl")]
         sweeps = ("ablation", "learning_curve", *searches)
         found: dict[str, dict[int, Record]] = {}
-        for run_id in self.finished:
-            summary = read_json(self.folder / "runs" / run_id / "summary.json")
-            if "best" in summary and not run_id.startswith(sweeps):
-                record = self.record(run_id)
-                same = {name: value for name, value in record.config.items() if name not in APART}
-                group = found.setdefault(f"{summary['tiles']['train']} {sorted(same.items())}", {})
-                group[record.config["seed"]] = record  # of repeated runs the last one
+        records = [self.record(run_id) for run_id in self.scored if not run_id.startswith(sweeps)]
+        for record in sorted(records, key=lambda record: record.facts["started"]):
+            same = {name: value for name, value in record.config.items() if name not in APART}
+            group = found.setdefault(f"{record.summary['tiles']['train']} {sorted(same.items())}", {})
+            group[record.config["seed"]] = record  # of repeated runs the last one
         ordered = [[runs[seed] for seed in sorted(runs)] for runs in found.values()]
-        groups = [Group(described(records[0]), records) for records in ordered]
-        groups.sort(key=lambda group: -group.by_seed("acc")[group.seeds[0]])
+        titles = [described(runs[0]) for runs in ordered]
+        names = [f", run {runs[0].run_id}" if titles.count(described(runs[0])) > 1 else "" for runs in ordered]
+        groups = [Group(title + name, runs) for title, name, runs in zip(titles, names, ordered, strict=True)]
+        groups.sort(key=lambda group: -fmean(group.by_seed("acc").values()))
         return {group.first.run_id: group for group in groups}
 
 

@@ -11,7 +11,7 @@ The prose of report.md is written by hand. A comment says what stands behind it:
     <!-- = task1 acc -->0.815<!-- -->         a number: see `Tables.number`
     ![text](fig/a.png)<!-- sha256 … -->       a figure, and the first digits of its file's SHA-256
 
-The rows are those of study/groups.py. A folder without such a page gets one that shows every finished run.
+The rows are those of study/groups.py. A folder without such a page gets one that shows its runs.
 report.html is the same page as one file, with the figures inside. Before anything is shown, the scores of every
 run are computed again from its outputs (common/training/verification.py).
 """
@@ -51,7 +51,7 @@ class ReportConfig(Keys):
     """Where the study is, and whether to write or to check."""
 
     output_dir: Path = key(Path("my"), "folder of the study: has runs/ and gets report.md")
-    check: bool = key(False, "write nothing: exit with 1 if report.md is not what the records give")
+    check: bool = key(False, "write nothing: exit with 1 if report.md or README.md is not what the records give")
     data_root: Path | None = key(None, "folder of PathMNIST's 28 px file: also draw the augmentations of a tile")
 
 
@@ -144,7 +144,7 @@ def draw(tables: Tables, by_hand: bool, data_root: Path | None = None) -> None:
 
 
 def own_page(tables: Tables) -> str:
-    """A page about all finished runs of a folder, ready to be filled."""
+    """A page about the runs of a folder, ready to be filled."""
     folder, rows = tables.runs.folder, tables.rows
     summaries = [record.summary for record in tables.runs.read.values()]
     lines = ["# Report", "", text("; ".join(sorted({one["dataset"] for one in summaries})) or "Sweeps")]

@@ -24,7 +24,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from common.cli import Fault, Keys, Untrainable, UsageError, first_line, key, run_script
+from common.cli import BOOKKEEPING, Fault, Keys, Untrainable, UsageError, first_line, key, run_script
 from common.files import write_text
 from common.markdown import markdown_table, text
 from common.records.read import is_finished, read_history, read_json, run_folder
@@ -40,7 +40,9 @@ class SweepConfig(Keys):
 
     file: tuple[str, ...] = key((), "the sweep's YAML file; then, after --, keys for every run", positional=True)
     count: int = key(20, "trials of a search, of all workers together; a grid ignores it", ge=1, le=10_000)
-    workers: int | None = key(None, "runs at the same time, 0: none (default: 1; on a CPU one per core)", ge=0)
+    workers: int | None = key(
+        None, "runs at the same time, 0: none (default: 1; on a CPU one per physical core)", ge=0
+    )
     output_dir: Path = key(Path("my"), "folder that gets sweeps/ and the runs' folders")
 
 
@@ -94,6 +96,7 @@ class Search:
         except Exception as error:  # a damaged journal makes Optuna raise many types
             raise Fault(f"{self.file}: damaged ({first_line(error)}); restore it, or {REMEDY}") from error
         content = sweep.model_dump(mode="json", include={"metric", "parameters"}, exclude_unset=True)
+        content["parameters"] = {key: content["parameters"][key] for key in sweep.parameters.keys() - BOOKKEEPING}
         if self.study.user_attrs.get("content", content) != content:
             raise UsageError(f"search {sweep.name} was started with other parameters: {REMEDY}")
         self.study.set_user_attr("content", content)

@@ -12,7 +12,6 @@ from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_valid
 
 from common.cli import UsageError, parse
 from common.config import Config, RunId
-from common.files import read_text
 
 Scalar = bool | int | float | str | None
 
@@ -31,6 +30,8 @@ class Parameter(BaseModel, extra="forbid"):
         form = self.model_fields_set - {"distribution"}
         if form not in ({"value"}, {"values"}, {"min", "max"}):
             raise ValueError("needs either value, or values, or min and max")
+        if self.distribution == "int_uniform" and not (isinstance(self.min, int) and isinstance(self.max, int)):
+            raise ValueError("int_uniform needs whole numbers as min and max")
         if form != {"value"}:
             self.for_optuna()  # ValueError for an impossible range
         return self
@@ -97,7 +98,7 @@ def read_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
     Raises UsageError naming the file and what in it is missing, malformed or unknown, or which value the program
     refuses: that should not end the twentieth run. OSError.
     """
-    text = read_text(path)
+    text = path.read_bytes()
     try:
         content = yaml.safe_load(text)
     except Exception as error:  # PyYAML has six types for scalars like !!int abc, !!float '' and 2001-13-45
@@ -130,8 +131,8 @@ def read_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
 
 def _config_class(program: Path) -> type[Config]:
     """The configuration class that the program defines."""
-    if not program.is_file():
-        raise UsageError(f"program {program}: no such file; start the sweep in the folder of the program")
+    if not program.is_file() or program.suffix != ".py":
+        raise UsageError(f"program {program}: no such Python file; start the sweep in the folder of the program")
     for item in runpy.run_path(str(program), run_name="swept_program").values():
         if isinstance(item, type) and issubclass(item, Config) and item.__module__ == "swept_program":
             return item

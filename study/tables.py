@@ -105,7 +105,8 @@ class Tables:
 
     def classes(self, *names: str) -> list[str]:
         """The recall of each class."""
-        groups = self.chosen(names)
+        if not (groups := self.chosen(names)):
+            return []
         matrix = groups[0].first.summary["best"]["confusion_matrix"]
         counts = dict(zip(groups[0].recalls(), np.sum(matrix, axis=1).tolist(), strict=True))
         lines = [
@@ -170,15 +171,14 @@ class Tables:
 
     def records(self) -> list[str]:
         """Where the numbers come from: each row's runs, commits, days and devices, and a digest of its records."""
-        rows = {group.title + f", {group.side} px": list(group.records) for group in self.rows.values()}
-        if self.ablation:
-            rows["ablation"] = [record for group in self.ablation.values() for record in group.records]
-        known = {record.run_id for records in rows.values() for record in records}
+        rows = [(f"{group.title}, {group.side} px", list(group.records)) for group in self.rows.values()]
+        rows.append(("ablation", [record for group in self.ablation.values() for record in group.records]))
+        known = {record.run_id for _, records in rows for record in records}
         for title, groups in self.curves.items():
-            records = [record for group in groups for record in group.records]
-            rows[f"fewer tiles: {title}"] = [one for one in records if one.run_id not in known]
+            records = [record for group in groups for record in group.records if record.run_id not in known]
+            rows.append((f"fewer tiles: {title}", records))
         lines = []
-        for title, records in rows.items():
+        for title, records in (row for row in rows if row[1]):
             facts = [record.facts for record in records]
             days = sorted(str(one["started"])[:10] for one in facts)
             first, *others = (record.run_id for record in records)
@@ -206,8 +206,7 @@ class Tables:
                     wrong = [one["best_logits"].argmax(1) != one["targets"] for one in outputs]
                     return f"{np.all(wrong, axis=0).sum():,}"
                 case ["hours" | "energy"]:
-                    paths = (self.runs.folder / "runs" / run_id / "summary.json" for run_id in self.runs.finished)
-                    hours = sum(read_json(path)["wall_seconds"] for path in paths) / 3600
+                    hours = self.runs.hours
                     return f"{hours:,.0f}" if key == "hours" else f"{hours * WATTS / 1000:.1f}"
                 case ["least" | "most" as which, name, score]:
                     values = self._row(name).by_seed(score).values()

@@ -77,7 +77,6 @@ def tiny() -> Dataset:
     return Dataset(
         name="phantom",
         size=28,
-        class_names=tuple(f"class {label}" for label in range(9)),
         train=coloured_tiles(130, 28, 1),
         val=coloured_tiles(45, 28, 2),
         test=coloured_tiles(63, 28, 3),

@@ -71,7 +71,7 @@ FILES: list[tuple[Callable[[Path], Any], str, int, str]] = [
         text("s.yaml", yaml.safe_dump({"program": "none.py", "method": "grid", "parameters": {}})),
         "study.sweep {}/s.yaml --output_dir={}",
         2,
-        r"program none\.py: no such file",
+        r"program none\.py: no such Python file",
     ),
     (
         lambda folder: write_run(folder, {**CONFIG, "size": 64, "run_id": "task1-0"}),

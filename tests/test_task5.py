@@ -67,7 +67,7 @@ def test_the_defaults_are_the_courseworks() -> None:
     config = read()
     assert config.model_name == "mobilenet_v3_large"
     assert config.weights == "MobileNet_V3_Large_Weights.IMAGENET1K_V2"
-    assert config.train_part == "classifier"
+    assert (config.train_part, config.input_size) == ("classifier", 224)
     assert (config.n_epochs, config.batch_size, config.label_smoothing) == (20, 512, 0.1)
     assert (config.optimizer, config.lr, config.lr_min, config.weight_decay) == (
         "adamw",
@@ -227,7 +227,9 @@ def test_a_cache_that_takes_more_than_60_percent_of_the_memory_is_refused(
     monkeypatch.setattr(features.os, "sysconf", pages.get)
     features.cached_splits(model, dataset, config, CPU)
     pages["SC_PHYS_PAGES"] -= 2
-    with pytest.raises(UsageError, match=r"features of all tiles take 0\.0 GB .*; lower --train_tiles, or"):
+    with pytest.raises(
+        UsageError, match=r"features of the training tiles take 0\.0 GB .*; lower --train_tiles, or"
+    ):
         features.cached_splits(model, dataset, config, CPU)
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from filelock import FileLock
 
-from common.cli import Fault, first_line
+from common.cli import Fault, UsageError, first_line
 from common.data import pathmnist, phantom
 from common.data.pathmnist import OfficialFile
 
@@ -46,7 +46,6 @@ class Dataset:
 
     name: str
     size: int
-    class_names: tuple[str, ...]
     train: Split
     val: Split
     test: Split
@@ -75,8 +74,8 @@ def load_dataset(name: str, size: int, data_root: Path, train_tiles: int | None 
     """Map the arrays of a data set. Where there are none, build them first.
 
     PathMNIST is downloaded if its file is missing; `stratified_part` takes `train_tiles` of its training tiles
-    (None: all). The phantom is generated with `train_tiles` training tiles. Raises Fault where the arrays cannot
-    be read or built.
+    (None: all). The phantom is generated with `train_tiles` training tiles. Raises UsageError for more tiles
+    than there are, Fault where the arrays cannot be read or built.
     """
     if name == "phantom":
         n_tiles = train_tiles or pathmnist.PHANTOM_TRAIN_TILES
@@ -86,6 +85,8 @@ def load_dataset(name: str, size: int, data_root: Path, train_tiles: int | None 
     else:
         file, whole = pathmnist.official_file(size), pathmnist.COUNTS["train"]
         fingerprint, folder = file.md5, data_root / f"{Path(file.name).stem}.arrays"
+        if train_tiles and train_tiles > whole:
+            raise UsageError(f"--train_tiles {train_tiles}: {pathmnist.TITLE} has {whole}")
         splits = _arrays(folder, partial(_unpack, file, data_root))
         if train_tiles is not None and train_tiles < whole:
             images, labels = splits["train"].images, splits["train"].labels
@@ -93,7 +94,7 @@ def load_dataset(name: str, size: int, data_root: Path, train_tiles: int | None 
             images = images.permute(0, 2, 3, 1).index_select(0, chosen).permute(0, 3, 1, 2)  # same memory layout
             splits["train"] = Split(images, labels[chosen])
             fingerprint += f"-{train_tiles}-of-{whole}-order{ORDER_VERSION}"
-    return Dataset(name, size, pathmnist.CLASS_NAMES, **splits, fingerprint=fingerprint)
+    return Dataset(name, size, **splits, fingerprint=fingerprint)
 
 
 def stratified_part(labels: np.ndarray, n_tiles: int) -> np.ndarray:

@@ -81,7 +81,7 @@ def cached_splits(model: FineTunedNetwork, dataset: Dataset, config: TrainingCon
         memory = torch.cuda.mem_get_info(compute.device)[0]
     size = 4 * n_views * len(dataset.train) * math.prod(model.feature_shape)  # float32
     if size > RESIDENT_SHARE * memory:
-        problem = f"the features of all tiles take {size / 1e9:.1f} GB of {memory / 1e9:.1f} GB of memory"
+        problem = f"the features of the training tiles take {size / 1e9:.1f} GB of {memory / 1e9:.1f} GB of memory"
         raise UsageError(f"{problem}; lower --train_tiles, or train all layers with --train_part=all")
     model.to(compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     turned: list[View] = [partial(dihedral_view, view=number) for number in range(8)]

@@ -4,7 +4,7 @@
     python -m common.finetune.predict RUN_ID FOLDER --csv classes.csv   # every picture in the folder, into a file
 
 Pictures are PNG, JPEG, TIFF, GIF, BMP or WEBP files of 8 bits per channel. Each is cropped to its central square
-and shrunk to the size of the tiles that the network was trained on. A warning, on stderr and in the table, says
+and resized to the side of the tiles that the network was trained on. A warning, on stderr and in the table, says
 which pictures cannot be read, and which have a size or a colour far from that of PathMNIST's tiles: do not trust
 their class.
 """

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.cli import Fault
+from common.cli import Fault, first_line
 from common.data.batches import normalise
 from common.data.dataset import resize
 from common.data.pathmnist import CLASS_NAMES
@@ -20,7 +20,7 @@ class Trained(nn.Module):
     """A trained network: tiles (N, 3, size, size) uint8 in, probabilities of the classes (N, C) float32 out.
 
     `network` takes inputs (N, 3, input_size, input_size) in -1..1 and returns logits. `size` is the side in pixels
-    of the tiles on which it was trained, `input_size` their side after resizing; `synthetic`: they were the phantom's.
+    of the tiles of its training, `input_size` their side after resizing; `synthetic`: they were the phantom's.
     """
 
     def __init__(self, network: nn.Module, model_name: str, size: int, input_size: int, synthetic: bool) -> None:
@@ -48,10 +48,10 @@ def load_trained(path: Path | str, device: torch.device | str = "cpu") -> Traine
     try:
         name, config, state_dict = saved["model_name"], saved["config"], saved["state_dict"]
         size, side = config["size"], input_size_of(config)
-    except KeyError as error:
-        raise Fault(f"{path}: not a best.pt of this project (it has no {error})") from None
-    network = _build(name, side, fine_tuned="mean" in state_dict)
-    checkpoint.load_weights(network, state_dict, path)
+        network = _build(name, side, fine_tuned="mean" in state_dict)
+        checkpoint.load_weights(network, state_dict, path)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise Fault(f"{path}: not a best.pt of this project ({first_line(error)})") from None
     network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Trained(network, name, size, side, config.get("dataset") == "phantom").eval().requires_grad_(False)
 
@@ -60,5 +60,5 @@ def _build(model_name: str, size: int, fine_tuned: bool) -> nn.Module:
     """A network with random weights; a fine-tuned one has its mean and std still to be loaded."""
     if not fine_tuned:
         return build_model(model_name, len(CLASS_NAMES), size)
-    start = Weights("none", "", None, None, size, (0.5,) * 3, (0.5,) * 3)
+    start = Weights("none", "", None, None, (0.5,) * 3, (0.5,) * 3)
     return build_fine_tuned(model_name, start, size)

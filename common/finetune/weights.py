@@ -32,16 +32,12 @@ WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # keys under whic
 
 @dataclass(frozen=True)
 class Weights:
-    """A state dict (None: random weights), its file's sha256, and the inputs that it expects.
-
-    `size` is the side of its inputs in pixels, `mean` and `std` are those of each channel in 0..1.
-    """
+    """A state dict (None: random weights), its file's sha256, and the mean and std of its inputs, in 0..1."""
 
     name: str
     source: str
     sha256: str | None
     state_dict: Mapping[str, torch.Tensor] | None
-    size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
@@ -71,12 +67,12 @@ def default_weights(model_name: str) -> str:
 
 
 def network_of(weights: str) -> str | None:
-    """The network of weights that are given by name; None for a file, a run, or no weights."""
+    """The network of weights that are given by name; None for a file or no weights."""
     owner, _ = _entries().get(weights, (PACKAGED_WEIGHTS.get(weights), None))
     return owner
 
 
-def _inputs(model_name: str, weights: str) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
+def inputs_of(model_name: str, weights: str) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
     """The side, mean and std of the inputs of a torchvision entry, or else of a network's default weights."""
     if model_name in PACKAGED:
         return PACKAGED[model_name][1], (127 / 255,) * 3, (128 / 255,) * 3
@@ -102,18 +98,18 @@ def load_weights(name: str, model_name: str) -> Weights:
     if not owner and name != SCRATCH and not name.lower().endswith(SUFFIXES):
         hint = closest(name, [*PACKAGED_WEIGHTS, *_entries()])
         raise UsageError(f"--weights {name}: no known weights, and no {' or '.join(SUFFIXES)} file{hint}")
-    inputs = _inputs(model_name, name)
+    side, *colours = inputs_of(model_name, name)
     if name == SCRATCH:
-        return Weights(name, "random initialisation", None, None, *inputs)
+        return Weights(name, "random initialisation", None, None, *colours)
     path, source, begins = Path(name).expanduser(), name, ""
     if owner:
         path, source, begins = _packaged(name) if owner in PACKAGED else _downloaded(name)
     sha256, state_dict = _read(path, begins)
     if owner in PACKAGED:  # timm's tensors in the same order, under other names
         with torch.device("meta"):  # takes no memory: only the names are needed
-            own = build_model(library_name(model_name), 1000, inputs[0]).state_dict()
+            own = build_model(library_name(model_name), 1000, side).state_dict()
         state_dict = dict(zip(own, state_dict.values(), strict=True))
-    return Weights(name, source, sha256, state_dict, *inputs)
+    return Weights(name, source, sha256, state_dict, *colours)
 
 
 def _packaged(name: str) -> tuple[Path, str, str]:

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from common.cli import UsageError, first_line, program
 from common.config import Config, ScriptConfig, TrainingConfig
 from common.data.dataset import Dataset
+from common.data.pathmnist import CLASS_NAMES
 from common.files import digest, public, sweep_up, write_csv, write_json
 from common.records.read import checkpoint_folder, is_finished, read_json, run_folder
 
@@ -32,7 +33,7 @@ AXIS_LABELS = {
     "validate/auc": "Validation AUC (mean over classes, one vs rest)",
     "validate/acc": "Validation ACC (share of tiles)",
 }
-VERSIONED = ("torch", "torchvision", "numpy", "medmnist", "wandb", "matplotlib")
+VERSIONED = ("torch", "torchvision", "numpy", "wandb", "matplotlib")
 
 
 class Run:
@@ -56,7 +57,7 @@ class Run:
         Raises UsageError where the run is finished, is another one than `check_record` allows, or is trained by
         another process.
         """
-        self.run_id, self.dataset = config.run_id, dataset
+        self.run_id = config.run_id
         network = network or config.model_name
         data = f"{dataset.title.removesuffix(')')} tiles, {config.input_size} px inputs)"
         self.title = f"{TITLES[task]} · {network} · {data} · seed {config.seed}"
@@ -74,15 +75,15 @@ class Run:
             "device": device_name,
             **(facts or {}),
         }
-        record = self.folder / "config.json"
+        record, before = self.folder / "config.json", {}
         if is_finished(config.output_dir, config.run_id):
             raise UsageError(f"run {config.run_id} is finished already ({self.folder}): use another --run_id")
         if record.exists():
             before = read_json(record)
             check_record(config, before, self.facts)
-            if self.facts["device"] not in before["device"].split(", then "):
-                before["device"] += f", then {self.facts['device']}"
-            self.facts["device"] = before["device"]
+            if device_name not in before["device"].split(", then "):
+                before["device"] += f", then {device_name}"
+            self.facts = {name: before.get(name, value) for name, value in self.facts.items()}
         self.folder.mkdir(parents=True, exist_ok=True)
         # A singleton: the same process may open the run again.
         self._lock = FileLock(self.folder / ".lock", is_singleton=True)
@@ -93,9 +94,8 @@ class Run:
             raise UsageError(f"{problem}: wait for its end, or use another --run_id") from None
         for folder in (self.folder, self.checkpoints):
             sweep_up(folder)
-        if not record.exists():
-            packages = (*VERSIONED, "timm") if "timm" in sys.modules else VERSIONED
-            write_json(record, {"config": config.as_dict(), **self.facts, **provenance(packages)})
+        packages = (*VERSIONED, "timm") if "timm" in sys.modules else VERSIONED
+        write_json(record, before or {"config": config.as_dict(), **self.facts, **provenance(packages)})
         self._n_sent, self._wandb = 0, start_wandb(task, config.run_id, config, self.facts, network)
         print(f"run {config.run_id}: {dataset.title} on {device_name}; records in {self.folder}", flush=True)
 
@@ -145,7 +145,7 @@ class Run:
             paths["test/confusion"] = self.figures / f"{self.run_id}-confusion.png"
             matrix = np.array(summary["best"]["confusion_matrix"])
             title = f"{self.title} · confusion matrix, test tiles"
-            figures.confusion(paths["test/confusion"], matrix, self.dataset.class_names, title=title)
+            figures.confusion(paths["test/confusion"], matrix, CLASS_NAMES, title=title)
         return paths
 
     def _send_results(self, run: Any, summary: Mapping[str, Any], figures: Mapping[str, Path]) -> None:

@@ -1,1 +1,1 @@
-"""Training: the loop, the networks and the device they run on, the loss, and the measures."""
+"""Training: the loop, the networks, the device, the optimiser, averages, and the measures."""

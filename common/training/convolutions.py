@@ -25,7 +25,7 @@ Axes = tuple[int, ...]  # one value for rows, one for columns
 class SmallMapConv2d(nn.Conv2d):
     """nn.Conv2d that is faster on a CPU. Results are equal up to rounding; there are only first derivatives.
 
-    All other cases run as nn.Conv2d: a GPU, autocast, groups, dilation, padding by name.
+    All other cases run as nn.Conv2d: a GPU, autocast, other groups than depthwise, dilation, padding by name.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from common.cli import Untrainable
 from common.config import TrainingConfig
 from common.data.batches import Tiles, batches
+from common.data.pathmnist import CLASS_NAMES
 from common.training import metrics
 from common.training.device import Compute
 
@@ -57,7 +58,7 @@ class Evaluation:
             f"{split}/balanced_acc": metrics.balanced_accuracy(probabilities, targets),
         }
 
-    def described(self, class_names: tuple[str, ...]) -> dict[str, Any]:
+    def described(self) -> dict[str, Any]:
         """All measures of the test split, AUC and ACC with their intervals, ready for JSON."""
         probabilities, targets = self.probabilities, self.targets
         areas = metrics.auc_per_class(probabilities, targets).tolist()
@@ -68,7 +69,7 @@ class Evaluation:
             "balanced_acc": {"value": metrics.balanced_accuracy(probabilities, targets)},
             "expected_calibration_error": metrics.expected_calibration_error(probabilities, targets),
             "auc_per_class": {
-                name: None if math.isnan(area) else area for name, area in zip(class_names, areas, strict=True)
+                name: None if math.isnan(area) else area for name, area in zip(CLASS_NAMES, areas, strict=True)
             },
             "confusion_matrix": metrics.confusion_matrix(probabilities, targets).tolist(),
         }
@@ -78,7 +79,6 @@ def scores_of(
     test: Mapping[str, Evaluation],
     validation: Evaluation,
     shifted: Mapping[str, np.ndarray],
-    class_names: tuple[str, ...],
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The arrays of scores.npz, and the scores of summary.json, all of which follow from these arrays.
 
@@ -89,7 +89,7 @@ def scores_of(
     arrays = {f"{name}_logits": one.logits for name, one in test.items()}
     arrays |= {"validate_logits": validation.logits, "validate_targets": validation.targets.astype(np.uint8)}
     arrays |= {f"shifted_{name}": labels.astype(np.uint8) for name, labels in shifted.items()}
-    summary: dict[str, Any] = {name: one.described(class_names) for name, one in test.items()}
+    summary: dict[str, Any] = {name: one.described() for name, one in test.items()}
     if test:
         arrays["targets"] = test["best"].targets.astype(np.uint8)
         summary |= {f"test/{name}": summary["best"][name]["value"] for name in ("auc", "acc")}

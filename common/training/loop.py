@@ -188,7 +188,7 @@ class Trainer:
             scores["tta"] = score(test, tta=True)
         validation = score(self.splits.val)
         shifted = {name: score(tiles).logits.argmax(1) for name, tiles in self.splits.shifted()}
-        arrays, summary = scores_of(scores, validation, shifted, self.run.dataset.class_names)
+        arrays, summary = scores_of(scores, validation, shifted)
         with atomic_path(self.run.folder / "scores.npz") as temporary:
             np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
         for name in scores:
@@ -215,7 +215,7 @@ class Trainer:
             "state_dict": self.evaluated.state_dict(),
             "epoch": len(self.history),
             "model_name": self.config.model_name,
-            "class_names": list(self.run.dataset.class_names),
+            "class_names": CLASS_NAMES,
             "config": self.config.as_dict(),
         }
         checkpoint.save(self.run.checkpoints / "best.pt", content)

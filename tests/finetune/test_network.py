@@ -20,7 +20,7 @@ from common.training.device import Compute
 from common.training.loop import generator
 
 SIZE, MEAN, STD = 32, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
-START = Weights("w", "test", None, None, SIZE, MEAN, STD)
+START = Weights("w", "test", None, None, MEAN, STD)
 SMALL = "mobilenet_v3_small"  # small and quick; has BatchNorm, dropout and a classifier of two layers
 
 

@@ -26,7 +26,7 @@ from common.finetune.weights import Weights
 from common.records import checkpoint
 from common.training.models import build_model
 
-START = Weights("none", "", None, None, 40, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+START = Weights("none", "", None, None, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 TISSUE = (190, 130, 180)
 
 
@@ -183,7 +183,9 @@ def test_more_than_8_bits_per_channel_are_refused(kind: str, tmp_path: Path) -> 
         (["plain", "{}/pipe.png"], 2, r"pipe\.png: no picture or folder of pictures"),
         (["plain", "{}/piped"], 2, "piped: no picture or folder of pictures"),
         (["plain", "{}/page.png"], 1, "none of the pictures can be read"),
-        (["{}/other.pt", "{}/a.png"], 1, r"other\.pt: not a best\.pt of this project"),
+        (["{}/other.pt", "{}/a.png"], 1, r"other\.pt: not a best\.pt of this project \('model_name'"),
+        (["{}/config.pt", "{}/a.png"], 1, r"config\.pt: not a best\.pt of this project \(string ind"),
+        (["{}/state.pt", "{}/a.png"], 1, r"state\.pt: not a best\.pt of this project"),
         (
             ["plain", "{}/a.png", "--csv={}/link.csv"],
             2,
@@ -209,6 +211,9 @@ def test_a_mistake_is_refused_in_one_line(
     (tmp_path / "p.csv").write_bytes((tmp_path / "a.png").read_bytes())
     (tmp_path / "link.csv").symlink_to("p.csv")
     checkpoint.save(tmp_path / "other.pt", {"weight": torch.zeros(1)})
+    network: dict[str, Any] = {"model_name": "resnet18", "state_dict": [], "config": "lr=1"}
+    checkpoint.save(tmp_path / "config.pt", network)
+    checkpoint.save(tmp_path / "state.pt", {**network, "config": {"size": 28}})
     with pytest.raises(SystemExit) as ended:
         run(output, *(argument.replace("{}", str(tmp_path)) for argument in arguments))
     said = capsys.readouterr().err.splitlines()

@@ -18,7 +18,7 @@ from common.cli import Fault, UsageError
 from common.data.batches import normalise
 from common.finetune import weights as weights_module
 from common.finetune.network import FineTunedNetwork, build_fine_tuned
-from common.finetune.weights import load_weights
+from common.finetune.weights import inputs_of, load_weights
 from common.training.models import build_model
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -175,7 +175,7 @@ def test_a_file_in_torch_hub_s_folder_is_taken_without_network_if_its_hash_is_ri
     monkeypatch.setitem(weights_module._entries(), V1, (SMALL, Entry))
     weights = load_weights(V1, SMALL)
     assert weights.source == Entry.url
-    assert (weights.size, weights.mean, weights.std) == (224, *IMAGENET)
+    assert (weights.mean, weights.std) == IMAGENET
     assert not different(small, weights.state_dict)
 
 
@@ -214,7 +214,8 @@ def test_the_packaged_weights_know_natural_images(model_name: str, sha256: str, 
 
     weights = load_weights(f"{title}_imagenet", model_name)
     assert weights.sha256 == sha256
-    assert (weights.size, weights.mean, weights.std) == (size, (127 / 255,) * 3, (128 / 255,) * 3)
+    assert (weights.mean, weights.std) == ((127 / 255,) * 3, (128 / 255,) * 3)
+    assert inputs_of(model_name, weights.name)[0] == size
     assert weights.state_dict is not None
     whole = build_model(weights_module.library_name(model_name), 1000, size)
     whole.load_state_dict(dict(weights.state_dict))

@@ -107,6 +107,7 @@ def test_another_search_of_the_same_name_is_refused(write_sweep: Write, tmp_path
     run(write_sweep(SEARCH), tmp_path / "out", count=1)
     with pytest.raises(UsageError, match="search try was started with other parameters"):
         run(write_sweep(SEARCH, {"n_epochs": {"value": 2}}), tmp_path / "out", count=2)
+    run(write_sweep(SEARCH, {"wandb": {"value": "disabled"}}), tmp_path / "out", count=1)  # the same search
     (tmp_path / "out/sweeps/try/search.jsonl").unlink()
     with pytest.raises(UsageError, match=r"runs/try-0: this run is not in .*search\.jsonl: use another"):
         run(write_sweep(SEARCH), tmp_path / "out", count=2)

@@ -41,8 +41,11 @@ def config_of(*arguments: str) -> study.StudyConfig:
 @pytest.mark.parametrize(("dataset", "n_runs"), [("pathmnist", 152), ("phantom", 10)])
 def test_every_step_is_a_command_that_its_script_accepts(dataset: str, n_runs: int, tmp_path: Path) -> None:
     plan = study.demo_plan() if dataset == "phantom" else study.study_plan()
-    runs, further = study.commands(plan, config_of(f"--dataset={dataset}", f"--output_dir={tmp_path}"))
+    runs, further = study.commands(
+        plan, config_of(f"--dataset={dataset}", f"--output_dir={tmp_path}", "--workers=3")
+    )
     assert len({run.run_id for run in runs}) == n_runs
+    assert all("--workers=3" in command for command in further if command[1] == "study.sweep")
     for command in [*(list(run.command[1:]) for run in runs), *further]:
         program, *arguments = command[command[0] == "-m" :]
         assert parse(SCRIPTS[program], arguments, "").output_dir == tmp_path  # type: ignore[attr-defined]

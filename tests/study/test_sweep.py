@@ -67,6 +67,7 @@ def test_the_search_file_has_the_courseworks_space() -> None:
     ("change", "message"),
     [
         ("\x00", "not YAML"),
+        ("name: café", "not YAML: unacceptable character"),
         ("name: 2001-13-45", "not YAML"),
         ("name: !!bool abc", "not YAML"),
         ("name: !!float ''", "not YAML"),
@@ -87,6 +88,11 @@ def test_the_search_file_has_the_courseworks_space() -> None:
             {"parameters": {"n_epochs": {"min": 1, "max": 64, "distribution": "log_uniform_values"}}},
             "parameter n_epochs: a whole number; use values, or distribution: int_uniform",
         ),
+        (
+            {"parameters": {"lr": {"min": 0.5, "max": 2.5, "distribution": "int_uniform"}}},
+            "parameters: lr: int_uniform needs whole numbers as min and max",
+        ),
+        ({"program": "README.md"}, "program README.md: no such Python file"),
         ({"parameters": {"run_id": {"value": "a"}}}, "run_id: the sweep gives each run its own"),
         ({"metric": {"name": "validate/f1"}}, "metric: name: Input should be 'train/loss'"),
         ({"early_terminate": {"type": "hyperband", "max_iter": 9}}, "early_terminate: min_iter: Field required"),
@@ -99,7 +105,7 @@ def test_a_malformed_sweep_file_is_refused_with_the_reason(
 ) -> None:
     path = write_sweep(GRID)
     content = change if isinstance(change, str) else yaml.safe_dump({**yaml.safe_load(path.read_text()), **change})
-    path.write_text(content)
+    path.write_text(content, encoding="latin-1")
     with pytest.raises(UsageError) as error:
         read_sweep(path)
     assert str(error.value).startswith(f"{path}: ")

@@ -99,7 +99,7 @@ def test_the_best_weights_are_kept_and_scored_not_the_last(
         for name in ("best", "tta", "last"):  # every score can be computed again from the file
             again = Evaluation(arrays[f"{name}_logits"], arrays["targets"].astype(np.int64))
             assert again.logits.dtype == np.float16
-            assert summary[name] == {"epoch": summary[name]["epoch"], **again.described(tiny.class_names)}
+            assert summary[name] == {"epoch": summary[name]["epoch"], **again.described()}
         splits = (("best_logits", "targets", tiny.test), ("validate_logits", "validate_targets", tiny.val))
         for logits, targets, split in splits:
             expected = evaluate(model, DeviceTiles(split, CPU.device, 28), CPU).rounded()

@@ -86,3 +86,9 @@ def test_a_record_that_lacks_an_array_is_named() -> None:
     record.summary["shifted"]["later"] = 0.5
     with pytest.raises(Fault, match=r"not a readable record \('shifted_later'\)"):
         check_scores(record)
+
+
+def test_the_last_digits_of_a_loss_may_be_those_of_another_kind_of_cpu() -> None:
+    record = task1()
+    record.summary["validate"]["validate/loss"] += 2e-7
+    check_scores(record)
