@@ -28,6 +28,7 @@ OPTIONS: list[tuple[str, int, str]] = [
     ("task1.py --size=30", 2, "--size 30: choose from 28, 64, 128, 224$"),
     ("task1.py --dataset=pathmist", 2, r"choose from pathmnist, phantom; did you mean pathmnist\?$"),
     ("task1.py --train_tiles=44", 2, "--train_tiles 44: must be above or equal to 45$"),
+    ("task1.py --size=28 --train_tiles=89997", 2, "--train_tiles 89997: PathMNIST has 89996$"),
     ("task1.py --run_id=../mine", 2, r"--run_id \.\./mine: a run id names files"),
     (f"{RUN} --model_name=resnet17", 2, "--model_name resnet17: torchvision has no .* name; did you mean resnet"),
     (f"{RUN} --augmentation=stain,flipp", 2, "--augmentation stain,flipp: unknown part flipp; choose from none, "),

@@ -63,6 +63,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory, phantom_root: Path, weigh
     return output
 
 
+def test_runs_without_test_scores_are_not_compared(
+    phantom_root: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[str] = []
+    monkeypatch.setattr(task5, "train", lambda config, *_: trained.append(config.run_id))
+    task5.main(read(*keys(phantom_root, tmp_path, weights, "--test=False")))
+    assert trained == ["r", "r-scratch"]
+
+
 def test_the_defaults_are_the_courseworks() -> None:
     config = read()
     assert config.model_name == "mobilenet_v3_large"
