@@ -207,7 +207,7 @@ class Runs:
         curves = {}
         for title, runs in CURVES.items():
             parts: dict[int, list[Record]] = {}
-            for record in self.matching(runs):
+            for record in self.matching(runs.split()[0]) and self.matching(runs):  # not of a user's runs alone
                 parts.setdefault(record.summary["tiles"]["train"], []).append(record)
             if len(parts) > 1:
                 curves[title] = [Group(title, parts[tiles]) for tiles in sorted(parts)]

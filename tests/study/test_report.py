@@ -280,6 +280,9 @@ def test_a_page_of_own_runs_has_the_table_of_the_ablation(tmp_path: Path) -> Non
 
 def test_curves_have_a_group_per_number_of_tiles_and_a_new_ablation_replaces_the_old_one(tmp_path: Path) -> None:
     title = "ResNet-18 from scratch, 28 px"
+    for run_id, tiles in {"a": 90, "b": 90, "c": 45}.items():
+        made(tmp_path / "mine", f"task1-{run_id}", tiles=tiles)
+    assert Runs(tmp_path / "mine").curves() == {}
     made(tmp_path, "learning_curve_task1-9000-0", tiles=9000)
     made(tmp_path, "task1-0", tiles=900)
     runs = Runs(tmp_path)
