@@ -19,7 +19,7 @@ demo: .venv/installed  ## a small study on generated tiles, into demo/
 report: .venv/installed  ## the study of a data set: run what is missing, then write report.md
 	$(VENV) -m study --dataset $(DATASET) --size $(SIZE)
 
-bench: .venv/installed  ## measure speed, into bench/results/ and docs/speed.md: 15 minutes on a quiet machine
+bench: .venv/installed  ## measure speed, into bench/results/ and docs/speed.md: 4 minutes on two quiet cores
 	$(VENV) -m bench.throughput
 
 test: .venv/installed  ## all tests, in two processes; FAST=1: without the slow ones

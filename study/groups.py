@@ -71,7 +71,7 @@ ROWS = {
     "old_tuned": ("task5 task5-seed*", "Task 5: EfficientNet-Lite0, all layers fine-tuned"),
     "old_scratch": ("task5-scratch*", "Task 5: EfficientNet-Lite0 from scratch"),
 }
-ABLATIONS = ("ablation_64-*", "ablation-*")  # the first one that has runs
+ABLATIONS = ("ablation-*", "ablation_64-*")  # the first one that has runs; the new one is not complete
 CURVES = {
     "ResNet-18 from scratch": "learning_curve_task1_64-* task1_64-*",
     "MobileNetV3-Large from scratch, the chosen recipe": "learning_curve_chosen-* chosen-*",

@@ -278,7 +278,7 @@ def test_a_page_of_own_runs_has_the_table_of_the_ablation(tmp_path: Path) -> Non
     assert re.search(r"\| with averaged weights \(EMA\) \| 1 \| .* \| 0.600 \| .* \| \+0.100 \|", page)
 
 
-def test_curves_have_a_group_per_number_of_tiles_and_a_new_ablation_replaces_the_old_one(tmp_path: Path) -> None:
+def test_curves_have_a_group_per_number_of_tiles_and_the_old_ablation_stays_until_its_runs_go(tmp_path: Path) -> None:
     title = "ResNet-18 from scratch, 28 px"
     for run_id, tiles in {"a": 90, "b": 90, "c": 45}.items():
         made(tmp_path / "mine", f"task1-{run_id}", tiles=tiles)
@@ -289,7 +289,7 @@ def test_curves_have_a_group_per_number_of_tiles_and_a_new_ablation_replaces_the
     assert [group.tiles for group in runs.curves()[title]] == [900, 9000]
     lines = Tables(runs, runs.recipes(), curves={"short": [runs.recipes()["task1-0"]]}).records()
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| ResNet-18 from scratch, 28 px"]  # no empty row
-    for name in ("ablation", "ablation_64"):
+    for name in ("ablation_64", "ablation"):
         made(tmp_path, f"{name}-combined-0", ablation="combined")
         assert Runs(tmp_path).ablation()["combined"].first.run_id == f"{name}-combined-0"
 
