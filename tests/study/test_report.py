@@ -278,7 +278,7 @@ def test_a_page_of_own_runs_has_the_table_of_the_ablation(tmp_path: Path) -> Non
     assert re.search(r"\| with averaged weights \(EMA\) \| 1 \| .* \| 0.600 \| .* \| \+0.100 \|", page)
 
 
-def test_curves_have_a_group_per_number_of_tiles_and_the_old_ablation_stays_until_its_runs_go(tmp_path: Path) -> None:
+def test_curves_have_a_group_per_number_of_tiles_and_the_old_ablation_comes_first(tmp_path: Path) -> None:
     title = "ResNet-18 from scratch, 28 px"
     for run_id, tiles in {"a": 90, "b": 90, "c": 45}.items():
         made(tmp_path / "mine", f"task1-{run_id}", tiles=tiles)
