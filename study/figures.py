@@ -49,11 +49,10 @@ def draw_ladder(path: Path, rows: Mapping[str, Group], aim: float | None = None)
     best = max(rows.values(), key=lambda group: spread(list(group.by_seed("acc").values())).mean)
     if aim and (views := best.spread("views")):
         price = 8 * cost(best.first.config["model_name"], best.side)[1]
-        rungs.append((views, "+ 8 views of each test tile", price, colour_of(best.first)))
+        rungs.append((views, f"{best.title}, mean of 8 views", price, colour_of(best.first)))
     rungs.sort(key=lambda rung: rung[0].mean)
-    others: dict[str, list[float]] = {}
-    for network, _, acc, _ in (one for part in PUBLISHED.values() for one in part) if aim else ():
-        others.setdefault(network.split(":")[0], []).append(acc)
+    published = (one for part in PUBLISHED.values() for one in part) if aim else ()
+    others = sorted((acc, f"{network}, {side} px tiles") for network, side, acc, _ in published)
     with drawing(path, (8, 1.5 + 0.36 * (len(rungs) + len(others)))) as figure:
         axes = figure.add_subplot()
         for place, (over, _, price, colour) in enumerate(rungs, start=len(others)):
@@ -61,9 +60,9 @@ def draw_ladder(path: Path, rows: Mapping[str, Group], aim: float | None = None)
             axes.plot(over.mean, place, "o", color=colour, markersize=7)
             words = f"{price / 1e6:,.0f} M" if price else ""
             axes.annotate(words, (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=9)
-        for place, scores in enumerate(others.values()):
-            axes.plot(scores, [place] * len(scores), "s", color="black", markersize=5)
-        names = [*others, *(rung[1] for rung in rungs)]
+        for place, (acc, _) in enumerate(others):
+            axes.plot(acc, place, "s", color="black", markersize=5)
+        names = [*(name for _, name in others), *(rung[1] for rung in rungs)]
         axes.set_yticks(range(len(names)), [wrap(name, 48) for name in names], fontsize=9)
         axes.set_ylim(-0.7, len(names) - 0.4)
         axes.set_xlim(rungs[0][0].mean - 0.04, min(1.0, rungs[-1][0].mean + 0.04))
@@ -104,7 +103,7 @@ def draw_curves(path: Path, groups: Mapping[str, Sequence[Record]], title: str) 
             axes.set(title=wrap(PANELS[column], 50), xlabel="Epoch")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", frameon=False)
-        figure.suptitle(title, fontsize=10)
+        figure.suptitle(f"{title} · large marker: the epoch whose weights are kept", fontsize=10)
 
 
 def draw_learning_curve(path: Path, curves: Mapping[str, Sequence[Group]]) -> None:

@@ -175,9 +175,8 @@ def chance(n_methods: int) -> str:
     """How many tests the verdicts of so many methods are, and what passing by chance would look like, in words."""
     luck = 1 - 0.975**n_methods
     return (
-        f"These are {n_methods * (1 + len(CONTROLS))} tests with 95 % intervals, not corrected for their number. "
-        "A method of random values passes the first test, and each of the other two by chance in 2.5 % of cases. "
-        f"Of {n_methods} such methods, one or more would pass in at most {luck:.0%} of cases."
+        f"These {n_methods * (1 + len(CONTROLS))} tests are not corrected for their number. If all {n_methods} "
+        f"methods were pure noise, one or more of them would pass in at most {luck:.0%} of such studies."
     )
 
 

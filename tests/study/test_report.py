@@ -86,7 +86,7 @@ def test_a_page_is_filled_from_the_records(study: Path) -> None:
     assert f"| 28 px | 89,996 | 3 | {over.mean:.3f} [{over.low:.3f}, {over.high:.3f}] |" in page
     assert "| coursework, one seed: ResNet-18 from scratch | 64 px | 89,996 |  | 0.895 |" in page
     assert re.search(r"^\| Saliency \| yes \| 0\.22 \[0\.18, 0\.26\] \|", page, re.MULTILINE)
-    assert "These are 15 tests with 95 % intervals, not corrected for their number." in page
+    assert "These 15 tests are not corrected for their number." in page
     assert "More of run task1-0: [the tiles in words](runs/task1-0/saliency.md)." in page
     assert "task1_64-" not in page  # has no runs
     assert page.count("[task1-0](runs/task1-0/) and 2 more") == 1
