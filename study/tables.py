@@ -194,9 +194,9 @@ class Tables:
 
         ROW SCORE: the mean over the seeds · ROW SCORE interval: with its interval · ROW - ROW SCORE: the mean
         difference by seed, or with its interval · least ROW SCORE, most ROW SCORE: of the seeds · ROW seeds: their
-        number · ROW recall CLASS · ROW taken CLASS: for what, and its share · hard: test tiles that all networks
-        get wrong · hours: of all runs · energy: kWh of these hours. SCORE is one of SCORES in study/groups.py; a
-        row of the ablation is ablation.NAME.
+        number · ROW recall CLASS · ROW taken CLASS: for what, and its share · published TASK: the coursework's ACC
+        · hard: test tiles that all networks get wrong · hours: of all runs · energy: kWh of these hours. SCORE is
+        one of SCORES in study/groups.py; a row of the ablation is ablation.NAME.
         """
         try:
             match key.split():
@@ -205,6 +205,8 @@ class Tables:
                     outputs = [record.arrays() for group in trained for record in group.records]
                     wrong = [one["best_logits"].argmax(1) != one["targets"] for one in outputs]
                     return f"{np.all(wrong, axis=0).sum():,}"
+                case ["published", task]:
+                    return f"{PUBLISHED[f'published_{task}'][0][2]:.3f}"
                 case ["hours" | "energy"]:
                     hours = self.runs.hours
                     return f"{hours:,.0f}" if key == "hours" else f"{hours * WATTS / 1000:.1f}"

@@ -308,6 +308,7 @@ def test_numbers_of_the_prose(tables: Tables) -> None:
     assert [tables.number(f"{which} combined acc") for which in ("least", "most")] == ["0.627", "0.726"]
     assert tables.number("task1 recall debris") == "0.79"
     assert tables.number("task1 taken cancer-associated stroma") == "debris (33%)"
+    assert tables.number("published task3") == "0.913"
     wrong = [
         (arrays := record.arrays())["best_logits"].argmax(1) != arrays["targets"]
         for group in tables.rows.values()
