@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -11,7 +12,6 @@ from common.data.augment import build_augmentation
 from common.figures import NO_TICKS, PALETTE, PICTURES, drawing, wrap
 from common.records.read import Record
 from common.records.run import AXIS_LABELS
-from common.statistics import spread
 from study.facts import PUBLISHED, cost
 from study.groups import Group
 
@@ -46,7 +46,7 @@ def draw_ladder(path: Path, rows: Mapping[str, Group], aim: float | None = None)
         price = cost(config["model_name"], group.side)[1] if "model_name" in config else 0
         if over := group.spread("acc"):
             rungs.append((over, f"{group.title}, {group.side} px", price, colour_of(group.first)))
-    best = max(rows.values(), key=lambda group: spread(list(group.by_seed("acc").values())).mean)
+    best = max(rows.values(), key=lambda group: fmean(group.by_seed("acc").values()))
     if aim and (views := best.spread("views")):
         price = 8 * cost(best.first.config["model_name"], best.side)[1]
         rungs.append((views, f"{best.title}, mean of 8 views", price, colour_of(best.first)))
