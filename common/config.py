@@ -99,8 +99,7 @@ class TrainingConfig(Config):
 
     augmentation: str = key(
         "none",
-        "augmentation of the training tiles: none, or parts joined by commas such as ta_wide,stain, which "
-        "`python -m common.data.augment` lists",
+        "augmentation of the training tiles: none, dihedral, stain, ta_wide, auto, or several joined by commas",
     )
     label_smoothing: float = key(
         0.0, "share of the target probability that is spread evenly over all classes", ge=0, lt=1

@@ -95,6 +95,6 @@ def confusion(path: Path, matrix: NDArray[Any], class_names: Sequence[str], *, t
 
 
 def wrap(text: str, width: int) -> str:
-    """The text in lines of about `width` letters; a number and its unit (`28 px`, `seed 0`) stay together."""
-    joined = re.sub(r"(?<=seed) (?=\d)|(?<=\d) (?=px)", "\N{NO-BREAK SPACE}", text)
+    """The text in lines of about `width` letters; parts as `28 → 64 px` and `seed 0` stay together."""
+    joined = re.sub(r"(?<=seed) (?=\d)|(?<=\d) (?=px|→)|(?<=→) (?=\d)", "\N{NO-BREAK SPACE}", text)
     return textwrap.fill(joined, width, break_long_words=False).replace("\N{NO-BREAK SPACE}", " ")

@@ -45,14 +45,15 @@ def draw_ladder(path: Path, rows: Mapping[str, Group], aim: float | None = None)
         config = group.first.config
         price = cost(config["model_name"], group.side)[1] if "model_name" in config else 0
         if over := group.spread("acc"):
-            rungs.append((over, f"{group.title}, {group.side} px", price, colour_of(group.first)))
+            words = ", one seed" if aim and price and over.n == 1 else ""
+            rungs.append((over, group.name + words, price, colour_of(group.first)))
     best = max(rows.values(), key=lambda group: fmean(group.by_seed("acc").values()))
     if aim and (views := best.spread("views")):
         price = 8 * cost(best.first.config["model_name"], best.side)[1]
         rungs.append((views, f"{best.title}, mean of 8 views", price, colour_of(best.first)))
     rungs.sort(key=lambda rung: rung[0].mean)
     published = (one for part in PUBLISHED.values() for one in part) if aim else ()
-    others = sorted((acc, f"{network}, {side} px tiles") for network, side, acc, _ in published)
+    others = sorted((acc, f"{network}, {sides}") for network, sides, acc, _ in published)
     with drawing(path, (8, 1.5 + 0.36 * (len(rungs) + len(others)))) as figure:
         axes = figure.add_subplot()
         for place, (over, _, price, colour) in enumerate(rungs, start=len(others)):

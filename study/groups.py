@@ -66,6 +66,7 @@ ROWS = {
     "frozen_64": ("frozen_64-*", "Task 5: EfficientNet-Lite1, only the classifier trained"),
     "frozen_128": ("frozen_128-*", "Task 5: EfficientNet-Lite1, only the classifier trained"),
     "tuned": ("tuned-*", "Task 5: EfficientNet-Lite1, all layers fine-tuned"),
+    "tuned_112": ("tuned_112-*", "Task 5: EfficientNet-Lite1, all layers fine-tuned"),
     "tuned_scratch": ("tuned_scratch-*", "Task 5: EfficientNet-Lite1 from scratch, the same recipe"),
     "long_scratch": ("long_scratch-*", "Task 5: EfficientNet-Lite1 from scratch, trained longer"),
     "old_tuned": ("task5 task5-seed*", "Task 5: EfficientNet-Lite0, all layers fine-tuned"),
@@ -116,6 +117,17 @@ class Group:
     def side(self) -> int:
         """The side of the inputs in pixels."""
         return input_size_of(self.first.config)
+
+    @property
+    def sides(self) -> str:
+        """The side of the tiles, and that of the inputs where it is another one."""
+        tile = self.first.config["size"]
+        return f"{tile} px" if tile == self.side else f"{tile} → {self.side} px"
+
+    @property
+    def name(self) -> str:
+        """The recipe in words, with the sides."""
+        return f"{self.title}, {self.sides}"
 
     @property
     def tiles(self) -> int:

@@ -1,7 +1,7 @@
 """The page of a study: its tables, numbers and figures are made from the records of its runs.
 
     python -m study.report                          # a page about your finished runs: my/report.md, my/report.html
-    python -m study.report --output_dir .           # fills the blocks and numbers of report.md and README.md here
+    python -m study.report --output_dir .           # fills report.md, README.md and docs/sources.md
     python -m study.report --output_dir . --check   # exit status 1, naming the first difference, if out of date
 
 The prose of report.md is written by hand. A comment says what stands behind it:
@@ -42,6 +42,7 @@ COLOURS = (
     "ACC on the validation tiles, and on three copies with changed colours; then test ACC, and the gap between "
     "the network's confidence and its accuracy."
 )
+FURTHER = ("README.md", "docs/sources.md")  # pages with blocks or numbers
 SHOWN_TILE = 6099  # of the test tiles, in the figure of the augmentations: the first of the coursework's ten
 IN_CURVES = ["task1", "task1_64", "combined", "combined_64", "chosen", "tuned", "tuned_scratch"]
 IN_CURVES += ["old_tuned", "old_scratch"]  # of the earlier version
@@ -51,7 +52,7 @@ class ReportConfig(Keys):
     """Where the study is, and whether to write or to check."""
 
     output_dir: Path = key(Path("my"), "folder of the study: has runs/ and gets report.md")
-    check: bool = key(False, "write nothing: exit with 1 if report.md or README.md is not what the records give")
+    check: bool = key(False, "write nothing: exit with 1 if a page is not what the records give")
     data_root: Path | None = key(None, "folder of PathMNIST's 28 px file: also draw the augmentations of a tile")
 
 
@@ -69,8 +70,8 @@ def main(config: ReportConfig) -> None:
     if by_hand:  # a user may well train the same network twice
         check_runs(runs.read.values())
     pages = {page: read_text(page) if by_hand else own_page(tables)}
-    if by_hand and (readme := folder / "README.md").exists():
-        pages[readme] = read_text(readme)
+    further = (folder / name for name in FURTHER) if by_hand else ()
+    pages |= {path: read_text(path) for path in further if path.exists()}
     made = {path: fill(content, tables) for path, content in pages.items()}
     if not by_hand:  # without comments: the next call makes the page anew
         made[page] = BLOCK.sub(lambda found: found[2].rstrip(), made[page])
@@ -133,7 +134,7 @@ def draw(tables: Tables, by_hand: bool, data_root: Path | None = None) -> None:
     if rows:
         figures.draw_ladder(folder / LADDER, rows, figures.AIM if by_hand else None)
     chosen = tables.chosen(IN_CURVES) if by_hand else rows.values()
-    trained = {f"{group.title}, {group.side} px": group.records for group in chosen if group.first.history}
+    trained = {group.name: group.records for group in chosen if group.first.history}
     if trained:
         figures.draw_curves(folder / CURVES, trained, str(next(iter(trained.values()))[0].summary["dataset"]))
     if tables.curves:

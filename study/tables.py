@@ -39,7 +39,7 @@ NOTE = (
     f"it, at {SIGNIFICANT}. Not decided means: these seeds could not see a difference. There may be one. "
     "The same means: every seed has the same test ACC, as where no run stopped early."
 )
-RECORDS = ("config.json", "history.csv", "scores.npz", "summary.json", "attribution.json")
+RECORDS = ("config.json", "history.csv", "scores.npz", "summary.json", "attribution.json", "saliency.md")
 
 
 @dataclass
@@ -72,15 +72,15 @@ class Tables:
         lines = []
         for group in groups:
             cells = [_over(group, score, single) for score in ("acc", "balanced", "auc", "views")]
-            sizes = [f"{group.side} px", f"{group.tiles:,}", str(len(group.records))]
+            sizes = [group.sides, f"{group.tiles:,}", str(len(group.records))]
             lines.append([text(group.title), *sizes, *cells])
         for name in names:
             lines += [
-                [network, f"{side} px", "89,996", "", f"{acc:.3f}", "", f"{auc:.3f}", ""]
-                for network, side, acc, auc in PUBLISHED.get(name, [])
+                [network, sides, "89,996", "", f"{acc:.3f}", "", f"{auc:.3f}", ""]
+                for network, sides, acc, auc in PUBLISHED.get(name, [])
             ]
         of = "[95 %, over tiles]" if single else "[95 %, over seeds]"
-        columns = ["network", "input", "training tiles", "seeds"]
+        columns = ["network", "tile → input", "training tiles", "seeds"]
         columns += [f"test ACC {of}", "balanced ACC", "test AUC", "ACC, 8 views"]
         return markdown_table(columns, "lrrrrrrr", lines)
 
@@ -94,12 +94,12 @@ class Tables:
             parameters, multiplications = cost(config["model_name"], group.side)
             lengths = sorted({len(record.history) for record in group.records})
             line = [text(group.title), f"{parameters / 1e6:.1f} M", f"{multiplications / 1e6:,.0f} M"]
-            line += [f"{group.side} px", f"{lengths[0]} to {lengths[-1]}" if lengths[1:] else str(lengths[0])]
+            line += [group.sides, f"{lengths[0]} to {lengths[-1]}" if lengths[1:] else str(lengths[0])]
             line += [str(config.get("batch_size", ""))]
             line += [text(f"{config.get('optimizer')}, {config.get('lr', math.nan):.2g}")]
             line += [text(config.get("augmentation", "").replace(",", ", "))]
             lines.append([*line, "yes" if config.get("ema_decay") else "no"])
-        columns = ["network", "parameters", "multiply-adds of a tile", "input", "epochs", "batch"]
+        columns = ["network", "parameters", "multiply-adds of a tile", "tile → input", "epochs", "batch"]
         columns += ["optimiser, learning rate", "augmentation", "averaged weights"]
         return markdown_table(columns, "lrrrrrlll", lines)
 
@@ -113,18 +113,18 @@ class Tables:
             [text(name), f"{count:,}", *(f"{group.recalls()[name]:.2f}" for group in groups)]
             for name, count in counts.items()
         ]
-        columns = ["class", "test tiles", *(text(f"{group.title}, {group.side} px") for group in groups)]
+        columns = ["class", "test tiles", *(text(group.name) for group in groups)]
         return markdown_table(columns, "lr" + "r" * len(groups), lines)
 
     def colours(self, *names: str) -> list[str]:
         """Validation ACC, also under changed colours, beside test ACC, and the calibration error."""
         scores = ("validation", "staining", "brightness", "noise", "acc", "calibration")
         lines = [
-            [text(group.title), f"{group.side} px", *(_mean(group, score) for score in scores)]
+            [text(group.title), group.sides, *(_mean(group, score) for score in scores)]
             for group in self.chosen(names)
         ]
-        columns = ["network", "input", "validation ACC", "other staining", "other brightness", "colour noise"]
-        return markdown_table([*columns, "test ACC", "calibration error"], "lrrrrrrr", lines)
+        columns = ["network", "tile → input", "validation ACC", "other staining", "other brightness"]
+        return markdown_table([*columns, "colour noise", "test ACC", "calibration error"], "lrrrrrrr", lines)
 
     def techniques(self) -> list[str]:
         """The ablation: each row against the reference, or against the row that it changes."""
@@ -154,6 +154,9 @@ class Tables:
                 cells = [interval(one["value"], one["low"], one["high"], 2) for one in scores]
                 cells.append(f"{method['infidelity']['value']:.2f}")
                 lines.append([text(method["title"]), passes, *cells])
+            tests = chance(len(lines))
+            for control in content["controls"].values():  # by it alone, a map of random numbers can be judged
+                lines.append([text(control["title"]), *[""] * 4, f"{control['infidelity']['value']:.2f}"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise unreadable(path, error) from error
         columns = ["method", "passes", "correlation with the map of random weights", "better than a random order"]
@@ -163,15 +166,15 @@ class Tables:
         if (folder / paths["methods"]).exists():
             table = [f"!{links.pop(0)}", "", *table]
         links.append(f"[the tiles in words]({records / 'saliency.md'})")
-        return [*table, "", chance(len(lines)), "", f"More of run {explained[0]}: {', '.join(links)}."]
+        return [*table, "", tests, "", f"More of run {explained[0]}: {', '.join(links)}."]
 
     def trials(self) -> list[str]:
         """The trials that chose the recipes."""
         return ranking(self.runs.folder)
 
-    def records(self) -> list[str]:
-        """Where the numbers come from: each row's runs, commits, days and devices, and a digest of its records."""
-        rows = [(f"{group.title}, {group.side} px", list(group.records)) for group in self.rows.values()]
+    def records(self, root: str = "") -> list[str]:
+        """Where each row comes from: runs, linked from `root`, commits, days, devices, a digest of all files."""
+        rows = [(group.name, list(group.records)) for group in self.rows.values()]
         rows.append(("ablation", [record for group in self.ablation.values() for record in group.records]))
         known = {record.run_id for _, records in rows for record in records}
         for title, groups in self.curves.items():
@@ -182,7 +185,7 @@ class Tables:
             facts = [record.facts for record in records]
             days = sorted(str(one["started"])[:10] for one in facts)
             first, *others = (record.run_id for record in records)
-            runs = f"[{first}](runs/{first}/)" + (f" and {len(others)} more" if others else "")
+            runs = f"[{first}]({root}runs/{first}/)" + (f" and {len(others)} more" if others else "")
             words = (" / ".join(sorted({str(one.get(key))[:40] for one in facts})) for key in ("commit", "device"))
             commits, devices = map(text, words)
             dates = days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
@@ -193,18 +196,13 @@ class Tables:
         """A number of the prose. Raises Fault for a key that the records do not answer.
 
         ROW SCORE: the mean over the seeds · ROW SCORE interval: with its interval · ROW - ROW SCORE: the mean
-        difference by seed, or with its interval · least ROW SCORE, most ROW SCORE: of the seeds · ROW seeds: their
-        number · ROW recall CLASS · ROW taken CLASS: for what, and its share · published TASK: the coursework's ACC
-        · hard: test tiles that all networks get wrong · hours: of all runs · energy: kWh of these hours. SCORE is
-        one of SCORES in study/groups.py; a row of the ablation is ablation.NAME.
+        difference by seed, or with its interval · least ROW SCORE, most ROW SCORE: of the seeds · ROW recall
+        CLASS · ROW taken CLASS: for what, and its share · published TASK: the coursework's ACC · hours: of all
+        runs · energy: kWh of these hours. SCORE is one of SCORES in study/groups.py; a row of the ablation is
+        ablation.NAME.
         """
         try:
             match key.split():
-                case ["hard"]:
-                    trained = [group for group in self.rows.values() if "model_name" in group.first.config]
-                    outputs = [record.arrays() for group in trained for record in group.records]
-                    wrong = [one["best_logits"].argmax(1) != one["targets"] for one in outputs]
-                    return f"{np.all(wrong, axis=0).sum():,}"
                 case ["published", task]:
                     return f"{PUBLISHED[f'published_{task}'][0][2]:.3f}"
                 case ["hours" | "energy"]:
@@ -213,8 +211,6 @@ class Tables:
                 case ["least" | "most" as which, name, score]:
                     values = self._row(name).by_seed(score).values()
                     return f"{min(values) if which == 'least' else max(values):.3f}"
-                case [name, "seeds"]:
-                    return str(len(self._row(name).records))
                 case [name, "recall", *words]:
                     return f"{self._row(name).recalls()[' '.join(words)]:.2f}"
                 case [name, "taken", *words]:

@@ -69,9 +69,10 @@ def test_a_dollar_in_a_title_is_no_mathematics(tmp_path, drawn):
 
 
 def test_a_title_breaks_neither_within_a_seed_nor_within_a_number_of_pixels():
-    text = "phantom (28 px tiles, 64 px inputs) · seed 0"
+    text = "phantom (28 px tiles, 64 px inputs) · ResNet-18, 28 → 64 px · seed 0"
     for width in range(10, 60):
-        assert re.findall(r"\d+ px|seed \d", figures.wrap(text, width)) == ["28 px", "64 px", "seed 0"]
+        found = re.findall(r"28 → 64 px|\d+ px|seed \d", figures.wrap(text, width))
+        assert found == ["28 px", "64 px", "28 → 64 px", "seed 0"]
 
 
 def test_the_cells_hold_counts_and_the_colours_row_shares(tmp_path, drawn):

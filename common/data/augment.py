@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy, v2
 from torchvision.transforms.v2 import functional
 
-from common.cli import Keys, UsageError, run_script
+from common.cli import UsageError
 
 Augmentation = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 
@@ -361,13 +361,12 @@ _stain, _zoom = _step(sample_stain, stain), _step(sample_zoom, zoom)
 _auto = _step(sample_auto_augment, apply_operations)
 _wide = _step(sample_trivial_augment, apply_operations)
 
-# By name: what the part does, in one line, and its steps. A new augmentation needs a line here and no other place.
-PARTS: dict[str, tuple[str, tuple[Augmentation, ...]]] = {
-    "none": ("nothing", ()),
-    "auto": ("flips, AutoAugment with its ImageNet policy, random erasing", (_flip, _auto, _erase)),
-    "ta_wide": ("flips, TrivialAugmentWide, random erasing", (_flip, _wide, _erase)),
-    "dihedral": ("one of the 8 combinations of flips and quarter turns", (_dihedral,)),
-    "stain": ("dihedral, amounts of haematoxylin and eosin, hue, zoom", (_dihedral, _stain, _zoom)),
+PARTS: dict[str, tuple[Augmentation, ...]] = {  # the steps of each part; docs/running.md describes the parts
+    "none": (),
+    "dihedral": (_dihedral,),
+    "stain": (_dihedral, _stain, _zoom),
+    "ta_wide": (_flip, _wide, _erase),
+    "auto": (_flip, _auto, _erase),
 }
 
 
@@ -380,7 +379,7 @@ def build_augmentation(names: str) -> Augmentation:
     chosen = names.split(",")
     if unknown := [name for name in chosen if name not in PARTS]:
         raise UsageError(f"--augmentation {names}: unknown part {unknown[0]}; choose from {', '.join(PARTS)}")
-    steps = [step for name in chosen for step in PARTS[name][1]]
+    steps = [step for name in chosen for step in PARTS[name]]
 
     def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         for step in steps:
@@ -388,13 +387,3 @@ def build_augmentation(names: str) -> Augmentation:
         return images
 
     return augment
-
-
-def main(config: Keys) -> None:
-    """Print the parts of --augmentation."""
-    for part, (description, _) in PARTS.items():
-        print(f"{part:18} {description}")
-
-
-if __name__ == "__main__":
-    run_script(main, Keys)
