@@ -38,10 +38,7 @@ FIGURES = Path("fig") / "report"
 LADDER, CURVES, LEARNING, AUGMENTATIONS = (
     FIGURES / f"{name}.png" for name in ("ladder", "curves", "learning_curve", "augmentations")
 )
-COLOURS = (
-    "ACC on the validation tiles, and on three copies with changed colours; then test ACC, and the gap between "
-    "the network's confidence and its accuracy."
-)
+COLOURS = "ACC on the validation tiles, and on three copies with changed colours; then test ACC."
 FURTHER = ("README.md", "docs/sources.md")  # pages with blocks or numbers
 SHOWN_TILE = 6099  # of the test tiles, in the figure of the augmentations: the first of the coursework's ten
 IN_CURVES = ["task1", "task1_64", "combined", "combined_64", "chosen", "tuned", "tuned_scratch"]

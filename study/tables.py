@@ -36,8 +36,7 @@ NOTE = (
     "± is the standard deviation over the seeds (n - 1). Differences are to the first row, or to the row that is "
     "named, seed by seed. Intervals are t intervals over the seeds alone: they do not tell how the numbers would "
     "change with other tiles. p is the paired t test's with Holm's correction over the rows; the verdict is by "
-    f"it, at {SIGNIFICANT}. Not decided means: these seeds could not see a difference. There may be one. "
-    "The same means: every seed has the same test ACC, as where no run stopped early."
+    f"it, at {SIGNIFICANT}. Not decided means: these seeds could not see a difference. There may be one."
 )
 RECORDS = ("config.json", "history.csv", "scores.npz", "summary.json", "attribution.json", "saliency.md")
 
@@ -117,14 +116,14 @@ class Tables:
         return markdown_table(columns, "lr" + "r" * len(groups), lines)
 
     def colours(self, *names: str) -> list[str]:
-        """Validation ACC, also under changed colours, beside test ACC, and the calibration error."""
-        scores = ("validation", "staining", "brightness", "noise", "acc", "calibration")
+        """Validation ACC, also under changed colours, beside test ACC."""
+        scores = ("validation", "staining", "brightness", "noise", "acc")
         lines = [
             [text(group.title), group.sides, *(_mean(group, score) for score in scores)]
             for group in self.chosen(names)
         ]
         columns = ["network", "tile → input", "validation ACC", "other staining", "other brightness"]
-        return markdown_table([*columns, "colour noise", "test ACC", "calibration error"], "lrrrrrrr", lines)
+        return markdown_table([*columns, "colour noise", "test ACC"], "lrrrrrr", lines)
 
     def techniques(self) -> list[str]:
         """The ablation: each row against the reference, or against the row that it changes."""
@@ -154,7 +153,9 @@ class Tables:
                 cells = [interval(one["value"], one["low"], one["high"], 2) for one in scores]
                 cells.append(f"{method['infidelity']['value']:.2f}")
                 lines.append([text(method["title"]), passes, *cells])
-            tests = chance(len(lines))
+            tests, n = chance(len(lines)), content["n"]
+            tests += f" Tiles: {n['randomisation']} for random weights, {n['removal']} for removed pixels, "
+            tests += f"{n['infidelity']} for infidelity."
             for control in content["controls"].values():  # by it alone, a map of random numbers can be judged
                 lines.append([text(control["title"]), *[""] * 4, f"{control['infidelity']['value']:.2f}"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -268,8 +269,8 @@ def grid_table(rows: Mapping[str, Group]) -> list[str]:
         smallest = smallest_difference(pooled, min(one.n for one in tested), len(tested))
         found += [
             "",
-            f"These seeds could show a difference in test ACC of {smallest:.3f} or more (in 8 of 10 such studies, "
-            "with the strictest correction for several tests, and the pooled spread of these paired differences).",
+            f"A row whose differences spread as those of all rows together needs a difference of {smallest:.3f} "
+            "in test ACC to be seen in 8 of 10 such studies. Rows that spread less need less.",
         ]
     return [*found, "", NOTE]
 

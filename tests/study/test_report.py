@@ -88,6 +88,7 @@ def test_a_page_is_filled_from_the_records(study: Path) -> None:
     assert re.search(r"^\| Saliency \| yes \| 0\.22 \[0\.18, 0\.26\] \|", page, re.MULTILINE)
     assert "| Random order |  |  |  |  | 0.60 |" in page
     assert "These 15 tests are not corrected for their number." in page
+    assert "Tiles: 32 for random weights, 256 for removed pixels, 64 for infidelity." in page
     assert "More of run task1-0: [the tiles in words](runs/task1-0/saliency.md)." in page
     assert "task1_64-" not in page  # has no runs
     assert (study / "docs/sources.md").read_text().count("[task1-0](../runs/task1-0/) and 2 more") == 1
@@ -325,11 +326,11 @@ def test_the_ablation_compares_a_row_with_the_one_that_it_changes(tables: Tables
     over = spread([scores[1][seed] - scores[0][seed] for seed in range(5)])
     change = f"{over.mean:+.3f} [{over.low:+.3f}, {over.high:+.3f}]"
     difference, p, verdict = rows["with stain augmentation and averaged weights"]
-    assert difference == f"{change} against 'with stain augmentation instead of the reference's'"
+    assert difference == f"{change} against 'with stain augmentation instead of TrivialAugment'"
     assert (p, verdict) == ("1.000", "not decided |")
     assert rows["without data augmentation"] == ["+0.081 [+0.052, +0.110]", "0.016", "better |"]
-    assert rows["reference"] == ["", "", " |"]
-    assert any("These seeds could show a difference in test ACC of 0.162 or more" in line for line in lines)
+    assert rows["Task 3's configuration"] == ["", "", " |"]
+    assert any("needs a difference of 0.162 in test ACC" in line for line in lines)
 
 
 def test_a_network_s_cost_is_counted_at_the_side_of_its_inputs() -> None:
