@@ -105,7 +105,7 @@ def smallest_difference(sd: float, n: int, family: int) -> float:
 
 def interval(value: float, low: float | None, high: float | None, digits: int = 4, sign: str = "") -> str:
     """`value [low, high]`; only the value if the interval is None or NaN. `sign="+"` adds plus signs."""
-    number = f"{sign}.{digits}f"
+    number = f"{sign}z.{digits}f"  # z: no -0.00
     if low is None or high is None or math.isnan(low) or math.isnan(high):
         return f"{value:{number}}"
     return f"{value:{number}} [{low:{number}}, {high:{number}}]"

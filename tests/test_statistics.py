@@ -84,4 +84,5 @@ def test_a_row_may_be_compared_with_another_than_the_first_one() -> None:
 def test_an_interval_is_written_with_its_value() -> None:
     assert interval(0.51234, 0.4, 0.6) == "0.5123 [0.4000, 0.6000]"
     assert interval(0.5, -0.4, 0.6, 2, "+") == "+0.50 [-0.40, +0.60]"
+    assert interval(-0.001, -0.4, 0.004, 2) == "0.00 [-0.40, 0.00]"
     assert interval(0.5, None, None) == interval(0.5, math.nan, math.nan) == "0.5000"
