@@ -103,7 +103,7 @@ def mean_maps(path: Path, means: Mapping[str, Sequence[NDArray[Any]]], title: st
         grid[0, 0].set_ylabel("trained", fontsize=9)
         grid[1, 0].set_ylabel("random weights", fontsize=9)
         figure.suptitle(wrap(f"Mean size of the maps; {title}", 105), fontsize=9)
-        figure.supxlabel("A place that is also bright with random weights comes from the architecture.", fontsize=8)
+        figure.supxlabel("What is also bright with random weights comes from the architecture.", fontsize=8)
 
 
 def randomisation(path: Path, methods: Mapping[str, Mapping[str, Any]], title: str) -> None:
