@@ -30,11 +30,11 @@ Task 1 has <!-- = task1 acc -->?<!-- -->, at most <!-- = most task1 acc -->?<!--
 <!-- results task1 task1_64 published_task1: begin -->
 <!-- results task1 task1_64 published_task1: end -->
 
-<!-- maps task1-0: begin -->
-<!-- maps task1-0: end -->
+<!-- maps tuned-0: begin -->
+<!-- maps tuned-0: end -->
 """
 SOURCES = "<!-- records ../: begin -->\n<!-- records ../: end -->\n"
-SHOWN = ("task1-0", "task1-1", "task1-2", "neighbours-89996-0")
+SHOWN = ("task1-0", "task1-1", "task1-2", "tuned-0", "neighbours-89996-0")
 
 
 def make(folder: Path, *more: str) -> None:
@@ -85,11 +85,11 @@ def test_a_page_is_filled_from_the_records(study: Path) -> None:
     assert f"Task 1 has <!-- = task1 acc -->{over.mean:.3f}<!-- -->, at most" in page
     assert f"| 28 px | 89,996 | 3 | {over.mean:.3f} [{over.low:.3f}, {over.high:.3f}] |" in page
     assert "| coursework, one seed: ResNet-18 from scratch | 64 px | 89,996 |  | 0.895 |" in page
-    assert re.search(r"^\| Saliency \| yes \| 0\.22 \[0\.18, 0\.26\] \|", page, re.MULTILINE)
-    assert "| Random order |  |  |  |  | 0.60 |" in page
+    assert re.search(r"^\| Saliency \| no \| 0\.09 \[0\.06, 0\.12\] \|", page, re.MULTILINE)
+    assert "| Random order |  |  |  |  | 0.10 |" in page
     assert "These 15 tests are not corrected for their number." in page
     assert "Tiles: 32 for random weights, 256 for removed pixels, 64 for infidelity." in page
-    assert "More of run task1-0: [the tiles in words](runs/task1-0/saliency.md)." in page
+    assert "More of run tuned-0: [the tiles in words](runs/tuned-0/saliency.md)." in page
     assert "task1_64-" not in page  # has no runs
     assert (study / "docs/sources.md").read_text().count("[task1-0](../runs/task1-0/) and 2 more") == 1
     assert "data:image/png;base64," in (study / "report.html").read_text()
@@ -102,13 +102,13 @@ def test_a_page_is_filled_from_the_records(study: Path) -> None:
 )
 def test_a_changed_file_of_a_record_is_noticed(name: str, study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make(study, "--check")
-    path = study / "runs/task1-0" / name
+    path = study / "runs/tuned-0" / name
     if path.suffix == ".npz":
         with np.load(path) as archive:
             np.savez(path, **dict(archive))  # the same arrays in another file
     else:
         old = {"config.json": '"started": "2', "attribution.json": '"started": "2'}
-        old |= {"summary.json": '"wall_seconds": 1', "history.csv": "\n1,", "saliency.md": "(0.84"}
+        old |= {"summary.json": '"wall_seconds": 6', "history.csv": "\n1,", "saliency.md": "(0.92"}
         new = {"history.csv": "\n1.0,"}.get(name, f"{old.get(name, '')[:-1]}3")
         assert old[name] in path.read_text()
         path.write_text(path.read_text().replace(old[name], new))
@@ -148,7 +148,7 @@ def test_a_mistake_in_a_page_is_named(
 
 
 def test_a_page_about_own_runs_has_no_words_of_a_study(tmp_path: Path) -> None:
-    for run_id in ("task1-0", "combined-0", "ablation-combined-0", "ablation-with_ema-0"):
+    for run_id in ("task1-0", "combined-0", "tuned-0", "ablation-combined-0", "ablation-with_ema-0"):
         shutil.copytree(ROOT / "runs" / run_id, tmp_path / "runs" / run_id)
     table = tmp_path / "sweeps/try/table.md"
     table.parent.mkdir(parents=True)
