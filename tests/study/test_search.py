@@ -56,7 +56,7 @@ def test_a_new_trial_learns_from_those_before(write_sweep: Write, tmp_path: Path
             search.study.add_trial(create_trial(params=params, distributions=search.space, value=value))
         asked = [search.study.ask(search.space).params["quality"] for _ in range(21)]
         distances[goal] = sorted(abs(quality - 0.4) for quality in asked)[10]
-    assert distances["maximize"] < 0.15 < 0.3 < distances["minimize"]
+    assert distances["maximize"] < 0.2 < 0.3 < distances["minimize"]
 
 
 @pytest.mark.parametrize("goal", ["maximize", "minimize"])
