@@ -156,7 +156,7 @@ class Tables:
             tests, n = chance(len(lines)), content["n"]
             tests += f" Tiles: {n['randomisation']} for random weights, {n['removal']} for removed pixels, "
             tests += f"{n['infidelity']} for infidelity."
-            for control in content["controls"].values():  # by it alone, a map of random numbers can be judged
+            for control in content["controls"].values():  # what a map without any knowledge has
                 lines.append([text(control["title"]), *[""] * 4, f"{control['infidelity']['value']:.2f}"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise unreadable(path, error) from error
