@@ -1,6 +1,6 @@
 """Tiles/s while training: this project's loop beside the loop of a tutorial. Fills the table of docs/speed.md.
 
-    python -m bench.throughput    # on the GPU if there is one, else on the CPU: 15 minutes of two cores
+    python -m bench.throughput    # on the GPU if there is one, else on the CPU: 4 minutes of two quiet cores
 
 - plain: medmnist's PathMNIST (PIL images), torchvision's transforms tile by tile, a shuffling DataLoader with the
   best of several numbers of workers, fp32, PyTorch's default optimiser.

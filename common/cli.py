@@ -205,7 +205,8 @@ def run_script(main: Callable[[K], None], keys: type[K], arguments: Sequence[str
             what = f"{type(error).__name__}: {first_line(error)}"
             message, status = f"unexpected: {what}; please report it with the lines above", 70
     except KeyboardInterrupt:
-        message, status = f"interrupted; {command} continues" if command else "interrupted", 130
+        message, number = f"interrupted; {command} continues" if command else "interrupted", signal.SIGINT
+        status = 128 + number
     with suppress(OSError):  # nobody may read stderr any more
         line = "".join(character if character.isprintable() else " " for character in message)
         print(f"{Path(program()[-1]).name}: {line}", file=sys.stderr)

@@ -85,15 +85,13 @@ class TrainingConfig(Config):
     )
     model_name: str = key("resnet18", "torchvision classification model, or timm:NAME for one of the package timm")
     n_epochs: int = key(5, "largest number of epochs", ge=1)
-    batch_size: int = key(64, "tiles per step", ge=2)
+    batch_size: int = key(64, "tiles per step", ge=3)
 
     optimizer: str = key("adam", "Adam, or AdamW with decoupled weight decay", choices=("adam", "adamw"))
     amsgrad: bool = key(False, "use the maximum of past second moments (Reddi et al. 2018)")
     lr: float = key(1e-3, "learning rate at its peak", gt=0)
     lr_min: float = key(0.0, "the cosine ends at this factor of lr; 1: constant lr", ge=0, le=1)
-    lr_warmup_epochs: int = key(
-        0, "epochs of linear warm-up; if the run has no more epochs than this, half of them", ge=0
-    )
+    lr_warmup_epochs: int = key(0, "epochs of linear warm-up; half of the run if that is not longer", ge=0)
     lr_warmup_decay: float = key(0.1, "the warm-up starts at this factor of lr", gt=0, le=1)
     weight_decay: float = key(0.0, "weight decay", ge=0)
 

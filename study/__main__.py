@@ -160,7 +160,7 @@ def commands(plan: Plan, config: StudyConfig) -> tuple[list[Run], list[list[str]
         for seed in range(row.n_seeds):
             run_id = f"{name}-{seed}"
             if (path := run_folder(folder, run_id) / "config.json").exists():
-                before = read_json(path)["config"]
+                before = read_json(path, "config")["config"]
                 if (before["dataset"], before["size"]) != (config.dataset, config.size):
                     what = f"{before['dataset']} at {before['size']} pixels"
                     raise UsageError(f"{path}: a run on {what}; name another --output_dir")

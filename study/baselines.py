@@ -65,7 +65,7 @@ def main(config: BaselinesConfig) -> None:
             run_id = f"{name}-{len(dataset.train)}-{seed}"
             folder = run_folder(config.output_dir, run_id)
             if is_finished(config.output_dir, run_id):
-                if read_json(folder / "summary.json")["data_fingerprint"] != dataset.fingerprint:
+                if read_json(folder / "summary.json").get("data_fingerprint") != dataset.fingerprint:
                     raise UsageError(f"{folder}: a run on other data; use another --output_dir")
                 print(f"{run_id}: finished already")
                 continue

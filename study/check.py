@@ -21,7 +21,8 @@ def check_runs(records: Iterable[Record]) -> None:
             problem = f"its seed is {config['seed']}, its name says {number[1]}"
         twin = seen.setdefault(hashlib.sha256(record.arrays()["best_logits"].tobytes()).hexdigest(), record)
         differing = {key for key in {**config, **twin.config} if config.get(key) != twin.config.get(key)}
-        if twin is not record and not differing <= MAY_CHANGE_NOTHING:
+        rows = {config.get("ablation"), twin.config.get("ablation")} - {"combined", "without_early_stopping"}
+        if twin is not record and (rows or not differing <= MAY_CHANGE_NOTHING):
             problem = f"it has the very outputs of {twin.run_id}"
         if problem:
             raise Fault(f"{record.folder}: {problem}; restore the record, or train the run again")

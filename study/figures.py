@@ -66,7 +66,8 @@ def draw_ladder(path: Path, rows: Mapping[str, Group], aim: float | None = None)
         names = [*(name for _, name in others), *(rung[1] for rung in rungs)]
         axes.set_yticks(range(len(names)), [wrap(name, 48) for name in names], fontsize=9)
         axes.set_ylim(-0.7, len(names) - 0.4)
-        axes.set_xlim(rungs[0][0].mean - 0.04, min(1.0, rungs[-1][0].mean + 0.04))
+        ends = [end for over, *_ in rungs for end in (over.low, over.mean, over.high) if end == end]  # no NaN
+        axes.set_xlim(min(ends) - 0.02, min(1.0, max(ends) + 0.02))
         axes.grid(axis="y", visible=False)
         data = sorted({str(group.first.summary["dataset"]) for group in rows.values()})
         axes.set_xlabel(wrap(f"Test ACC, {'; '.join(data)}", 80))  # so a phantom says that it is one
@@ -126,7 +127,8 @@ def draw_learning_curve(path: Path, curves: Mapping[str, Sequence[Group]]) -> No
             axes.set_xscale("log")
             axes.set_xticks(tiles, [f"{number:,}" for number in tiles], rotation=30)
             axes.minorticks_off()
-            axes.set(xlabel="Training tiles (logarithmic)", ylabel=name)
+            first = [str(groups[0].first.summary["dataset"]).partition(" (")[0] for groups in curves.values()]
+            axes.set(xlabel=f"Training tiles of {', '.join(sorted(set(first)))} (logarithmic)", ylabel=name)
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", frameon=False)
 
 

@@ -99,7 +99,7 @@ class Group:
             raise Fault(f"of the runs {runs}, two have the same seed: move one of them out of the folder")
         configs = [{**one.config, "training tiles": one.summary["tiles"]["train"]} for one in self.records]
         for name in set().union(*configs) - APART:
-            if len({str(config.get(name)) for config in configs}) > 1:
+            if len({str(config.get(name) or None) for config in configs}) > 1:  # an older run may lack a key
                 raise Fault(f"the runs {runs} differ in {name}, not in the seed alone")
 
     @property
@@ -184,7 +184,8 @@ class Runs:
 
     def __init__(self, folder: Path, check: Callable[[Record], None] = lambda record: None) -> None:
         self.folder, self.check, self.read = folder, check, dict[str, Record]()
-        found = {path.parent.name: read_json(path) for path in sorted((folder / "runs").glob("*/summary.json"))}
+        paths = sorted((folder / "runs").glob("*/summary.json"))
+        found = {path.parent.name: read_json(path, "wall_seconds") for path in paths}
         self.hours = sum(summary["wall_seconds"] for summary in found.values()) / 3600
         self.scored = [run_id for run_id, summary in found.items() if "best" in summary]
 
@@ -225,13 +226,17 @@ class Runs:
         return curves
 
     def recipes(self) -> dict[str, Group]:
-        """The finished runs with test scores, but those of sweeps, as groups that differ in the seed alone."""
-        searches = [f"{path.parent.name}-" for path in (self.folder / "sweeps").glob("*/search.jsonl")]
-        sweeps = ("ablation", "learning_curve", *searches)
+        """Runs that differ in the seed alone, without those of a search and those of `ablation` and `curves`."""
+        searches = tuple(f"{path.parent.name}-" for path in (self.folder / "sweeps").glob("*/search.jsonl"))
+        others = [*self.ablation().values(), *(group for curve in self.curves().values() for group in curve)]
+        ids = {record.run_id for group in others for record in group.records}
+        elsewhere = {run_id for run_id in ids if run_id.startswith(("ablation", "learning_curve"))}
         found: dict[str, dict[int, Record]] = {}
-        records = [self.record(run_id) for run_id in self.scored if not run_id.startswith(sweeps)]
+        records = [
+            self.record(run) for run in self.scored if run not in elsewhere and not run.startswith(searches)
+        ]
         for record in sorted(records, key=lambda record: record.facts["started"]):
-            same = {name: value for name, value in record.config.items() if name not in APART}
+            same = {name: value for name, value in record.config.items() if name not in APART and value}
             group = found.setdefault(f"{record.summary['tiles']['train']} {sorted(same.items())}", {})
             group[record.config["seed"]] = record  # of repeated runs the last one
         ordered = [[runs[seed] for seed in sorted(runs)] for runs in found.values()]

@@ -42,7 +42,6 @@ COLOURS = "ACC on the validation tiles, and on three copies with changed colours
 FURTHER = ("README.md", "docs/sources.md")  # pages with blocks or numbers
 SHOWN_TILE = 6099  # of the test tiles, in the figure of the augmentations: the first of the coursework's ten
 IN_CURVES = ["task1", "task1_64", "combined", "combined_64", "chosen", "tuned", "tuned_scratch"]
-IN_CURVES += ["old_tuned", "old_scratch"]  # of the earlier version
 
 
 class ReportConfig(Keys):
@@ -58,10 +57,8 @@ def main(config: ReportConfig) -> None:
     folder, page = config.output_dir, config.output_dir / "report.md"
     runs = Runs(folder, check_scores)
     by_hand = page.exists() and BLOCK.search(read_text(page)) is not None
-    if by_hand:
-        tables = Tables(runs, runs.groups(), runs.ablation(), runs.curves())
-    else:
-        tables = Tables(runs, runs.recipes(), runs.ablation(), runs.curves())
+    rows = runs.groups() if by_hand else runs.recipes()
+    tables = Tables(runs, rows, runs.ablation(), runs.curves())
     if not runs.read and not any((folder / "sweeps").glob("*/table.md")):
         raise UsageError(f"{folder / 'runs'}: no finished run with test scores; python task1.py makes one")
     if by_hand:  # a user may well train the same network twice
@@ -145,7 +142,8 @@ def own_page(tables: Tables) -> str:
     """A page about the runs of a folder, ready to be filled."""
     folder, rows = tables.runs.folder, tables.rows
     summaries = [record.summary for record in tables.runs.read.values()]
-    lines = ["# Report", "", text("; ".join(sorted({one["dataset"] for one in summaries})) or "Sweeps")]
+    lines = ["<!-- python -m study.report writes this page anew: keep your own text in another file -->", ""]
+    lines += ["# Report", "", text("; ".join(sorted({one["dataset"] for one in summaries})) or "Sweeps")]
     if any(one["synthetic"] for one in summaries):
         lines += ["", "> These tiles are generated. They are not tissue, so these are no results on PathMNIST."]
     trained = [name for name, group in rows.items() if group.first.history]

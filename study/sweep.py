@@ -11,6 +11,7 @@ CUDA_VISIBLE_DEVICES=1. output_dir/sweeps/<name>/ holds logs, and of a search Op
 
 import itertools
 import math
+import os
 import re
 import shlex
 from collections.abc import Sequence
@@ -55,6 +56,8 @@ def grid(sweep: Sweep, output_dir: Path) -> list[Run]:
     axes = {name: parameter.values for name, parameter in sweep.swept.items()}
     if ranges := [name for name, values in axes.items() if not values]:
         raise UsageError(f"parameter {ranges[0]}: a grid needs values, not min and max")
+    if sweep.early_terminate:
+        raise UsageError("early_terminate: only the runs of a search are ended early")
     runs = []
     order = sorted(axes, key=lambda name: name != "seed")  # stable
     for combination in itertools.product(*(axes[name] for name in order)):
@@ -64,7 +67,7 @@ def grid(sweep: Sweep, output_dir: Path) -> list[Run]:
         config = sweep.config({**values, "run_id": run_id})
         command = sweep.command_line({**values, "run_id": run_id, "output_dir": output_dir})
         if (path := run_folder(output_dir, run_id) / "config.json").exists():
-            check_same(config, read_json(path)["config"], REMEDY)
+            check_same(config, read_json(path, "config")["config"], REMEDY)
         runs.append(Run(run_id, command))
     return runs
 
@@ -80,21 +83,27 @@ class Search:
         self.sweep, self.processes, self.count = sweep, processes, count
         self.file, early = processes.logs / "search.jsonl", sweep.early_terminate
         self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(self.file.with_suffix(".lock"))
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         # Constant liar: a trial without a value counts as a bad one, so trials at the same time differ.
         sampler = samplers.TPESampler(constant_liar=True) if sweep.method == "bayes" else samplers.RandomSampler()
         pruner = pruners.SuccessiveHalvingPruner(early.min_iter, early.eta) if early else pruners.NopPruner()
-        try:
-            self.study = optuna.create_study(
-                storage=JournalStorage(JournalFileBackend(str(self.file))),
-                sampler=sampler,
-                pruner=pruner,
-                study_name=sweep.name,
-                direction=sweep.metric.goal,
-                load_if_exists=True,
-            )
-        except Exception as error:  # a damaged journal makes Optuna raise many types
-            raise Fault(f"{self.file}: damaged ({first_line(error)}); restore it, or {REMEDY}") from error
+        with self.lock:
+            before = self.file.read_bytes() if self.file.exists() else b""
+            if before and not before.endswith(b"\n"):  # a full disk; Optuna would append to the torn line
+                os.truncate(self.file, before.rfind(b"\n") + 1)
+            try:
+                self.study = optuna.create_study(
+                    # With a relative path, Optuna would wait for ever for the lock of a killed command.
+                    storage=JournalStorage(JournalFileBackend(str(self.file.resolve()))),
+                    sampler=sampler,
+                    pruner=pruner,
+                    study_name=sweep.name,
+                    direction=sweep.metric.goal,
+                    load_if_exists=True,
+                )
+            except Exception as error:  # a damaged journal makes Optuna raise many types
+                raise Fault(f"{self.file}: damaged ({first_line(error)}); restore it, or {REMEDY}") from error
         content = sweep.model_dump(mode="json", include={"metric", "parameters"}, exclude_unset=True)
         content["parameters"] = {key: content["parameters"][key] for key in sweep.parameters.keys() - BOOKKEEPING}
         if self.study.user_attrs.get("content", content) != content:
@@ -110,15 +119,16 @@ class Search:
         """Train trials until none is left, and write their table; without workers, only write the table.
 
         Raises Fault naming the trials that failed, but not by their configuration. UsageError where no trial has
-        finished.
+        finished or failed.
         """
         with self.processes.ended_together():
             is_left = True
             while is_left:
                 ended = list(self.processes.ended())
-                with FileLock(self.file.with_suffix(".lock")):
+                with self.lock:
                     is_left = self.step(ended, n_workers) and n_workers > 0
-        self.write_table()
+            if not self.processes.failed or self.study.get_trials(states=[TrialState.COMPLETE]):
+                self.write_table()
 
     def step(self, ended: Sequence[tuple[str, int, str]], n_workers: int) -> bool:
         """Note what has ended, stop what is hopeless, and start what is next. The caller has the lock.
@@ -132,32 +142,33 @@ class Search:
             raise UsageError(f"{folder}: this run is not in {self.file}: {REMEDY}")
         for trial in self.study.get_trials(states=[TrialState.RUNNING]):
             run_id = self.run_id(trial.number)
-            reported = self.report(trial)
+            handle = self.report(trial)
             if is_finished(self.processes.output_dir, run_id):
                 self.study.tell(trial.number, self.best(trial.number))
             elif statuses.get(run_id) in (UsageError.exit_status, Untrainable.exit_status):
                 self.study.tell(trial.number, state=TrialState.FAIL)  # every attempt would end like this
-            elif run_id in running and reported.should_prune():  # each rung is judged once: by its own command
+            elif run_id in running and handle.should_prune():  # each rung is judged once: by its own command
                 self.study.tell(trial.number, state=TrialState.PRUNED)
                 running[run_id][0].terminate()
             elif run_id in statuses:
                 failed.append(run_id)
             elif run_id not in failed:
-                left.append(trial)
+                left.append(handle)
         for run_id, _, outcome in ended:
             state = self.study.trials[int(run_id.rpartition("-")[2])].state
             print(f"{run_id}: {'pruned' if state == TrialState.PRUNED else outcome}", flush=True)
-        for trial in left:
+        for begun in left:
             if len(running) < n_workers:
-                self.start(trial)
+                self.start(begun)
         while len(running) < n_workers and len(self.study.trials) < self.count:
-            self.start(self.study.ask(self.space))
+            self.start(self.study.ask())
         return bool(running or left) or len(self.study.trials) < self.count
 
-    def start(self, trial: FrozenTrial | optuna.Trial) -> None:
-        """Start a trial's process, unless another command trains it."""
+    def start(self, trial: optuna.Trial) -> None:
+        """Start a trial's process, unless another command trains it. A kill may have left keys to be sampled."""
         run_id = self.run_id(trial.number)
-        values = {**trial.params, "run_id": run_id, "output_dir": self.processes.output_dir}
+        values = {name: trial._suggest(name, parameter) for name, parameter in self.space.items()}
+        values |= {"run_id": run_id, "output_dir": self.processes.output_dir}
         self.processes.start(Run(run_id, self.sweep.command_line(values)))
 
     def report(self, trial: FrozenTrial) -> optuna.Trial:
@@ -199,11 +210,12 @@ class Search:
         best_keys: dict[str, Any] = {}
         data = ""
         for trial in trials:
-            run_id, state, keys = self.run_id(trial.number), trial.state.name.lower(), trial.params
+            run_id, state = self.run_id(trial.number), trial.state.name.lower()
+            keys = {key: trial.params.get(key, "") for key in self.space}
             if (trial.state == TrialState.COMPLETE) != is_finished(output_dir, run_id):
                 raise Fault(f"{self.file}: trial {trial.number} is {state} there, but not in its run's records")
             if (path := run_folder(output_dir, run_id) / "config.json").exists():
-                record = read_json(path)
+                record = read_json(path, "config", "dataset")
                 keys = {key: record["config"][key] for key in self.space}
                 best_keys, data = best_keys or keys, data or record["dataset"]
             scores = self.scores(trial.number)

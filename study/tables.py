@@ -14,7 +14,7 @@ from common.markdown import markdown_table, text
 from common.records.read import Record, read_json, unreadable
 from common.statistics import SIGNIFICANT, Comparison, compare, interval, smallest_difference
 from study.facts import PUBLISHED, cost
-from study.groups import AGAINST, Group, Runs, convergence_epoch
+from study.groups import AGAINST, ROWS, Group, Runs, convergence_epoch
 from study.recipes import ranking
 
 BLOCKS = ("results", "recipes", "classes", "colours", "techniques", "difference", "maps", "trials", "records")
@@ -61,7 +61,9 @@ class Tables:
         return list(getattr(self, name)(*arguments))
 
     def chosen(self, names: Sequence[str]) -> list[Group]:
-        """The rows of these names that have runs; all of them where there are no names."""
+        """The rows of these names that have runs, without names all. Raises Fault for an unknown name."""
+        if unknown := set(names) - self.rows.keys() - ROWS.keys() - PUBLISHED.keys():
+            raise Fault(f"the page asks for the row {min(unknown)!r}, but there is none in study/groups.py")
         return [self.rows[name] for name in names or self.rows if name in self.rows]
 
     def results(self, *names: str) -> list[str]:
@@ -187,7 +189,7 @@ class Tables:
             days = sorted(str(one["started"])[:10] for one in facts)
             first, *others = (record.run_id for record in records)
             runs = f"[{first}]({root}runs/{first}/)" + (f" and {len(others)} more" if others else "")
-            words = (" / ".join(sorted({str(one.get(key))[:40] for one in facts})) for key in ("commit", "device"))
+            words = (" / ".join(sorted({str(one.get(key)) for one in facts})) for key in ("commit", "device"))
             commits, devices = map(text, words)
             dates = days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
             lines.append([text(title), runs, commits, dates, devices, digest_of(records)])
@@ -217,9 +219,9 @@ class Tables:
                 case [name, "taken", *words]:
                     taken, share = self._row(name).mistaken(" ".join(words))
                     return f"{taken} ({share:.0%})"
-                case [name, "-", other, score, *shown]:
+                case [name, "-", other, score, *shown] if shown in ([], ["interval"]):
                     over, sign = self._row(name).minus(self._row(other), score), "+"
-                case [name, score, *shown]:
+                case [name, score, *shown] if shown in ([], ["interval"]):
                     over, sign = self._row(name).spread(score), ""
                 case _:
                     raise ValueError("there is no such number")

@@ -1,4 +1,4 @@
-"""What the tests share. No test writes outside temporary folders, and none uses the network."""
+"""What the tests share. None uses the network; only medmnist writes outside temporary folders (~/.medmnist)."""
 
 import dataclasses
 import hashlib

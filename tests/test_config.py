@@ -2,6 +2,7 @@
 
 import errno
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from processes import end, start
 from pydantic import ValidationError
 
 from common.cli import UsageError, parse, run_script
@@ -144,9 +146,13 @@ def test_before_the_line_of_an_unexpected_error_stands_its_traceback(capsys: pyt
     assert lines[-1].endswith(": unexpected: RuntimeError: a shape; please report it with the lines above")
 
 
-def test_ctrl_c_is_one_line_that_says_how_to_continue(capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_is_one_line_that_says_how_to_continue(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def main(config: TrainingConfig) -> None:
         raise KeyboardInterrupt
 
     assert ended(main, "--run_id=r") == 130
     assert capsys.readouterr().err.endswith(": interrupted; the same command with --run_id=r continues\n")
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s")  # its agent would count an exit status as a failure
+    assert end(start(lambda: ended(main), tmp_path / "log")) == -signal.SIGINT

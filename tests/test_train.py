@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 import train
-from common.cli import UsageError, parse
+from common.cli import parse
 
 
 def read(*arguments: str) -> train.TrainConfig:
@@ -51,12 +51,3 @@ def test_the_defaults_are_the_courseworks() -> None:
 )
 def test_an_ablation_changes_the_keys_of_its_row_and_no_others(ablation: str, changes: dict[str, Any]) -> None:
     assert differing(read(), read(f"--ablation={ablation}")) == changes
-
-
-def test_a_key_that_contradicts_its_ablation_is_refused() -> None:
-    with pytest.raises(
-        UsageError, match="--augmentation auto: --ablation without_augmentation sets this key itself"
-    ):
-        read("--ablation=without_augmentation", "--augmentation=auto")
-    with pytest.raises(UsageError, match="did you mean with_ema"):
-        read("--ablation=with_emma")

@@ -11,7 +11,7 @@ from common.data.augment import build_augmentation, dihedral_views
 from common.data.dataset import Dataset, Split, resize
 from common.data.shift import shifted
 
-RESIDENT_SHARE = 0.6  # the share of a GPU's free memory that tiles may take; the network needs the rest
+RESIDENT_SHARE = 0.6  # of a GPU's free memory for tiles, of all memory for features; the network needs the rest
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # tiles or inputs, and labels
 
@@ -49,7 +49,7 @@ class Splits:
 
 
 class DeviceTiles:
-    """`Tiles` on the computing device or, where they do not fit there, in pinned memory of the host.
+    """`Tiles` on the computing device or, where they do not fit there, in the memory-mapped file.
 
     Inputs are (B, 3, input_size, input_size) in -1..1. A tile is resized before it is augmented. Raises UsageError
     for an unknown augmentation.

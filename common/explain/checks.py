@@ -1,7 +1,7 @@
-"""Can attribution maps be trusted? Every method is checked in three ways.
+"""Can attribution maps be trusted? The first two of these measures decide; the third one is only shown.
 
 - Randomisation (Adebayo et al. 2018): the network's layers are initialised again, one after the other from the
-  last to the first. A map of what the network learnt must lose its order of pixels.
+  last to the first. A map of what the network learnt must then rank the pixels in another way.
 - Deletion and insertion (Petsiuk et al. 2018): pixels are blurred, or restored, in the map's order. In a faithful
   order the target's probability falls, or rises, sooner than in a random order or in the order of the edges.
 - Infidelity (Yeh et al. 2019), by Captum.

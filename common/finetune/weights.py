@@ -95,6 +95,8 @@ def load_weights(name: str, model_name: str) -> Weights:
     owner = network_of(name)
     if owner not in (None, model_name):
         raise UsageError(f"--weights {name}: for another network; add --model_name {owner}")
+    if owner in ("googlenet", "inception_v3"):
+        raise UsageError(f"--weights {name}: they need auxiliary heads, which are not built here")
     if not owner and name != SCRATCH and not name.lower().endswith(SUFFIXES):
         hint = closest(name, [*PACKAGED_WEIGHTS, *_entries()])
         raise UsageError(f"--weights {name}: no known weights, and no {' or '.join(SUFFIXES)} file{hint}")

@@ -151,15 +151,17 @@ def read_history(path: Path) -> list[dict[str, float]]:
     return rows
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, *names: str) -> Any:
     """The content of a JSON record of a run.
 
-    Raises Fault where it is damaged, or in the folder of another run.
+    Raises Fault where it is damaged, lacks one of the keys `names`, or is in the folder of another run.
     """
     try:
         content = json.loads(read_text(path))
         if not isinstance(content, dict):
             raise ValueError("it is no JSON object")
+        if lacking := [name for name in names if name not in content]:
+            raise ValueError(f"{lacking[0]}: it is missing")
         if content.get("run_id", path.parent.name) != path.parent.name:
             raise ValueError(f"run_id: it is of run {content['run_id']}")
     except (OSError, ValueError) as error:

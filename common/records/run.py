@@ -81,8 +81,9 @@ class Run:
         if record.exists():
             before = read_json(record)
             check_record(config, before, self.facts)
-            if device_name not in before["device"].split(", then "):
-                before["device"] += f", then {device_name}"
+            for name, now in (("device", device_name), ("commit", _commit())):
+                if str(now) not in str(before[name]).split(", then "):
+                    before[name] = f"{before[name]}, then {now}"
             self.facts = {name: before.get(name, value) for name, value in self.facts.items()}
         self.folder.mkdir(parents=True, exist_ok=True)
         # A singleton: the same process may open the run again.
@@ -177,7 +178,8 @@ def check_same(
 ) -> None:
     """Raise UsageError, naming the differing keys, where `before` has other keys, or other values of `more`."""
     now, before = {**config.identity(), **more}, public(before)
-    if differing := [f"{name} was {before.get(name)}" for name in now if before.get(name) != now[name]]:
+    changed = [name for name in now if before.get(name) != now[name] and (name in before or now[name])]  # or off
+    if differing := [f"{name} was {before.get(name)}" for name in changed]:
         raise UsageError(
             f"run {config.run_id} was started with another configuration ({', '.join(differing)}): {remedy}"
         )
@@ -211,7 +213,7 @@ def start_wandb(task: str, run_id: str, config: ScriptConfig, facts: Mapping[str
     )
     config.output_dir.mkdir(parents=True, exist_ok=True)
     project, keys = os.environ.get("WANDB_PROJECT") or WANDB_PROJECT, config.as_dict()
-    for attempt in (mode, "offline"):
+    for attempt in dict.fromkeys((mode, "offline")):
         try:
             wandb.setup(settings)  # silent before init: else W&B prints its server's address with the password
             run = wandb.init(

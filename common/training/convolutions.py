@@ -43,7 +43,7 @@ class SmallMapConv2d(nn.Conv2d):
             if math.prod(out) > FEW_OUTPUTS:
                 return super().forward(input)
             output = _FewOutputs.apply(input, self.weight, stride, padding)
-        elif size == tuple(out) == (1, 1) and all(pad < taps for _, taps, _, pad in axes):  # one tap meets the map
+        elif size == tuple(out) == (1, 1) and all(pad < taps for _, taps, _, pad in axes):  # others meet padding
             output = (input.flatten(1) * self.weight[:, 0, padding[0], padding[1]])[:, :, None, None]
         elif any(pixels < taps and before <= taps for pixels, taps, before in zip(out, kernel, size, strict=True)):
             output = _Depthwise.apply(input, self.weight, stride, padding)

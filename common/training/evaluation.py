@@ -29,8 +29,8 @@ History = Sequence[Mapping[str, float]]  # one row for each epoch, as in history
 class Evaluation:
     """The logits (N, C), float32 or float16, and the targets (N,) int64 of a split, in its order.
 
-    Of `normalised` logits, the log-probabilities of a baseline, no softmax is taken again: its rounding would rank
-    tied tiles at random.
+    If `normalised` is set, the logits are log-probabilities of a baseline. Then exp gives the probabilities: the
+    rounding in a softmax would rank tied tiles at random.
     """
 
     logits: np.ndarray
@@ -46,7 +46,8 @@ class Evaluation:
     @property
     def probabilities(self) -> np.ndarray:
         """Softmax of the logits, or their exponentials if they are `normalised`, (N, C) float64."""
-        return np.exp(self.logits.astype(np.float64)) if self.normalised else metrics.softmax(self.logits)
+        logits = torch.from_numpy(self.logits).double()
+        return (logits.exp() if self.normalised else logits.softmax(1)).numpy()
 
     def summary(self, split: str) -> dict[str, float]:
         """Loss (mean cross-entropy), AUC and ACC under the coursework's keys, such as `validate/auc`."""
@@ -67,7 +68,6 @@ class Evaluation:
             "auc": vars(metrics.auc_estimate(probabilities, targets)),
             "acc": vars(metrics.accuracy_estimate(probabilities, targets)),
             "balanced_acc": {"value": metrics.balanced_accuracy(probabilities, targets)},
-            "expected_calibration_error": metrics.expected_calibration_error(probabilities, targets),
             "auc_per_class": {
                 name: None if math.isnan(area) else area for name, area in zip(CLASS_NAMES, areas, strict=True)
             },

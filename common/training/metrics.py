@@ -2,7 +2,7 @@
 
 AUC and accuracy equal those of `medmnist.Evaluator`, so they compare with the published PathMNIST numbers.
 `probabilities` is always an (N, C) float array with a row per tile and a column per class, and `targets` the (N,)
-integer array of true classes. The module imports only numpy because every command waits for it.
+integer array of true classes.
 """
 
 import math
@@ -22,14 +22,6 @@ class Estimate:
     value: float
     low: float
     high: float
-
-
-def softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
-    """The probabilities, (N, C) float64, of logits (N, C) of any float type."""
-    # The differences between float16 logits could overflow, so float64 first.
-    wide = logits.astype(np.float64)
-    exponentials = np.exp(wide - wide.max(axis=1, keepdims=True))
-    return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True))
 
 
 def auc_per_class(probabilities: NDArray[Any], targets: NDArray[Any]) -> NDArray[np.float64]:
@@ -68,20 +60,6 @@ def recalls(matrix: ArrayLike) -> NDArray[np.float64]:
     """Each class's share of right predictions, (C,), from a confusion matrix (C, C); NaN for one without tiles."""
     counts = np.sum(matrix, axis=1)
     return np.where(counts > 0, np.diagonal(matrix) / np.maximum(counts, 1), np.nan)
-
-
-def expected_calibration_error(probabilities: NDArray[Any], targets: NDArray[Any], bins: int = 15) -> float:
-    """The mean gap between confidence (the highest probability) and accuracy, over bins of equal width.
-
-    Bin m of M holds the confidences in ((m − 1)/M, m/M]; its weight is its share of the tiles. C. Guo et al., "On
-    Calibration of Modern Neural Networks", ICML 2017, equation 3.
-    """
-    confidence = probabilities.max(axis=1).astype(np.float64)
-    correct = probabilities.argmax(axis=1) == targets
-    inner_edges = np.arange(1, bins) / bins
-    # For one bin, |accuracy − confidence| times the bin's share is |sum of the differences| / N.
-    gaps = np.bincount(np.searchsorted(inner_edges, confidence), weights=correct - confidence)
-    return float(np.abs(gaps).sum() / len(targets))
 
 
 def accuracy_estimate(probabilities: NDArray[Any], targets: NDArray[Any]) -> Estimate:

@@ -150,6 +150,11 @@ def test_names_that_mean_no_weights_of_this_network_are_refused(name: str, messa
         load_weights(name, SMALL)
 
 
+def test_weights_that_need_auxiliary_heads_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"GoogLeNet_Weights\.IMAGENET1K_V1: they need auxiliary heads"):
+        load_weights("GoogLeNet_Weights.IMAGENET1K_V1", "googlenet")
+
+
 def test_a_file_in_torch_hub_s_folder_is_taken_without_network_if_its_hash_is_right(
     small: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

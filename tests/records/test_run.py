@@ -50,8 +50,11 @@ def test_config_json_tells_where_a_run_came_from(tiny: Dataset, tmp_path: Path) 
     assert content["commit"] is None or len(content["commit"].split("-")[0]) == 40
 
 
-def test_a_run_is_not_continued_on_other_data_or_from_other_weights(tiny: Dataset, tmp_path: Path) -> None:
+def test_a_run_is_not_continued_on_other_data_or_from_other_weights(
+    tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     start(tiny, tmp_path)
+    monkeypatch.setattr("common.records.run._commit", lambda: "later")
     run = start(tiny, tmp_path, device="a GPU")  # another source of the same weights
     with pytest.raises(UsageError, match=r"another configuration \(data_fingerprint was tiny\): use that one or"):
         start(dataclasses.replace(tiny, fingerprint="other"), tmp_path)
@@ -59,6 +62,17 @@ def test_a_run_is_not_continued_on_other_data_or_from_other_weights(tiny: Datase
         start(tiny, tmp_path, sha256="b")
     assert finish(run)["device"] == "a CPU, then a GPU"
     assert Record.read(tmp_path, "r").facts["device"] == "a CPU, then a GPU"
+    assert Record.read(tmp_path, "r").facts["commit"].endswith(", then later")
+
+
+def test_a_key_that_is_newer_than_a_run_may_stand_at_off(tiny: Dataset, tmp_path: Path) -> None:
+    record = start(tiny, tmp_path).folder / "config.json"
+    content = json.loads(record.read_text())
+    del content["config"]["amsgrad"], content["config"]["ema_decay"]
+    record.write_text(json.dumps(content))
+    start(tiny, tmp_path)
+    with pytest.raises(UsageError, match=r"another configuration \(amsgrad was None\)"):
+        start(tiny, tmp_path, amsgrad=True)
 
 
 def test_a_finished_run_names_its_weights_and_both_sides_of_its_tiles(tiny: Dataset, tmp_path: Path) -> None:

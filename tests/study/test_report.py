@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from example_records import CONFIG, TILES, facts, row, summary, write_run
+from matplotlib.figure import Figure
 
 from common.cli import Fault, run_script
 from common.records.read import Record
 from common.statistics import spread
-from study import report
+from study import figures, report
 from study.facts import cost
 from study.groups import Group, Runs, convergence_epoch
 from study.report import fill, own_page
@@ -134,6 +136,8 @@ def test_an_edited_figure_and_a_torn_record_are_one_line_each(
         ("<!-- = task1 speed -->1<!-- -->\n", "asks for 'task1 speed'"),
         ("<!-- = task9 acc -->1<!-- -->\n", "asks for 'task9 acc'"),
         ("<!-- = task1 acc -->1\n", "not closed"),
+        ("<!-- = task1 acc intervall -->1<!-- -->\n", "asks for 'task1 acc intervall'"),
+        ("<!-- results tsak1 task1: begin -->\n<!-- results tsak1 task1: end -->\n", "asks for the row 'tsak1'"),
         ("<!-- nothing: begin -->\n<!-- nothing: end -->\n", "there is no table nothing"),
         ("<!-- results task1: begin -->\n<!-- results: end -->\n", "ends as 'results'"),
         ("![x](fig/none.png)\n", "none.png: No such file"),
@@ -180,15 +184,6 @@ def test_text_of_a_record_cannot_become_html_or_a_column(tmp_path: Path) -> None
     assert "<script>alert" not in html
 
 
-def test_a_folder_without_runs_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        make(tmp_path)
-    assert ended.value.code == 2
-    assert f"{tmp_path}/runs: no finished run with test scores; python task1.py makes one" in (
-        capsys.readouterr().err
-    )
-
-
 def test_the_repository_s_page_is_short_and_what_the_records_give(capsys: pytest.CaptureFixture[str]) -> None:
     make(ROOT, "--check")
     page = (ROOT / "report.md").read_text()
@@ -202,6 +197,8 @@ def test_runs_of_a_group_differ_in_their_seed_alone(tmp_path: Path) -> None:
     for number, config in enumerate(runs):
         write_run(tmp_path / str(number), config)
     first, second, third = (Record.read(tmp_path / str(number), run["run_id"]) for number, run in enumerate(runs))
+    assert Group("", [first, second]).seeds == [0, 1]
+    second.facts["config"]["mixup"] = 0.0  # off; the older run does not have this key
     assert Group("", [first, second]).seeds == [0, 1]
     with pytest.raises(Fault, match="have the same seed"):
         Group("", [second, second])
@@ -258,6 +255,7 @@ def test_runs_are_in_the_order_of_their_seeds_and_own_recipes_of_their_scores(tm
     made(tmp_path, "d", 0.4, size=64)
     made(tmp_path, "try-1", 0.8, lr=3)
     (made(tmp_path, "untested").folder / "summary.json").write_text('{"run_id": "untested", "wall_seconds": 1}')
+    made(tmp_path, "ablation_test-0", 0.3, size=64, ablation="with_ema")  # no run of the study
     (tmp_path / "sweeps/try").mkdir(parents=True)
     (tmp_path / "sweeps/try/search.jsonl").touch()  # a search has its own table
     recipes = Runs(tmp_path).recipes()
@@ -265,9 +263,11 @@ def test_runs_are_in_the_order_of_their_seeds_and_own_recipes_of_their_scores(tm
         ("c", {0: 0.7}),
         ("b", {0: 0.6}),
         ("d", {0: 0.4}),
+        ("ablation_test-0", {0: 0.3}),
     ]
     titles = ["ResNet-18 fine-tuned, stain augmentation and averaged weights"]
     titles += [f"ResNet-18 from scratch, run {run_id}" for run_id in "bd"]
+    titles += ["ResNet-18 from scratch, row with_ema"]
     assert [group.title for group in recipes.values()] == titles
 
 
@@ -331,6 +331,57 @@ def test_the_ablation_compares_a_row_with_the_one_that_it_changes(tables: Tables
     assert rows["without data augmentation"] == ["+0.081 [+0.052, +0.110]", "0.016", "better |"]
     assert rows["Task 3's configuration"] == ["", "", " |"]
     assert any("needs a difference of 0.162 in test ACC" in line for line in lines)
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that the test saves."""
+    seen: list[Figure] = []
+    save = Figure.savefig
+
+    def remember(figure: Figure, *arguments: Any, **options: Any) -> None:
+        save(figure, *arguments, **options)
+        seen.append(figure)
+
+    monkeypatch.setattr(Figure, "savefig", remember)
+    return seen
+
+
+def test_the_ladder_is_sorted_and_has_room_for_every_interval(tmp_path: Path, drawn: list[Figure]) -> None:
+    low, high = group_of(seed0=0.5, seed1=0.6, seed2=0.7), group_of(seed0=0.85)
+    rows = {"high": Group("high", high.records), "low": Group("low", low.records)}
+    figures.draw_ladder(tmp_path / "ladder.png", rows)
+    [axes] = drawn[0].axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["low, 28 px", "high, 28 px"]
+    line, dot, _, other = axes.get_lines()
+    half = 4.302653 * 0.1 / 3**0.5  # t(.975, 2) · sd / √n
+    assert list(line.get_xdata()) == pytest.approx([0.6 - half, 0.6 + half])
+    assert (list(dot.get_xdata()), list(other.get_xdata())) == ([pytest.approx(0.6)], [0.85])
+    assert axes.get_xlim()[0] < 0.6 - half < 0.85 < axes.get_xlim()[1]
+    assert [text.get_text() for text in axes.texts] == ["34 M", "34 M"]
+    assert axes.get_xlabel() == "Test ACC, phantom (90 training tiles, 28 px)"
+
+
+def test_a_learning_curve_has_test_and_validation_acc_by_tiles(tmp_path: Path, drawn: list[Figure]) -> None:
+    groups = [Group("", [made(tmp_path, f"r-{tiles}", acc, tiles)]) for tiles, acc in ((900, 0.6), (3000, 0.7))]
+    for group in groups:
+        group.first.summary["validate"]["validate/acc"] = 0.9
+    figures.draw_learning_curve(tmp_path / "curve.png", {"ResNet": groups})
+    found = {axes.get_ylabel(): axes for axes in drawn[0].axes}
+    for name, expected in {"Test ACC": [0.6, 0.7], "Validation ACC": [0.9, 0.9]}.items():
+        line = found[name].get_lines()[0]
+        assert (list(line.get_xdata()), list(line.get_ydata())) == ([900, 3000], expected)
+        assert found[name].get_xlabel() == "Training tiles of phantom (logarithmic)"
+    assert drawn[0].legends[0].get_texts()[0].get_text() == "ResNet"
+
+
+def test_the_augmentations_are_drawn_beside_the_original_tile(tmp_path: Path, drawn: list[Figure]) -> None:
+    tile = torch.randint(256, (3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    figures.draw_augmentations(tmp_path / "augmentations.png", tile)
+    images = {axes.get_title() or axes.get_ylabel(): axes.get_images() for axes in drawn[0].axes}
+    assert {"original", "TrivialAugment", "AutoAugment", "stain"} <= images.keys()
+    assert np.array_equal(images["original"][0].get_array(), tile.permute(1, 2, 0))
+    assert sum(bool(axes.get_images()) for axes in drawn[0].axes) == 1 + 3 * 6
 
 
 def test_a_network_s_cost_is_counted_at_the_side_of_its_inputs() -> None:

@@ -2,11 +2,12 @@
 
 import json
 import re
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 
 import pytest
 from optuna import samplers
+from optuna.storages.journal import _file
 from optuna.trial import create_trial
 from processes import end
 from sweep_runs import SEARCH, Write, begin, most_at_once, run, starts, table
@@ -15,6 +16,8 @@ from common.cli import Fault, UsageError
 from study.processes import Processes
 from study.sweep import Search
 from study.sweep_spec import read_sweep
+
+SYMLINK_LOCK = _file.JournalFileSymlinkLock.__init__
 
 
 @pytest.mark.parametrize(("method", "goal"), [("bayes", "maximize"), ("random", "minimize")])
@@ -108,6 +111,31 @@ def test_trials_that_a_full_disk_made_fail_are_tried_again(write_sweep: Write, t
     run(path, output, count=2)
     assert starts(output) == ["try-0", "try-1"] * 2
     assert [line["state"] for line in table(output)] == ["complete"] * 2
+    (output / "disk-is-full").touch()
+    with pytest.raises(Fault, match="try-2 failed"):
+        run(path, output, count=3)
+    assert [line["state"] for line in table(output)] == ["complete", "complete", "running"]
+
+
+def test_a_search_that_was_killed_while_it_wrote_its_journal_goes_on(
+    write_sweep: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, output = (
+        write_sweep(SEARCH, {"row": {"value": "b"}, "pause": {"min": 0.0, "max": 0.1}}),
+        tmp_path / "out",
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(_file.JournalFileSymlinkLock, "__init__", partialmethod(SYMLINK_LOCK, grace_period=3))
+    search = Search(read_sweep(path), Processes(Path("out"), Path("out/sweeps/try"), {}), 2)
+    search.study.ask().suggest_float("quality", 0.1, 1.0)  # and no pause
+    with open(search.file, "a") as journal:
+        journal.write('{"op_code":')
+    search.study._storage._backend._lock.acquire()  # type: ignore[attr-defined]
+    command = begin(path, Path("out"), count=2)
+    assert end(command, 30) == 0, (output / "log.txt").read_text()
+    configs = [json.loads((output / f"runs/try-{number}/config.json").read_text())["config"] for number in (0, 1)]
+    assert all(0 < config["pause"] < 0.1 for config in configs)
+    assert all(map(json.loads, search.file.read_text().splitlines()))
 
 
 def test_another_search_of_the_same_name_is_refused(write_sweep: Write, tmp_path: Path) -> None:

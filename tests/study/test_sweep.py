@@ -81,6 +81,14 @@ def test_the_search_file_has_the_courseworks_space() -> None:
         ({"method": "bayesian"}, "method: Input should be 'grid', 'random' or 'bayes'"),
         ({"parameters": []}, "parameters: Input should be a valid dictionary"),
         ({"parameters": {"row": {"value": 1, "min": 0, "max": 1}}}, "row: needs either value, or values, or min"),
+        (
+            {"parameters": {"row": {"values": ["a"], "distribution": "uniform"}}},
+            "row: needs either value, or values",
+        ),
+        (
+            {"parameters": {"lr": {"min": 1, "max": 2, "distribution": "categorical"}}},
+            "lr: needs either value, or",
+        ),
         ({"parameters": {"row": {"valeus": ["a"]}}}, "row: valeus: Extra inputs are not permitted"),
         ({"parameters": {"quality": {"min": 0, "max": 2}}}, "must be less than or equal to 1"),
         ({"parameters": {"quality": {"min": 1, "max": 0}}}, "quality: `low <= high` must hold"),
@@ -164,6 +172,7 @@ def test_a_failed_run_is_named_and_the_others_still_run(
 def test_an_impossible_grid_is_refused_before_its_first_run(write_sweep: Write, tmp_path: Path) -> None:
     for content, message in (
         ({"parameters": {"quality": {"min": 0.0, "max": 1.0}}}, "a grid needs values"),
+        ({"early_terminate": {"type": "hyperband", "min_iter": 1}}, "early_terminate: only the runs of a search"),
         ({"name": "n" * 64}, "a run id names files"),
     ):
         with pytest.raises(UsageError, match=message):

@@ -20,6 +20,10 @@ def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) ->
     assert Compute.of("auto", "auto") == CPU
     assert Compute.of("cpu", "bf16") == Compute(torch.device("cpu"), torch.bfloat16)
     assert CPU.name.endswith(", 1 thread")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
+    assert Compute(torch.device("cuda", 0), torch.bfloat16).name == "GPU, bfloat16"
+    CPU.prepare_process()
+    assert not torch.backends.cudnn.allow_tf32
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc is told to")

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,14 +11,6 @@ from conftest import ROOT
 from common.cli import Fault
 from common.records.read import Record
 from common.training.verification import check_scores
-
-RUNS = [f"{kind}-{seed}" for kind in ("task1", "combined") for seed in range(5)]
-BASELINES = [f"{name}-{tiles}-0" for name in ("mean_rgb", "neighbours", "boosting") for tiles in (900, 89_996)]
-
-
-@pytest.mark.parametrize("run_id", RUNS + BASELINES)
-def test_the_scores_of_the_studys_runs_follow_from_their_outputs(run_id: str) -> None:
-    check_scores(Record.read(ROOT, run_id))
 
 
 @dataclass(frozen=True)
@@ -38,29 +29,6 @@ def task1(arrays: Mapping[str, np.ndarray] = MappingProxyType({})) -> Changed:
     return Changed(record.folder, record.facts, record.summary, record.history, arrays)
 
 
-@pytest.mark.parametrize(
-    ("keys", "by"),
-    [
-        (("best", "acc", "value"), 1e-6),
-        (("tta", "balanced_acc", "value"), 1e-6),
-        (("last", "auc_per_class", "debris"), 1e-6),
-        (("best", "epoch"), -1),
-        (("test/acc",), 1e-6),
-        (("shifted", "gamma"), 1e-6),
-        (("validate", "validate/acc"), 1e-6),
-        (("validate", "validate/auc"), 1e-6),
-    ],
-)
-def test_a_changed_score_is_named(keys: tuple[str, ...], by: float) -> None:
-    record = task1()
-    part: Any = record.summary
-    for key in keys[:-1]:
-        part = part[key]
-    part[keys[-1]] += by
-    with pytest.raises(Fault, match=rf"task1-0/summary\.json: not a readable record \({'.'.join(keys)}: it is"):
-        check_scores(record)
-
-
 @pytest.mark.parametrize("name", ["validate/loss", "validate/acc", "validate/auc", "validate/balanced_acc"])
 def test_a_validation_score_that_is_changed_in_both_files_is_named(name: str) -> None:
     record = task1()
@@ -77,8 +45,11 @@ def test_replaced_and_permuted_labels_are_noticed(split: str) -> None:
     replaced, permuted = labels.copy(), np.roll(labels, 1)
     replaced[:300] = (replaced[:300] + 1) % 9
     for other in (replaced, permuted):
-        with pytest.raises(Fault, match=rf"scores\.npz: .*its {split} labels are not those of PathMNIST"):
-            check_scores(task1({name: other}))
+        changed = task1({name: other})
+        for fingerprint in (changed.facts["data_fingerprint"], "another"):
+            changed.facts["data_fingerprint"] = fingerprint  # type: ignore[index]
+            with pytest.raises(Fault, match=rf"scores\.npz: .*its {split} labels are not those of PathMNIST"):
+                check_scores(changed)
 
 
 def test_a_record_that_lacks_an_array_is_named() -> None:
