@@ -60,7 +60,8 @@ ROWS = {
     "task1_64": ("task1_64-*", "Task 1: ResNet-18"),
     "combined": ("combined-*", "Task 3: MobileNetV3-Large, the coursework's configuration"),
     "combined_64": ("combined_64-*", "Task 3: MobileNetV3-Large, the coursework's configuration"),
-    "chosen": ("chosen-*", "Task 3: MobileNetV3-Large, the chosen recipe"),
+    "chosen": ("chosen-*", "Task 3: MobileNetV3-Large, the chosen recipe, learning rate 0.002"),
+    "scaled": ("scaled-*", "Task 3: MobileNetV3-Large, the chosen recipe"),
     "best_scratch": ("best_scratch-*", "ResNet-18, the chosen recipe"),
     "frozen_64": ("frozen_64-*", "Task 5: EfficientNet-Lite1, only the classifier trained"),
     "frozen_128": ("frozen_128-*", "Task 5: EfficientNet-Lite1, only the classifier trained"),
@@ -74,7 +75,7 @@ ROWS = {
 ABLATIONS = ("ablation-*", "ablation_64-*")  # the first one that has runs; the new one is not complete
 CURVES = {
     "ResNet-18 from scratch": "learning_curve_task1_64-* task1_64-*",
-    "MobileNetV3-Large from scratch, the chosen recipe": "learning_curve_chosen-* chosen-*",
+    "MobileNetV3-Large from scratch, the chosen recipe": "learning_curve_scaled-* scaled-*",
     "EfficientNet-Lite1, only the classifier trained": "learning_curve_frozen_64-* frozen_64-*",
     "logistic regression on the mean colour": "mean_rgb-*",
     "nearest neighbours": "neighbours-*",

@@ -41,7 +41,7 @@ LADDER, CURVES, LEARNING, AUGMENTATIONS = (
 COLOURS = "ACC on the validation tiles, and on three copies with changed colours; then test ACC."
 FURTHER = ("README.md", "docs/sources.md")  # pages with blocks or numbers
 SHOWN_TILE = 6099  # of the test tiles, in the figure of the augmentations: the first of the coursework's ten
-IN_CURVES = ["task1", "task1_64", "combined", "combined_64", "chosen", "tuned", "tuned_scratch"]
+IN_CURVES = ["task1", "task1_64", "combined", "combined_64", "chosen", "scaled", "tuned", "tuned_scratch"]
 
 
 class ReportConfig(Keys):

@@ -53,9 +53,21 @@ class CachedFeatures:
 def cache_features(
     model: FineTunedNetwork, tiles: DeviceTiles, views: Sequence[View], compute: Compute
 ) -> CachedFeatures:
-    """Run every view of every tile through the frozen part of the network once."""
+    """Run every view of every tile through the frozen part of the network once.
+
+    Raises UsageError where the features need too much memory.
+    """
     model.eval()
     device = compute.device
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if device.type == "cuda":
+        memory = torch.cuda.mem_get_info(device)[0]  # the tiles lie there already
+    size = 4 * len(views) * len(tiles) * math.prod(model.feature_shape)  # float32
+    if size > RESIDENT_SHARE * memory:
+        problem = (
+            f"the features of {len(tiles):,} tiles take {size / 1e9:.1f} GB of {memory / 1e9:.1f} GB of memory"
+        )
+        raise UsageError(f"{problem}; lower --train_tiles, or train all layers with --train_part=all")
     features = torch.empty(len(views), len(tiles), *model.feature_shape, device=device)
     labels = torch.empty(len(tiles), dtype=torch.int64, device=device)
     with tqdm(desc="features", total=len(views) * len(tiles), unit=" tiles", leave=False, disable=None) as bar:
@@ -73,16 +85,9 @@ def cached_splits(model: FineTunedNetwork, dataset: Dataset, config: TrainingCon
     """The features of all splits; from then on the model takes features instead of tiles.
 
     Training tiles have `N_VIEWS` views of their augmentation, test tiles all 8 dihedral views where `tta` needs
-    them, others one view, not augmented. Raises UsageError where those of the training tiles need too much memory.
+    them, others one view, not augmented. Raises what `cache_features` does.
     """
     n_views = 1 if config.augmentation == "none" else N_VIEWS
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if compute.device.type == "cuda":
-        memory = torch.cuda.mem_get_info(compute.device)[0]
-    size = 4 * n_views * len(dataset.train) * math.prod(model.feature_shape)  # float32
-    if size > RESIDENT_SHARE * memory:
-        problem = f"the features of the training tiles take {size / 1e9:.1f} GB of {memory / 1e9:.1f} GB of memory"
-        raise UsageError(f"{problem}; lower --train_tiles, or train all layers with --train_part=all")
     model.to(compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     turned: list[View] = [partial(dihedral_view, view=number) for number in range(8)]
     plain, views = turned[:1], turned
