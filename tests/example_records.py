@@ -49,7 +49,7 @@ def row(epoch: int, acc: float = 0.5) -> dict[str, float]:
 def outputs(value: float = 0.0) -> dict[str, np.ndarray]:
     """The arrays of scores.npz; all outputs are `value`."""
     n_classes = len(CLASS_NAMES)
-    tests = {f"{weights}_logits": np.full((TILES["test"], n_classes), value) for weights in ("best", "last")}
+    tests = {"best_logits": np.full((TILES["test"], n_classes), value)}
     targets = {"targets": np.zeros(TILES["test"], np.uint8), "validate_targets": np.zeros(TILES["val"], np.uint8)}
     return {**tests, **targets, "validate_logits": np.full((TILES["val"], n_classes), value)}
 
@@ -71,7 +71,6 @@ def scored(
         "test/auc": auc,
         "test/acc": acc,
         "best": scores,
-        "last": {**scores, "epoch": len(history)},
         "validate": history[(best or len(history)) - 1],
         "shifted": {},
         "select_on": "validate/acc",

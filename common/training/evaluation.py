@@ -82,7 +82,7 @@ def scores_of(
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The arrays of scores.npz, and the scores of summary.json, all of which follow from these arrays.
 
-    `test` has the outputs for the test tiles, by `best`, `last` and `tta`; it may be empty. `shifted` has the
+    `test` has the outputs for the test tiles, by `best` and `tta`; it may be empty. `shifted` has the
     predicted classes (N,) of the validation tiles under each shift. The arrays are log-probabilities (N, C)
     float16, as `rounded` gives them, and targets and predicted classes (N,) uint8.
     """

@@ -168,31 +168,29 @@ class Trainer:
         return read_loss(total, epoch) / seen
 
     def test(self) -> dict[str, Any]:
-        """Score the test tiles, unless `test` is off, with the last weights and the best ones; write scores.npz.
+        """Score the test tiles, unless `test` is off, with the best weights; write scores.npz.
 
-        The best weights, which `evaluated` then has, also score the validation tiles, plain and under each shift
-        of common/data/shift.py. Returns the content of summary.json without the facts that `Run` adds; see
-        `scores_of`.
+        They also score the validation tiles, plain and under the shifts of common/data/shift.py. Returns the
+        content of summary.json without the facts that `Run` adds; see `scores_of`.
         """
         started = time.perf_counter()
 
         def score(tiles: Tiles, tta: bool = False) -> Evaluation:
             return evaluate(self.evaluated, tiles, self.compute, tta).rounded()
 
-        test = self.splits.test() if self.config.test else None
-        scores = {"last": score(test)} if test else {}
         self.load_best()
-        if test:
-            scores["best"] = score(test)
-        if test and self.config.tta:
-            scores["tta"] = score(test, tta=True)
+        scores = {}
+        if self.config.test:
+            scores["best"] = score(test := self.splits.test())
+            if self.config.tta:
+                scores["tta"] = score(test, tta=True)
         validation = score(self.splits.val)
         shifted = {name: score(tiles).logits.argmax(1) for name, tiles in self.splits.shifted()}
         arrays, summary = scores_of(scores, validation, shifted)
         with atomic_path(self.run.folder / "scores.npz") as temporary:
             np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
         for name in scores:
-            summary[name]["epoch"] = len(self.history) if name == "last" else self.best_epoch
+            summary[name]["epoch"] = self.best_epoch
         return {
             **summary,
             "validate": {**self.history[self.best_epoch - 1], **summary["validate"]},

@@ -37,7 +37,7 @@ def _check(record: Record) -> None:
         labels = targets[split].astype(np.int64)
         return Evaluation(arrays[f"{name}_logits"], labels, normalised="baseline" in record.config)
 
-    tested = {name: evaluation(name, "test") for name in ("best", "last", "tta") if name in summary}
+    tested = {name: evaluation(name, "test") for name in ("best", "tta") if name in summary}
     shifted = {name: arrays[f"shifted_{name}"] for name in summary["shifted"]}
     _, found = scores_of(tested, evaluation("validate", "val"), shifted)
     for name in tested:  # a record from before a score existed lacks it
@@ -45,7 +45,7 @@ def _check(record: Record) -> None:
     if record.history:
         best = best_epoch(record.history, record.config["select_on"])
         for name in tested:
-            found[name]["epoch"] = len(record.history) if name == "last" else best
+            found[name]["epoch"] = best
         found["validate"] = {**record.history[best - 1], **found["validate"]}
     if difference := _difference(summary, found):
         raise unreadable(record.folder / "summary.json", difference)
