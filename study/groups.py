@@ -69,8 +69,8 @@ ROWS = {
     "tuned_112": ("tuned_112-*", "Task 5: EfficientNet-Lite1, all layers fine-tuned"),
     "tuned_scratch": ("tuned_scratch-*", "Task 5: EfficientNet-Lite1 from scratch, the same recipe"),
     "long_scratch": ("long_scratch-*", "Task 5: EfficientNet-Lite1 from scratch, trained longer"),
-    "old_tuned": ("task5 task5-seed*", "Task 5: EfficientNet-Lite0, all layers fine-tuned"),
-    "old_scratch": ("task5-scratch*", "Task 5: EfficientNet-Lite0 from scratch"),
+    "old_tuned": ("task5 task5-seed*", "Task 5: EfficientNet-Lite0, all layers fine-tuned (earlier version)"),
+    "old_scratch": ("task5-scratch*", "Task 5: EfficientNet-Lite0 from scratch (earlier version)"),
 }
 ABLATIONS = ("ablation-*", "ablation_64-*")  # the first one that has runs; the new one is not complete
 CURVES = {

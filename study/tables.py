@@ -36,7 +36,8 @@ NOTE = (
     "± is the standard deviation over the seeds (n - 1). Differences are to the first row, or to the row that is "
     "named, seed by seed. Intervals are t intervals over the seeds alone: they do not tell how the numbers would "
     "change with other tiles. p is the paired t test's with Holm's correction over the rows; the verdict is by "
-    f"it, at {SIGNIFICANT}. Not decided means: these seeds could not see a difference. There may be one."
+    f"it, at {SIGNIFICANT}. Intervals are not corrected: one can exclude 0 in a row that is not decided. Not "
+    "decided means: these seeds could not see a difference. There may be one."
 )
 RECORDS = ("config.json", "history.csv", "scores.npz", "summary.json", "attribution.json", "saliency.md")
 
@@ -142,7 +143,7 @@ class Tables:
         explained = [one for one in run_ids if (folder / "runs" / one / "attribution.json").exists()]
         if not explained:
             return []
-        from common.explain.checks import FAILS, PASSES, chance, judge  # Captum: seconds
+        from common.explain.checks import FAILS, PASSES, area, chance, judge  # Captum: seconds
 
         records, lines = Path("runs") / explained[0], []
         content = read_json(path := folder / records / "attribution.json")
@@ -151,8 +152,12 @@ class Tables:
                 *_, last = method["randomisation"].values()
                 scores = [last, method["margin_over_random"], method["margin_over_sobel"]]
                 outcome, _ = judge(method, content["n"])
-                passes = {PASSES: "yes", FAILS: "no"}.get(outcome, outcome)
+                passes = {PASSES: "yes", FAILS: "not shown"}.get(outcome, outcome)
                 cells = [interval(one["value"], one["low"], one["high"], 2) for one in scores]
+                random, curves = content["controls"]["random"], ("deletion_curve", "insertion_curve")
+                means = [[[one["value"] for one in of[kind]] for of in (method, random)] for kind in curves]
+                blurred, restored = np.diff(area(np.array(means)))[:, 0] * (1, -1)
+                cells[1] += f" ({interval(blurred, None, None, 2, '+')}, {interval(restored, None, None, 2, '+')})"
                 cells.append(f"{method['infidelity']['value']:.2f}")
                 lines.append([text(method["title"]), passes, *cells])
             tests, n = chance(len(lines)), content["n"]
@@ -162,8 +167,9 @@ class Tables:
                 lines.append([text(control["title"]), *[""] * 4, f"{control['infidelity']['value']:.2f}"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise unreadable(path, error) from error
-        columns = ["method", "passes", "correlation with the map of random weights", "better than a random order"]
-        table = markdown_table([*columns, "better than edges", "infidelity"], "llrrrr", lines)
+        columns = ["method", "passes", "correlation with the map of random weights"]
+        columns += ["better than a random order (blurred, restored)", "better than edges", "infidelity"]
+        table = markdown_table(columns, "llrrrr", lines)
         paths = {name: Path("fig") / "task2" / f"{explained[0]}-{name}.png" for name in MAPS}
         links = [f"[{MAPS[name]}]({path})" for name, path in paths.items() if (folder / path).exists()]
         if (folder / paths["methods"]).exists():
@@ -271,8 +277,8 @@ def grid_table(rows: Mapping[str, Group]) -> list[str]:
         smallest = smallest_difference(pooled, min(one.n for one in tested), len(tested))
         found += [
             "",
-            f"A row whose differences spread as those of all rows together needs a difference of {smallest:.3f} "
-            "in test ACC to be seen in 8 of 10 such studies. Rows that spread less need less.",
+            "So few seeds see only large differences: in a row of average spread, 8 of 10 such studies would find "
+            f"a true difference of {smallest:.3f} in test ACC. Rows that vary less need less.",
         ]
     return [*found, "", NOTE]
 

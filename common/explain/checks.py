@@ -39,8 +39,8 @@ Array = NDArray[Any]
 
 
 def area(curves: Array) -> Array:
-    """The area under each tile's deletion or insertion curve: (N, F) to (N,)."""
-    return np.asarray(np.trapezoid(curves, FRACTIONS, axis=1))
+    """The area under deletion or insertion curves: (…, F) to (…)."""
+    return np.asarray(np.trapezoid(curves, FRACTIONS, axis=-1))
 
 
 def mean_estimate(values: Array) -> dict[str, float]:
@@ -176,7 +176,7 @@ def chance(n_methods: int) -> str:
     luck = 1 - 0.975**n_methods
     return (
         f"These {n_methods * (1 + len(CONTROLS))} tests are not corrected for their number. If all {n_methods} "
-        f"methods were pure noise, one or more of them would pass in at most {luck:.0%} of such studies."
+        f"methods were pure noise, one or more of them would pass in about {luck:.0%} of such studies."
     )
 
 
