@@ -40,9 +40,7 @@ SHOWN = 10
 class Task2Config(ScriptConfig):
     """Which run to explain, and how."""
 
-    run_id: RunId | None = key(
-        None, "the run to explain (default: Task 1's with most training tiles, the newest of several)"
-    )
+    run_id: RunId | None = key(None, "the run to explain (default: Task 1's with most training tiles, the newest)")
     checked_tiles: int = key(256, "test tiles for the checks of the methods", ge=6)
     seed: int = key(0, "seed of the choice of tiles, of noise and of random networks", ge=0, le=LAST_SEED)
 

@@ -10,8 +10,7 @@
 The defaults are the coursework's configuration. The coursework reports test AUC 0.988 and test ACC 0.913 for it on
 the full PathMNIST at 64 pixels, one seed. Techniques that it does not have are off by default: EMA, stain
 augmentation, selection by other scores. One is on: the statistics of BatchNorm are measured again before each
-validation. With MobileNetV3's momentum of 0.01, its running ones lag behind the weights, and early stopping would
-follow noise.
+validation. With MobileNetV3's momentum of 0.01 the running ones lag behind, and early stopping would follow noise.
 
 Leaves the same records as task1.py; the figures are in fig/task3/.
 """

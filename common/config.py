@@ -99,15 +99,11 @@ class TrainingConfig(Config):
         "none",
         "augmentation of the training tiles: none, dihedral, stain, ta_wide, auto, or several joined by commas",
     )
-    label_smoothing: float = key(
-        0.0, "share of the target probability that is spread evenly over all classes", ge=0, lt=1
-    )
+    label_smoothing: float = key(0.0, "share of the target that is spread evenly over all classes", ge=0, lt=1)
 
-    early_stopping_patience: int | None = key(
-        None, "stop after this many epochs without improvement; None: never", ge=1
-    )
+    early_stopping_patience: int | None = key(None, "stop after so many epochs without gain; None: never", ge=1)
     early_stopping_delta: float = key(
-        0.0, "smallest rise of ACC or AUC, or fall of the loss, that is an improvement", ge=0
+        0.0, "smallest rise of ACC or AUC, or fall of the loss, that is a gain", ge=0
     )
     select_on: str = key(
         "validate/acc",

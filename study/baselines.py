@@ -50,9 +50,7 @@ class BaselinesConfig(FolderConfig):
 
     dataset: str = key(pathmnist.NAME, "data set", choices=(pathmnist.NAME, "phantom"))
     size: int = key(28, "tile side in pixels", choices=tuple(pathmnist.MD5))
-    train_tiles: int | None = key(
-        None, "number of training tiles, as for a network (default: all)", ge=LEAST_TILES
-    )
+    train_tiles: int | None = key(None, "training tiles, as for a network (default: all)", ge=LEAST_TILES)
 
 
 def main(config: BaselinesConfig) -> None:

@@ -112,6 +112,7 @@ def draw_learning_curve(path: Path, curves: Mapping[str, Sequence[Group]]) -> No
     """Draw test and validation ACC against the number of training tiles, a line per recipe, with intervals."""
     with drawing(path, (8, 4.2 + 0.22 * len(curves))) as figure:
         panels = figure.subplots(1, 2, sharey=True)
+        first = [str(groups[0].first.summary["dataset"]).partition(" (")[0] for groups in curves.values()]
         scores = {"Test ACC": "acc", "Validation ACC": "validation"}
         for axes, (name, score) in zip(panels, scores.items(), strict=True):
             markers = {colour: iter(MARKERS) for colour in (*PALETTE, GREY)}
@@ -127,7 +128,6 @@ def draw_learning_curve(path: Path, curves: Mapping[str, Sequence[Group]]) -> No
             axes.set_xscale("log")
             axes.set_xticks(tiles, [f"{number:,}" for number in tiles], rotation=30)
             axes.minorticks_off()
-            first = [str(groups[0].first.summary["dataset"]).partition(" (")[0] for groups in curves.values()]
             axes.set(xlabel=f"Training tiles of {', '.join(sorted(set(first)))} (logarithmic)", ylabel=name)
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", frameon=False)
 

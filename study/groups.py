@@ -230,7 +230,7 @@ class Runs:
         """Runs that differ in the seed alone, without those of a search and those of `ablation` and `curves`."""
         searches = tuple(f"{path.parent.name}-" for path in (self.folder / "sweeps").glob("*/search.jsonl"))
         others = [*self.ablation().values(), *(group for curve in self.curves().values() for group in curve)]
-        ids = {record.run_id for group in others for record in group.records}
+        ids = (record.run_id for group in others for record in group.records)
         elsewhere = {run_id for run_id in ids if run_id.startswith(("ablation", "learning_curve"))}
         found: dict[str, dict[int, Record]] = {}
         records = [

@@ -28,11 +28,9 @@ class Parameter(BaseModel, extra="forbid"):
     @model_validator(mode="after")
     def _has_one_form(self) -> "Parameter":
         form = self.model_fields_set - {"distribution"}
-        one, some, ends = {"value"}, {"values"}, {"min", "max"}
-        fitting = {None: [one, some, ends], "constant": [one], "categorical": [some]}.get(
-            self.distribution, [ends]
-        )
-        if form not in fitting:
+        forms = [{"value"}, {"values"}, {"min", "max"}]
+        fitting = {None: forms, "constant": forms[:1], "categorical": forms[1:2]}
+        if form not in fitting.get(self.distribution, forms[2:]):
             raise ValueError("needs either value, or values, or min and max, as its distribution says")
         if self.distribution == "int_uniform" and not (isinstance(self.min, int) and isinstance(self.max, int)):
             raise ValueError("int_uniform needs whole numbers as min and max")

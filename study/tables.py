@@ -157,7 +157,7 @@ class Tables:
                 random, curves = content["controls"]["random"], ("deletion_curve", "insertion_curve")
                 means = [[[one["value"] for one in of[kind]] for of in (method, random)] for kind in curves]
                 blurred, restored = np.diff(area(np.array(means)))[:, 0] * (1, -1)
-                cells[1] += f" ({interval(blurred, None, None, 2, '+')}, {interval(restored, None, None, 2, '+')})"
+                cells[1] += f" ({blurred:+z.2f}, {restored:+z.2f})"
                 cells.append(f"{method['infidelity']['value']:.2f}")
                 lines.append([text(method["title"]), passes, *cells])
             tests, n = chance(len(lines)), content["n"]

@@ -53,10 +53,7 @@ class CachedFeatures:
 def cache_features(
     model: FineTunedNetwork, tiles: DeviceTiles, views: Sequence[View], compute: Compute
 ) -> CachedFeatures:
-    """Run every view of every tile through the frozen part of the network once.
-
-    Raises UsageError where the features need too much memory.
-    """
+    """Run each view of each tile through the frozen part once; UsageError where this needs too much memory."""
     model.eval()
     device = compute.device
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -64,9 +61,7 @@ def cache_features(
         memory = torch.cuda.mem_get_info(device)[0]  # the tiles lie there already
     size = 4 * len(views) * len(tiles) * math.prod(model.feature_shape)  # float32
     if size > RESIDENT_SHARE * memory:
-        problem = (
-            f"the features of {len(tiles):,} tiles take {size / 1e9:.1f} GB of {memory / 1e9:.1f} GB of memory"
-        )
+        problem = f"features of {len(tiles):,} tiles take {size / 1e9:.1f} GB of {memory / 1e9:.1f} GB of memory"
         raise UsageError(f"{problem}; lower --train_tiles, or train all layers with --train_part=all")
     features = torch.empty(len(views), len(tiles), *model.feature_shape, device=device)
     labels = torch.empty(len(tiles), dtype=torch.int64, device=device)

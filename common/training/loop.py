@@ -168,10 +168,9 @@ class Trainer:
         return read_loss(total, epoch) / seen
 
     def test(self) -> dict[str, Any]:
-        """Score the test tiles, unless `test` is off, with the best weights; write scores.npz.
+        """Score test tiles, unless `test` is off, and validation tiles, plain and shifted, with the best weights.
 
-        They also score the validation tiles, plain and under the shifts of common/data/shift.py. Returns the
-        content of summary.json without the facts that `Run` adds; see `scores_of`.
+        Writes scores.npz. Returns the content of summary.json without the facts that `Run` adds; see `scores_of`.
         """
         started = time.perf_counter()
 
