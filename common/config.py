@@ -101,10 +101,8 @@ class TrainingConfig(Config):
     )
     label_smoothing: float = key(0.0, "share of the target that is spread evenly over all classes", ge=0, lt=1)
 
-    early_stopping_patience: int | None = key(None, "stop after so many epochs without gain; None: never", ge=1)
-    early_stopping_delta: float = key(
-        0.0, "smallest rise of ACC or AUC, or fall of the loss, that is a gain", ge=0
-    )
+    early_stopping_patience: int | None = key(None, "stop after N epochs without improvement; None: never", ge=1)
+    early_stopping_delta: float = key(0.0, "smallest rise of ACC or AUC, or fall of the loss, that counts", ge=0)
     select_on: str = key(
         "validate/acc",
         "the metric that chooses the epoch with the best weights, or `last` for the last epoch",
