@@ -141,12 +141,14 @@ def fit_and_score(
         return Evaluation(np.log(probabilities.clip(SMALLEST)), labels, normalised=True).rounded()
 
     validations = {setting: score(model.fit(*tables["train"]), "val") for setting, model in models.items()}
-    accuracies = {name: accuracy(one.logits, one.targets) for name, one in validations.items()}
+    accuracies = {name: accuracy(one.predicted, one.targets) for name, one in validations.items()}
     setting = max(accuracies, key=accuracies.__getitem__)  # of equal ones the first
     validation, test = validations[setting], score(models[setting], "test")
-    predicted = {name: score(models[setting], name).logits.argmax(1) for name in SHIFTS}
-    arrays, summary = scores_of({"best": test}, validation, predicted)
-    return arrays, {**summary, "setting": setting, "wall_seconds": time.perf_counter() - started}
+    arrays = {"best_logits": test.logits, "targets": test.targets}
+    arrays |= {"validate_classes": validation.predicted, "validate_targets": validation.targets}
+    arrays |= {f"shifted_{name}": score(models[setting], name).predicted for name in SHIFTS}
+    scores = scores_of(arrays, normalised=True)
+    return arrays, {**scores, "setting": setting, "wall_seconds": time.perf_counter() - started}
 
 
 if __name__ == "__main__":

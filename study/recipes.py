@@ -10,6 +10,7 @@ from common.data.shift import SHIFTS
 from common.files import read_text
 from common.markdown import markdown_table
 from common.records.read import is_finished, read_arrays, run_folder
+from common.training.evaluation import scores_of
 
 FILE = Path(__file__).resolve().parent.parent / "recipes.yaml"
 
@@ -43,11 +44,8 @@ def read_trials(file: Path = FILE) -> dict[str, Trial]:
 
 def accuracies(folder: Path) -> dict[str, float]:
     """A run's ACC on the validation tiles, `validate`, and under each shift, from its outputs."""
-    arrays = read_arrays(folder / "scores.npz")
-    targets = arrays["validate_targets"]
-    predicted = {name: arrays[f"shifted_{name}"] for name in SHIFTS}
-    predicted["validate"] = arrays["validate_logits"].argmax(1)
-    return {name: float((labels == targets).mean()) for name, labels in predicted.items()}
+    scores = scores_of(read_arrays(folder / "scores.npz"))
+    return {**scores["shifted"], "validate": scores["validate"]["validate/acc"]}
 
 
 def ranking(output_dir: Path, file: Path = FILE) -> list[str]:

@@ -51,7 +51,7 @@ def outputs(value: float = 0.0) -> dict[str, np.ndarray]:
     n_classes = len(CLASS_NAMES)
     tests = {"best_logits": np.full((TILES["test"], n_classes), value)}
     targets = {"targets": np.zeros(TILES["test"], np.uint8), "validate_targets": np.zeros(TILES["val"], np.uint8)}
-    return {**tests, **targets, "validate_logits": np.full((TILES["val"], n_classes), value)}
+    return {**tests, **targets, "validate_classes": np.zeros(TILES["val"], np.uint8)}
 
 
 def scored(

@@ -16,6 +16,7 @@ from common.cli import Untrainable
 from common.config import TrainingConfig
 from common.data.batches import Tiles, batches
 from common.data.pathmnist import CLASS_NAMES
+from common.data.shift import SHIFTS
 from common.training import metrics
 from common.training.device import Compute
 
@@ -44,6 +45,11 @@ class Evaluation:
         return replace(self, logits=logarithms.clamp(min=LOWEST).numpy().astype(np.float16))
 
     @property
+    def predicted(self) -> np.ndarray:
+        """The class with the highest logit, of equal ones the first, (N,) uint8."""
+        return np.asarray(self.logits.argmax(1), np.uint8)
+
+    @property
     def probabilities(self) -> np.ndarray:
         """Softmax of the logits, or their exponentials if they are `normalised`, (N, C) float64."""
         logits = torch.from_numpy(self.logits).double()
@@ -55,8 +61,8 @@ class Evaluation:
         return {
             f"{split}/loss": F.cross_entropy(logits.float(), torch.from_numpy(targets)).item(),
             f"{split}/auc": metrics.auc(probabilities, targets),
-            f"{split}/acc": metrics.accuracy(probabilities, targets),
-            f"{split}/balanced_acc": metrics.balanced_accuracy(probabilities, targets),
+            f"{split}/acc": metrics.accuracy(self.predicted, targets),
+            f"{split}/balanced_acc": metrics.balanced_accuracy(self.predicted, targets),
         }
 
     def described(self) -> dict[str, Any]:
@@ -64,38 +70,45 @@ class Evaluation:
         probabilities, targets = self.probabilities, self.targets
         areas = metrics.auc_per_class(probabilities, targets).tolist()
         return {
-            "n": len(targets),
+            **scores_of_classes(self.predicted, targets),
             "auc": vars(metrics.auc_estimate(probabilities, targets)),
-            "acc": vars(metrics.accuracy_estimate(probabilities, targets)),
-            "balanced_acc": {"value": metrics.balanced_accuracy(probabilities, targets)},
             "auc_per_class": {
                 name: None if math.isnan(area) else area for name, area in zip(CLASS_NAMES, areas, strict=True)
             },
-            "confusion_matrix": metrics.confusion_matrix(probabilities, targets).tolist(),
         }
 
 
-def scores_of(
-    test: Mapping[str, Evaluation],
-    validation: Evaluation,
-    shifted: Mapping[str, np.ndarray],
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The arrays of scores.npz, and the scores of summary.json, all of which follow from these arrays.
+def scores_of_classes(predicted: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
+    """The measures of the test split that follow from the predicted classes (N,), ready for JSON."""
+    return {
+        "n": len(targets),
+        "acc": vars(metrics.accuracy_estimate(predicted, targets)),
+        "balanced_acc": {"value": metrics.balanced_accuracy(predicted, targets)},
+        "confusion_matrix": metrics.confusion_matrix(predicted, targets, len(CLASS_NAMES)).tolist(),
+    }
 
-    `test` has the outputs for the test tiles, by `best` and `tta`; it may be empty. `shifted` has the
-    predicted classes (N,) of the validation tiles under each shift. The arrays are log-probabilities (N, C)
-    float16, as `rounded` gives them, and targets and predicted classes (N,) uint8.
+
+def scores_of(arrays: Mapping[str, np.ndarray], normalised: bool = False) -> dict[str, Any]:
+    """The scores of summary.json, all of which follow from the arrays of scores.npz.
+
+    These are, of the test tiles, `best_logits` (N, C) float16, as `Evaluation.rounded` gives them, the predicted
+    classes `tta_classes` and `targets`; of the validation tiles the predicted classes `validate_classes`,
+    `shifted_*` and `validate_targets`. Classes are (N,) integers. Those of the test tiles may be missing.
     """
-    arrays = {f"{name}_logits": one.logits for name, one in test.items()}
-    arrays |= {"validate_logits": validation.logits, "validate_targets": validation.targets.astype(np.uint8)}
-    arrays |= {f"shifted_{name}": labels.astype(np.uint8) for name, labels in shifted.items()}
-    summary: dict[str, Any] = {name: one.described() for name, one in test.items()}
-    if test:
-        arrays["targets"] = test["best"].targets.astype(np.uint8)
+    summary: dict[str, Any] = {}
+    if "best_logits" in arrays:
+        targets = arrays["targets"].astype(np.int64)
+        summary["best"] = Evaluation(arrays["best_logits"], targets, normalised).described()
         summary |= {f"test/{name}": summary["best"][name]["value"] for name in ("auc", "acc")}
-    accuracies = {name: float((labels == validation.targets).mean()) for name, labels in shifted.items()}
-    summary |= {"validate": validation.summary("validate"), "shifted": accuracies}
-    return arrays, {**summary, "validate/shifted_acc": fmean(accuracies.values())}
+    if "tta_classes" in arrays:
+        summary["tta"] = scores_of_classes(arrays["tta_classes"], arrays["targets"])
+    predicted, targets = arrays["validate_classes"], arrays["validate_targets"]
+    summary["validate"] = {
+        "validate/acc": metrics.accuracy(predicted, targets),
+        "validate/balanced_acc": metrics.balanced_accuracy(predicted, targets),
+    }
+    shifted = {name: metrics.accuracy(arrays[f"shifted_{name}"], targets) for name in SHIFTS}
+    return {**summary, "shifted": shifted, "validate/shifted_acc": fmean(shifted.values())}
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from common.cli import Stopped, Untrainable
 from common.config import TrainingConfig
 from common.data.augment import build_augmentation
-from common.data.batches import Splits, Tiles, batches, device_splits
+from common.data.batches import Splits, batches, device_splits
 from common.data.dataset import load_dataset
 from common.data.pathmnist import CLASS_NAMES
 from common.files import atomic_path
@@ -26,7 +27,6 @@ from common.training.averaging import ExponentialMovingAverage, reestimate_batch
 from common.training.device import Compute
 from common.training.evaluation import (
     EVALUATION_BATCH,
-    Evaluation,
     best_epoch,
     evaluate,
     reason_to_stop,
@@ -173,22 +173,21 @@ class Trainer:
         Writes scores.npz. Returns the content of summary.json without the facts that `Run` adds; see `scores_of`.
         """
         started = time.perf_counter()
-
-        def score(tiles: Tiles, tta: bool = False) -> Evaluation:
-            return evaluate(self.evaluated, tiles, self.compute, tta).rounded()
-
+        score = partial(evaluate, self.evaluated, compute=self.compute)
         self.load_best()
-        scores = {}
+        arrays = {}
         if self.config.test:
-            scores["best"] = score(test := self.splits.test())
+            best = score(test := self.splits.test()).rounded()
+            arrays = {"best_logits": best.logits, "targets": best.targets}
             if self.config.tta:
-                scores["tta"] = score(test, tta=True)
+                arrays["tta_classes"] = score(test, tta=True).predicted
         validation = score(self.splits.val)
-        shifted = {name: score(tiles).logits.argmax(1) for name, tiles in self.splits.shifted()}
-        arrays, summary = scores_of(scores, validation, shifted)
+        arrays |= {"validate_classes": validation.predicted, "validate_targets": validation.targets}
+        arrays |= {f"shifted_{name}": score(tiles).predicted for name, tiles in self.splits.shifted()}
         with atomic_path(self.run.folder / "scores.npz") as temporary:
             np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
-        for name in scores:
+        summary = scores_of(arrays)
+        for name in summary.keys() & {"best", "tta"}:
             summary[name]["epoch"] = self.best_epoch
         return {
             **summary,

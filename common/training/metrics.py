@@ -1,8 +1,8 @@
 """The measures of a classifier's predictions, with 95 % intervals.
 
 AUC and accuracy equal those of `medmnist.Evaluator`, so they compare with the published PathMNIST numbers.
-`probabilities` is always an (N, C) float array with a row per tile and a column per class, and `targets` the (N,)
-integer array of true classes.
+`probabilities` is always an (N, C) float array with a row per tile and a column per class, `predicted` the (N,)
+integer array of predicted classes, and `targets` that of true classes.
 """
 
 import math
@@ -38,21 +38,20 @@ def auc(probabilities: NDArray[Any], targets: NDArray[Any]) -> float:
     return float(np.nanmean(auc_per_class(probabilities, targets)))
 
 
-def accuracy(probabilities: NDArray[Any], targets: NDArray[Any]) -> float:
-    """The share of tiles whose most probable class is the true one; of equally probable ones, the first counts."""
-    return float((probabilities.argmax(axis=1) == targets).mean())
+def accuracy(predicted: NDArray[Any], targets: NDArray[Any]) -> float:
+    """The share of tiles whose predicted class is the true one."""
+    return float((predicted == targets).mean())
 
 
-def balanced_accuracy(probabilities: NDArray[Any], targets: NDArray[Any]) -> float:
+def balanced_accuracy(predicted: NDArray[Any], targets: NDArray[Any]) -> float:
     """The unweighted mean of the recalls of the classes that have tiles."""
-    return float(np.nanmean(recalls(confusion_matrix(probabilities, targets))))
+    return float(np.mean([accuracy(predicted[targets == label], label) for label in np.unique(targets)]))
 
 
-def confusion_matrix(probabilities: NDArray[Any], targets: NDArray[Any]) -> NDArray[np.int64]:
+def confusion_matrix(predicted: NDArray[Any], targets: NDArray[Any], classes: int) -> NDArray[np.int64]:
     """The number of tiles by true class (row) and predicted class (column), (C, C) int64."""
-    classes = probabilities.shape[1]
     # MedMNIST stores targets as uint8, in which the product would overflow.
-    cells = targets.astype(np.int64) * classes + probabilities.argmax(axis=1)
+    cells = targets.astype(np.int64) * classes + predicted
     return np.bincount(cells, minlength=classes**2).reshape(classes, classes).astype(np.int64)
 
 
@@ -62,9 +61,9 @@ def recalls(matrix: ArrayLike) -> NDArray[np.float64]:
     return np.where(counts > 0, np.diagonal(matrix) / np.maximum(counts, 1), np.nan)
 
 
-def accuracy_estimate(probabilities: NDArray[Any], targets: NDArray[Any]) -> Estimate:
+def accuracy_estimate(predicted: NDArray[Any], targets: NDArray[Any]) -> Estimate:
     """The accuracy with its Wilson score interval (E. B. Wilson, JASA 22, 1927)."""
-    return _wilson(accuracy(probabilities, targets), len(targets))
+    return _wilson(accuracy(predicted, targets), len(targets))
 
 
 def auc_estimate(probabilities: NDArray[Any], targets: NDArray[Any]) -> Estimate:

@@ -13,6 +13,7 @@ from common.cli import run_script
 from common.data.dataset import Split
 from common.data.shift import SHIFTS
 from common.records.read import Record
+from common.training.verification import check_scores
 from study import baselines
 from study.baselines import features, fit_and_score
 
@@ -70,6 +71,8 @@ def test_each_baseline_leaves_the_records_of_a_run_and_a_second_start_fits_nothi
     run_script(baselines.main, baselines.BaselinesConfig, arguments)
     names = ["mean_rgb-90-0", "neighbours-90-0", *(f"boosting-90-{seed}" for seed in range(3))]
     assert {path.name for path in (tmp_path / "runs").iterdir()} == set(names)
+    for name in names:  # the ties of equal neighbours must be in the record's scores too
+        check_scores(Record.read(tmp_path, name))
     probabilities = []
     for seed in range(3):
         record = Record.read(tmp_path, f"boosting-90-{seed}")

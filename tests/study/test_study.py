@@ -96,7 +96,7 @@ def test_trials_are_ranked_by_validation_and_changed_colours_within_their_group(
     for name, right in {"plain-0": (9, 2, 4, 6), "better-0": (8, 4, 5, 6), "better-1": (8, 6, 7, 8)}.items():
         folder = write_run(tmp_path, {**CONFIG, "run_id": f"recipe-{name}"})
         predicted = [np.repeat([0, 1], [count, 10 - count]) for count in right]
-        arrays = {"validate_targets": np.zeros(10, np.uint8), "validate_logits": np.eye(9)[predicted[0]]}
+        arrays = {"validate_targets": np.zeros(10, np.uint8), "validate_classes": predicted[0]}
         shifts = ("lab_statistics", "gamma", "chromatic_noise")
         arrays |= {f"shifted_{name}": labels for name, labels in zip(shifts, predicted[1:], strict=True)}
         np.savez(folder / "scores.npz", **arrays)

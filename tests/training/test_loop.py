@@ -96,19 +96,21 @@ def test_the_best_weights_are_kept_and_scored_not_the_last(
     assert_same_weights(model.state_dict(), kept[2])
     assert {name: summary[name]["epoch"] for name in ("best", "tta")} == {"best": 2, "tta": 2}
     with np.load(run.folder / "scores.npz", allow_pickle=False) as arrays:
-        for name in ("best", "tta"):  # every score can be computed again from the file
-            again = Evaluation(arrays[f"{name}_logits"], arrays["targets"].astype(np.int64))
-            assert again.logits.dtype == np.float16
-            assert summary[name] == {"epoch": summary[name]["epoch"], **again.described()}
-        splits = (("best_logits", "targets", tiny.test), ("validate_logits", "validate_targets", tiny.val))
-        for logits, targets, split in splits:
-            expected = evaluate(model, DeviceTiles(split, CPU.device, 28), CPU).rounded()
-            np.testing.assert_array_equal(arrays[logits], expected.logits)
-            np.testing.assert_array_equal(arrays[targets], split.labels)
-        for name, split in shifted(tiny.val, 28):
+        test = DeviceTiles(tiny.test, CPU.device, 28)
+        expected = evaluate(model, test, CPU).rounded()
+        np.testing.assert_array_equal(arrays["best_logits"], expected.logits)
+        assert arrays["best_logits"].dtype == np.float16
+        assert summary["best"] == {"epoch": 2, **expected.described()}
+        views = evaluate(model, test, CPU, tta=True).logits.argmax(1)
+        np.testing.assert_array_equal(arrays["tta_classes"], views)
+        assert summary["tta"]["acc"]["value"] == np.mean(views == tiny.test.labels.numpy())
+        np.testing.assert_array_equal(arrays["targets"], tiny.test.labels)
+        np.testing.assert_array_equal(arrays["validate_targets"], tiny.val.labels)
+        for name, split in [("validate_classes", tiny.val), *shifted(tiny.val, 28)]:
             predicted = evaluate(model, DeviceTiles(split, CPU.device, 28), CPU).logits.argmax(1)
-            np.testing.assert_array_equal(arrays[f"shifted_{name}"], predicted)
-            assert summary["shifted"][name] == np.mean(predicted == tiny.val.labels.numpy())
+            np.testing.assert_array_equal(arrays[name if split is tiny.val else f"shifted_{name}"], predicted)
+            scores = {"validate_classes": summary["validate"]["validate/acc"], **summary["shifted"]}
+            assert scores[name] == np.mean(predicted == tiny.val.labels.numpy())
     assert summary["validate/shifted_acc"] == pytest.approx(np.mean(list(summary["shifted"].values())))
 
 
@@ -120,7 +122,7 @@ def test_a_run_that_serves_to_choose_a_recipe_never_reads_a_test_tile(tiny: Data
     assert not [name for name in summary if name.startswith("test/") or name in ("best", "tta")]
     assert set(summary["shifted"]) == {"lab_statistics", "gamma", "chromatic_noise"}
     with np.load(trainer.run.folder / "scores.npz", allow_pickle=False) as arrays:
-        names = {"validate_logits", "validate_targets", *(f"shifted_{name}" for name in summary["shifted"])}
+        names = {"validate_classes", "validate_targets", *(f"shifted_{name}" for name in summary["shifted"])}
         assert set(arrays.files) == names
 
 
