@@ -59,7 +59,7 @@ def main(config: Task2Config) -> None:
         raise Fault(f"{config.data_root}: its {dataset.title} is not what run {run_id} was trained on")
     weights = Path(trained.get("weights", SCRATCH)).name  # of a file without its folders
     origin = "trained from scratch" if weights == SCRATCH else f"from {weights}, fine-tuned"
-    network = f"{loaded.model_name}, {origin} on {dataset.title}, seed {trained['seed']}"
+    network = f"{loaded.model_name}, {origin} on {dataset.title_at(size)}, seed {trained['seed']}"
     print(f"explaining run {run_id}: {network}; test tiles, on {compute.name}", flush=True)
 
     from common.explain.checks import FAILS, chance, check_methods, judge

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import yaml
 
-from common.data.shift import SHIFTS
 from common.files import read_text
 from common.markdown import markdown_table
 from common.records.read import is_finished, read_arrays, run_folder
@@ -42,22 +41,17 @@ def read_trials(file: Path = FILE) -> dict[str, Trial]:
     return trials
 
 
-def accuracies(folder: Path) -> dict[str, float]:
-    """A run's ACC on the validation tiles, `validate`, and under each shift, from its outputs."""
-    scores = scores_of(read_arrays(folder / "scores.npz"))
-    return {**scores["shifted"], "validate": scores["validate"]["validate/acc"]}
-
-
 def ranking(output_dir: Path, file: Path = FILE) -> list[str]:
-    """A table of the finished trials, best mean score first within each group."""
+    """A table of the finished trials, best mean score first within each group; scores are computed again."""
     rows = []
     for name, trial in read_trials(file).items():
         run_ids = [f"{name}-{seed}" for seed in range(trial.n_seeds)]
-        found = [accuracies(run_folder(output_dir, one)) for one in run_ids if is_finished(output_dir, one)]
+        folders = [run_folder(output_dir, one) for one in run_ids if is_finished(output_dir, one)]
+        found = [scores_of(read_arrays(folder / "scores.npz")) for folder in folders]
         if not found:
             continue
-        plain = fmean(one["validate"] for one in found)
-        changed = fmean(one[name] for name in SHIFTS for one in found)
+        plain = fmean(one["validate"]["validate/acc"] for one in found)
+        changed = fmean(one["validate/shifted_acc"] for one in found)
         numbers = [f"{score:.4f}" for score in ((plain + changed) / 2, plain, changed)]
         rows.append([trial.group, name.removeprefix("recipe-"), trial.changes, str(len(found)), *numbers])
     rows.sort(key=lambda row: (row[0], -float(row[4])))

@@ -148,7 +148,8 @@ def test_a_fine_tuned_network_is_explained(trained: Path, phantom_root: Path, tm
     run_script(task5.main, task5.Task5Config, [*keys, *where])
     explain(folder, phantom_root, "--run_id", "tuned", "--checked_tiles", "6")
     content = json.loads((folder / "runs/tuned/attribution.json").read_text())
-    assert content["network"].startswith(f"{MODEL}, from w.pt, fine-tuned on phantom")
+    data = "phantom (450 training tiles, 28 px tiles, 32 px inputs)"
+    assert content["network"] == f"{MODEL}, from w.pt, fine-tuned on {data}, seed 0"
     stages = list(content["methods"]["saliency"]["randomisation"])
     assert stages == ["head", "1", "2", "4", "8", "16"]
 

@@ -58,6 +58,10 @@ class Dataset:
         part = f" of {whole:,}" if len(self.train) < whole else ""
         return f"{title} ({len(self.train):,}{part} training tiles, {self.size} px)"
 
+    def title_at(self, input_size: int) -> str:
+        """The title with the inputs' side: `phantom (9,000 training tiles, 28 px tiles, 64 px inputs)`."""
+        return f"{self.title.removesuffix(')')} tiles, {input_size} px inputs)"
+
 
 def resize(images: torch.Tensor, side: int) -> torch.Tensor:
     """Tiles (N, 3, H, W) uint8 with `side` pixels a side: bilinear, rounded to whole grey levels.

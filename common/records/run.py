@@ -59,8 +59,7 @@ class Run:
         """
         self.run_id = config.run_id
         network = network or config.model_name
-        data = f"{dataset.title.removesuffix(')')} tiles, {config.input_size} px inputs)"
-        self.title = f"{TITLES[task]} · {network} · {data} · seed {config.seed}"
+        self.title = f"{TITLES[task]} · {network} · {dataset.title_at(config.input_size)} · seed {config.seed}"
         self.folder = run_folder(config.output_dir, config.run_id)
         self.checkpoints = checkpoint_folder(config.output_dir, config.run_id)
         self.last_checkpoint = self.checkpoints / "last.pt"
