@@ -15,6 +15,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -40,14 +41,6 @@ class Untrainable(Fault):
     """Every run of this configuration on this machine fails, so a search does not try it again."""
 
     exit_status = 3
-
-
-class Stopped(Exception):
-    """A signal ended the run, which can be resumed; the exit status is 128 + the signal's number."""
-
-    def __init__(self, message: str, number: int) -> None:
-        super().__init__(message)
-        self.number = number
 
 
 def first_line(error: Exception | str) -> str:
@@ -180,16 +173,22 @@ def parse(keys: type[K], arguments: Sequence[str], description: str = "") -> K:
 
 
 def run_script(main: Callable[[K], None], keys: type[K], arguments: Sequence[str] | None = None) -> None:
-    """Parse the command line and call `main`; an error becomes one line, an unexpected one after its traceback."""
+    """Parse the command line and call `main`; an error becomes one line, an unexpected one after its traceback.
+
+    SIGTERM raises KeyboardInterrupt, as Ctrl-C does. After both the exit status is 128 + the signal's number.
+    """
     command, number = "", None
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(number)  # as Python does on Ctrl-C, but without the number
+
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
         description = sys.modules[main.__module__].__doc__ or ""
         config = parse(keys, sys.argv[1:] if arguments is None else arguments, description)
         run_id = getattr(config, "run_id", None)
         command = f"the same command{f' with --run_id={run_id}' if run_id else ''}"
         return main(config)
-    except Stopped as stopped:
-        message, status, number = f"{stopped}; {command} continues", 128 + stopped.number, stopped.number
     except (UsageError, Fault) as error:
         message, status = str(error), error.exit_status
     except Exception as error:
@@ -204,9 +203,12 @@ def run_script(main: Callable[[K], None], keys: type[K], arguments: Sequence[str
             traceback.print_exc()
             what = f"{type(error).__name__}: {first_line(error)}"
             message, status = f"unexpected: {what}; please report it with the lines above", 70
-    except KeyboardInterrupt:
-        message, number = f"interrupted; {command} continues" if command else "interrupted", signal.SIGINT
+    except KeyboardInterrupt as interrupted:
+        number = signal.Signals(*interrupted.args or (signal.SIGINT,))
+        message = f"ended by {number.name}{f'; {command} continues' if command else ''}"
         status = 128 + number
+    finally:
+        signal.signal(signal.SIGTERM, before)
     with suppress(OSError):  # nobody may read stderr any more
         line = "".join(character if character.isprintable() else " " for character in message)
         print(f"{Path(program()[-1]).name}: {line}", file=sys.stderr)

@@ -24,7 +24,7 @@ from common.config import ScriptConfig
 from common.data import pathmnist
 from common.records.read import checkpoint_folder, is_finished, read_json, run_folder
 from study import report
-from study.processes import Processes, Run, sigterm_raises, train_all, workers
+from study.processes import Processes, Run, train_all, workers
 from study.recipes import read_trials
 from study.sweep_spec import read_sweep
 
@@ -183,11 +183,12 @@ def commands(plan: Plan, config: StudyConfig) -> tuple[list[Run], list[list[str]
 
 def run_step(command: Sequence[str]) -> int:
     """Run Python with these arguments; the exit status. A signal that ends the study ends this process, too."""
-    with sigterm_raises("the study ended early"), subprocess.Popen([sys.executable, *command]) as process:
+    with subprocess.Popen([sys.executable, *command]) as process:
         try:
             return process.wait()
         except BaseException:
             process.terminate()
+            process.wait()
             raise
 
 

@@ -2,18 +2,16 @@
 
 import fcntl
 import os
-import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 
 from joblib import cpu_count
 
-from common.cli import Fault, Stopped
+from common.cli import Fault
 from common.records.read import is_finished
 from common.training.device import Compute
 
@@ -26,20 +24,6 @@ class Run:
 
     run_id: str
     command: Sequence[str]
-
-
-@contextmanager
-def sigterm_raises(words: str) -> Iterator[None]:
-    """A context in which SIGTERM raises Stopped, as Ctrl-C raises KeyboardInterrupt; `words` say what it ended."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Stopped(f"SIGTERM: {words}", number)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def workers(device: str) -> tuple[int, dict[str, str]]:
@@ -66,17 +50,16 @@ class Processes:
     def ended_together(self) -> Iterator[None]:
         """At the end of the context, also by Ctrl-C or SIGTERM, end all processes by SIGTERM.
 
-        Raises Stopped after SIGTERM, and Fault where runs have failed.
+        Raises Fault where runs have failed.
         """
         self.logs.mkdir(parents=True, exist_ok=True)
-        with sigterm_raises("the runs ended early"):
-            try:
-                yield
-            finally:
-                for process, _ in self.running.values():
-                    process.terminate()
-                for process, _ in self.running.values():
-                    process.wait()
+        try:
+            yield
+        finally:
+            for process, _ in self.running.values():
+                process.terminate()
+            for process, _ in self.running.values():
+                process.wait()
         if self.failed:
             raise Fault(f"{', '.join(self.failed)} failed: see their logs; the same command tries them again")
 

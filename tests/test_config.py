@@ -1,6 +1,7 @@
 """The keys: how they are read, their defaults, --help, and how a program ends."""
 
 import errno
+import os
 import re
 import signal
 import subprocess
@@ -146,13 +147,15 @@ def test_before_the_line_of_an_unexpected_error_stands_its_traceback(capsys: pyt
     assert lines[-1].endswith(": unexpected: RuntimeError: a shape; please report it with the lines above")
 
 
-def test_ctrl_c_is_one_line_that_says_how_to_continue(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_one_line_that_says_how_to_continue(
+    number: signal.Signals, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def main(config: TrainingConfig) -> None:
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), number)
 
-    assert ended(main, "--run_id=r") == 130
-    assert capsys.readouterr().err.endswith(": interrupted; the same command with --run_id=r continues\n")
+    assert ended(main, "--run_id=r") == 128 + number
+    words = f": ended by {number.name}; the same command with --run_id=r continues\n"
+    assert capsys.readouterr().err.endswith(words)
     monkeypatch.setenv("WANDB_SWEEP_ID", "s")  # its agent would count an exit status as a failure
-    assert end(start(lambda: ended(main), tmp_path / "log")) == -signal.SIGINT
+    assert end(start(lambda: ended(main), tmp_path / "log")) == -number

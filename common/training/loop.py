@@ -5,7 +5,6 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from functools import partial
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from common.cli import Stopped, Untrainable
+from common.cli import Untrainable
 from common.config import TrainingConfig
 from common.data.augment import build_augmentation
 from common.data.batches import Splits, batches, device_splits
@@ -92,15 +91,10 @@ class Trainer:
         """Train until there is a reason to stop; the best weights are then in best.pt.
 
         After each epoch last.pt, best.pt and history.csv are written: a kill loses the epoch in progress and no
-        more. Raises Stopped after Ctrl-C or SIGTERM, and Untrainable where loss or outputs are not finite.
+        more. Raises Untrainable where loss or outputs are not finite.
         """
-
-        def interrupt(number: int, frame: FrameType | None) -> None:
-            raise KeyboardInterrupt(number)  # as Python does on Ctrl-C, but without the number
-
         n_tiles = len(self.splits.train)
         total, done = self.config.n_epochs * n_tiles, len(self.history) * n_tiles
-        before = signal.signal(signal.SIGTERM, interrupt)
         try:
             with tqdm(total=total, initial=done, unit=" tiles", smoothing=0, disable=None) as self.bar:
                 while not (reason := reason_to_stop(self.history, self.config)):
@@ -109,12 +103,9 @@ class Trainer:
                     if self.best_epoch == len(self.history):
                         self.save_best()
                     self.run.log_epoch(self.history)
-        except KeyboardInterrupt as interrupted:
-            number = signal.SIGTERM if interrupted.args else signal.SIGINT
-            self.run.stop(128 + number)
-            raise Stopped(f"{number.name}: run {self.run.run_id} keeps its finished epochs", number) from None
-        finally:
-            signal.signal(signal.SIGTERM, before)
+        except KeyboardInterrupt:
+            self.run.stop(128 + signal.SIGINT)
+            raise
         print(f"training ended: {reason}; best epoch {self.best_epoch} by {self.config.select_on}")
 
     def train_and_validate(self, epoch: int) -> dict[str, float]:
