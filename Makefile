@@ -1,10 +1,8 @@
 # You need Python >= 3.11 and make; everything else is installed into .venv.
 PYTHON ?= python3
 VENV = .venv/bin/python
-DATASET ?= pathmnist
-SIZE ?= 28
 FAST ?=
-.PHONY: bench demo report test lint
+.PHONY: bench demo test lint
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
@@ -15,9 +13,6 @@ FAST ?=
 
 demo: .venv/installed  ## a small study on generated tiles, into demo/
 	$(VENV) -m study --dataset phantom --size 28 --data_root demo/data --output_dir demo --wandb disabled
-
-report: .venv/installed  ## the study of a data set: run what is missing, then write report.md
-	$(VENV) -m study --dataset $(DATASET) --size $(SIZE)
 
 bench: .venv/installed  ## measure speed, into bench/results/ and docs/speed.md: 4 minutes on two quiet cores
 	$(VENV) -m bench.throughput

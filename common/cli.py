@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from common.files import public
 
-BOOKKEEPING = {"data_root", "output_dir", "wandb", "scratch"}  # keys of where and how a run is kept
+BOOKKEEPING = {"data_root", "device", "output_dir", "wandb", "scratch"}  # where a run is trained and kept
 
 
 class UsageError(Exception):

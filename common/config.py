@@ -91,7 +91,7 @@ class TrainingConfig(Config):
     amsgrad: bool = key(False, "use the maximum of past second moments (Reddi et al. 2018)")
     lr: float = key(1e-3, "learning rate at its peak", gt=0)
     lr_min: float = key(0.0, "the cosine ends at this factor of lr; 1: constant lr", ge=0, le=1)
-    lr_warmup_epochs: int = key(0, "epochs of linear warm-up; half of the run if that is not longer", ge=0)
+    lr_warmup_epochs: int = key(0, "epochs of linear warm-up; at most half of the run if it would fill it", ge=0)
     lr_warmup_decay: float = key(0.1, "the warm-up starts at this factor of lr", gt=0, le=1)
     weight_decay: float = key(0.0, "weight decay", ge=0)
 
@@ -102,7 +102,7 @@ class TrainingConfig(Config):
     label_smoothing: float = key(0.0, "share of the target that is spread evenly over all classes", ge=0, lt=1)
 
     early_stopping_patience: int | None = key(None, "stop after N epochs without improvement; None: never", ge=1)
-    early_stopping_delta: float = key(0.0, "smallest rise of ACC or AUC, or fall of the loss, that counts", ge=0)
+    early_stopping_delta: float = key(0.0, "only a larger rise of ACC or AUC, or fall of the loss, counts", ge=0)
     select_on: str = key(
         "validate/acc",
         "the metric that chooses the epoch with the best weights, or `last` for the last epoch",

@@ -3,11 +3,9 @@
 from functools import cache
 
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.data.pathmnist import CLASS_NAMES
-from common.training.convolutions import SmallMapConv2d
 from common.training.models import TIMM, build_model, model_names
 
 # Network, side of the tiles and of the inputs, test ACC and AUC.
@@ -32,10 +30,8 @@ PUBLISHED = {
 def cost(model_name: str, side: int) -> tuple[int, int]:
     """The parameters of a network with nine outputs, and its multiply-adds for one input of `side` pixels."""
     name = model_name if model_name in model_names() else f"{TIMM}{model_name.removeprefix(TIMM)}"
-    model = build_model(name, len(CLASS_NAMES), side).eval()
-    for module in model.modules():
-        if type(module) is SmallMapConv2d:  # it does less, but only on a CPU
-            module.__class__ = nn.Conv2d  # type: ignore[assignment]
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(1, 3, side, side))
+    with torch.device("meta"), torch.no_grad():  # shapes alone; SmallMapConv2d does less work, but only on a CPU
+        model = build_model(name, len(CLASS_NAMES), side).eval()
+        with FlopCounterMode(display=False) as counter:
+            model(torch.zeros(1, 3, side, side))
     return sum(one.numel() for one in model.parameters()), counter.get_total_flops() // 2

@@ -33,14 +33,14 @@ TECHNIQUES = {  # rows of the ablation
     "with_ema": "with averaged weights (EMA)",
     "with_all": "with stain augmentation and averaged weights",
 }
-AGAINST = {  # rows that change another row than the reference, with which all others are compared
+AGAINST = {  # rows that are not compared with the first row, but with another one
     "with_stain_only": "without_augmentation",
     "with_all": "with_stain_only",
 }
 CONVERGED_WITHIN = 0.005
 # Keys in which runs of one row may differ: the seed, where a run is kept, and a key that only older runs have.
 # The number of training tiles stands in the summary, too, and there it is never None.
-APART = {"seed", "run_id", "device", "train_tiles", "n_seeds"} | BOOKKEEPING
+APART = {"seed", "run_id", "train_tiles", "n_seeds"} | BOOKKEEPING
 SCORES = {  # of a run, by their names on the page: where they stand in summary.json
     "acc": ("best", "acc"),
     "auc": ("best", "auc"),
@@ -250,15 +250,15 @@ class Runs:
 
 def described(record: Record) -> str:
     """A run's recipe in words."""
-    config = record.config
+    config, generated = record.config, ", phantom" if record.summary["synthetic"] else ""
     if "baseline" in config:
-        return str(record.summary["title"])
+        return f"{record.summary['title']}{generated}"
     name = config["model_name"].removeprefix("timm:")
     start = "from scratch" if config.get("weights", "none") == "none" else "fine-tuned"
     added = [f"{config['augmentation']} augmentation"] if config.get("augmentation", "none") != "none" else []
     added += ["averaged weights"] if config.get("ema_decay") else []
     added += [f"row {config['ablation']}"] if config.get("ablation", "combined") != "combined" else []
-    return f"{NETWORKS.get(name, name)} {start}" + (f", {' and '.join(added)}" if added else "")
+    return f"{NETWORKS.get(name, name)} {start}" + (f", {' and '.join(added)}" if added else "") + generated
 
 
 def convergence_epoch(history: Sequence[Mapping[str, float]]) -> int:

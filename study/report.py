@@ -130,7 +130,8 @@ def draw(tables: Tables, by_hand: bool, data_root: Path | None = None) -> None:
     chosen = tables.chosen(IN_CURVES) if by_hand else rows.values()
     trained = {group.name: group.records for group in chosen if group.first.history}
     if trained:
-        figures.draw_curves(folder / CURVES, trained, str(next(iter(trained.values()))[0].summary["dataset"]))
+        data = "; ".join(sorted({str(records[0].summary["dataset"]) for records in trained.values()}))
+        figures.draw_curves(folder / CURVES, trained, data)
     if tables.curves:
         figures.draw_learning_curve(folder / LEARNING, tables.curves)
     if data_root:
@@ -145,7 +146,7 @@ def own_page(tables: Tables) -> str:
     lines = ["<!-- python -m study.report writes this page anew: keep your own text in another file -->", ""]
     lines += ["# Report", "", text("; ".join(sorted({one["dataset"] for one in summaries})) or "Sweeps")]
     if any(one["synthetic"] for one in summaries):
-        lines += ["", "> These tiles are generated. They are not tissue, so these are no results on PathMNIST."]
+        lines += ["", "> Phantom tiles are generated. They are not tissue: such results are not of PathMNIST."]
     trained = [name for name, group in rows.items() if group.first.history]
 
     def section(title: str, *parts: str) -> None:

@@ -133,7 +133,7 @@ class Search:
     def step(self, ended: Sequence[tuple[str, int, str]], n_workers: int) -> bool:
         """Note what has ended, stop what is hopeless, and start what is next. The caller has the lock.
 
-        Returns whether a trial is left, be it one of another command: that may be killed.
+        Returns whether a trial is left. Those of other commands count, too: such a command may be killed.
         """
         running, failed, left = self.processes.running, self.processes.failed, []
         statuses = {run_id: status for run_id, status, _ in ended}
@@ -165,7 +165,10 @@ class Search:
         return bool(running or left) or len(self.study.trials) < self.count
 
     def start(self, trial: optuna.Trial) -> None:
-        """Start a trial's process, unless another command trains it. A kill may have left keys to be sampled."""
+        """Start a trial's process, unless another command trains it.
+
+        A killed command may have begun the trial without choosing all its values: they are chosen now.
+        """
         run_id = self.run_id(trial.number)
         values = {name: trial._suggest(name, parameter) for name, parameter in self.space.items()}
         values |= {"run_id": run_id, "output_dir": self.processes.output_dir}
@@ -198,7 +201,7 @@ class Search:
 
         Scores and keys are those of the runs' records; the journal only says which trials there are, and their
         states: `pruned` means ended by early termination, `fail` an impossible configuration. There are no test
-        scores: nobody may choose a trial by them. Raises Fault where journal and records differ.
+        scores: nobody may choose a trial by them.
         """
         name, table, output_dir = self.sweep.name, self.processes.logs / "table.md", self.processes.output_dir
         trials = sorted(self.study.trials, key=lambda trial: self.best(trial.number))
@@ -212,8 +215,6 @@ class Search:
         for trial in trials:
             run_id, state = self.run_id(trial.number), trial.state.name.lower()
             keys = {key: trial.params.get(key, "") for key in self.space}
-            if (trial.state == TrialState.COMPLETE) != is_finished(output_dir, run_id):
-                raise Fault(f"{self.file}: trial {trial.number} is {state} there, but not in its run's records")
             if (path := run_folder(output_dir, run_id) / "config.json").exists():
                 record = read_json(path, "config", "dataset")
                 keys = {key: record["config"][key] for key in self.space}

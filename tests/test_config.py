@@ -75,7 +75,7 @@ def test_a_warm_up_that_would_fill_the_run_is_shortened() -> None:
 
 def test_bookkeeping_keys_do_not_belong_to_what_a_run_computes() -> None:
     first = Task5Config(weights="none", run_id="r")
-    kept = {"data_root": "/a", "output_dir": "/b", "wandb": "offline", "scratch": False}
+    kept = {"data_root": "/a", "device": "cpu", "output_dir": "/b", "wandb": "offline", "scratch": False}
     assert first.replaced(**kept).identity() == first.identity()
     assert first.replaced(seed=1).identity() != first.identity()
     assert set(first.as_dict()) - set(first.identity()) == set(kept)

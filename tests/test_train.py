@@ -1,9 +1,11 @@
 from typing import Any
 
 import pytest
+import torch
 
 import train
 from common.cli import parse
+from common.training.optimizer import build_optimizer
 
 
 def read(*arguments: str) -> train.TrainConfig:
@@ -14,6 +16,15 @@ def differing(one: train.TrainConfig, other: train.TrainConfig) -> dict[str, Any
     ignored = ("run_id", "ablation")
     before, after = one.as_dict(), other.as_dict()
     return {name: after[name] for name in after if name not in ignored and after[name] != before[name]}
+
+
+def test_the_courseworks_weight_decay_changes_no_weight() -> None:
+    for keys, same in (((), True), (("--weight_decay=0.05",), False)):
+        layer = torch.nn.Linear(50, 40)
+        optimizer, before = build_optimizer(layer, read(*keys)), layer.weight.clone()
+        layer.weight.grad = torch.zeros(40, 50)
+        optimizer.step()
+        assert torch.equal(layer.weight, before) == same
 
 
 def test_the_configuration_is_the_same_for_every_number_of_tiles() -> None:

@@ -8,7 +8,7 @@ Results have channels_last memory; inputs are not changed.
 
 import math
 from collections.abc import Callable, Mapping
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ def _by_kind(
 
 
 def sample_views(n_views: int, count: int, generator: torch.Generator) -> torch.Tensor:
-    """Uniform views for `dihedral`, int64 (count,): of 4 each flip has probability ½, 8 add the quarter turns."""
+    """Uniform views for `dihedral`, int64 (count,): the first 4 are flips, all 8 have the quarter turns, too."""
     return torch.randint(n_views, (count,), generator=generator)
 
 
@@ -340,33 +340,21 @@ def zoom(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     return _to_uint8(planes.reshape(count, 3 * side, side).bmm(weights.mT).view(images.shape))
 
 
-def _step(
-    sample: Callable[[int, torch.Generator], torch.Tensor | tuple[torch.Tensor, ...]],
-    apply: Callable[..., torch.Tensor],
-) -> Augmentation:
-    def step(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        parameters = sample(len(images), generator)
-        return apply(images, *(parameters if isinstance(parameters, tuple) else (parameters,)))
-
-    return step
-
-
-def _erase(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    return erase(images, sample_erasing(images.shape[2], len(images), generator))
-
-
-_flip, _dihedral = (_step(partial(sample_views, n_views), dihedral) for n_views in (4, 8))
-_stain, _zoom = _step(sample_stain, stain), _step(sample_zoom, zoom)
-
-_auto = _step(sample_auto_augment, apply_operations)
-_wide = _step(sample_trivial_augment, apply_operations)
-
-PARTS: dict[str, tuple[Augmentation, ...]] = {  # the steps of each part; docs/running.md describes the parts
+STEPS: dict[str, Augmentation] = {
+    "flip": lambda images, draws: dihedral(images, sample_views(4, len(images), draws)),
+    "dihedral": lambda images, draws: dihedral(images, sample_views(8, len(images), draws)),
+    "stain": lambda images, draws: stain(images, *sample_stain(len(images), draws)),
+    "zoom": lambda images, draws: zoom(images, sample_zoom(len(images), draws)),
+    "ta_wide": lambda images, draws: apply_operations(images, *sample_trivial_augment(len(images), draws)),
+    "auto": lambda images, draws: apply_operations(images, *sample_auto_augment(len(images), draws)),
+    "erase": lambda images, draws: erase(images, sample_erasing(images.shape[2], len(images), draws)),
+}
+PARTS: dict[str, tuple[str, ...]] = {  # the steps of each part; docs/running.md describes the parts
     "none": (),
-    "dihedral": (_dihedral,),
-    "stain": (_dihedral, _stain, _zoom),
-    "ta_wide": (_flip, _wide, _erase),
-    "auto": (_flip, _auto, _erase),
+    "dihedral": ("dihedral",),
+    "stain": ("dihedral", "stain", "zoom"),
+    "ta_wide": ("flip", "ta_wide", "erase"),
+    "auto": ("flip", "auto", "erase"),
 }
 
 
@@ -379,7 +367,7 @@ def build_augmentation(names: str) -> Augmentation:
     chosen = names.split(",")
     if unknown := [name for name in chosen if name not in PARTS]:
         raise UsageError(f"--augmentation {names}: unknown part {unknown[0]}; choose from {', '.join(PARTS)}")
-    steps = [step for name in chosen for step in PARTS[name]]
+    steps = [STEPS[step] for name in chosen for step in PARTS[name]]
 
     def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         for step in steps:

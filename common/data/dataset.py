@@ -6,7 +6,6 @@ or by drawing the phantom; later starts only map it.
 
 import shutil
 import sys
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -134,26 +133,27 @@ def _arrays(folder: Path, build: Callable[[Path], None]) -> dict[str, Split]:
             # 'c' (copy on write): torch warns of read-only arrays. Nothing is ever written here.
             images = np.load(folder / f"{split}_images.npy", mmap_mode="c", allow_pickle=False)
             labels = np.load(folder / f"{split}_labels.npy", allow_pickle=False)
-            splits[split] = Split(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels))
+            labels = torch.from_numpy(labels.reshape(-1).astype(np.int64))
+            splits[split] = Split(torch.from_numpy(images).permute(0, 3, 1, 2), labels)
         return splits
     except (OSError, EOFError, ValueError) as error:
         shutil.rmtree(temporary, ignore_errors=True)  # the disk may be full
         reason = getattr(error, "strerror", None) or first_line(error)
         raise Fault(
-            f"{folder}: cannot be read or built ({reason}); if it is there, delete it and start again; else name "
-            "another folder by --data_root"
+            f"{folder}: cannot be read or built ({reason}); if this folder exists, delete it and start again; "
+            "if not, choose another one with --data_root"
         ) from error
 
 
 def _unpack(file: OfficialFile, data_root: Path, folder: Path) -> None:
-    """Unpack the official file: images (N, H, W, 3) uint8 as they are, labels (N, 1) uint8 as (N,) int64.
+    """Unpack the official file: images (N, H, W, 3) and labels (N, 1), uint8.
 
     It is downloaded where it is missing or damaged; Fault where that fails.
     """
     import pooch
 
     path = data_root / file.name
-    print(f"{'unpacking' if path.exists() else f'downloading {file.url} to'} {path}", flush=True)
+    print(f"unpacking {path}; if it is missing or damaged, {file.url} is downloaded first", flush=True)
     pooch.get_logger().setLevel("ERROR")  # it says the same on stderr
     # In its largest file a progress bar and a flush for every KiB, the default, would cost minutes.
     downloader = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), chunk_size=1 << 20, timeout=20)
@@ -164,10 +164,7 @@ def _unpack(file: OfficialFile, data_root: Path, folder: Path) -> None:
             f"{path}: missing or damaged, and its download failed ({first_line(error)}): try again, or fetch "
             f"{file.url} (MD5 {file.md5}) by hand into --data_root {data_root}, or use --dataset phantom"
         ) from error
-    with zipfile.ZipFile(path) as archive, np.load(path, allow_pickle=False) as arrays:
-        for split in SPLITS:
-            archive.extract(f"{split}_images.npy", folder)  # block by block: larger than memory at 224 pixels
-            np.save(folder / f"{split}_labels.npy", arrays[f"{split}_labels"][:, 0].astype(np.int64))
+    shutil.unpack_archive(path, folder, "zip")  # block by block: it is larger than memory at 224 pixels
 
 
 def _draw_phantom(n_tiles: int, size: int, folder: Path) -> None:

@@ -91,7 +91,7 @@ def test_damaged_arrays_are_named(
     write_official(tmp_path, monkeypatch)
     load_dataset("pathmnist", 28, tmp_path)
     damage(tmp_path / "pathmnist.arrays")
-    with pytest.raises(Fault, match=r"pathmnist\.arrays: cannot be read .*; if it is there, delete it and start"):
+    with pytest.raises(Fault, match=r"pathmnist\.arrays: cannot be read .*; if this folder exists, delete it"):
         load_dataset("pathmnist", 28, tmp_path)
 
 
@@ -104,7 +104,7 @@ def test_a_full_disk_is_named_and_no_folder_remains(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert str(fault.value).startswith(f"{tmp_path / PHANTOM}: cannot be read or built (")
-    assert str(fault.value).endswith("else name another folder by --data_root")
+    assert str(fault.value).endswith("if not, choose another one with --data_root")
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 

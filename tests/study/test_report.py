@@ -265,9 +265,9 @@ def test_runs_are_in_the_order_of_their_seeds_and_own_recipes_of_their_scores(tm
         ("d", {0: 0.4}),
         ("ablation_test-0", {0: 0.3}),
     ]
-    titles = ["ResNet-18 fine-tuned, stain augmentation and averaged weights"]
-    titles += [f"ResNet-18 from scratch, run {run_id}" for run_id in "bd"]
-    titles += ["ResNet-18 from scratch, row with_ema"]
+    titles = ["ResNet-18 fine-tuned, stain augmentation and averaged weights, phantom"]
+    titles += [f"ResNet-18 from scratch, phantom, run {run_id}" for run_id in "bd"]
+    titles += ["ResNet-18 from scratch, row with_ema, phantom"]
     assert [group.title for group in recipes.values()] == titles
 
 
@@ -292,7 +292,7 @@ def test_curves_have_a_group_per_number_of_tiles_and_the_old_ablation_comes_firs
     runs = Runs(tmp_path)
     assert [group.tiles for group in runs.curves()[title]] == [900, 9000]
     lines = Tables(runs, runs.recipes(), curves={"short": [runs.recipes()["task1-0"]]}).records()
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| ResNet-18 from scratch, 28 px"]  # no empty row
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| ResNet-18 from scratch, phantom, 28 px"]
     for name in ("ablation_64", "ablation"):
         made(tmp_path, f"{name}-combined-0", ablation="combined")
         assert Runs(tmp_path).ablation()["combined"].first.run_id == f"{name}-combined-0"
