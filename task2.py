@@ -1,6 +1,6 @@
 """Task 2: saliency maps of a trained network, and whether they can be trusted.
 
-    python task2.py                   # Task 1's network: of the finished runs with most training tiles, the newest
+    python task2.py                   # Task 1's newest finished run, of those with the most training tiles
     python task2.py --run_id ID       # the network of that run: of task1.py, train.py or task5.py
 
 It shows ten test tiles (on the full test split and with seed 0, the coursework's ten) and their maps by Captum's

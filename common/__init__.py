@@ -2,6 +2,6 @@
 
 import os
 
-# OpenMP's threads spin while they wait for each other. Where other programs are at work, they so take the core
-# from the thread that they wait for. PyTorch's import reads this number. docs/speed.md has the measurement.
+# OpenMP's threads keep their cores busy while they wait for each other. Beside other programs, a waiting thread
+# can block the one that it waits for. PyTorch's import reads this number. docs/speed.md has the measurement.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")

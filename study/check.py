@@ -1,4 +1,4 @@
-"""Whether the runs of a page stand for themselves: none repeats another one, and each has its seed in its name."""
+"""Two checks of the runs of a page: none is a copy of another one, and a name with a number has its seed."""
 
 import hashlib
 import re

@@ -64,7 +64,7 @@ class Processes:
             raise Fault(f"{', '.join(self.failed)} failed: see their logs; the same command tries them again")
 
     def start(self, run: Run) -> bool:
-        """Start a run's process; False where there is one, of another command too, or where the run has finished.
+        """Start a run's process. False if the run has finished, or if a process (of any command) trains it.
 
         The process inherits the lock of its log: it lasts as long as the process, even if this command is killed.
         """

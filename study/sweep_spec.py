@@ -31,7 +31,7 @@ class Parameter(BaseModel, extra="forbid"):
         forms = [{"value"}, {"values"}, {"min", "max"}]
         fitting = {None: forms, "constant": forms[:1], "categorical": forms[1:2]}
         if form not in fitting.get(self.distribution, forms[2:]):
-            raise ValueError("needs either value, or values, or min and max, as its distribution says")
+            raise ValueError("needs either value (constant), or values (categorical), or min and max")
         if self.distribution == "int_uniform" and not (isinstance(self.min, int) and isinstance(self.max, int)):
             raise ValueError("int_uniform needs whole numbers as min and max")
         if form != {"value"}:

@@ -232,7 +232,7 @@ class Tables:
                 case _:
                     raise ValueError("there is no such number")
             if over is None:
-                raise ValueError("no seed has this score")
+                raise ValueError("not every seed has this score")
             low, high = (over.low, over.high) if shown == ["interval"] else (None, None)
             return interval(over.mean, low, high, 3, sign)
         except (KeyError, ValueError) as error:
@@ -297,7 +297,7 @@ def _mean(group: Group, score: str, with_sd: bool = False) -> str:
 
 
 def _over(group: Group, score: str, over_tiles: bool = False) -> str:
-    """The mean over the seeds with its interval; with `over_tiles` the single run's, with that over the tiles."""
+    """The mean over the seeds with its interval; with `over_tiles`, a single run's with that over the tiles."""
     if over_tiles and (one := group.over_tiles(score)):
         return interval(one.value, one.low, one.high, 3)
     found = group.spread(score)

@@ -108,7 +108,7 @@ def _load_into(network: nn.Module, weights: Weights, last: str) -> None:
         print(f"--weights {weights.name}: the prefix {prefix!r} of its names is left out")
     given = OrderedDict((OLD_DENSENET.sub(r"\1", name.removeprefix(prefix)), state[name]) for name in state)
     given |= {name: value for name, value in own.items() if name.startswith(f"{last}.")}
-    # Without the versions of the network's parts, each converts from its oldest one; MNASNet must know its own.
+    # Without version numbers, PyTorch takes each layer for its oldest version. For MNASNet this would be wrong.
     given._metadata = {"": {"version": network._version}}  # type: ignore[attr-defined]
     try:
         network.load_state_dict(given)

@@ -88,7 +88,7 @@ def picture_files(path: Path) -> list[Path]:
         return [path]
     found = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES and file.is_file()]
     shown = [file for file in found if not any(name.startswith(".") for name in file.relative_to(path).parts)]
-    if not shown:  # a pipe neither, which would wait for ever
+    if not shown:  # nor is a pipe a picture: reading it would never end
         raise UsageError(f"{path}: no picture or folder of pictures ({', '.join(SUFFIXES)})")
     return shown
 

@@ -144,7 +144,7 @@ def _downloaded(name: str) -> tuple[Path, str, str]:
 def _read(path: Path, begins: str = "") -> tuple[str, dict[str, torch.Tensor]]:
     """The sha256 of a file and its tensors by name, out of the dicts that training programs wrap around them.
 
-    Raises UsageError where the file is missing, damaged or no state dict, or its sha256 does not begin so.
+    UsageError where the file is missing, damaged or no state dict, or its sha256 does not start with `begins`.
     """
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for

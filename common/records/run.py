@@ -102,7 +102,7 @@ class Run:
     def log_epoch(self, history: Sequence[Mapping[str, float]]) -> None:
         """Write history.csv, print its last row, and send W&B the rows that it does not have.
 
-        Of a continued run W&B gets all rows: a kill may have lost some. It drops a row of a step that it has.
+        Of a continued run W&B gets all rows: a kill may have lost some. W&B ignores rows that it already has.
         """
 
         def log(run: Any) -> None:
@@ -177,7 +177,8 @@ def check_same(
 ) -> None:
     """Raise UsageError, naming the differing keys, where `before` has other keys, or other values of `more`."""
     now, before = {**config.identity(), **more}, public(before)
-    changed = [name for name in now if before.get(name) != now[name] and (name in before or now[name])]  # or off
+    # An older record may lack a key that is off.
+    changed = [name for name in now if before.get(name) != now[name] and (name in before or now[name])]
     if differing := [f"{name} was {before.get(name)}" for name in changed]:
         raise UsageError(
             f"run {config.run_id} was started with another configuration ({', '.join(differing)}): {remedy}"
