@@ -9,21 +9,19 @@ After a kill, the same command skips the runs that are finished, and continues t
 """
 
 import importlib.util
-import shlex
-import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from pydantic import model_validator
 
-from common.cli import Fault, UsageError, key, run_script
+import task2
+from common.cli import UsageError, key, run_script
 from common.config import ScriptConfig
 from common.data import pathmnist
-from common.records.read import checkpoint_folder, is_finished, read_json, run_folder
-from study import report
+from common.records.read import read_json, run_folder
+from study import baselines, report, sweep
 from study.processes import Processes, Run, train_all, workers
 from study.recipes import read_trials
 from study.sweep_spec import read_sweep
@@ -38,13 +36,13 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a study runs: rows, the arguments of a search, runs that Task 2 explains, and those of baselines."""
+    """What a study runs: rows, a search with these keys, Task 2 on these runs, baselines on so many tiles."""
 
     rows: dict[str, Row]
     search: tuple[str, ...]
     explained: tuple[str, ...]
     checked_tiles: int
-    baselines: tuple[str, ...]
+    baselines: tuple[int | None, ...]
 
 
 # A network whose ImageNet weights are in a Python package; task5.py has its chosen recipe.
@@ -91,16 +89,17 @@ def study_plan() -> Plan:
     """The study of PathMNIST."""
     return Plan(
         study_rows(),
-        search=("sweep.yaml", "--count=30", "--", "--train_tiles=9000"),
+        search=("--train_tiles=9000",),
         explained=("task1_64-0", "tuned-0"),
         checked_tiles=256,
-        baselines=("", *(f"--train_tiles={tiles}" for tiles in PARTS)),
+        baselines=(None, *PARTS),
     )
 
 
 def demo_plan() -> Plan:
     """The study of the phantom."""
-    few = "--train_tiles=1350"
+    tiles = 1350
+    few = f"--train_tiles={tiles}"
     mobilenet = f"train.py {few} --input_size=28 --batch_size=64 --n_epochs=8"
     rows = {
         "task1": Row(f"task1.py {few} --input_size=28", 2),
@@ -109,7 +108,7 @@ def demo_plan() -> Plan:
         "tuned": Row(f"{TUNED} {few} --input_size=32 --batch_size=64 --n_epochs=4", 2),
         "tuned_scratch": Row(f"{SCRATCH} {few} --input_size=32 --batch_size=64 --n_epochs=4", 2),
     }
-    return Plan(rows, search=(), explained=("task1-0", "tuned-0"), checked_tiles=64, baselines=(few,))
+    return Plan(rows, search=(), explained=("task1-0", "tuned-0"), checked_tiles=64, baselines=(tiles,))
 
 
 class StudyConfig(ScriptConfig):
@@ -136,60 +135,45 @@ def main(config: StudyConfig) -> None:
         raise UsageError("task1.py: no such file here; start the study in the repository's folder")
     if importlib.util.find_spec("timm") is None:  # not after hours
         raise UsageError("Task 5 needs more packages: pip install -e '.[demo]' -c constraints.txt")
-    runs, further = commands(demo_plan() if config.dataset == "phantom" else study_plan(), config)
+    plan, folder = demo_plan() if config.dataset == "phantom" else study_plan(), config.output_dir
     n_workers, environment = workers(config.device)
-    processes = Processes(config.output_dir, config.output_dir / "logs", environment)
-    train_all(runs, processes, config.workers or n_workers)
-    for command in further:
-        print(f"\n{shlex.join(['python', *command])}", flush=True)
-        if status := run_step(command):
-            raise Fault(f"it ended with exit status {status}; the same command continues the study")
-    report.main(report.ReportConfig(output_dir=config.output_dir))
-    print(f"the study is finished: open {(config.output_dir / 'report.html').resolve()}")
+    processes = Processes(folder, folder / "logs", environment)
+    train_all(runs(plan, config), processes, config.workers or n_workers)
+    place: dict[str, Any] = {"data_root": config.data_root, "output_dir": folder}
+    for tiles in plan.baselines:
+        keys: dict[str, Any] = {"dataset": config.dataset, "size": config.size, "train_tiles": tiles}
+        baselines.main(baselines.BaselinesConfig(**place, **keys))
+    for run_id in plan.explained:
+        if not (run_folder(folder, run_id) / "attribution.json").exists():
+            keys = {"run_id": run_id, "checked_tiles": plan.checked_tiles}
+            task2.main(task2.Task2Config(**place, **keys, device=config.device, wandb=config.wandb))
+    if plan.search:
+        file = ("sweep.yaml", *plan.search, *arguments(config, "dataset", "size", "data_root", "device", "wandb"))
+        sweep.main(sweep.SweepConfig(file=file, count=30, workers=config.workers, output_dir=folder))
+    report.main(report.ReportConfig(output_dir=folder))
+    print(f"the study is finished: open {(folder / 'report.html').resolve()}")
 
 
-def commands(plan: Plan, config: StudyConfig) -> tuple[list[Run], list[list[str]]]:
-    """The runs of the rows; and the commands after them, of which a baseline and a search skip what is finished.
+def arguments(config: StudyConfig, *names: str) -> list[str]:
+    """These keys of the study as a command line has them."""
+    return [f"--{name}={getattr(config, name)}" for name in names]
 
-    Raises UsageError where the folder has runs of these names on other data.
-    """
-    folder = config.output_dir
-    place, data_root = f"--output_dir={folder}", f"--data_root={config.data_root}"
-    data = [f"--dataset={config.dataset}", f"--size={config.size}", data_root]
-    logged = [f"--device={config.device}", f"--wandb={config.wandb}"]
-    runs = []
+
+def runs(plan: Plan, config: StudyConfig) -> list[Run]:
+    """The runs of the rows. Raises UsageError where the folder has runs of these names on other data."""
+    keys = arguments(config, "dataset", "size", "data_root", "output_dir", "device", "wandb")
+    found = []
     for name, row in plan.rows.items():
         for seed in range(row.n_seeds):
             run_id = f"{name}-{seed}"
-            if (path := run_folder(folder, run_id) / "config.json").exists():
+            if (path := run_folder(config.output_dir, run_id) / "config.json").exists():
                 before = read_json(path, "config")["config"]
                 if (before["dataset"], before["size"]) != (config.dataset, config.size):
                     what = f"{before['dataset']} at {before['size']} pixels"
                     raise UsageError(f"{path}: a run on {what}; name another --output_dir")
-            keys = [*data, place, *logged, f"--run_id={run_id}", f"--seed={seed}"]
-            runs.append(Run(run_id, [sys.executable, *row.command.split(), *keys]))
-    further = [["-m", "study.baselines", *data, place, *tiles.split()] for tiles in plan.baselines]
-    for run_id in plan.explained:
-        has_weights = (checkpoint_folder(folder, run_id) / "best.pt").exists()
-        elsewhere = is_finished(folder, run_id) and not has_weights
-        if not elsewhere and not (run_folder(folder, run_id) / "attribution.json").exists():
-            keys = [f"--run_id={run_id}", f"--checked_tiles={plan.checked_tiles}"]
-            further.append(["task2.py", place, data_root, *logged, *keys])
-    count = [f"--workers={config.workers}"] if config.workers else []
-    if plan.search:
-        further.append(["-m", "study.sweep", *plan.search[:2], place, *count, *plan.search[2:], *data, *logged])
-    return runs, further
-
-
-def run_step(command: Sequence[str]) -> int:
-    """Run Python with these arguments; the exit status. A signal that ends the study ends this process, too."""
-    with subprocess.Popen([sys.executable, *command]) as process:
-        try:
-            return process.wait()
-        except BaseException:
-            process.terminate()
-            process.wait()
-            raise
+            own = [f"--run_id={run_id}", f"--seed={seed}"]
+            found.append(Run(run_id, [sys.executable, *row.command.split(), *keys, *own]))
+    return found
 
 
 if __name__ == "__main__":

@@ -1,10 +1,6 @@
 """The study in one command: its steps, and a small study from start to end."""
 
 import importlib.util
-import os
-import signal
-import time
-from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -12,25 +8,22 @@ from typing import Any
 import numpy as np
 import pytest
 from example_records import CONFIG, write_run
-from processes import end, start
 
 import task1
 import task2
 import task5
 import train
-from common.cli import Keys, UsageError, parse, run_script
+from common.cli import UsageError, parse, run_script
+from common.config import FolderConfig
 from study import __main__ as study
-from study import baselines, sweep
+from study import baselines, report, sweep
 from study.groups import ABLATIONS, CURVES, ROWS
 from study.recipes import ranking, read_trials
 
-SCRIPTS: dict[str, type[Keys]] = {
+SCRIPTS: dict[str, type[FolderConfig]] = {
     "task1.py": task1.Task1Config,
-    "task2.py": task2.Task2Config,
     "task5.py": task5.Task5Config,
     "train.py": train.TrainConfig,
-    "study.baselines": baselines.BaselinesConfig,
-    "study.sweep": sweep.SweepConfig,
 }
 
 
@@ -39,16 +32,13 @@ def config_of(*arguments: str) -> study.StudyConfig:
 
 
 @pytest.mark.parametrize(("dataset", "n_runs"), [("pathmnist", 156), ("phantom", 10)])
-def test_every_step_is_a_command_that_its_script_accepts(dataset: str, n_runs: int, tmp_path: Path) -> None:
+def test_every_run_is_a_command_that_its_script_accepts(dataset: str, n_runs: int, tmp_path: Path) -> None:
     plan = study.demo_plan() if dataset == "phantom" else study.study_plan()
-    runs, further = study.commands(
-        plan, config_of(f"--dataset={dataset}", f"--output_dir={tmp_path}", "--workers=3")
-    )
+    runs = study.runs(plan, config_of(f"--dataset={dataset}", f"--output_dir={tmp_path}"))
     assert len({run.run_id for run in runs}) == n_runs
-    assert all("--workers=3" in command for command in further if command[1] == "study.sweep")
-    for command in [*(list(run.command[1:]) for run in runs), *further]:
-        program, *arguments = command[command[0] == "-m" :]
-        assert parse(SCRIPTS[program], arguments, "").output_dir == tmp_path  # type: ignore[attr-defined]
+    for run in runs:
+        program, *arguments = run.command[1:]
+        assert parse(SCRIPTS[program], arguments, "").output_dir == tmp_path
     patterns = [pattern for patterns, _ in ROWS.values() for pattern in patterns.split()]
     patterns += ["recipe-*"] + [pattern for patterns in CURVES.values() for pattern in patterns.split()]
     shown = [run for run in runs if any(fnmatchcase(run.run_id, one) for one in (*patterns, *ABLATIONS))]
@@ -64,23 +54,28 @@ def test_the_network_from_scratch_has_the_recipe_of_the_fine_tuned_one_but_for_i
     assert {name for name in tuned if tuned[name] != scratch[name]} == {"weights"}
 
 
-def test_what_is_explained_or_has_its_weights_elsewhere_is_not_explained_again(tmp_path: Path) -> None:
-    def explained() -> list[str]:
-        config = config_of(f"--output_dir={tmp_path}")
-        return [
-            command[-2] for command in study.commands(study.study_plan(), config)[1] if command[0] == "task2.py"
-        ]
-
-    assert explained() == ["--run_id=task1_64-0", "--run_id=tuned-0"]
+def test_after_the_runs_come_the_baselines_task_2_where_it_is_missing_the_search_and_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[Any] = []
+    for module in (baselines, task2, sweep, report):
+        monkeypatch.setattr(module, "main", steps.append)
+    monkeypatch.setattr(study, "train_all", lambda runs, processes, n_workers: steps.append(n_workers))
     folder = write_run(tmp_path, {**CONFIG, "dataset": "pathmnist", "run_id": "task1_64-0"})
-    assert explained() == ["--run_id=tuned-0"]
-    (tmp_path / "checkpoints/task1_64-0").mkdir(parents=True)
-    (tmp_path / "checkpoints/task1_64-0/best.pt").touch()
-    assert explained() == ["--run_id=task1_64-0", "--run_id=tuned-0"]
     (folder / "attribution.json").touch()
-    assert explained() == ["--run_id=tuned-0"]
+    place = {"data_root": tmp_path / "data", "output_dir": tmp_path}
+    keys = [f"--data_root={tmp_path / 'data'}", f"--output_dir={tmp_path}", "--device=cpu", "--wandb=offline"]
+    study.main(config_of(*keys, "--workers=3"))
+    file = ("sweep.yaml", "--train_tiles=9000", "--dataset=pathmnist", "--size=28", keys[0], *keys[2:])
+    assert steps == [
+        3,
+        *(baselines.BaselinesConfig(**place, train_tiles=n) for n in (None, 900, 3000, 9000, 30_000)),
+        task2.Task2Config(**place, run_id="tuned-0", checked_tiles=256, device="cpu", wandb="offline"),
+        sweep.SweepConfig(file=file, count=30, workers=3, output_dir=tmp_path),
+        report.ReportConfig(output_dir=tmp_path),
+    ]
     with pytest.raises(UsageError, match="a run on pathmnist at 28 pixels; name another --output_dir"):
-        study.commands(study.study_plan(), config_of("--size=64", f"--output_dir={tmp_path}"))
+        study.main(config_of("--size=64", f"--output_dir={tmp_path}"))
 
 
 def test_trials_are_ranked_by_validation_and_changed_colours_within_their_group(tmp_path: Path) -> None:
@@ -122,7 +117,7 @@ def test_a_study_ends_with_its_report_and_a_second_start_trains_nothing(
         "task1": study.Row(f"task1.py {tiny} --input_size=28", 1),
         "tuned": study.Row(f"{study.TUNED} {tiny} --input_size=32", 1),
     }
-    plan = study.Plan(rows, (), ("tuned-0",), 6, ("--train_tiles=90",))
+    plan = study.Plan(rows, (), ("tuned-0",), 6, (90,))
     monkeypatch.setattr(study, "demo_plan", lambda: plan)
     arguments = ["--dataset=phantom", f"--data_root={phantom_root}", f"--output_dir={tmp_path}"]
     run_script(study.main, study.StudyConfig, arguments)
@@ -132,25 +127,11 @@ def test_a_study_ends_with_its_report_and_a_second_start_trains_nothing(
     for heading in ("Scores", "Training", "Saliency maps of tuned-0", "Records"):
         assert f"\n## {heading}\n" in page
     assert "They are not tissue" in page
-    started: list[Any] = []
-    monkeypatch.setattr(study, "run_step", lambda command: started.append(command[1]) or 0)
     run_script(study.main, study.StudyConfig, arguments)
-    assert started == ["study.baselines"]
-    assert "2 runs, 2 of them finished" in capfd.readouterr().out
-
-
-def test_a_failed_step_ends_the_study(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(
-        study, "commands", lambda plan, config: ([], [["-c", "raise SystemExit(7)"], ["-c", "1/0"]])
-    )
-    with pytest.raises(SystemExit) as ended:
-        run_script(study.main, study.StudyConfig, ["--dataset=phantom", f"--output_dir={tmp_path}"])
-    assert ended.value.code == 1
-    assert (
-        capsys.readouterr().err.strip().endswith("ended with exit status 7; the same command continues the study")
-    )
+    said = capfd.readouterr().out
+    assert "2 runs, 2 of them finished" in said
+    assert "boosting-90-2: finished already" in said
+    assert "explaining" not in said
 
 
 def test_a_missing_package_is_named_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,20 +139,3 @@ def test_a_missing_package_is_named_before_the_first_step(tmp_path: Path, monkey
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "timm" else installed(name))
     with pytest.raises(UsageError, match=r"pip install -e '\.\[demo\]'"):
         study.main(config_of("--dataset=phantom", f"--output_dir={tmp_path}"))
-
-
-@pytest.mark.parametrize(("number", "send"), [(signal.SIGINT, os.killpg), (signal.SIGTERM, os.kill)])
-def test_a_signal_ends_the_study_and_its_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, send: Callable[[int, int], None]
-) -> None:
-    begun, late = tmp_path / "begun", tmp_path / "late"
-    code = f"import time; open({str(begun)!r}, 'w'); time.sleep(5); open({str(late)!r}, 'w')"
-    monkeypatch.setattr(study, "commands", lambda plan, config: ([], [["-c", code]]))
-    arguments = ["--dataset=phantom", f"--output_dir={tmp_path}"]
-    command = start(lambda: run_script(study.main, study.StudyConfig, arguments), tmp_path / "log")
-    while not begun.exists():
-        time.sleep(0.05)
-    send(command, number)
-    assert end(command, 4) == 128 + number
-    time.sleep(5)
-    assert not late.exists()
