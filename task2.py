@@ -30,6 +30,7 @@ from common.explain.stages import grad_cam_layer
 from common.finetune.trained import load_trained
 from common.finetune.weights import SCRATCH
 from common.records.read import best_weights, run_folder
+from common.records.run import provenance
 from common.training.device import Compute
 from common.training.evaluation import evaluate
 from common.training.loop import derived_seed
@@ -60,6 +61,9 @@ def main(config: Task2Config) -> None:
     weights = Path(trained.get("weights", SCRATCH)).name  # of a file without its folders
     origin = "trained from scratch" if weights == SCRATCH else f"from {weights}, fine-tuned"
     network = f"{loaded.model_name}, {origin} on {dataset.title_at(size)}, seed {trained['seed']}"
+    facts = {"run_id": run_id, "dataset": dataset.title, "synthetic": run["synthetic"]}
+    facts |= {"network": network, "device": compute.name}
+    facts |= provenance(("captum", "torch", "torchvision", "numpy", "scipy", "matplotlib"))
     print(f"explaining run {run_id}: {network}; test tiles, on {compute.name}", flush=True)
 
     from common.explain.checks import FAILS, chance, check_methods, judge
@@ -92,8 +96,6 @@ def main(config: Task2Config) -> None:
     print(f"checks on {len(checked)} tiles:", flush=True)
     checks, means = check_methods(model, fresh, *inputs_of(checked), config.seed)
 
-    facts = {"run_id": run_id, "dataset": dataset.title, "synthetic": run["synthetic"]}
-    facts |= {"network": network, "device": compute.name}
     figures = draw(config.output_dir, facts, shown, checks, means)
     folder = run_folder(config.output_dir, run_id)
     tiles.write_records(folder, config, facts, shown, checks, figures)

@@ -13,7 +13,7 @@ from common.config import ScriptConfig
 from common.files import write_json, write_text
 from common.markdown import markdown_table, text
 from common.records.read import checkpoint_folder, read_json
-from common.records.run import provenance, send, start_wandb
+from common.records.run import send, start_wandb
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,7 @@ def write_records(
     table = markdown_table(["Index", "Label", "Predicted", "Input", "Saliency"], "lllll", cells)
     write_text(folder / "saliency.md", "\n".join([text(facts["network"]), "", *table]) + "\n")
     names = {name: path.name for name, path in figures.items()}
-    origins = provenance(("captum", "torch", "torchvision", "numpy", "scipy", "matplotlib"))
-    record = {**facts, "config": config.as_dict(), **origins, "tiles": rows, **checks, "figures": names}
+    record = {**facts, "config": config.as_dict(), "tiles": rows, **checks, "figures": names}
     write_json(folder / "attribution.json", record)
 
     def log(run: Any) -> None:
