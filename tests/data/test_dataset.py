@@ -15,6 +15,7 @@ import torch
 from conftest import COUNTS, write_official
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import end, start
 
 from common.cli import Fault
 from common.data import dataset as module
@@ -75,6 +76,21 @@ def test_a_later_start_maps_the_arrays_even_without_file_and_write_permission(
     again = load_dataset("pathmnist", 28, tmp_path)
     assert torch.equal(first.test.images, again.test.images)
     assert first.fingerprint == again.fingerprint
+
+
+def test_processes_that_start_at_once_build_the_arrays_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def noted(split: str, n_tiles: int, size: int) -> Any:
+        with open(tmp_path / "built", "a", encoding="utf-8") as file:
+            print(split, file=file)
+        return original(split, n_tiles, size)
+
+    original = phantom.generate
+    monkeypatch.setattr(phantom, "generate", noted)
+    pids = [start(lambda: load_dataset("phantom", 28, tmp_path, 45), tmp_path / f"log{n}") for n in range(4)]
+    assert [end(pid) for pid in pids] == [0] * 4
+    assert (tmp_path / "built").read_text().split() == ["train", "val", "test"]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from common.records import run as module
 from common.records.read import Record, best_weights
 from common.records.run import Run
 
-KEY = "a" * 40
+KEY = "0123456789abcdef0123456789abcdef01234567"
 
 
 def start(dataset: Dataset, output_dir: Path, device: str = "a CPU", sha256: str = "a", **keys: Any) -> Run:
@@ -150,7 +150,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of a run whose second epoch of three is the best one."""
     folder = tmp_path_factory.mktemp("logged")
     body = """
-os.environ["WANDB_PROJECT"] = "mine"
+os.environ.update(WANDB_PROJECT="mine", WANDB_API_KEY=KEY)
 run, rows = open_run(), [row(1, 0.3), row(2, 0.6), row(3, 0.4)]
 for last in (1, 2, 3):
     run.log_epoch(rows[:last])
@@ -161,6 +161,7 @@ run.finish(rows, scored(rows, best=2, auc=0.8, acc=0.7))
     done = track(folder, body)
     assert (done.returncode, done.stderr) == (0, "")
     assert "W&B: offline, project mine" in done.stdout
+    assert KEY not in done.stdout
     return folder
 
 
@@ -170,6 +171,13 @@ def test_wandbs_summary_is_that_of_the_best_epoch(logged: Path) -> None:
         summary |= entry["summary"]["update"]
     expected = {**row(2, 0.6), "best_epoch": 2, "test/acc": 0.7, "test/auc": 0.8}
     assert {name: summary[name] for name in expected} == expected
+
+
+def test_no_record_log_or_figure_contains_the_api_key(logged: Path) -> None:
+    written = [path for path in logged.rglob("*") if path.is_file()]
+    assert len(written) > 10
+    assert any(path.suffix == ".wandb" for path in written)
+    assert not [path for path in written if KEY.encode() in path.read_bytes()]
 
 
 def test_a_wandb_run_has_a_readable_name_and_every_key(logged: Path) -> None:
