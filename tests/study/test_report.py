@@ -325,20 +325,6 @@ def test_the_ablation_compares_a_row_with_the_one_that_it_changes(tables: Tables
     assert any("find a true difference of 0.162 in test ACC" in line for line in lines)
 
 
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that the test saves."""
-    seen: list[Figure] = []
-    save = Figure.savefig
-
-    def remember(figure: Figure, *arguments: Any, **options: Any) -> None:
-        save(figure, *arguments, **options)
-        seen.append(figure)
-
-    monkeypatch.setattr(Figure, "savefig", remember)
-    return seen
-
-
 def test_the_ladder_is_sorted_and_has_room_for_every_interval(tmp_path: Path, drawn: list[Figure]) -> None:
     low, high = group_of(seed0=0.5, seed1=0.6, seed2=0.7), group_of(seed0=0.85)
     rows = {"high": Group("high", high.records), "low": Group("low", low.records)}
