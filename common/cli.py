@@ -43,6 +43,11 @@ class Untrainable(Fault):
     exit_status = 3
 
 
+def signal_of(interrupted: KeyboardInterrupt) -> signal.Signals:
+    """The signal behind the exception: `run_script` puts in the number of SIGTERM, and Python none for Ctrl-C."""
+    return signal.Signals(*interrupted.args or (signal.SIGINT,))
+
+
 def first_line(error: Exception | str) -> str:
     """The first line of an error's message, or the name of its type where the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -204,7 +209,7 @@ def run_script(main: Callable[[K], None], keys: type[K], arguments: Sequence[str
             what = f"{type(error).__name__}: {first_line(error)}"
             message, status = f"unexpected: {what}; please report it with the lines above", 70
     except KeyboardInterrupt as interrupted:
-        number = signal.Signals(*interrupted.args or (signal.SIGINT,))
+        number = signal_of(interrupted)
         message = f"ended by {number.name}{f'; {command} continues' if command else ''}"
         status = 128 + number
     finally:

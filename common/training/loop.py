@@ -1,7 +1,6 @@
 """The one training loop: train an epoch, validate, keep the best weights; at the end score the test split."""
 
 import math
-import signal
 import time
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from common.cli import Untrainable
+from common.cli import Untrainable, signal_of
 from common.config import TrainingConfig
 from common.data.augment import build_augmentation
 from common.data.batches import Splits, batches, device_splits
@@ -103,8 +102,8 @@ class Trainer:
                     if self.best_epoch == len(self.history):
                         self.save_best()
                     self.run.log_epoch(self.history)
-        except KeyboardInterrupt:
-            self.run.stop(128 + signal.SIGINT)
+        except KeyboardInterrupt as interrupted:
+            self.run.stop(128 + signal_of(interrupted))
             raise
         print(f"training ended: {reason}; best epoch {self.best_epoch} by {self.config.select_on}")
 
