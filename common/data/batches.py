@@ -11,6 +11,7 @@ from common.data.augment import build_augmentation, dihedral_views
 from common.data.dataset import Dataset, Split, resize
 from common.data.shift import shifted
 
+EVALUATION_BATCH = 512  # tiles of up to 64 pixels; of larger ones fewer: see `at_once`
 RESIDENT_SHARE = 0.6  # of a GPU's free memory for tiles, of all memory for features; the network needs the rest
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # tiles or inputs, and labels
@@ -20,10 +21,11 @@ class Tiles(Protocol):
     """A split as training and evaluation use it: tiles, or features that were computed from them.
 
     Indices (B,) int64 on `index_device` choose tiles. Inputs (B, …) float32 and labels (B,) int64 are on the
-    computing device.
+    computing device. A network can score `at_once` tiles in one batch.
     """
 
     index_device: torch.device
+    at_once: int
 
     def __len__(self) -> int:
         """The number of tiles."""
@@ -58,7 +60,7 @@ class DeviceTiles:
     def __init__(self, split: Split, device: torch.device, input_size: int, augmentation: str = "none") -> None:
         self.device, self.augment, self.input_size = device, build_augmentation(augmentation), input_size
         images, labels = split.images, split.labels
-        self.index_device = torch.device("cpu")
+        self.index_device, self.at_once = torch.device("cpu"), at_once(input_size)
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
             if images.nbytes <= RESIDENT_SHARE * free:
@@ -107,6 +109,11 @@ def device_splits(dataset: Dataset, device: torch.device, input_size: int, augme
 def normalise(images: torch.Tensor) -> torch.Tensor:
     """Change uint8 (N, 3, H, W) in 0..255 to float32 in -1..1: the coursework's mean .5 and std .5."""
     return images.float().div_(127.5).sub_(1.0)
+
+
+def at_once(side: int, tiles: int = EVALUATION_BATCH) -> int:
+    """How many inputs of `side` pixels need the memory of so many `tiles` of 64 pixels; at most as many."""
+    return max(1, tiles * 64**2 // max(64, side) ** 2)
 
 
 def batches(

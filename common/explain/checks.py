@@ -21,7 +21,8 @@ from scipy import stats
 from torch import nn
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from common.explain.maps import FORWARD_BATCH, METHODS, edge_map
+from common.data.batches import at_once
+from common.explain.maps import METHODS, edge_map
 from common.explain.stages import stages
 from common.statistics import spread
 
@@ -91,7 +92,8 @@ def removal(
     def curve(start: torch.Tensor, end: torch.Tensor) -> Array:
         columns = []
         for share in FRACTIONS:
-            parts = torch.split(torch.where(rank < round(share * n_pixels), end, start), FORWARD_BATCH)
+            mixed = torch.where(rank < round(share * n_pixels), end, start)
+            parts = torch.split(mixed, at_once(inputs.shape[-1]))
             probabilities = torch.cat([model(part).float().softmax(1) for part in parts])
             columns.append(probabilities.gather(1, targets[:, None])[:, 0])
         return np.asarray(torch.stack(columns, 1).double().cpu())

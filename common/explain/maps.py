@@ -12,11 +12,11 @@ import torch
 from captum.attr import IntegratedGradients, LayerAttribution, LayerGradCam, Occlusion, Saliency
 from torch import nn
 
+from common.data.batches import at_once
 from common.explain.stages import grad_cam_layer
 
 WHITE = 1.0  # the colour of an empty slide: the baseline of Integrated Gradients and Occlusion
-FORWARD_BATCH = 512  # tiles that pass through the network at once
-MAP_BATCH = 64  # tiles whose maps are computed at once; a method needs many copies of each
+MAP_BATCH = 64  # tiles, of up to 64 pixels, whose maps are computed at once; a method needs many copies of each
 SMOOTHGRAD_SAMPLES = 16
 SMOOTHGRAD_NOISE = 0.15 * 2  # inputs lie in -1..1; of this range Smilkov et al. find 0.1 to 0.2 best
 INTEGRATION_STEPS = 48
@@ -36,7 +36,8 @@ class Method:
 
     def maps(self, model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, seed: int) -> torch.Tensor:
         """The maps of any number of tiles."""
-        parts = zip(torch.split(inputs, MAP_BATCH), torch.split(targets, MAP_BATCH), strict=True)
+        count = at_once(inputs.shape[-1], MAP_BATCH)
+        parts = zip(torch.split(inputs, count), torch.split(targets, count), strict=True)
         return torch.cat([self.function(model, *part, seed) for part in parts])
 
 
@@ -63,7 +64,7 @@ def smoothgrad(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, se
 def integrated_gradients(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, seed: int) -> torch.Tensor:
     """Integrated Gradients from a white tile, summed over the channels (Sundararajan et al. 2017)."""
     white = torch.full_like(inputs[:1], WHITE)
-    options = {"target": targets, "n_steps": INTEGRATION_STEPS, "internal_batch_size": FORWARD_BATCH}
+    options = {"target": targets, "n_steps": INTEGRATION_STEPS, "internal_batch_size": at_once(inputs.shape[-1])}
     attributions: torch.Tensor = IntegratedGradients(model).attribute(inputs, white, **options)
     return attributions.detach().sum(1).float()
 
@@ -88,7 +89,7 @@ def occlusion(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, see
         strides=(inputs.shape[1], stride, stride),
         baselines=WHITE,
         target=targets,
-        perturbations_per_eval=max(1, FORWARD_BATCH // len(inputs)),
+        perturbations_per_eval=max(1, at_once(inputs.shape[-1]) // len(inputs)),
     )
     return attributions.detach().mean(1).float()
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from common.cli import UsageError
 from common.config import TrainingConfig
 from common.data.augment import build_augmentation, dihedral_view, to_device
-from common.data.batches import RESIDENT_SHARE, Batch, DeviceTiles, Splits, normalise
+from common.data.batches import EVALUATION_BATCH, RESIDENT_SHARE, Batch, DeviceTiles, Splits, normalise
 from common.data.dataset import Dataset, Split
 from common.data.shift import shifted
 from common.finetune.network import FineTunedNetwork
@@ -31,6 +31,7 @@ class CachedFeatures:
 
     def __init__(self, features: torch.Tensor, labels: torch.Tensor) -> None:
         self.features, self.labels, self.index_device = features, labels, features.device
+        self.at_once = EVALUATION_BATCH
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -20,7 +20,6 @@ from common.data.shift import SHIFTS
 from common.training import metrics
 from common.training.device import Compute
 
-EVALUATION_BATCH = 512
 LOWEST = float(np.finfo(np.float16).min)
 
 History = Sequence[Mapping[str, float]]  # one row for each epoch, as in history.csv
@@ -120,7 +119,7 @@ def evaluate(model: nn.Module, tiles: Tiles, compute: Compute, tta: bool = False
     """
     model.eval()
     logits, targets = [], []
-    parts = batches(len(tiles), EVALUATION_BATCH, tiles.index_device)
+    parts = batches(len(tiles), tiles.at_once, tiles.index_device)
     for batch in tqdm(parts, "evaluate", unit=" batches", leave=False, disable=None):
         with compute.autocast():
             if tta:

@@ -24,7 +24,6 @@ from common.records.run import Run, check_same
 from common.training.averaging import ExponentialMovingAverage, reestimate_batchnorm
 from common.training.device import Compute
 from common.training.evaluation import (
-    EVALUATION_BATCH,
     best_epoch,
     evaluate,
     reason_to_stop,
@@ -191,7 +190,7 @@ class Trainer:
         """Tiles to measure BatchNorm's statistics on: random training tiles, the same each time, not augmented."""
         tiles = self.splits.train
         order = torch.randperm(len(tiles), generator=generator(self.config.seed, 0, "batchnorm"))[:BATCHNORM_TILES]
-        for places in batches(len(order), EVALUATION_BATCH, order.device):
+        for places in batches(len(order), tiles.at_once, order.device):
             yield tiles.inputs(order[places].to(tiles.index_device))[0]
 
     def save_best(self) -> None:

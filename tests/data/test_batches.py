@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional
 
-from common.data.batches import DeviceTiles, batches, normalise
+from common.data.batches import DeviceTiles, at_once, batches, normalise
 from common.data.dataset import Dataset, Split
 
 
@@ -26,6 +26,10 @@ def test_an_epoch_has_every_tile_in_batches_of_one_size(n_tiles: int, batch_size
     assert {len(part) for part in in_order} <= {size - 1, size}
     again = batches(n_tiles, batch_size, torch.device("cpu"), torch.Generator().manual_seed(seed))
     assert all(map(torch.equal, parts, again))
+
+
+def test_fewer_large_inputs_are_scored_at_once() -> None:
+    assert [at_once(side) for side in (28, 64, 128, 224, 9999)] == [512, 512, 128, 41, 1]
 
 
 @pytest.mark.parametrize("side", [64, 14])

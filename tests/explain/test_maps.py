@@ -90,6 +90,21 @@ def test_a_map_is_high_at_the_pixels_that_the_logit_depends_on(name: str, corner
     assert inside.min() > (0.5 if name == "occlusion" else 0.999)  # occlusion's squares overlap the border
 
 
+@pytest.mark.parametrize(("name", "limit"), [*zip(METHODS, (16, 16, 128, 16, 128), strict=True), ("removal", 128)])
+def test_fewer_large_inputs_pass_through_the_network_at_once(
+    name: str, limit: int, corner: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "blurred", torch.zeros_like)  # seconds faster
+    sizes: list[int] = []
+    corner.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    inputs, targets = torch.zeros(130, 3, 128, 128), torch.ones(130, dtype=torch.int64)
+    if name == "removal":
+        removal(corner, inputs, targets, inputs[:, 0], 0)
+    else:
+        METHODS[name].maps(corner, inputs[:18], targets[:18], 0)
+    assert max(sizes) == limit
+
+
 def test_grad_cam_is_high_at_the_right_place_in_the_layer(corner: nn.Module) -> None:
     # With a negative scale, a bright corner speaks for class 1.
     bright = -dark_corner(2)

@@ -13,7 +13,6 @@ from sklearn.metrics import roc_auc_score
 from common.config import TrainingConfig
 from common.data.batches import DeviceTiles, normalise
 from common.data.dataset import Dataset
-from common.training import evaluation
 from common.training.evaluation import Evaluation, best_epoch, evaluate, reason_to_stop
 from common.training.models import build_model
 
@@ -57,15 +56,16 @@ def test_early_stopping_does_not_count_the_warm_up() -> None:
     assert stopping_epoch(late, early_stopping_patience=2, lr_warmup_epochs=3, select_on="last") == 7
 
 
-def test_evaluation_is_in_order_in_eval_mode_and_counts_every_tile(
-    tiny: Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_evaluation_is_in_order_in_eval_mode_and_counts_every_tile(tiny: Dataset) -> None:
     model = build_model(MODEL, 9, 28)
-    monkeypatch.setattr(evaluation, "EVALUATION_BATCH", 7)
-    before = copy.deepcopy(model.state_dict())
-    one = evaluate(model, DeviceTiles(tiny.test, CPU.device, 28), CPU)
-    monkeypatch.setattr(evaluation, "EVALUATION_BATCH", 63)
-    other = evaluate(model, DeviceTiles(tiny.test, CPU.device, 28), CPU)
+    tiles, before = DeviceTiles(tiny.test, CPU.device, 28), copy.deepcopy(model.state_dict())
+    sizes: list[int] = []
+    model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    tiles.at_once = 7
+    one = evaluate(model, tiles, CPU)
+    assert max(sizes) == 7
+    tiles.at_once = 63
+    other = evaluate(model, tiles, CPU)
     np.testing.assert_allclose(one.logits, other.logits, atol=1e-5)
     np.testing.assert_array_equal(one.targets, tiny.test.labels)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

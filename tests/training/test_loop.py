@@ -160,7 +160,7 @@ def test_batchnorm_is_measured_on_random_training_tiles_the_same_in_every_epoch(
     tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = trainer_of(tiny, tmp_path, augmentation="ta_wide")
-    monkeypatch.setattr(loop, "EVALUATION_BATCH", 43)
+    trainer.splits.train.at_once = 43
     assert sorted(map(len, trainer.clean_inputs())) == [32, 32, 33, 33]  # 130 tiles; not 43, 43, 43 and 1
     monkeypatch.setattr(loop, "BATCHNORM_TILES", 40)
     seen = torch.cat(list(trainer.clean_inputs()))
