@@ -12,14 +12,14 @@ from common.training.models import TIMM, build_model, model_names
 PUBLISHED = {
     "published_task1": [
         ("coursework, one seed: ResNet-18 from scratch", "64 px", 0.8951, 0.9803),
-        ("Yang et al. 2023: ResNet-18 from scratch", "28 px", 0.907, 0.983),
+        ("Yang et al. 2023: ResNet-18 with a first layer for small images", "28 px", 0.907, 0.983),
     ],
     "published_task3": [
         ("coursework, one seed: MobileNetV3-Large from scratch", "64 px", 0.9132, 0.9876),
-        ("Yang et al. 2023: ResNet-50 from scratch", "28 px", 0.911, 0.990),
+        ("Yang et al. 2023: ResNet-50 with a first layer for small images", "28 px", 0.911, 0.990),
     ],
     "published_task5": [
-        ("coursework, one seed: MobileNetV3-Large, fine-tuned", "64 px", 0.9123, 0.9889),
+        ("coursework, one seed: MobileNetV3-Large, ImageNet weights, frozen convolutions", "64 px", 0.9123, 0.9889),
         ("Doerrich et al. 2025, 3 seeds: VGG16 fine-tuned, padded tiles", "28 → 224 px", 0.889, 0.986),
         ("Doerrich et al. 2025, 3 seeds: VGG16 fine-tuned, padded tiles", "64 → 224 px", 0.938, 0.993),
     ],

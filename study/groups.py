@@ -60,29 +60,27 @@ ROWS = {
     "task1_64": ("task1_64-*", "Task 1: ResNet-18"),
     "combined": ("combined-*", "Task 3: MobileNetV3-Large, the coursework's configuration"),
     "combined_64": ("combined_64-*", "Task 3: MobileNetV3-Large, the coursework's configuration"),
-    "chosen": ("chosen-*", "Task 3: MobileNetV3-Large, the chosen recipe, learning rate 0.002"),
-    "scaled": ("scaled-*", "Task 3: MobileNetV3-Large, the chosen recipe"),
-    "best_scratch": ("best_scratch-*", "ResNet-18, the chosen recipe"),
+    "chosen": ("chosen-*", "Task 3: MobileNetV3-Large, the recipe of the trials"),
+    "scaled": ("scaled-*", "Task 3: MobileNetV3-Large, the final recipe"),
+    "best_scratch": ("best_scratch-*", "ResNet-18, the final recipe"),
     "frozen_64": ("frozen_64-*", "Task 5: EfficientNet-Lite1, only the classifier trained"),
     "frozen_128": ("frozen_128-*", "Task 5: EfficientNet-Lite1, only the classifier trained"),
     "tuned": ("tuned-*", "Task 5: EfficientNet-Lite1, all layers fine-tuned"),
     "tuned_112": ("tuned_112-*", "Task 5: EfficientNet-Lite1, all layers fine-tuned"),
     "tuned_scratch": ("tuned_scratch-*", "Task 5: EfficientNet-Lite1 from scratch, the same recipe"),
     "long_scratch": ("long_scratch-*", "Task 5: EfficientNet-Lite1 from scratch, trained longer"),
-    "old_tuned": ("task5 task5-seed*", "Task 5: EfficientNet-Lite0, all layers fine-tuned (earlier version)"),
-    "old_scratch": ("task5-scratch*", "Task 5: EfficientNet-Lite0 from scratch (earlier version)"),
 }
 ABLATIONS = ("ablation-*", "ablation_64-*")  # the first one that has runs; the new one is not complete
 CURVES = {
     "ResNet-18 from scratch": "learning_curve_task1_64-* task1_64-*",
-    "MobileNetV3-Large from scratch, the chosen recipe": "learning_curve_scaled-* scaled-*",
+    "MobileNetV3-Large from scratch, the final recipe": "learning_curve_scaled-* scaled-*",
     "EfficientNet-Lite1, only the classifier trained": "learning_curve_frozen_64-* frozen_64-*",
     "logistic regression on the mean colour": "mean_rgb-*",
     "nearest neighbours": "neighbours-*",
     "boosted trees": "boosting-*",
     "ResNet-18 from scratch, 28 px": "learning_curve_task1-* task1-*",
     "MobileNetV3-Large from scratch, stain augmentation, 28 px": "learning_curve_with_all-* with_all-*",
-    "EfficientNet-Lite0, only the last layer trained": "learning_curve_lite0-* lite0-head-*",
+    "EfficientNet-Lite0, only the last layer trained": "learning_curve_lite0-*",
 }
 
 

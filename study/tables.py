@@ -98,7 +98,9 @@ class Tables:
             line = [text(group.title), f"{parameters / 1e6:.1f} M", f"{multiplications / 1e6:,.0f} M"]
             line += [group.sides, f"{lengths[0]} to {lengths[-1]}" if lengths[1:] else str(lengths[0])]
             line += [str(config.get("batch_size", ""))]
-            line += [text(f"{config.get('optimizer')}, {config.get('lr', math.nan):.2g}")]
+            rate, slower = config.get("lr", math.nan), config.get("backbone_lr_factor", 1.0)
+            first = f"{slower * rate:.2g} to " if slower < 1 and config["train_part"] == "all" else ""
+            line += [text(f"{config.get('optimizer')}, {first}{rate:.2g}")]
             line += [text(config.get("augmentation", "").replace(",", ", "))]
             lines.append([*line, "yes" if config.get("ema_decay") else "no"])
         columns = ["network", "parameters", "multiply-adds of a tile", "tile → input", "epochs", "batch"]
@@ -143,7 +145,7 @@ class Tables:
         explained = [one for one in run_ids if (folder / "runs" / one / "attribution.json").exists()]
         if not explained:
             return []
-        from common.explain.checks import FAILS, PASSES, area, chance, judge  # Captum: seconds
+        from common.explain.checks import FAILS, PASSES, chance, judge  # Captum: seconds
 
         records, lines = Path("runs") / explained[0], []
         content = read_json(path := folder / records / "attribution.json")
@@ -154,10 +156,6 @@ class Tables:
                 outcome, _ = judge(method, content["n"])
                 passes = {PASSES: "yes", FAILS: "not shown"}.get(outcome, outcome)
                 cells = [interval(one["value"], one["low"], one["high"], 2) for one in scores]
-                random, curves = content["controls"]["random"], ("deletion_curve", "insertion_curve")
-                means = [[[one["value"] for one in of[kind]] for of in (method, random)] for kind in curves]
-                blurred, restored = np.diff(area(np.array(means)))[:, 0] * (1, -1)
-                cells[1] += f" ({blurred:+z.2f}, {restored:+z.2f})"
                 cells.append(f"{method['infidelity']['value']:.2f}")
                 lines.append([text(method["title"]), passes, *cells])
             tests, n = chance(len(lines)), content["n"]
@@ -168,7 +166,7 @@ class Tables:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise unreadable(path, error) from error
         columns = ["method", "passes", "correlation with the map of random weights"]
-        columns += ["better than a random order (blurred, restored)", "better than edges", "infidelity"]
+        columns += ["better than a random order", "better than edges", "infidelity"]
         table = markdown_table(columns, "llrrrr", lines)
         paths = {name: Path("fig") / "task2" / f"{explained[0]}-{name}.png" for name in MAPS}
         links = [f"[{MAPS[name]}]({path})" for name, path in paths.items() if (folder / path).exists()]
