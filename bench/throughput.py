@@ -111,6 +111,7 @@ def compare(config: TrainingConfig, compute: Compute) -> dict[str, Any]:
     path = config.data_root / f"pathmnist_{SIDE}.npz"
     np.savez(path, train_images=images, train_labels=labels.astype(np.uint8)[:, None])
     ours, cores = our_loop(config, compute), os.cpu_count() or 1
+    torch.backends.cudnn.allow_tf32 = True  # as a tutorial's loop has it; ours computes in bf16 on such GPUs
     plain = {workers: plain_loop(config, compute, workers) for workers in {0, 1, cores // 2, cores}}
     for loop in (ours, *plain.values()):
         seconds(loop)  # the first epoch warms up

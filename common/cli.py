@@ -55,7 +55,7 @@ def first_line(error: Exception | str) -> str:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether the system, a GPU or one of their libraries had too little memory left."""
-    words = "out of memory|allocate memory|ALLOC_FAILED|failed to map segment|could not create a primitive$"
+    words = "out of memory|allocate memory|ALLOC.*FAILED|failed to map segment|could not create a primitive$"
     return isinstance(error, MemoryError) or re.search(words, str(error)) is not None
 
 

@@ -19,7 +19,12 @@ PUBLISHED = {
         ("Yang et al. 2023: ResNet-50 with a first layer for small images", "28 px", 0.911, 0.990),
     ],
     "published_task5": [
-        ("coursework, one seed: MobileNetV3-Large, ImageNet weights, frozen convolutions", "64 px", 0.9123, 0.9889),
+        (
+            "coursework, one seed: MobileNetV3-Large, ImageNet weights, frozen convolutions",
+            "64 px",
+            0.9123,
+            0.9889,
+        ),
         ("Doerrich et al. 2025, 3 seeds: VGG16 fine-tuned, padded tiles", "28 → 224 px", 0.889, 0.986),
         ("Doerrich et al. 2025, 3 seeds: VGG16 fine-tuned, padded tiles", "64 → 224 px", 0.938, 0.993),
     ],

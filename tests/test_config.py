@@ -127,6 +127,7 @@ def refuse(error: Exception) -> None:
         lambda _: torch.empty(2**60),
         lambda _: np.empty(2**50),
         lambda _: refuse(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")),
+        lambda _: refuse(RuntimeError("CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED")),
         lambda _: refuse(ImportError("libx.so: failed to map segment from shared object")),
         lambda _: refuse(RuntimeError("could not create a primitive")),
         lambda _: refuse(OSError(errno.ENOMEM, "Cannot allocate memory")),

@@ -61,11 +61,9 @@ class DeviceTiles:
         self.device, self.augment, self.input_size = device, build_augmentation(augmentation), input_size
         images, labels = split.images, split.labels
         self.index_device, self.at_once = torch.device("cpu"), at_once(input_size)
-        if device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(device)
-            if images.nbytes <= RESIDENT_SHARE * free:
-                self.index_device = device
-                images, labels = images.to(device), labels.to(device)
+        if device.type == "cuda" and images.nbytes <= RESIDENT_SHARE * free_memory(device):
+            self.index_device = device
+            images, labels = images.to(device), labels.to(device)
         self.tiles, self.labels = images.permute(0, 2, 3, 1), labels
 
     def __len__(self) -> int:
@@ -104,6 +102,12 @@ def device_splits(dataset: Dataset, device: torch.device, input_size: int, augme
         test=lambda: plain(dataset.test),
         shifted=lambda: ((name, plain(split)) for name, split in shifted(dataset.val, input_size)),
     )
+
+
+def free_memory(device: torch.device) -> int:
+    """The bytes that a GPU has left, with those that PyTorch keeps for later tensors."""
+    torch.cuda.empty_cache()  # else the system counts these as used
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ or by drawing the phantom; later starts only map it.
 
 import shutil
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -130,11 +131,12 @@ def _arrays(folder: Path, build: Callable[[Path], None]) -> dict[str, Split]:
                     temporary.rename(folder)
         splits = {}
         for split in SPLITS:
-            # 'c' (copy on write): torch warns of read-only arrays. Nothing is ever written here.
-            images = np.load(folder / f"{split}_images.npy", mmap_mode="c", allow_pickle=False)
+            # Read-only: of a writable file, even one that is copied on write, the system reserves the whole size.
+            images = np.load(folder / f"{split}_images.npy", mmap_mode="r", allow_pickle=False)
             labels = np.load(folder / f"{split}_labels.npy", allow_pickle=False)
             labels = torch.from_numpy(labels.reshape(-1).astype(np.int64))
-            splits[split] = Split(torch.from_numpy(images).permute(0, 3, 1, 2), labels)
+            with warnings.catch_warnings(action="ignore", category=UserWarning):  # nothing is written here
+                splits[split] = Split(torch.from_numpy(images).permute(0, 3, 1, 2), labels)
         return splits
     except (OSError, EOFError, ValueError) as error:
         shutil.rmtree(temporary, ignore_errors=True)  # the disk may be full

@@ -16,6 +16,7 @@ from common.data.dataset import Split, resize
 
 SEED = 0
 CHUNK = 2048  # tiles that are changed at the same time: limits the memory of their float copies
+LAB_CHUNK = 128  # the same for CIELAB, which takes seven copies in float64
 Tiles = NDArray[np.float32]
 
 
@@ -23,13 +24,15 @@ def lab_statistics(tiles: Tiles, draws: np.random.Generator) -> Tiles:
     """Change each tile's mean and spread in CIELAB, as RandStainNA does (Shen et al. 2022): another staining."""
     from skimage.color import lab2rgb, rgb2lab
 
-    lab = rgb2lab(tiles)
-    means = lab.mean((1, 2), keepdims=True)
-    moved = means + draws.normal(0.0, (6.0, 5.0, 5.0), means.shape)
-    factors = np.exp(draws.uniform(np.log(0.7), np.log(1.4), means.shape))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # some colours lie outside sRGB; they are clipped
-        changed: Tiles = lab2rgb((lab - means) * factors + moved).astype(np.float32)
+    moves = draws.normal(0.0, (6.0, 5.0, 5.0), (len(tiles), 1, 1, 3))
+    factors = np.exp(draws.uniform(np.log(0.7), np.log(1.4), moves.shape))
+    changed = np.empty_like(tiles)
+    for start in range(0, len(tiles), LAB_CHUNK):
+        part = slice(start, start + LAB_CHUNK)
+        lab = rgb2lab(tiles[part])
+        means = lab.mean((1, 2), keepdims=True)
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # colours outside sRGB are clipped
+            changed[part] = lab2rgb((lab - means) * factors[part] + (means + moves[part]))
     return changed
 
 
@@ -54,7 +57,7 @@ SHIFTS = {change.__name__: change for change in (lab_statistics, gamma, chromati
 def shifted(split: Split, side: int) -> Iterator[tuple[str, Split]]:
     """Yield the name of each shift and the split, first resized and then shifted: (N, 3, side, side) uint8."""
     for name, change in SHIFTS.items():
-        images = torch.empty(len(split), 3, side, side, dtype=torch.uint8).to(memory_format=torch.channels_last)
+        images = torch.empty(len(split), side, side, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         for start in range(0, len(split), CHUNK):
             tiles = (resize(split.images[start : start + CHUNK], side).permute(0, 2, 3, 1) / 255).numpy()
             draws = np.random.default_rng([SEED, start, *name.encode()])

@@ -11,7 +11,15 @@ from tqdm import tqdm
 from common.cli import UsageError
 from common.config import TrainingConfig
 from common.data.augment import build_augmentation, dihedral_view, to_device
-from common.data.batches import EVALUATION_BATCH, RESIDENT_SHARE, Batch, DeviceTiles, Splits, normalise
+from common.data.batches import (
+    EVALUATION_BATCH,
+    RESIDENT_SHARE,
+    Batch,
+    DeviceTiles,
+    Splits,
+    free_memory,
+    normalise,
+)
 from common.data.dataset import Dataset, Split
 from common.data.shift import shifted
 from common.finetune.network import FineTunedNetwork
@@ -59,7 +67,7 @@ def cache_features(
     device = compute.device
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if device.type == "cuda":
-        memory = torch.cuda.mem_get_info(device)[0]  # the tiles lie there already
+        memory = free_memory(device)  # the tiles lie there already
     size = 4 * len(views) * len(tiles) * math.prod(model.feature_shape)  # float32
     if size > RESIDENT_SHARE * memory:
         problem = f"features of {len(tiles):,} tiles take {size / 1e9:.1f} GB of {memory / 1e9:.1f} GB of memory"
@@ -72,7 +80,8 @@ def cache_features(
             for number, view in enumerate(views):
                 inputs = normalise(view(images))  # outside autocast, which would round the augmentation
                 with compute.autocast():
-                    features[number, part] = model.features(inputs).float()
+                    found = [model.features(some).float() for some in torch.split(inputs, tiles.at_once)]
+                features[number, part] = torch.cat(found)
                 bar.update(len(part))
     return CachedFeatures(features, labels)
 

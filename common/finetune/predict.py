@@ -47,7 +47,9 @@ def main(config: PredictConfig) -> None:
         raise UsageError("needs a network and pictures; --help shows how")
     if config.csv and config.csv.suffix.lower() != ".csv":  # else a slip would replace a picture
         raise UsageError(f"--csv {config.csv}: the name must end in .csv")
-    device = Compute.of(config.device, "fp32").device
+    compute = Compute.of(config.device, "fp32")
+    compute.prepare_process()
+    device = compute.device
     file = Path(config.network).expanduser()
     paths = [path for name in config.pictures for path in picture_files(name)]
     if config.csv and (config.csv in paths or config.csv.is_symlink() or config.csv.is_fifo()):

@@ -31,6 +31,7 @@ def test_a_shift_is_the_same_in_every_run_and_changes_neither_labels_nor_source(
 
 def test_each_tile_gets_another_change_in_every_chunk(one_colour: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shift, "CHUNK", 100)
+    monkeypatch.setattr(shift, "LAB_CHUNK", 40)
     for _, split in shifted(one_colour, 28):
         tiles = split.images.flatten(1)
         assert len(tiles.unique(dim=0)) > 250

@@ -111,12 +111,13 @@ def test_tiles_are_augmented_and_resized_in_float32_before_a_bf16_network(
         original = model.features
         monkeypatch.setattr(model, "features", lambda images, o=original, i=inputs: i.append(images) or o(images))
         tiles = DeviceTiles(tiny.val, CPU.device, input_size=40)
+        tiles.at_once = 9
         cached = cache_features(
             model, tiles, [lambda images, r=random: stain(images, r)], Compute(CPU.device, dtype)
         )
         assert cached.features.dtype == torch.float32
     assert all(map(torch.equal, *seen.values()))
-    assert len(seen[torch.float32]) == 1
+    assert max(map(len, seen[torch.float32])) == 9
 
 
 def test_each_tile_of_a_batch_gets_a_random_view(tiny: Dataset) -> None:
