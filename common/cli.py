@@ -90,10 +90,7 @@ class Keys(BaseModel):
             first = error.errors()[0]
             reason = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
             reason = reason.replace("greater than", "above")
-            value = first["input"]
-            if any(isinstance(bound, float) for bound in first.get("ctx", {}).values()):
-                value = float(value)
-            raise UsageError(f"--{first['loc'][0]} {value}: {reason}") from None
+            raise UsageError(f"--{first['loc'][0]} {first['input']}: {reason}") from None
 
     @classmethod
     def recipe(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:

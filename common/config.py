@@ -53,8 +53,8 @@ class ScriptConfig(FolderConfig):
     )
 
 
-class Config(ScriptConfig):
-    """The keys of a script that trains: its data, and the run's name."""
+class TrainingConfig(ScriptConfig):
+    """The keys of a script that trains: its data, the run's name, and the training loop's."""
 
     dataset: str = key(
         pathmnist.NAME, "data set; phantom is generated, without download", choices=(pathmnist.NAME, "phantom")
@@ -72,10 +72,6 @@ class Config(ScriptConfig):
         "name of the run; an unfinished run is continued (default: a new id; under a W&B agent, the agent's id)",
     )
     precision: str = key("auto", "auto is bf16 on a GPU that has it, else fp32", choices=("auto", "fp32", "bf16"))
-
-
-class TrainingConfig(Config):
-    """The keys of the training loop."""
 
     input_size: int = key(
         lambda given: max(64, given["size"]),

@@ -23,10 +23,9 @@ class Spread:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The differences between two rows, seed by seed, and the p value of the paired t test; NaN without a test."""
+    """The differences between two rows, seed by seed; the paired t test's p after Holm's correction, or NaN."""
 
     differences: Spread
-    p: float
     p_holm: float
 
     @property
@@ -81,11 +80,9 @@ def compare(rows: Mapping[str, Mapping[int, float]], against: Mapping[str, str] 
         other = rows[against.get(row, reference)]
         if values := [value - other[seed] for seed, value in rows[row].items() if seed in other]:
             differences[row] = values
-    p_values = list(map(paired_p, differences.values()))
-    return {
-        row: Comparison(spread(values), p, p_holm)
-        for (row, values), p, p_holm in zip(differences.items(), p_values, holm(p_values), strict=True)
-    }
+    p_values = holm(list(map(paired_p, differences.values())))
+    pairs = zip(differences.items(), p_values, strict=True)
+    return {row: Comparison(spread(values), p_holm) for (row, values), p_holm in pairs}
 
 
 def smallest_difference(sd: float, n: int, family: int) -> float:
@@ -103,9 +100,9 @@ def smallest_difference(sd: float, n: int, family: int) -> float:
     return float(shift) * sd / math.sqrt(n)
 
 
-def interval(value: float, low: float | None, high: float | None, digits: int = 4, sign: str = "") -> str:
-    """`value [low, high]`; only the value if the interval is None or NaN. `sign="+"` adds plus signs."""
+def interval(value: float, low: float, high: float, digits: int, sign: str = "") -> str:
+    """`value [low, high]`; only the value if the interval is NaN. `sign="+"` adds plus signs."""
     number = f"{sign}z.{digits}f"  # z: no -0.00
-    if low is None or high is None or math.isnan(low) or math.isnan(high):
+    if math.isnan(low):  # `high` is, too
         return f"{value:{number}}"
     return f"{value:{number}} [{low:{number}}, {high:{number}}]"

@@ -54,8 +54,8 @@ SCALED = "--n_epochs=12 --lr=0.0007"
 PARTS = (900, 3000, 9000, 30_000)  # of the training tiles
 
 
-def study_rows() -> dict[str, Row]:
-    """The trials of recipes.yaml, and the rows of report.md, whose recipes were partly chosen by them."""
+def study_plan() -> Plan:
+    """The study of PathMNIST: the trials of recipes.yaml, and the rows of report.md, some chosen by them."""
     rows = {
         # The coursework's recipes, and the chosen ones; inputs have 64 pixels where nothing else is said.
         "combined_64": Row("train.py", 5),
@@ -82,13 +82,8 @@ def study_rows() -> dict[str, Row]:
     for row in ("task1_64", "scaled", "frozen_64"):
         for tiles in PARTS:
             rows[f"learning_curve_{row}-{tiles}"] = Row(f"{rows[row].command} --train_tiles={tiles}", 3)
-    return trials | rows
-
-
-def study_plan() -> Plan:
-    """The study of PathMNIST."""
     return Plan(
-        study_rows(),
+        trials | rows,
         search=("--train_tiles=9000",),
         explained=("task1_64-0", "tuned-0"),
         checked_tiles=256,

@@ -29,7 +29,7 @@ from common.data.dataset import SPLITS, Split, load_dataset
 from common.data.shift import CHUNK, SHIFTS, shifted
 from common.files import atomic_path, write_json, write_text
 from common.records.read import COLUMNS, is_finished, read_json, run_folder
-from common.records.run import provenance
+from common.records.run import facts_of, provenance
 from common.training.device import Compute
 from common.training.evaluation import Evaluation, scores_of
 from common.training.metrics import accuracy
@@ -56,7 +56,6 @@ class BaselinesConfig(FolderConfig):
 def main(config: BaselinesConfig) -> None:
     """Data → features → each baseline and seed: choose by validation, score the test tiles once, leave records."""
     dataset = load_dataset(config.dataset, config.size, config.data_root, config.train_tiles)
-    splits = {name: getattr(dataset, name) for name in SPLITS}
     tables: dict[str, Table] = {}
     for name, (title, n_seeds) in BASELINES.items():
         for seed in range(n_seeds):
@@ -68,17 +67,10 @@ def main(config: BaselinesConfig) -> None:
                 print(f"{run_id}: finished already")
                 continue
             if not tables:
-                copies = dict(shifted(dataset.val, dataset.size))
-                tables = {part: (features(one), one.labels.numpy()) for part, one in {**splits, **copies}.items()}
-            facts = {
-                "task": "baselines",
-                "run_id": run_id,
-                "dataset": dataset.title,
-                "synthetic": dataset.name == "phantom",
-                "data_fingerprint": dataset.fingerprint,
-                "tiles": {part: len(split) for part, split in splits.items()},
-                "device": Compute.of("cpu", "fp32").name,
-            }
+                splits = {part: getattr(dataset, part) for part in SPLITS}
+                splits |= dict(shifted(dataset.val, dataset.size))
+                tables = {part: (features(one), one.labels.numpy()) for part, one in splits.items()}
+            facts = facts_of("baselines", run_id, dataset, Compute.of("cpu", "fp32").name)
             keys = {**config.as_dict(), "baseline": name, "run_id": run_id, "seed": seed}
             source = provenance(("scikit-learn", "scipy", "numpy"))
             write_json(folder / "config.json", {"config": keys, **facts, **source})

@@ -6,7 +6,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.data.pathmnist import CLASS_NAMES
-from common.training.models import TIMM, build_model, model_names
+from common.finetune.weights import library_name
+from common.training.models import build_model
 
 # Network, side of the tiles and of the inputs, test ACC and AUC.
 PUBLISHED = {
@@ -34,9 +35,8 @@ PUBLISHED = {
 @cache
 def cost(model_name: str, side: int) -> tuple[int, int]:
     """The parameters of a network with nine outputs, and its multiply-adds for one input of `side` pixels."""
-    name = model_name if model_name in model_names() else f"{TIMM}{model_name.removeprefix(TIMM)}"
     with torch.device("meta"), torch.no_grad():  # shapes alone; SmallMapConv2d does less work, but only on a CPU
-        model = build_model(name, len(CLASS_NAMES), side).eval()
+        model = build_model(library_name(model_name), len(CLASS_NAMES), side).eval()
         with FlopCounterMode(display=False) as counter:
             model(torch.zeros(1, 3, side, side))
     return sum(one.numel() for one in model.parameters()), counter.get_total_flops() // 2

@@ -234,7 +234,7 @@ class Runs:
         records = [
             self.record(run) for run in self.scored if run not in elsewhere and not run.startswith(searches)
         ]
-        for record in sorted(records, key=lambda record: record.facts["started"]):
+        for record in sorted(records, key=lambda record: record.summary["started"]):
             same = {name: value for name, value in record.config.items() if name not in APART and value}
             group = found.setdefault(f"{record.summary['tiles']['train']} {sorted(same.items())}", {})
             group[record.config["seed"]] = record  # of repeated runs the last one

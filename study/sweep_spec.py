@@ -11,7 +11,7 @@ from optuna import distributions
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
 
 from common.cli import UsageError, parse
-from common.config import Config, RunId
+from common.config import RunId, TrainingConfig
 
 Scalar = bool | int | float | str | None
 
@@ -76,14 +76,14 @@ class Sweep(BaseModel, extra="forbid"):
     early_terminate: Hyperband | None = None
     command: list[Literal["${env}", "${interpreter}", "${program}", "${args}"]] = []  # no other words run here
     project: str = ""
-    _config_class: type[Config] = PrivateAttr(Config)
+    _config_class: type[TrainingConfig] = PrivateAttr(TrainingConfig)
 
     @property
     def swept(self) -> dict[str, Parameter]:
         """The keys that vary."""
         return {name: one for name, one in self.parameters.items() if "value" not in one.model_fields_set}
 
-    def config(self, values: Mapping[str, Any]) -> Config:
+    def config(self, values: Mapping[str, Any]) -> TrainingConfig:
         """The program's configuration for the fixed keys and `values`; UsageError where it refuses them."""
         return parse(self._config_class, self.command_line(values)[2:])
 
@@ -131,11 +131,11 @@ def read_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
         raise UsageError(f"{path}: {error}") from None
 
 
-def _config_class(program: Path) -> type[Config]:
+def _config_class(program: Path) -> type[TrainingConfig]:
     """The configuration class that the program defines."""
     if not program.is_file() or program.suffix != ".py":
         raise UsageError(f"program {program}: no such Python file; start the sweep in the folder of the program")
     for item in runpy.run_path(str(program), run_name="swept_program").values():
-        if isinstance(item, type) and issubclass(item, Config) and item.__module__ == "swept_program":
+        if isinstance(item, type) and issubclass(item, TrainingConfig) and item.__module__ == "swept_program":
             return item
     raise UsageError(f"program {program} defines no configuration class")

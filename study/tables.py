@@ -189,7 +189,7 @@ class Tables:
             rows.append((f"fewer tiles: {title}", records))
         lines = []
         for title, records in (row for row in rows if row[1]):
-            facts = [record.facts for record in records]
+            facts = [record.summary for record in records]
             days = sorted(str(one["started"])[:10] for one in facts)
             first, *others = (record.run_id for record in records)
             runs = f"[{first}]({root}runs/{first}/)" + (f" and {len(others)} more" if others else "")
@@ -231,7 +231,7 @@ class Tables:
                     raise ValueError("there is no such number")
             if over is None:
                 raise ValueError("not every seed has this score")
-            low, high = (over.low, over.high) if shown == ["interval"] else (None, None)
+            low, high = (over.low, over.high) if shown == ["interval"] else (math.nan, math.nan)
             return interval(over.mean, low, high, 3, sign)
         except (KeyError, ValueError) as error:
             raise Fault(f"the page asks for {key!r}, which the records do not answer ({error})") from None

@@ -1,6 +1,5 @@
 """What the tests share. None uses the network; only medmnist writes outside temporary folders (~/.medmnist)."""
 
-import dataclasses
 import hashlib
 import os
 import subprocess
@@ -17,7 +16,7 @@ from processes import mount
 
 from common.config import TrainingConfig
 from common.data import pathmnist
-from common.data.batches import Tiles, device_splits
+from common.data.batches import device_splits
 from common.data.dataset import Dataset, Split
 from common.data.pathmnist import OfficialFile
 from common.records.run import Run
@@ -90,40 +89,35 @@ def trainer_of(
     folder: Path,
     model: torch.nn.Module | None = None,
     *,
-    train: Tiles | None = None,
     compute: Compute = CPU,
-    lr_factors: dict[str, float] | None = None,
+    lr_factors: Mapping[str, float] = {},
     **keys: Any,
 ) -> Trainer:
-    """The trainer of `model`, or of a small network, on the training tiles `train`, or those of the data set."""
+    """The trainer of `model`, or of a small network."""
     config = TrainingConfig(**{**SMALL_RUN, "model_name": MODEL, "output_dir": folder, **keys})
     if model is None:
         torch.manual_seed(config.seed)
         model = build_model(config.model_name, 9, config.input_size)
     splits = device_splits(dataset, compute.device, config.input_size, config.augmentation)
-    if train is not None:
-        splits = dataclasses.replace(splits, train=train)
     run = Run("task1", config, dataset, compute.name)
     return Trainer(model, splits, config, compute, run, lr_factors=lr_factors)
 
 
-def official_arrays(counts: dict[str, int], size: int = 28) -> dict[str, np.ndarray]:
-    """Arrays in the layout of PathMNIST's official file; the first bytes of a tile give its index."""
-    arrays = {}
-    for split, count in counts.items():
+def write_official(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Write a small pathmnist.npz and make its counts and its MD5 the official ones; returns its path.
+
+    The first bytes of a tile give its index.
+    """
+    arrays: dict[str, Any] = {}
+    for split, count in COUNTS.items():
         index = np.arange(count)
-        images = np.zeros((count, size, size, 3), np.uint8)
+        images = np.zeros((count, 28, 28, 3), np.uint8)
         images[:, 0, 0, 0], images[:, 0, 0, 1] = index % 251, index // 251
         arrays[f"{split}_images"] = images
         arrays[f"{split}_labels"] = (index % 9).astype(np.uint8)[:, None]
-    return arrays
-
-
-def write_official(root: Path, monkeypatch: pytest.MonkeyPatch, arrays: dict[str, Any] | None = None) -> Path:
-    """Write a small pathmnist.npz and make its counts and its MD5 the official ones; returns its path."""
     root.mkdir(parents=True, exist_ok=True)
     path = root / "pathmnist.npz"
-    np.savez_compressed(path, **(arrays or official_arrays(COUNTS)))
+    np.savez_compressed(path, **arrays)
     official = OfficialFile(
         path.name, "http://127.0.0.1:9/pathmnist.npz", hashlib.md5(path.read_bytes()).hexdigest()
     )

@@ -8,11 +8,11 @@ import example_records
 import numpy as np
 
 from common.cli import Fault, Untrainable, UsageError, key, run_script
-from common.config import Config
+from common.config import TrainingConfig
 from common.files import write_csv, write_json
 
 
-class FakeConfig(Config):
+class FakeConfig(TrainingConfig):
     """The keys of the fake training."""
 
     row: str = key("a", "a row of the grid")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 # What differs between two equal runs; best.pt, of which best_sha256 is, holds the path of its folder.
-TIMINGS = ("seconds", "tiles_per_second", "wall_seconds", "feature_seconds", "best_sha256")
+TIMINGS = ("seconds", "tiles_per_second", "wall_seconds", "best_sha256")
 
 
 def start(action: Callable[[], None], log: Path) -> int:
@@ -59,14 +59,6 @@ def end(pid: int, within: float = 120) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def without_timings(content: Any) -> Any:
-    if isinstance(content, list):
-        return [without_timings(value) for value in content]
-    if isinstance(content, dict):
-        return {name: without_timings(value) for name, value in content.items() if name not in TIMINGS}
-    return content
-
-
 def records(folder: Path) -> dict[str, Any]:
     """The content of every file in `folder`, by name, without timings and without config.json."""
     found: dict[str, Any] = {}
@@ -74,9 +66,9 @@ def records(folder: Path) -> dict[str, Any]:
         name = str(path.relative_to(folder))
         if path.suffix == ".csv":
             with open(path, newline="") as file:
-                found[name] = without_timings(list(csv.DictReader(file)))
+                found[name] = plain(list(csv.DictReader(file)))
         elif path.name == "summary.json":
-            found[name] = without_timings(json.loads(path.read_text()))
+            found[name] = plain(json.loads(path.read_text()))
         elif path.suffix == ".pt":
             found[name] = plain(torch.load(path, weights_only=True))
         elif path.suffix in (".png", ".npz") and not path.name.startswith("."):
@@ -87,7 +79,7 @@ def records(folder: Path) -> dict[str, Any]:
 
 
 def plain(content: Any) -> Any:
-    """A checkpoint as something that == compares bit by bit."""
+    """A checkpoint or a record without timings and folders, as something that == compares bit by bit."""
     if isinstance(content, torch.Tensor):
         return content.numpy().tobytes()
     if isinstance(content, dict):

@@ -1,6 +1,5 @@
 """What the tests of sweeps and searches share: sweep files for a fake program, and commands that run them."""
 
-import csv
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -52,13 +51,8 @@ def most_at_once(output: Path) -> int:
     return max(sum(begun <= moment < ended for begun, ended in spans) for moment, _ in spans)
 
 
-def read_csv(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def table(output: Path, name: str = "try") -> list[dict[str, str]]:
+def table(output: Path) -> list[dict[str, str]]:
     """The lines of a table.md."""
-    text = (output / "sweeps" / name / "table.md").read_text().replace(r"\_", "_")
+    text = (output / "sweeps/try/table.md").read_text().replace(r"\_", "_")
     columns, _, *lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
     return [dict(zip(columns, line, strict=False)) for line in lines]

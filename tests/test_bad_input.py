@@ -1,15 +1,34 @@
 """Every mistake of a user ends with one line that names it and the right exit status; no file changes."""
 
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from bad_input import PHANTOM, RUN, assert_refused, contents
 from example_records import write_run
 
+import task1
+import task2
+import task5
+import train
+from common.cli import run_script
 from common.data.pathmnist import OfficialFile
+from study import __main__ as study
+from study import report, sweep
 
+COMMANDS: dict[str, tuple[Any, Any]] = {
+    "task1.py": (task1.main, task1.Task1Config),
+    "task2.py": (task2.main, task2.Task2Config),
+    "train.py": (train.main, train.TrainConfig),
+    "task5.py": (task5.main, task5.Task5Config),
+    "study.sweep": (sweep.main, sweep.SweepConfig),
+    "study.report": (report.main, report.ReportConfig),
+    "study.__main__": (study.main, study.StudyConfig),
+}
+PHANTOM = "--dataset=phantom --size=28 --input_size=28 --train_tiles=90 --n_epochs=1"
+RUN = f"task1.py {PHANTOM} --data_root={{}} --output_dir={{}} --run_id=r"
 OFFICIAL = "task1.py --dataset=pathmnist --size=28 --data_root={} --output_dir={}"
 
 # The command, its exit status, and a pattern of its one line. {} is the folder of the case.
@@ -20,7 +39,7 @@ OPTIONS: list[tuple[str, int, str]] = [
     ("task1.py quux", 2, "unknown key quux; --help lists the keys$"),
     ("task1.py --lr", 2, "--lr: expected one argument$"),
     ("task1.py --lr=fast", 2, "--lr fast: must be a valid number"),
-    ("task1.py --lr=0", 2, "--lr 0.0: must be above 0$"),
+    ("task1.py --lr=0", 2, "--lr 0: must be above 0$"),
     ("task1.py --lr=nan", 2, "--lr nan: must be a finite number$"),
     ("task1.py --n_epochs=2.5", 2, "--n_epochs 2.5: must be a valid integer"),
     ("task1.py --amsgrad=perhaps", 2, "--amsgrad perhaps: must be a valid boolean"),
@@ -42,6 +61,25 @@ OPTIONS: list[tuple[str, int, str]] = [
     ("study.sweep {}/none.yaml", 1, r"none\.yaml: No such file"),
     ("study.report --output_dir={}", 2, r"/runs: no finished run with test scores; python task1\.py makes one"),
 ]
+
+
+def assert_refused(line: str, status: int, message: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program, *arguments = shlex.split(line.replace("{}", str(folder)))
+    main, config_class = COMMANDS[program]
+    before = contents(folder)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        run_script(main, config_class, arguments)
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1, said
+    assert re.search(message, said[0]), said[0]
+    assert ended.value.code == status
+    after = contents(folder)
+    assert {name: after.get(name) for name in before} == before
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def text(name: str, content: str) -> Callable[[Path], Any]:

@@ -1,13 +1,13 @@
 """Files appear complete or not at all, with what a record may show; a run is locked by its process alone."""
 
 import json
-import multiprocessing
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
+from processes import end, start
 
-from common.cli import UsageError
 from common.config import TrainingConfig
 from common.data.dataset import Dataset
 from common.files import atomic_path, sweep_up, write_csv, write_json
@@ -88,26 +88,10 @@ def test_a_record_shows_no_home_folder_and_no_password(tmp_path: Path, monkeypat
 
 
 def test_a_run_is_locked_for_other_processes_until_its_process_ends(tiny: Dataset, tmp_path: Path) -> None:
-    config = TrainingConfig(output_dir=tmp_path, run_id="r")
-
-    def elsewhere() -> str:
-        """What another process, which ends at once, says when it opens the run."""
-
-        def start() -> None:
-            try:
-                results.put(Run("task1", config, tiny, "cpu").run_id)
-            except UsageError as refused:
-                results.put(str(refused))
-
-        context = multiprocessing.get_context("fork")
-        results = context.Queue()
-        process = context.Process(target=start)
-        process.start()
-        said: str = results.get(timeout=60)
-        process.join()
-        return said
-
-    assert [elsewhere(), elsewhere()] == ["r", "r"]
-    runs = [Run("task1", config, tiny, "cpu") for _ in range(2)]  # the same process may open it again
-    assert elsewhere() == "run r is running in another process: wait for its end, or use another --run_id"
+    config, log = TrainingConfig(output_dir=tmp_path, run_id="r"), tmp_path / "log"
+    open_run = partial(Run, "task1", config, tiny, "cpu")
+    assert [end(start(open_run, log)) for _ in range(2)] == [0, 0]
+    runs = [open_run(), open_run()]  # the same process may open it again
+    assert end(start(open_run, log)) == 70
+    assert "run r is running in another process: wait for its end, or use another --run_id" in log.read_text()
     assert len(runs) == 2

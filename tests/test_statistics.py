@@ -38,7 +38,7 @@ def test_rows_are_compared_over_the_seeds_that_both_have() -> None:
     assert list(compared) == ["b", "d"]  # c has no seed of a's
     assert compared["b"].differences.n == 3
     assert compared["b"].differences.mean == pytest.approx((0.02 + 0.01 + 0.05) / 3)
-    assert compared["b"].p == pytest.approx(stats.ttest_rel([0.52, 0.61, 0.75], [0.5, 0.6, 0.7]).pvalue)
+    assert compared["b"].p_holm == pytest.approx(stats.ttest_rel([0.52, 0.61, 0.75], [0.5, 0.6, 0.7]).pvalue)
     assert compared["b"].verdict == "not decided"
     assert compared["d"].verdict == "too few seeds"
 
@@ -54,24 +54,24 @@ def test_holms_correction() -> None:
 def test_the_verdict_uses_the_corrected_p_value() -> None:
     rows = {"a": [0.5, 0.5, 0.5], "b": [0.51, 0.515, 0.52], "c": [0.5, 0.51, 0.49], "d": [0.51, 0.53, 0.56]}
     compared = compare({row: dict(enumerate(values)) for row, values in rows.items()})
-    assert compared["b"].p < SIGNIFICANT < compared["b"].p_holm
+    assert paired_p([0.01, 0.015, 0.02]) < SIGNIFICANT < compared["b"].p_holm
     assert compared["b"].verdict == "not decided"
 
 
 def test_rows_with_equal_differences_are_no_tests_and_do_not_count_in_holms_correction() -> None:
     rows = {"a": [0.5, 0.25, 0.25], "b": [0.51, 0.265, 0.27], "c": [0.5, 0.25, 0.25], "d": [0.75, 0.5, 0.5]}
     compared = compare({row: dict(enumerate(values)) for row, values in rows.items()})
-    assert compared["b"].p_holm == compared["b"].p < 0.05
-    assert (compared["c"].verdict, math.isnan(compared["c"].p)) == ("the same", True)
-    assert (compared["d"].verdict, math.isnan(compared["d"].p)) == ("not decided", True)
+    assert compared["b"].p_holm == paired_p([0.51 - 0.5, 0.265 - 0.25, 0.27 - 0.25]) < 0.05
+    assert (compared["c"].verdict, math.isnan(compared["c"].p_holm)) == ("the same", True)
+    assert (compared["d"].verdict, math.isnan(compared["d"].p_holm)) == ("not decided", True)
 
 
 def test_two_seeds_give_no_verdict_and_do_not_count_for_the_correction() -> None:
     values = {"a": [0.5, 0.5, 0.5], "b": [0.61, 0.62, 0.63], "two": [0.7, 0.7]}
     compared = compare({row: dict(enumerate(scores)) for row, scores in values.items()})
-    assert (compared["two"].verdict, math.isnan(compared["two"].p)) == ("too few seeds", True)
+    assert (compared["two"].verdict, math.isnan(compared["two"].p_holm)) == ("too few seeds", True)
     assert compared["b"].verdict == "better"
-    assert compared["b"].p_holm == compared["b"].p
+    assert compared["b"].p_holm == paired_p([0.61 - 0.5, 0.62 - 0.5, 0.63 - 0.5])
 
 
 def test_a_row_may_be_compared_with_another_than_the_first_one() -> None:
@@ -82,7 +82,7 @@ def test_a_row_may_be_compared_with_another_than_the_first_one() -> None:
 
 
 def test_an_interval_is_written_with_its_value() -> None:
-    assert interval(0.51234, 0.4, 0.6) == "0.5123 [0.4000, 0.6000]"
+    assert interval(0.51234, 0.4, 0.6, 4) == "0.5123 [0.4000, 0.6000]"
     assert interval(0.5, -0.4, 0.6, 2, "+") == "+0.50 [-0.40, +0.60]"
     assert interval(-0.001, -0.4, 0.004, 2) == "0.00 [-0.40, 0.00]"
-    assert interval(0.5, None, None) == interval(0.5, math.nan, math.nan) == "0.5000"
+    assert interval(0.5, math.nan, math.nan, 4) == "0.5000"

@@ -64,14 +64,11 @@ class WandbServer:
             return {"model": {**project, "bucket": None}}
         return {}
 
-    def close(self) -> None:
-        """Refuse all further connections."""
-        self._server.shutdown()
-        self._server.server_close()
-
     def __enter__(self) -> "WandbServer":
         self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
+        """Refuse all further connections."""
+        self._server.shutdown()
+        self._server.server_close()

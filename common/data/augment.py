@@ -71,16 +71,11 @@ def _by_kind(
     return _take(grouped, unsort)
 
 
-def sample_views(n_views: int, count: int, generator: torch.Generator) -> torch.Tensor:
-    """Uniform views for `dihedral`, int64 (count,): the first 4 are flips, all 8 have the quarter turns, too."""
-    return torch.randint(n_views, (count,), generator=generator)
-
-
 def dihedral_view(images: torch.Tensor, view: int) -> torch.Tensor:
     """One of the 8 symmetries of the square, of images (N, 3, H, W) of any dtype.
 
     `view` is a number of three bits: bit 4 swaps rows and columns first, then bit 1 flips left and right, and
-    bit 2 flips top and bottom. View 0 changes nothing.
+    bit 2 flips top and bottom. View 0 changes nothing; the first 4 are flips alone.
     """
     if view & 4:
         images = images.transpose(2, 3)
@@ -90,11 +85,6 @@ def dihedral_view(images: torch.Tensor, view: int) -> torch.Tensor:
 def dihedral(images: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
     """Image i in its view `view[i]` (int64 (N,) on the CPU); see `dihedral_view`."""
     return _by_kind(images, view, view.argsort(), lambda number, part, _: dihedral_view(part, number))
-
-
-def dihedral_views(images: torch.Tensor) -> torch.Tensor:
-    """All 8 views in order, (8, N, 3, H, W), for test-time averaging; see `dihedral_view`."""
-    return torch.stack([dihedral_view(images, view) for view in range(8)])
 
 
 @lru_cache(maxsize=4096)
@@ -341,8 +331,8 @@ def zoom(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 
 
 STEPS: dict[str, Augmentation] = {
-    "flip": lambda images, draws: dihedral(images, sample_views(4, len(images), draws)),
-    "dihedral": lambda images, draws: dihedral(images, sample_views(8, len(images), draws)),
+    "flip": lambda images, draws: dihedral(images, torch.randint(4, (len(images),), generator=draws)),
+    "dihedral": lambda images, draws: dihedral(images, torch.randint(8, (len(images),), generator=draws)),
     "stain": lambda images, draws: stain(images, *sample_stain(len(images), draws)),
     "zoom": lambda images, draws: zoom(images, sample_zoom(len(images), draws)),
     "ta_wide": lambda images, draws: apply_operations(images, *sample_trivial_augment(len(images), draws)),

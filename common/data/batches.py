@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from common.data.augment import build_augmentation, dihedral_views
+from common.data.augment import build_augmentation, dihedral_view
 from common.data.dataset import Dataset, Split, resize
 from common.data.shift import shifted
 
@@ -87,7 +87,7 @@ class DeviceTiles:
     def views(self, indices: torch.Tensor) -> tuple[Iterable[torch.Tensor], torch.Tensor]:
         """Inputs of the 8 dihedral views of these tiles, and labels; see `Tiles`."""
         images, labels = self.batch(indices)
-        return map(normalise, dihedral_views(images)), labels
+        return (normalise(dihedral_view(images, view)) for view in range(8)), labels
 
 
 def device_splits(dataset: Dataset, device: torch.device, input_size: int, augmentation: str = "none") -> Splits:

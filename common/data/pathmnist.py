@@ -1,7 +1,6 @@
 """The facts about PathMNIST: names, addresses, MD5s and numbers of tiles, as in medmnist's info.py.
 
-They are copied because the import of medmnist takes three seconds and creates ~/.medmnist. For another data set of
-MedMNIST, change this module.
+They are copied because the import of medmnist takes three seconds and creates ~/.medmnist.
 """
 
 from typing import NamedTuple

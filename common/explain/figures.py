@@ -81,8 +81,11 @@ def methods_panel(path: Path, rows: Sequence[Explained], title: str) -> None:
     with drawing(path, (8, 1.12 * len(rows) + 0.9), PICTURES) as figure:
         grid = _grid(figure, len(rows), ["Input", *(method.title for method in METHODS.values())])
         for line, row in zip(grid, rows, strict=True):
-            _tile(line[0], row)
-            result = "p =" if row.label == row.predicted else f"→ {row.predicted}"
+            line[0].imshow(row.tile, interpolation="nearest")
+            result = "p ="
+            if row.label != row.predicted:
+                line[0].spines[:].set(visible=True, color=VERMILLION, linewidth=2)
+                result = f"→ {row.predicted}"
             words = "\n".join(wrap(part, 20) for part in (row.label, f"{result} {row.probability:.2f}"))
             line[0].set_ylabel(f"{row.index:05d}\n{words}", fontsize=6.5, rotation=0, ha="right", va="center")
             for axes, (name, method) in zip(line[1:], METHODS.items(), strict=True):
@@ -155,12 +158,6 @@ def _grid(figure: Figure, n_rows: int, titles: Sequence[str]) -> NDArray[Any]:
     for axes, title in zip(grid[0], titles, strict=True):
         axes.set_title(wrap(title, 12), fontsize=9)
     return grid
-
-
-def _tile(axes: Axes, row: Explained) -> None:
-    axes.imshow(row.tile, interpolation="nearest")
-    if row.label != row.predicted:
-        axes.spines[:].set(visible=True, color=VERMILLION, linewidth=2)
 
 
 def _heat(axes: Axes, map_: NDArray[Any], signed: bool) -> AxesImage:

@@ -46,8 +46,8 @@ def load_trained(path: Path | str, device: torch.device | str = "cpu") -> Traine
     path = Path(path)
     saved = checkpoint.load(path)
     try:
-        name, config, state_dict = saved["model_name"], saved["config"], saved["state_dict"]
-        size, side = config["size"], input_size_of(config)
+        config, state_dict = saved["config"], saved["state_dict"]
+        name, size, side = config["model_name"], config["size"], input_size_of(config)
         network = _build(name, side, fine_tuned="mean" in state_dict)
         checkpoint.load_weights(network, state_dict, path)
     except (AttributeError, KeyError, TypeError, ValueError) as error:

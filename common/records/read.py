@@ -52,11 +52,10 @@ class Facts(BaseModel, strict=True):
 
 @dataclass(frozen=True)
 class Record:
-    """A finished run with test scores: its configuration and facts, its scores, and its epochs."""
+    """A finished run with test scores: its configuration, facts and scores, and its epochs."""
 
     folder: Path
-    facts: Mapping[str, Any]  # config.json
-    summary: Mapping[str, Any]  # summary.json
+    summary: Mapping[str, Any]  # config.json and summary.json
     history: Sequence[Mapping[str, float]]  # history.csv
 
     @classmethod
@@ -77,7 +76,7 @@ class Record:
             first = error.errors()[0]
             problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
             raise unreadable(folder / "config.json", problem) from None
-        return cls(folder, facts, summary, read_history(folder / "history.csv"))
+        return cls(folder, summary, read_history(folder / "history.csv"))
 
     @property
     def run_id(self) -> str:
@@ -87,7 +86,7 @@ class Record:
     @property
     def config(self) -> Mapping[str, Any]:
         """The run's keys."""
-        return dict(self.facts["config"])
+        return dict(self.summary["config"])
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays of scores.npz, which `scores_of` describes; Fault where it is missing or damaged."""

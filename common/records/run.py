@@ -18,8 +18,8 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from common.cli import UsageError, first_line, program
-from common.config import Config, ScriptConfig, TrainingConfig
-from common.data.dataset import Dataset
+from common.config import ScriptConfig, TrainingConfig
+from common.data.dataset import SPLITS, Dataset
 from common.data.pathmnist import CLASS_NAMES
 from common.files import digest, public, sweep_up, write_csv, write_json
 from common.records.read import checkpoint_folder, is_finished, read_json, run_folder
@@ -50,7 +50,7 @@ class Run:
         dataset: Dataset,
         device_name: str,
         network: str | None = None,
-        facts: Mapping[str, Any] | None = None,
+        facts: Mapping[str, Any] = {},
     ) -> None:
         """Open the run and write config.json; `network` describes the network in titles (default: its name).
 
@@ -64,16 +64,7 @@ class Run:
         self.checkpoints = checkpoint_folder(config.output_dir, config.run_id)
         self.last_checkpoint = self.checkpoints / "last.pt"
         self.figures = config.output_dir / "fig" / task
-        self.facts = {
-            "task": task,
-            "run_id": config.run_id,
-            "dataset": dataset.title,
-            "synthetic": dataset.name == "phantom",
-            "data_fingerprint": dataset.fingerprint,
-            "tiles": {split: len(getattr(dataset, split)) for split in ("train", "val", "test")},
-            "device": device_name,
-            **(facts or {}),
-        }
+        self.facts = {**facts_of(task, config.run_id, dataset, device_name), **facts}
         record, before = self.folder / "config.json", {}
         if is_finished(config.output_dir, config.run_id):
             raise UsageError(f"run {config.run_id} is finished already ({self.folder}): use another --run_id")
@@ -161,7 +152,20 @@ class Run:
         self._wandb = send(self._wandb, action)
 
 
-def check_record(config: Config, before: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+def facts_of(task: str, run_id: str, dataset: Dataset, device_name: str) -> dict[str, Any]:
+    """What config.json and summary.json both say of a run."""
+    return {
+        "task": task,
+        "run_id": run_id,
+        "dataset": dataset.title,
+        "synthetic": dataset.name == "phantom",
+        "data_fingerprint": dataset.fingerprint,
+        "tiles": {split: len(getattr(dataset, split)) for split in SPLITS},
+        "device": device_name,
+    }
+
+
+def check_record(config: TrainingConfig, before: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     """Raise UsageError where `before`, the run's config.json, has another task, keys, data or initial weights."""
 
     def others(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,7 +177,7 @@ def check_record(config: Config, before: Mapping[str, Any], facts: Mapping[str, 
 
 
 def check_same(
-    config: Config, before: Mapping[str, Any], remedy: str = "use that one or another --run_id", **more: Any
+    config: TrainingConfig, before: Mapping[str, Any], remedy: str = "use that, or another --run_id", **more: Any
 ) -> None:
     """Raise UsageError, naming the differing keys, where `before` has other keys, or other values of `more`."""
     now, before = {**config.identity(), **more}, public(before)

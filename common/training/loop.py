@@ -62,7 +62,7 @@ class Trainer:
         compute: Compute,
         run: Run,
         *,
-        lr_factors: Mapping[str, float] | None = None,
+        lr_factors: Mapping[str, float] = {},
     ) -> None:
         """Move the model to the device, build its optimiser, and load the run's last checkpoint if there is one.
 
@@ -163,7 +163,8 @@ class Trainer:
         """
         started = time.perf_counter()
         score = partial(evaluate, self.evaluated, compute=self.compute)
-        self.load_best()
+        path = self.run.checkpoints / "best.pt"
+        checkpoint.load_weights(self.evaluated, checkpoint.load(path)["state_dict"], path)
         arrays = {}
         if self.config.test:
             best = score(test := self.splits.test()).rounded()
@@ -194,21 +195,9 @@ class Trainer:
             yield tiles.inputs(order[places].to(tiles.index_device))[0]
 
     def save_best(self) -> None:
-        """Write best.pt: the evaluated weights, and what a reader must know to use them."""
-        content = {
-            "run_id": self.run.run_id,
-            "state_dict": self.evaluated.state_dict(),
-            "epoch": len(self.history),
-            "model_name": self.config.model_name,
-            "class_names": CLASS_NAMES,
-            "config": self.config.as_dict(),
-        }
+        """Write best.pt: the evaluated weights, and the keys that a reader must know to use them."""
+        content = {"state_dict": self.evaluated.state_dict(), "config": self.config.as_dict()}
         checkpoint.save(self.run.checkpoints / "best.pt", content)
-
-    def load_best(self) -> None:
-        """Load best.pt into `evaluated`; Fault where it cannot be read."""
-        path = self.run.checkpoints / "best.pt"
-        checkpoint.load_weights(self.evaluated, checkpoint.load(path)["state_dict"], path)
 
     def save_last(self) -> None:
         """Write last.pt, all that training needs to continue."""

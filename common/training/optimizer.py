@@ -23,7 +23,7 @@ def learning_rate_factor(step: int, steps_per_epoch: int, config: TrainingConfig
 
 
 def build_optimizer(
-    model: nn.Module, config: TrainingConfig, lr_factors: Mapping[str, float] | None = None
+    model: nn.Module, config: TrainingConfig, lr_factors: Mapping[str, float] = {}
 ) -> torch.optim.Optimizer:
     """The fused optimiser that the configuration names, over every trainable parameter.
 
@@ -32,7 +32,7 @@ def build_optimizer(
     groups: dict[float, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            factor = (lr_factors or {}).get(name, 1.0)
+            factor = lr_factors.get(name, 1.0)
             groups.setdefault(factor, {"params": [], "lr_factor": factor})["params"].append(parameter)
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
     decay, amsgrad = config.weight_decay, config.amsgrad

@@ -31,9 +31,8 @@ TISSUE = (190, 130, 180)
 
 
 def save(path: Path, model_name: str, network: torch.nn.Module, **keys: Any) -> None:
-    config = {"size": 28, "run_id": path.parent.name, **keys}
-    content = {"model_name": model_name, "class_names": list(CLASS_NAMES), "config": config}
-    checkpoint.save(path, {"state_dict": network.state_dict(), **content})
+    config = {"model_name": model_name, "size": 28, **keys}
+    checkpoint.save(path, {"state_dict": network.state_dict(), "config": config})
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +182,7 @@ def test_more_than_8_bits_per_channel_are_refused(kind: str, tmp_path: Path) -> 
         (["plain", "{}/pipe.png"], 2, r"pipe\.png: no picture or folder of pictures"),
         (["plain", "{}/piped"], 2, "piped: no picture or folder of pictures"),
         (["plain", "{}/page.png"], 1, "none of the pictures can be read"),
-        (["{}/other.pt", "{}/a.png"], 1, r"other\.pt: not a best\.pt of this project \('model_name'"),
+        (["{}/other.pt", "{}/a.png"], 1, r"other\.pt: not a best\.pt of this project \('config'"),
         (["{}/config.pt", "{}/a.png"], 1, r"config\.pt: not a best\.pt of this project \(string ind"),
         (["{}/state.pt", "{}/a.png"], 1, r"state\.pt: not a best\.pt of this project"),
         (
@@ -211,9 +210,9 @@ def test_a_mistake_is_refused_in_one_line(
     (tmp_path / "p.csv").write_bytes((tmp_path / "a.png").read_bytes())
     (tmp_path / "link.csv").symlink_to("p.csv")
     checkpoint.save(tmp_path / "other.pt", {"weight": torch.zeros(1)})
-    network: dict[str, Any] = {"model_name": "resnet18", "state_dict": [], "config": "lr=1"}
+    network: dict[str, Any] = {"state_dict": [], "config": "lr=1"}
     checkpoint.save(tmp_path / "config.pt", network)
-    checkpoint.save(tmp_path / "state.pt", {**network, "config": {"size": 28}})
+    checkpoint.save(tmp_path / "state.pt", {**network, "config": {"model_name": "resnet18", "size": 28}})
     with pytest.raises(SystemExit) as ended:
         run(output, *(argument.replace("{}", str(tmp_path)) for argument in arguments))
     said = capsys.readouterr().err.splitlines()

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bad_input import damaged
 from conftest import ROOT
 from example_records import CONFIG, outputs, write_run
 from hypothesis import HealthCheck, given, settings
@@ -84,6 +83,21 @@ def test_a_whole_record_is_read_and_keeps_what_later_versions_add(tmp_path: Path
     arrays = record.arrays()
     assert arrays.keys() == outputs().keys()
     assert all(np.array_equal(arrays[name], value) for name, value in outputs().items())
+
+
+def damaged(content: bytes, data: st.DataObject) -> bytes:
+    """`content` with one to three changes that hypothesis draws: other bytes, more bytes, or fewer."""
+    changed = bytearray(content)
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(0, max(len(changed) - 1, 0)))
+        match data.draw(st.sampled_from(["change", "insert", "cut"])):
+            case "change":
+                changed[place : place + 1] = bytes([data.draw(st.integers(0, 255))])
+            case "insert":
+                changed[place:place] = data.draw(st.binary(max_size=8))
+            case "cut":
+                del changed[place : place + data.draw(st.integers(1, 2000))]
+    return bytes(changed)
 
 
 @pytest.mark.parametrize("name", ["config.json", "summary.json", "history.csv", "scores.npz"])

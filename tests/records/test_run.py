@@ -56,13 +56,13 @@ def test_a_run_is_not_continued_on_other_data_or_from_other_weights(
     start(tiny, tmp_path)
     monkeypatch.setattr("common.records.run._commit", lambda: "later")
     run = start(tiny, tmp_path, device="a GPU")  # another source of the same weights
-    with pytest.raises(UsageError, match=r"another configuration \(data_fingerprint was tiny\): use that one or"):
+    with pytest.raises(UsageError, match=r"another configuration \(data_fingerprint was tiny\): use that, or"):
         start(dataclasses.replace(tiny, fingerprint="other"), tmp_path)
     with pytest.raises(UsageError, match=r"another configuration \(weights_sha256 was a\)"):
         start(tiny, tmp_path, sha256="b")
     assert finish(run)["device"] == "a CPU, then a GPU"
-    assert Record.read(tmp_path, "r").facts["device"] == "a CPU, then a GPU"
-    assert Record.read(tmp_path, "r").facts["commit"].endswith(", then later")
+    assert Record.read(tmp_path, "r").summary["device"] == "a CPU, then a GPU"
+    assert Record.read(tmp_path, "r").summary["commit"].endswith(", then later")
 
 
 def test_a_key_that_is_newer_than_a_run_may_stand_at_off(tiny: Dataset, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_every_changed_score_of_a_record_is_refused(run_id: str, tmp_path: Path)
 @pytest.mark.parametrize("change", [{"seed": 1}, {"run_id": "task1-1"}, {"train_tiles": 9000}])
 def test_a_configuration_that_contradicts_its_run_is_refused(change: dict[str, Any]) -> None:
     record = Record.read(ROOT, "task1-0")
-    record = dataclasses.replace(record, facts={**record.facts, "config": {**record.config, **change}})
+    record = dataclasses.replace(record, summary={**record.summary, "config": {**record.config, **change}})
     with pytest.raises(Fault, match="task1-0"):
         check_runs([record]) if "seed" in change else check_scores(record)
 
@@ -80,7 +80,7 @@ def test_a_run_that_is_a_copy_of_another_one_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Fault, match="task1-9: it has the very outputs of task1-0"):
         check_runs(records)
     row = Record.read(ROOT, "ablation-combined-0")
-    renamed = dataclasses.replace(row, facts={**row.facts, "config": {**row.config, "ablation": "with_ema"}})
+    renamed = dataclasses.replace(row, summary={**row.summary, "config": {**row.config, "ablation": "with_ema"}})
     with pytest.raises(Fault, match="it has the very outputs of ablation-combined-0"):
         check_runs([row, renamed])
 

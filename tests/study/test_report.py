@@ -190,7 +190,7 @@ def test_runs_of_a_group_differ_in_their_seed_alone(tmp_path: Path) -> None:
         write_run(tmp_path / str(number), config)
     first, second, third = (Record.read(tmp_path / str(number), run["run_id"]) for number, run in enumerate(runs))
     assert Group("", [first, second]).seeds == [0, 1]
-    second.facts["config"]["mixup"] = 0.0  # off; the older run does not have this key
+    second.summary["config"]["mixup"] = 0.0  # off; the older run does not have this key
     assert Group("", [first, second]).seeds == [0, 1]
     with pytest.raises(Fault, match="have the same seed"):
         Group("", [second, second])
@@ -206,13 +206,14 @@ def group_of(**accuracies: float) -> Group:
     records = []
     for name, acc in accuracies.items():
         seed, first_row = int(name.removeprefix("seed")), [2, 0, 8] if name == "seed7" else [8, 2, 0]
-        content = summary(facts({**CONFIG, "seed": seed}), [row(1)], acc=acc)
+        origin = facts({**CONFIG, "seed": seed})
+        content = {**origin, **summary(origin, [row(1)], acc=acc)}
         scores = {
             "confusion_matrix": [first_row, [0, 10, 0], [0, 0, 10]],
             "auc_per_class": dict.fromkeys("abc", 0.5),
         }
         content = {**content, "best": {**content["best"], **scores}}
-        records.append(Record(Path(), facts({**CONFIG, "seed": seed}), content, [row(1)]))
+        records.append(Record(Path(), content, [row(1)]))
     return Group("", records)
 
 

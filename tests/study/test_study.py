@@ -46,7 +46,7 @@ def test_every_run_is_a_command_that_its_script_accepts(dataset: str, n_runs: in
 
 
 def test_the_network_from_scratch_has_the_recipe_of_the_fine_tuned_one_but_for_its_weights() -> None:
-    rows = study.study_rows()
+    rows = study.study_plan().rows
     tuned, scratch = (
         parse(task5.Task5Config, [*rows[name].command.split()[1:], "--run_id=r"]).as_dict()
         for name in ("tuned", "tuned_scratch")

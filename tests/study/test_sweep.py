@@ -20,21 +20,12 @@ import yaml
 from conftest import ROOT
 from processes import end
 from scipy import stats
-from sweep_runs import (
-    GRID,
-    SEARCH,
-    Write,
-    begin,
-    read_csv,
-    run,
-    starts,
-    wait_for_starts,
-)
+from sweep_runs import GRID, SEARCH, Write, begin, run, starts, wait_for_starts
 from wandb_server import WandbServer
 
 from common.cli import Fault, UsageError
 from common.files import write_json
-from common.records.read import Record
+from common.records.read import Record, read_history
 from study import processes, sweep
 from study.groups import Group
 from study.sweep_spec import Hyperband, read_sweep
@@ -342,15 +333,15 @@ def test_the_wandb_agent_runs_train_and_continues_after_trials_that_its_server_h
     output, operations = run_agent(Sweeper(runs, stopped), tmp_path)
     assert output.count("ended by SIGTERM") == 3, output
     assert "failed runs" not in output  # the agent gives up after a few failures
-    assert "train.py: --lr -1.0: must be above 0" in output
+    assert "train.py: --lr -1: must be above 0" in output
     assert {"SweepWithRuns", "CreateAgent", "Heartbeat"} <= set(operations)
     assert not (tmp_path / "runs/t1").exists(), output
     for run_id in ("t0", "t2"):
         assert (tmp_path / "runs" / run_id / "summary.json").exists(), output
-        history = read_csv(tmp_path / "runs" / run_id / "history.csv")
-        assert [row["epoch"] for row in history] == ["1", "2"]
+        history = read_history(tmp_path / "runs" / run_id / "history.csv")
+        assert [row["epoch"] for row in history] == [1, 2]
         (record,) = tmp_path.glob(f"wandb/offline-run-*-{run_id}/run-{run_id}.wandb")
-        assert logged(record) == [float(row["validate/acc"]) for row in history]
+        assert logged(record) == [row["validate/acc"] for row in history]
     recorded = json.loads((tmp_path / "runs/t0/config.json").read_text())["config"]
     assert (recorded["lr"], recorded["amsgrad"], recorded["early_stopping_patience"]) == (0.01, False, None)
 

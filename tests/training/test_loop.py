@@ -1,6 +1,5 @@
 import contextlib
 import copy
-import dataclasses
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU, trainer_of
-from processes import without_timings
+from processes import plain
 
 from common.cli import Untrainable
 from common.data import batches as batches_module
@@ -61,9 +60,9 @@ def test_the_same_seed_gives_the_same_history_and_weights(tiny: Dataset, tmp_pat
     torch.rand(7)  # whatever else drew from the global generator must not matter
     again = fitted(tiny, tmp_path / "again", seed=3, n_epochs=2)
     other = fitted(tiny, tmp_path / "other", seed=4, n_epochs=2)
-    assert without_timings(again.history) == without_timings(trained.history)
+    assert plain(again.history) == plain(trained.history)
     assert_same_weights(best(again)["state_dict"], best(trained)["state_dict"])
-    assert without_timings(other.history) != without_timings(trained.history)
+    assert plain(other.history) != plain(trained.history)
 
 
 def test_the_best_weights_are_kept_and_scored_not_the_last(
@@ -88,7 +87,7 @@ def test_the_best_weights_are_kept_and_scored_not_the_last(
     assert trainer.best_epoch == 2
     assert_same_weights(model.state_dict(), kept[3])
     saved = best(trainer)
-    assert (saved["run_id"], saved["epoch"], saved["config"]) == ("r", 2, trainer.config.as_dict())
+    assert saved["config"] == trainer.config.as_dict()
     assert_same_weights(saved["state_dict"], kept[2])
     assert_same_weights(checkpoint.load(run.checkpoints / "last.pt")["state_dict"], kept[3])
 
@@ -116,7 +115,7 @@ def test_the_best_weights_are_kept_and_scored_not_the_last(
 
 def test_a_run_that_serves_to_choose_a_recipe_never_reads_a_test_tile(tiny: Dataset, tmp_path: Path) -> None:
     trainer = trainer_of(tiny, tmp_path, n_epochs=1, test=False)
-    trainer.splits = dataclasses.replace(trainer.splits, test=lambda: pytest.fail("the test tiles were asked for"))
+    trainer.splits = replace(trainer.splits, test=lambda: pytest.fail("the test tiles were asked for"))
     trainer.fit()
     summary = trainer.test()
     assert not [name for name in summary if name.startswith("test/") or name in ("best", "tta")]
@@ -224,7 +223,8 @@ def test_no_training_step_reads_a_value_from_the_device(
         loop, "build_optimizer", lambda model, *_: torch.optim.Adam(model.parameters(), foreach=True)
     )
     keys = {"batch_size": 130, "label_smoothing": 0.1, "ema_decay": 0.99}
-    trainer = trainer_of(tiny, tmp_path, train=tiles, compute=compute, **keys)
+    trainer = trainer_of(tiny, tmp_path, compute=compute, **keys)
+    trainer.splits = replace(trainer.splits, train=tiles)
     trainer.train_epoch(1)  # reading a value raises here
 
 
