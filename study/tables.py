@@ -35,9 +35,9 @@ COLUMNS = {  # scores of the ablation's table
 NOTE = (
     "± is the standard deviation over the seeds (n - 1). Differences are to the first row, or to the row that is "
     "named, seed by seed. Intervals are t intervals over the seeds alone: they do not tell how the numbers would "
-    "change with other tiles. p is the paired t test's with Holm's correction over the rows; the verdict is by "
-    f"it, at {SIGNIFICANT}. Intervals are not corrected: one can exclude 0 in a row that is not decided. Not "
-    "decided means: these seeds could not see a difference. There may be one."
+    "change with other tiles. p is the paired t test's, made larger because many rows are tested (Holm's "
+    f"correction); the verdict is by it, at {SIGNIFICANT}. Intervals are not corrected: one can exclude 0 in a "
+    "row that is not decided. Not decided means: these seeds could not see a difference. There may be one."
 )
 RECORDS = ("config.json", "history.csv", "scores.npz", "summary.json", "attribution.json", "saliency.md")
 
@@ -275,8 +275,8 @@ def grid_table(rows: Mapping[str, Group]) -> list[str]:
         smallest = smallest_difference(pooled, min(one.n for one in tested), len(tested))
         found += [
             "",
-            "So few seeds see only large differences: in a row of average spread, 8 of 10 such studies would find "
-            f"a true difference of {smallest:.3f} in test ACC. Rows that vary less need less.",
+            "So few seeds see only large differences: with the average spread, 8 of 10 such studies would find a "
+            f"true difference of {smallest:.3f} in test ACC. Rows that vary less need less.",
         ]
     return [*found, "", NOTE]
 

@@ -182,7 +182,7 @@ def chance(n_methods: int) -> str:
     luck = 1 - 0.975**n_methods
     return (
         f"These {n_methods * (1 + len(CONTROLS))} tests are not corrected for their number. If all {n_methods} "
-        f"methods were pure noise, one or more of them would pass in at most about {luck:.0%} of such studies."
+        f"methods were pure noise, at most about {luck:.0%} of such studies would have one that passes."
     )
 
 

@@ -277,7 +277,7 @@ def test_a_method_passes_only_if_every_interval_is_on_the_right_side(
 
 def test_the_reader_is_told_what_passing_by_chance_looks_like() -> None:
     assert chance(5).startswith("These 15 tests are not corrected")
-    assert chance(5).endswith("one or more of them would pass in at most about 12% of such studies.")
+    assert chance(5).endswith("at most about 12% of such studies would have one that passes.")
 
 
 def test_margins_are_paired_tile_by_tile() -> None:
