@@ -88,8 +88,9 @@ def test_a_bad_trial_is_pruned(
 
 
 def test_trials_whose_configuration_is_refused_are_not_tried_again(
-    write_sweep: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    write_sweep: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(samplers, "RandomSampler", partial(samplers.RandomSampler, seed=0))  # draws all three
     parameters = {"quality": {"values": [-2.0, -1.0, 0.5]}, "seed": {"min": 0, "max": 50}}
     path = write_sweep({**SEARCH, "method": "random", "parameters": parameters})
     for _ in range(2):
