@@ -23,12 +23,7 @@ from common.records import checkpoint
 from common.records.run import Run, check_same
 from common.training.averaging import ExponentialMovingAverage, reestimate_batchnorm
 from common.training.device import Compute
-from common.training.evaluation import (
-    best_epoch,
-    evaluate,
-    reason_to_stop,
-    scores_of,
-)
+from common.training.evaluation import best_epoch, evaluate, reason_to_stop, scores_of
 from common.training.models import build_model
 from common.training.optimizer import build_optimizer, learning_rate_factor
 
