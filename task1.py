@@ -3,11 +3,10 @@
     python task1.py                                 # a GPU box: downloads the 64-pixel PathMNIST once
     python task1.py --size 28                       # a CPU: downloads 206 MB once
     python task1.py --size 28 --train_tiles 9000    # a first look: a tenth of the training tiles
-    python task1.py --dataset phantom --size 28     # a CPU without any data: generated tiles, three minutes
+    python task1.py --dataset phantom --size 28     # a CPU without any data: generated tiles, minutes
 
 The coursework's recipe: torchvision's ResNet-18, Adam 1e-3, batch 64, 5 epochs, cosine, no augmentation. The
-coursework reports test AUC 0.980 and test ACC 0.895 for it on the full PathMNIST at 64 pixels, one seed. Expect
-test ACC 0.88 to 0.90 on the phantom, whose tiles are not tissue.
+coursework reports test AUC 0.980 and test ACC 0.895 for it on the full PathMNIST at 64 pixels, one seed.
 
 Leaves runs/<run_id>/ (config.json, history.csv, summary.json, scores.npz), checkpoints/<run_id>/best.pt and four
 figures in fig/task1/. Killed? The same command with the same --run_id continues.

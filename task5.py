@@ -7,8 +7,9 @@
 Tiles are resized to the side that the weights were trained with (224 pixels for MobileNetV3-Large). With batches
 of 512, the run from scratch then needs about 27 GB of a GPU in bf16: --batch_size 128 or --input_size 64 needs
 less. All layers but the classifier are frozen, so their features are computed once. Then the same network is
-trained from random weights, with the same seed and number of epochs. The ImageNet weights of tf_efficientnet_lite0
-are in a Python package; its recipe trains all layers.
+trained from random weights, with the same seed and epochs, but always with train.py's learning rate, warm-up and
+weight decay. The ImageNet weights of tf_efficientnet_lite0 are in a Python package; its recipe trains all layers.
+The defaults below are those of MobileNetV3-Large; a run's config.json has the values that it used.
 
 Each run, <run_id> and <run_id>-scratch, leaves the same records as task1.py, and figures in fig/task5/. The
 comparison is in runs/<run_id>/comparison.md and fig/task5/<run_id>-comparison.png.
@@ -98,7 +99,7 @@ class Task5Config(TrainingConfig):
     model_name: str = key(
         "mobilenet_v3_large",
         "torchvision classification model, tf_efficientnet_lite0 (to 2), or timm:NAME for one of the package timm "
-        "(default: the one that `weights` belong to)",
+        "(default: that of `weights`, else mobilenet_v3_large)",
     )
     weights: str = key(
         None,
@@ -112,7 +113,7 @@ class Task5Config(TrainingConfig):
         0.1, "with train_part=all: the first block's factor of lr; it grows geometrically to the head", gt=0, le=1
     )
     input_size: int = key(
-        None, "side in pixels of the network's inputs (default: what the weights were trained on)", ge=8
+        None, "side in pixels of the network's inputs (default: that of the weights' training; Lite: 64)", ge=8
     )
     scratch: bool = key(True, "also train the same network from scratch, and compare")
 

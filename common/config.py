@@ -39,7 +39,7 @@ class FolderConfig(Keys):
         lambda: os.environ.get("PATHMNIST_ROOT") or "~/.medmnist",
         "folder of the data files (default: $PATHMNIST_ROOT, else ~/.medmnist)",
     )
-    output_dir: Path = key(Path("my"), "folder that gets runs/, checkpoints/, fig/ and wandb/")
+    output_dir: Path = key(Path("my"), "folder of runs/, checkpoints/, fig/ and wandb/")
 
 
 class ScriptConfig(FolderConfig):
@@ -97,7 +97,11 @@ class TrainingConfig(ScriptConfig):
     )
     label_smoothing: float = key(0.0, "share of the target that is spread evenly over all classes", ge=0, lt=1)
 
-    early_stopping_patience: int | None = key(None, "stop after N epochs without improvement; None: never", ge=1)
+    early_stopping_patience: int | None = key(
+        None,
+        "stop after N epochs, the warm-up not counted, without a better `select_on` (`last`: loss); None: never",
+        ge=1,
+    )
     early_stopping_delta: float = key(0.0, "only a larger rise of ACC or AUC, or fall of the loss, counts", ge=0)
     select_on: str = key(
         "validate/acc",
@@ -106,8 +110,8 @@ class TrainingConfig(ScriptConfig):
     )
     ema_decay: float = key(
         0.0,
-        "validate and test an exponential moving average (EMA) of the weights; its decay per step in a run of "
-        "1,000 steps, scaled to the length of the run; 0: off",
+        "validate and test a moving average (EMA) of the weights in their place; its decay per step of a run of "
+        "1,000 steps (0.99: about the last tenth of a run of any length); 0: off",
         ge=0,
         lt=1,
     )

@@ -109,7 +109,7 @@ def demo_plan() -> Plan:
 class StudyConfig(ScriptConfig):
     """The data set of the study, and its folder."""
 
-    dataset: str = key("pathmnist", "data set", choices=("pathmnist", "phantom"))
+    dataset: str = key(pathmnist.NAME, "data set", choices=(pathmnist.NAME, "phantom"))
     size: int = key(28, "tile side in pixels", choices=tuple(pathmnist.MD5))
     output_dir: Path = key(
         None, "folder of the study (default: DATASET-SIZE; for pathmnist at 28 the current folder)"
@@ -119,7 +119,7 @@ class StudyConfig(ScriptConfig):
     @model_validator(mode="after")
     def _folder(self) -> Self:
         if self.output_dir is None:
-            here = (self.dataset, self.size) == ("pathmnist", 28)
+            here = (self.dataset, self.size) == (pathmnist.NAME, 28)
             self._set("output_dir", Path() if here else Path(f"{self.dataset}-{self.size}"))
         return self
 

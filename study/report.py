@@ -11,7 +11,7 @@ The prose of report.md is written by hand. A comment says what stands behind it:
     <!-- = task1 acc -->0.815<!-- -->         a number: see `Tables.number`
     ![text](fig/a.png)<!-- sha256 … -->       a figure, and the first digits of its file's SHA-256
 
-The rows are those of study/groups.py. A folder without such a page gets one that shows its runs.
+The rows are those of study/groups.py. A folder without report.md gets one that shows its runs.
 report.html is the same page as one file, with the figures inside. Before anything is shown, the scores of every
 run are computed again from its outputs (common/training/verification.py).
 """
@@ -38,6 +38,7 @@ FIGURES = Path("fig") / "report"
 LADDER, CURVES, LEARNING, AUGMENTATIONS = (
     FIGURES / f"{name}.png" for name in ("ladder", "curves", "learning_curve", "augmentations")
 )
+OWN_PAGE = "<!-- python -m study.report writes this page anew: keep your own text in another file -->"
 COLOURS = "ACC on the validation tiles, and on three copies with changed colours; then test ACC."
 FURTHER = ("README.md", "docs/sources.md")  # pages with blocks or numbers
 SHOWN_TILE = 6099  # of the test tiles, in the figure of the augmentations: the first of the coursework's ten
@@ -56,14 +57,17 @@ def main(config: ReportConfig) -> None:
     """The records → the tables, numbers and figures of report.md, or a check of them."""
     folder, page = config.output_dir, config.output_dir / "report.md"
     runs = Runs(folder, check_scores)
-    by_hand = page.exists() and BLOCK.search(read_text(page)) is not None
+    before = read_text(page) if page.exists() else OWN_PAGE
+    by_hand = BLOCK.search(before) is not None
+    if not by_hand and not before.startswith(OWN_PAGE):
+        raise UsageError(f"{page}: not a page of this command, which would replace it; give it another name")
     rows = runs.groups() if by_hand else runs.recipes()
     tables = Tables(runs, rows, runs.ablation(), runs.curves())
     if not runs.read and not any((folder / "sweeps").glob("*/table.md")):
         raise UsageError(f"{folder / 'runs'}: no finished run with test scores; python task1.py makes one")
     if by_hand:  # a user may well train the same network twice
         check_runs(runs.read.values())
-    pages = {page: read_text(page) if by_hand else own_page(tables)}
+    pages = {page: before if by_hand else own_page(tables)}
     further = (folder / name for name in FURTHER) if by_hand else ()
     pages |= {path: read_text(path) for path in further if path.exists()}
     made = {path: fill(content, tables) for path, content in pages.items()}
@@ -143,8 +147,13 @@ def own_page(tables: Tables) -> str:
     """A page about the runs of a folder, ready to be filled."""
     folder, rows = tables.runs.folder, tables.rows
     summaries = [record.summary for record in tables.runs.read.values()]
-    lines = ["<!-- python -m study.report writes this page anew: keep your own text in another file -->", ""]
-    lines += ["# Report", "", text("; ".join(sorted({one["dataset"] for one in summaries})) or "Sweeps")]
+    lines = [
+        OWN_PAGE,
+        "",
+        "# Report",
+        "",
+        text("; ".join(sorted({one["dataset"] for one in summaries})) or "Sweeps"),
+    ]
     if any(one["synthetic"] for one in summaries):
         lines += ["", "> Phantom tiles are generated. They are not tissue: such results are not of PathMNIST."]
     trained = [name for name, group in rows.items() if group.first.history]

@@ -51,6 +51,6 @@ def official_file(size: int) -> OfficialFile:
 def has_stained_colours(red: float, green: float, blue: float) -> bool:
     """Whether a mean colour, 0..255, is one of tissue stained with haematoxylin and eosin, or of an empty slide.
 
-    This is true for all test tiles, and for all but 0.01 % of the training tiles.
+    This is true for all test tiles but one, and for all but 0.01 % of the training tiles.
     """
     return min(red, blue) >= 80 and red - green >= (10 if green < 200 else -10)

@@ -165,6 +165,16 @@ def test_a_page_about_own_runs_has_no_words_of_a_study(tmp_path: Path) -> None:
     assert "| ResNet-18 from scratch | 28 px | 89,996 | 2 | 0.810 |" in (tmp_path / "report.md").read_text()
 
 
+def test_a_page_with_own_words_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(ROOT / "runs/task1-0", tmp_path / "runs/task1-0")
+    (tmp_path / "report.md").write_text("# My homework\n")
+    with pytest.raises(SystemExit) as ended:
+        make(tmp_path)
+    assert ended.value.code == 2
+    assert "report.md: not a page of this command" in capsys.readouterr().err
+    assert (tmp_path / "report.md").read_text() == "# My homework\n"
+
+
 def test_text_of_a_record_cannot_become_html_or_a_column(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "runs/task1-0", tmp_path / "runs/task1-0")
     for name in ("config.json", "summary.json"):

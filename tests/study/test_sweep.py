@@ -46,7 +46,8 @@ def test_the_search_file_has_the_courseworks_space() -> None:
     assert content.swept["batch_size"].values == [32, 64, 128, 256, 512]
     ranges = {name: (one.distribution, one.min, one.max) for name, one in content.swept.items() if not one.values}
     assert ranges == {"lr": ("log_uniform_values", 1e-4, 1), "weight_decay": ("log_uniform_values", 1e-6, 1)}
-    assert content.swept == content.parameters
+    [fixed] = content.parameters.keys() - content.swept.keys()
+    assert (fixed, content.parameters["test"].value) == ("test", False)  # no trial is chosen by test tiles
     assert (content.metric.name, content.metric.goal, content.method) == ("validate/acc", "maximize", "bayes")
     assert Hyperband(type="hyperband", min_iter=4).eta == 3  # W&B's default
 
