@@ -100,7 +100,7 @@ def test_help_explains_every_key_with_its_choices_and_its_default() -> None:
         assert f"--{name} " in shown
         assert str(field.description)[:20] in shown
     assert "--optimizer STR Adam, or AdamW with decoupled weight decay [adam | adamw] (default: adamw)" in shown
-    assert "without improvement; None: never (default: 3)" in shown  # the recipe's
+    assert "(`last`: loss); None: never (default: 3)" in shown  # the recipe's
 
 
 def test_errors_name_the_program_as_it_is_typed(tmp_path: Path) -> None:
