@@ -147,13 +147,8 @@ def own_page(tables: Tables) -> str:
     """A page about the runs of a folder, ready to be filled."""
     folder, rows = tables.runs.folder, tables.rows
     summaries = [record.summary for record in tables.runs.read.values()]
-    lines = [
-        OWN_PAGE,
-        "",
-        "# Report",
-        "",
-        text("; ".join(sorted({one["dataset"] for one in summaries})) or "Sweeps"),
-    ]
+    data = "; ".join(sorted({one["dataset"] for one in summaries})) or "Sweeps"
+    lines = [OWN_PAGE, "", "# Report", "", text(data)]
     if any(one["synthetic"] for one in summaries):
         lines += ["", "> Phantom tiles are generated. They are not tissue: such results are not of PathMNIST."]
     trained = [name for name, group in rows.items() if group.first.history]

@@ -17,9 +17,17 @@ def test_the_defaults_are_the_courseworks_configuration() -> None:
     assert (config.n_epochs, config.lr_min, config.size) == (5, 0, 64)
 
 
-def test_the_best_checkpoint_labels_the_test_tiles_as_the_run_did(tmp_path: Path, phantom_root: Path) -> None:
+def test_a_run_writes_its_files_and_no_other_and_its_best_checkpoint_labels_the_test_tiles_as_it_did(
+    tmp_path: Path, phantom_root: Path
+) -> None:
     where = [f"--data_root={phantom_root}", f"--output_dir={tmp_path}"]
     task1.main(parse(task1.Task1Config, [*KEYS, "--n_epochs=2", *where]))
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {
+        *(f"runs/r/{name}" for name in ("config.json", "history.csv", "summary.json", "scores.npz")),
+        "checkpoints/r/best.pt",
+        *(f"fig/task1/r-{name}.png" for name in ("train-loss", "validate-auc", "validate-acc", "confusion")),
+    }
     trained = load_trained(tmp_path / "checkpoints/r/best.pt")
     probabilities = trained(load_dataset("phantom", 28, phantom_root, 90).test.images)
     with np.load(tmp_path / "runs/r/scores.npz") as scores:

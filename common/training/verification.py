@@ -31,9 +31,8 @@ def _check(record: Record) -> None:
         for split, name in (("test", "targets"), ("val", "validate_targets")):
             sha256 = hashlib.sha256(arrays[name].astype(np.uint8).tobytes()).hexdigest()
             if sha256 != pathmnist.LABELS_SHA256[split]:
-                raise unreadable(
-                    record.folder / "scores.npz", f"its {split} labels are not those of {pathmnist.TITLE}"
-                )
+                problem = f"its {split} labels are not those of {pathmnist.TITLE}"
+                raise unreadable(record.folder / "scores.npz", problem)
     found = scores_of(arrays, normalised="baseline" in record.config)
     if record.history:
         best = best_epoch(record.history, record.config["select_on"])
