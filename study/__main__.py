@@ -78,7 +78,7 @@ def study_plan() -> Plan:
     trials = {name: Row(trial.command, trial.n_seeds) for name, trial in found if not trial.withdrawn}
     # 18,000 tiles in batches of 128 give about as many steps as the coursework had.
     for name in read_sweep(Path("ablation.yaml")).parameters["ablation"].values:
-        rows[f"ablation_64-{name}"] = Row(f"train.py --ablation={name} --train_tiles=18000 --batch_size=128", 5)
+        rows[f"ablation_64-{name}"] = Row(f"train.py --ablation={name} --train_tiles=18000 --batch_size=128", 8)
     for row in ("task1_64", "scaled", "frozen_64"):
         for tiles in PARTS:
             rows[f"learning_curve_{row}-{tiles}"] = Row(f"{rows[row].command} --train_tiles={tiles}", 3)

@@ -31,7 +31,7 @@ def config_of(*arguments: str) -> study.StudyConfig:
     return parse(study.StudyConfig, arguments, "")
 
 
-@pytest.mark.parametrize(("dataset", "n_runs"), [("pathmnist", 156), ("phantom", 10)])
+@pytest.mark.parametrize(("dataset", "n_runs"), [("pathmnist", 159), ("phantom", 10)])
 def test_every_run_is_a_command_that_its_script_accepts(dataset: str, n_runs: int, tmp_path: Path) -> None:
     plan = study.demo_plan() if dataset == "phantom" else study.study_plan()
     runs = study.runs(plan, config_of(f"--dataset={dataset}", f"--output_dir={tmp_path}"))
