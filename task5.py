@@ -53,8 +53,8 @@ from study.groups import CONVERGED_WITHIN, Group
 from study.tables import difference_table
 
 # The coursework's configuration: frozen convolutions, and a lower learning rate than Task 3's. Augmentation is by
-# flips and quarter turns alone, because a frozen network's features of these 8 views can be kept. There is no
-# warm-up and no early stopping: both runs of the comparison have the same number of epochs.
+# flips and quarter turns alone, because a frozen network's features of these 8 views can be kept. Without
+# early stopping, both runs of the comparison have the same number of epochs.
 COURSEWORK: dict[str, Any] = {
     "augmentation": "dihedral",
     "batch_size": 512,
@@ -67,7 +67,7 @@ COURSEWORK: dict[str, Any] = {
     "weight_decay": 1.0640579453275e-06,
 }
 
-# What the EfficientNet-Lite networks change in it, chosen by the trials of recipes.yaml.
+# What the EfficientNet-Lite networks change in COURSEWORK, chosen by the trials of recipes.yaml.
 LITE: dict[str, Any] = {
     "augmentation": "stain",
     "batch_size": 64,
@@ -83,7 +83,7 @@ LITE: dict[str, Any] = {
 }
 
 # The changes for a network without pretrained weights: nothing can be frozen, and it needs train.py's
-# learning rate with its warm-up. All other keys stay, also the number of epochs.
+# learning rate, warm-up and weight decay. All other keys stay, also the number of epochs.
 FROM_SCRATCH: dict[str, Any] = {
     "train_part": "all",
     "backbone_lr_factor": 1.0,
@@ -151,11 +151,11 @@ def main(config: Task5Config) -> None:
     compute = Compute.of(config.device, config.precision)
     compute.prepare_process()
     build_augmentation(config.augmentation)  # refuses an unknown one before the weights and the data are read
-    weights = {run.weights: load_weights(run.weights, run.model_name) for run in config.runs()}
-    dataset = load_dataset(config.dataset, config.size, config.data_root, config.train_tiles)
     runs = config.runs()
+    weights = {run.weights: load_weights(run.weights, run.model_name) for run in runs}
+    dataset = load_dataset(config.dataset, config.size, config.data_root, config.train_tiles)
     for single in runs:
-        if len(runs) > 1 and is_finished(config.output_dir, single.run_id):  # a single one is refused
+        if len(runs) > 1 and is_finished(config.output_dir, single.run_id):  # `Run` refuses a single one
             before = read_json(run_folder(config.output_dir, single.run_id) / "config.json")
             facts = {"data_fingerprint": dataset.fingerprint, "weights": weights[single.weights].record()}
             check_record(single, before, {"task": "task5", **facts})

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from common.files import public
 
-BOOKKEEPING = {"data_root", "device", "output_dir", "wandb", "scratch"}  # where a run is trained and kept
+BOOKKEEPING = {"data_root", "device", "output_dir", "wandb", "scratch"}  # no part of a run's identity
 
 
 class UsageError(Exception):
@@ -44,7 +44,7 @@ class Untrainable(Fault):
 
 
 def signal_of(interrupted: KeyboardInterrupt) -> signal.Signals:
-    """The signal behind the exception: `run_script` puts in the number of SIGTERM, and Python none for Ctrl-C."""
+    """The signal behind the exception: that of SIGTERM has its number (`run_script`), that of Ctrl-C has none."""
     return signal.Signals(*interrupted.args or (signal.SIGINT,))
 
 
@@ -89,7 +89,6 @@ class Keys(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             reason = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-            reason = reason.replace("greater than", "above")
             raise UsageError(f"--{first['loc'][0]} {first['input']}: {reason}") from None
 
     @classmethod

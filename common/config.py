@@ -12,7 +12,7 @@ from common.cli import Keys, key
 from common.data import pathmnist
 
 LAST_SEED = 2**32 - 1
-LEAST_TILES = 45  # of training: every class has some, and the phantom's test split has every class
+MIN_TRAIN_TILES = 45  # of training: every class has some, and the phantom's test split has every class
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -48,7 +48,7 @@ class ScriptConfig(FolderConfig):
     device: str = key("auto", "computing device; auto is CUDA if there is one", choices=DEVICES)
     wandb: str = key(
         "auto",
-        "W&B mode; auto is $WANDB_MODE, else online where a key is configured, else offline",
+        "W&B mode; auto is $WANDB_MODE, else online where an API key is configured, else offline",
         choices=("auto", "online", "offline", "disabled"),
     )
 
@@ -64,7 +64,7 @@ class TrainingConfig(ScriptConfig):
         lambda given: pathmnist.PHANTOM_TRAIN_TILES if given["dataset"] == "phantom" else None,
         f"number of training tiles; {pathmnist.NAME}: a part in which each class keeps its share (default: all); "
         f"phantom: so many are generated (default: {pathmnist.PHANTOM_TRAIN_TILES})",
-        ge=LEAST_TILES,
+        ge=MIN_TRAIN_TILES,
     )
     seed: int = key(0, "seed of weights, shuffling and augmentation", ge=0, le=LAST_SEED)
     run_id: RunId = key(

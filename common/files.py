@@ -60,7 +60,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
 
 
-def sweep_up(folder: Path) -> None:
+def delete_temporary_files(folder: Path) -> None:
     """Delete the temporary files that a killed process has left in `folder`."""
     for path in folder.glob(".*.unfinished-*"):
         path.unlink(missing_ok=True)

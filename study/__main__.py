@@ -22,7 +22,7 @@ from common.config import ScriptConfig
 from common.data import pathmnist
 from common.records.read import read_json, run_folder
 from study import baselines, report, sweep
-from study.processes import Processes, Run, train_all, workers
+from study.processes import Job, Processes, train_all, workers
 from study.recipes import read_trials
 from study.sweep_spec import read_sweep
 
@@ -128,7 +128,7 @@ def main(config: StudyConfig) -> None:
     """Missing runs → report.md and report.html."""
     if not Path("task1.py").exists():
         raise UsageError("task1.py: no such file here; start the study in the repository's folder")
-    if importlib.util.find_spec("timm") is None:  # not after hours
+    if importlib.util.find_spec("timm") is None:  # now, not after hours of training
         raise UsageError("Task 5 needs more packages: pip install -e '.[demo]' -c constraints.txt")
     plan, folder = demo_plan() if config.dataset == "phantom" else study_plan(), config.output_dir
     n_workers, environment = workers(config.device)
@@ -154,7 +154,7 @@ def arguments(config: StudyConfig, *names: str) -> list[str]:
     return [f"--{name}={getattr(config, name)}" for name in names]
 
 
-def runs(plan: Plan, config: StudyConfig) -> list[Run]:
+def runs(plan: Plan, config: StudyConfig) -> list[Job]:
     """The runs of the rows. Raises UsageError where the folder has runs of these names on other data."""
     keys = arguments(config, "dataset", "size", "data_root", "output_dir", "device", "wandb")
     found = []
@@ -167,7 +167,7 @@ def runs(plan: Plan, config: StudyConfig) -> list[Run]:
                     what = f"{before['dataset']} at {before['size']} pixels"
                     raise UsageError(f"{path}: a run on {what}; name another --output_dir")
             own = [f"--run_id={run_id}", f"--seed={seed}"]
-            found.append(Run(run_id, [sys.executable, *row.command.split(), *keys, *own]))
+            found.append(Job(run_id, [sys.executable, *row.command.split(), *keys, *own]))
     return found
 
 

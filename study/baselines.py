@@ -23,7 +23,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from common.cli import UsageError, key, run_script
-from common.config import LEAST_TILES, FolderConfig
+from common.config import MIN_TRAIN_TILES, FolderConfig
 from common.data import pathmnist
 from common.data.dataset import SPLITS, Split, load_dataset
 from common.data.shift import CHUNK, SHIFTS, shifted
@@ -50,7 +50,7 @@ class BaselinesConfig(FolderConfig):
 
     dataset: str = key(pathmnist.NAME, "data set", choices=(pathmnist.NAME, "phantom"))
     size: int = key(28, "tile side in pixels", choices=tuple(pathmnist.MD5))
-    train_tiles: int | None = key(None, "training tiles, as for a network (default: all)", ge=LEAST_TILES)
+    train_tiles: int | None = key(None, "training tiles, as for a network (default: all)", ge=MIN_TRAIN_TILES)
 
 
 def main(config: BaselinesConfig) -> None:

@@ -21,6 +21,7 @@ def check_runs(records: Iterable[Record]) -> None:
             problem = f"its seed is {config['seed']}, its name says {number[1]}"
         twin = seen.setdefault(hashlib.sha256(record.arrays()["best_logits"].tobytes()).hexdigest(), record)
         differing = {key for key in {**config, **twin.config} if config.get(key) != twin.config.get(key)}
+        # Of the ablation's rows, only these two may give equal outputs.
         rows = {config.get("ablation"), twin.config.get("ablation")} - {"combined", "without_early_stopping"}
         if twin is not record and (rows or not differing <= MAY_CHANGE_NOTHING):
             problem = f"it has the very outputs of {twin.run_id}"

@@ -37,8 +37,7 @@ def colour_of(record: Record) -> str:
 def draw_ladder(path: Path, rows: Mapping[str, Group], aim: float | None = None) -> None:
     """Draw the test ACC of every row with its interval and its cost, sorted; published scores on the same axis.
 
-    `aim` is marked by a line, and shows that the rows are this study's: then the published scores are shown, and
-    the 8 views of the best row.
+    `aim`, which only this study's page gives, adds its line, the published scores and the best row's 8 views.
     """
     rungs = []
     for group in rows.values():

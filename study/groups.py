@@ -10,7 +10,7 @@ import numpy as np
 
 from common.cli import BOOKKEEPING, Fault
 from common.records.read import Record, input_size_of, read_json
-from common.statistics import Spread, compare, spread
+from common.statistics import ROUNDING, Spread, compare, spread
 from common.training.metrics import Estimate, recalls
 
 NETWORKS = {
@@ -70,7 +70,7 @@ ROWS = {
     "tuned_scratch": ("tuned_scratch-*", "Task 5: EfficientNet-Lite1 from scratch, the same recipe"),
     "long_scratch": ("long_scratch-*", "Task 5: EfficientNet-Lite1 from scratch, trained longer"),
 }
-ABLATIONS = ("ablation-*", "ablation_64-*")  # the first one that has runs; the new one is not complete
+ABLATION_RUNS = ("ablation-*", "ablation_64-*")  # the first one that has runs; the new one is not complete
 CURVES = {
     "ResNet-18 from scratch": "learning_curve_task1_64-* task1_64-*",
     "MobileNetV3-Large from scratch, the final recipe": "learning_curve_scaled-* scaled-*",
@@ -208,7 +208,7 @@ class Runs:
     def ablation(self) -> dict[str, Group]:
         """The rows of the ablation by their names in train.py, the reference first; empty without runs."""
         rows: dict[str, list[Record]] = {name: [] for name in TECHNIQUES}
-        for record in next(filter(None, map(self.matching, ABLATIONS)), []):
+        for record in next(filter(None, map(self.matching, ABLATION_RUNS)), []):
             rows.setdefault(record.config.get("ablation", ""), []).append(record)
         titles = {name: TECHNIQUES.get(name, name.replace("_", " ")) for name in rows}
         return {name: Group(titles[name], records) for name, records in rows.items() if records}
@@ -218,7 +218,7 @@ class Runs:
         curves = {}
         for title, runs in CURVES.items():
             parts: dict[int, list[Record]] = {}
-            for record in self.matching(runs.split()[0]) and self.matching(runs):  # not of a user's runs alone
+            for record in self.matching(runs.split()[0]) and self.matching(runs):  # both patterns, or none
                 parts.setdefault(record.summary["tiles"]["train"], []).append(record)
             if len(parts) > 1:
                 curves[title] = [Group(title, parts[tiles]) for tiles in sorted(parts)]
@@ -265,6 +265,6 @@ def convergence_epoch(history: Sequence[Mapping[str, float]]) -> int:
     Raises ValueError for an empty history.
     """
     accuracies = [row["validate/acc"] for row in history]
-    # In floating point 0.920 - 0.915 is above 0.005; 1e-9 is far below one tile's share of an ACC.
-    reached = max(accuracies) - CONVERGED_WITHIN - 1e-9
+    # In floating point 0.920 - 0.915 is above 0.005.
+    reached = max(accuracies) - CONVERGED_WITHIN - ROUNDING
     return next(epoch for epoch, accuracy in enumerate(accuracies, start=1) if accuracy >= reached)

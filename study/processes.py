@@ -19,8 +19,8 @@ PAUSE = 0.5  # seconds between two looks at the processes
 
 
 @dataclass(frozen=True)
-class Run:
-    """One run: its id, and the command that trains it."""
+class Job:
+    """A process to start: the id of its run, and the command that trains it."""
 
     run_id: str
     command: Sequence[str]
@@ -63,7 +63,7 @@ class Processes:
         if self.failed:
             raise Fault(f"{', '.join(self.failed)} failed: see their logs; the same command tries them again")
 
-    def start(self, run: Run) -> bool:
+    def start(self, run: Job) -> bool:
         """Start a run's process. False if the run has finished, or if a process (of any command) trains it.
 
         The process inherits the lock of its log: it lasts as long as the process, even if this command is killed.
@@ -103,7 +103,7 @@ class Processes:
             yield run_id, process.returncode, f"{outcome} ({time.monotonic() - started:.0f} s)"
 
 
-def train_all(runs: Sequence[Run], processes: Processes, n_workers: int) -> None:
+def train_all(runs: Sequence[Job], processes: Processes, n_workers: int) -> None:
     """Train the runs that are not finished, `n_workers` at the same time. Raises Fault where some fail.
 
     A run that another command trains is waited for, and taken over if it fails there.

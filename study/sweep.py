@@ -16,7 +16,6 @@ import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import optuna
 from filelock import FileLock
@@ -30,7 +29,7 @@ from common.files import write_text
 from common.markdown import markdown_table, text
 from common.records.read import is_finished, read_history, read_json, run_folder
 from common.records.run import check_same
-from study.processes import Processes, Run, train_all, workers
+from study.processes import Job, Processes, train_all, workers
 from study.sweep_spec import Sweep, read_sweep
 
 REMEDY = "use another --output_dir, or another name in the sweep file"
@@ -47,7 +46,7 @@ class SweepConfig(Keys):
     output_dir: Path = key(Path("my"), "folder that gets sweeps/ and the runs' folders")
 
 
-def grid(sweep: Sweep, output_dir: Path) -> list[Run]:
+def grid(sweep: Sweep, output_dir: Path) -> list[Job]:
     """Every combination of the values, in the file's order; but the seeds vary slowest.
 
     So the first runs give one seed of every row. A run's id consists of the sweep's name and the values. Raises
@@ -68,7 +67,7 @@ def grid(sweep: Sweep, output_dir: Path) -> list[Run]:
         command = sweep.command_line({**values, "run_id": run_id, "output_dir": output_dir})
         if (path := run_folder(output_dir, run_id) / "config.json").exists():
             check_same(config, read_json(path, "config")["config"], REMEDY)
-        runs.append(Run(run_id, command))
+        runs.append(Job(run_id, command))
     return runs
 
 
@@ -118,8 +117,8 @@ class Search:
     def run(self, n_workers: int) -> None:
         """Train trials until none is left, and write their table; without workers, only write the table.
 
-        Raises Fault naming the trials that failed, but not by their configuration. UsageError where no trial has
-        finished or failed.
+        Raises Fault naming the trials that failed for another reason than their configuration. UsageError where no
+        trial has finished or failed.
         """
         with self.processes.ended_together():
             is_left = True
@@ -147,7 +146,7 @@ class Search:
                 self.study.tell(trial.number, self.best(trial.number))
             elif statuses.get(run_id) in (UsageError.exit_status, Untrainable.exit_status):
                 self.study.tell(trial.number, state=TrialState.FAIL)  # every attempt would end like this
-            elif run_id in running and handle.should_prune():  # each rung is judged once: by its own command
+            elif run_id in running and handle.should_prune():  # only the command that trains it
                 self.study.tell(trial.number, state=TrialState.PRUNED)
                 running[run_id][0].terminate()
             elif run_id in statuses:
@@ -172,7 +171,7 @@ class Search:
         run_id = self.run_id(trial.number)
         values = {name: trial._suggest(name, parameter) for name, parameter in self.space.items()}
         values |= {"run_id": run_id, "output_dir": self.processes.output_dir}
-        self.processes.start(Run(run_id, self.sweep.command_line(values)))
+        self.processes.start(Job(run_id, self.sweep.command_line(values)))
 
     def report(self, trial: FrozenTrial) -> optuna.Trial:
         """Tell Optuna the epochs of a trial that have ended. Returns the trial for its `should_prune`.
@@ -191,7 +190,7 @@ class Search:
         return [row[self.sweep.metric.name] for row in (read_history(path) if path.exists() else [])]
 
     def best(self, number: int) -> float:
-        """The best metric of a trial's epochs until now; the worst of all numbers before the first one."""
+        """The best metric of a trial's epochs until now; before the first one, the worse infinity."""
         maximize = self.sweep.metric.goal == "maximize"
         scores = self.scores(number)
         return max(scores, default=-math.inf) if maximize else min(scores, default=math.inf)
@@ -210,21 +209,20 @@ class Search:
         if not trials or trials[0].state != TrialState.COMPLETE:
             raise UsageError(f"no trial of {name} has finished (logs: {self.processes.logs})")
         rows: list[list[str]] = []
-        best_keys: dict[str, Any] = {}
-        data = ""
         for trial in trials:
             run_id, state = self.run_id(trial.number), trial.state.name.lower()
             keys = {key: trial.params.get(key, "") for key in self.space}
             if (path := run_folder(output_dir, run_id) / "config.json").exists():
-                record = read_json(path, "config", "dataset")
-                keys = {key: record["config"][key] for key in self.space}
-                best_keys, data = best_keys or keys, data or record["dataset"]
+                keys = {key: read_json(path, "config")["config"][key] for key in self.space}
             scores = self.scores(trial.number)
             cells = [run_id, state, self.best(trial.number) if scores else "", len(scores), *keys.values()]
             rows.append([f"{cell:.4g}" if isinstance(cell, float) else text(cell) for cell in cells])
         columns = ["run_id", "state", f"best {self.sweep.metric.name}", "epochs", *self.space]
+        winner = run_folder(output_dir, self.run_id(trials[0].number))
+        best = read_json(winner / "config.json", "config", "dataset")
+        best_keys = {key: best["config"][key] for key in self.space}
         command = shlex.join(["python", *self.sweep.command_line(best_keys)[1:]])
-        lines = [f"**{name}**: {data}; {len(rows)} trials of a {self.sweep.method} search", ""]
+        lines = [f"**{name}**: {best['dataset']}; {len(rows)} trials of a {self.sweep.method} search", ""]
         lines += [*markdown_table(columns, "l" * len(columns), rows), "", f"The best trial: `{command}`"]
         write_text(table, "\n".join(lines) + "\n")
         print(f"{lines[-1]}\n{len(rows)} trials, the best one first: {table}", flush=True)

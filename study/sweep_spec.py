@@ -98,7 +98,7 @@ def read_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
     """The sweep in the YAML file `path`; `overrides` are `--key=value` arguments for every run.
 
     Raises UsageError naming the file and what in it is missing, malformed or unknown, or which value the program
-    refuses: that should not end the twentieth run. OSError.
+    refuses, before any run starts. OSError.
     """
     text = path.read_bytes()
     try:

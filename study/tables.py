@@ -112,11 +112,9 @@ class Tables:
         if not (groups := self.chosen(names)):
             return []
         matrix = groups[0].first.summary["best"]["confusion_matrix"]
-        counts = dict(zip(groups[0].recalls(), np.sum(matrix, axis=1).tolist(), strict=True))
-        lines = [
-            [text(name), f"{count:,}", *(f"{group.recalls()[name]:.2f}" for group in groups)]
-            for name, count in counts.items()
-        ]
+        recalls = [group.recalls() for group in groups]
+        counts = zip(recalls[0], np.sum(matrix, axis=1).tolist(), strict=True)
+        lines = [[text(name), f"{count:,}", *(f"{one[name]:.2f}" for one in recalls)] for name, count in counts]
         columns = ["class", "test tiles", *(text(group.name) for group in groups)]
         return markdown_table(columns, "lr" + "r" * len(groups), lines)
 
@@ -303,7 +301,7 @@ def _over(group: Group, score: str, over_tiles: bool = False) -> str:
 
 
 def digest_of(records: Sequence[Record]) -> str:
-    """The first digits of a SHA-256 over all files of these records: it changes with every key of every file."""
+    """The first digits of a SHA-256 over these runs' files: it changes with every key of every file."""
     every = hashlib.sha256()
     for record in records:
         for path in (record.folder / name for name in RECORDS):

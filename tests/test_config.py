@@ -84,7 +84,7 @@ def test_bookkeeping_keys_do_not_belong_to_what_a_run_computes() -> None:
 def test_a_configuration_in_python_is_checked_and_cannot_change() -> None:
     config = TrainConfig(run_id="r", n_epochs=3)
     assert config.replaced(seed=2) == TrainConfig(run_id="r", n_epochs=3, seed=2)
-    for change, message in ({"lr": -1}, "--lr -1: must be above 0"), ({"learn": 1}, "--learn 1: "):
+    for change, message in ({"lr": -1}, "--lr -1: must be greater than 0"), ({"learn": 1}, "--learn 1: "):
         with pytest.raises(UsageError, match=message):
             TrainConfig(**change)
         with pytest.raises(UsageError, match=message):

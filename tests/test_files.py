@@ -10,7 +10,7 @@ from processes import end, start
 
 from common.config import TrainingConfig
 from common.data.dataset import Dataset
-from common.files import atomic_path, sweep_up, write_csv, write_json
+from common.files import atomic_path, delete_temporary_files, write_csv, write_json
 from common.records.run import Run
 
 
@@ -64,7 +64,7 @@ def test_what_a_killed_process_has_left_is_swept_up(tmp_path: Path) -> None:
     for context in killed:
         context.__enter__().write_text("half")
     assert len(list(tmp_path.iterdir())) == len(kept) + 3
-    sweep_up(tmp_path)
+    delete_temporary_files(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == kept
 
 

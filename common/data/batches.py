@@ -12,7 +12,7 @@ from common.data.dataset import Dataset, Split, resize
 from common.data.shift import shifted
 
 EVALUATION_BATCH = 512  # tiles of up to 64 pixels; of larger ones fewer: see `at_once`
-RESIDENT_SHARE = 0.6  # of a GPU's free memory for tiles, of all memory for features; the network needs the rest
+RESIDENT_SHARE = 0.6  # of a GPU's free memory, or of a CPU's whole memory for features; the network needs the rest
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # tiles or inputs, and labels
 
@@ -116,14 +116,14 @@ def normalise(images: torch.Tensor) -> torch.Tensor:
 
 
 def at_once(side: int, tiles: int = EVALUATION_BATCH) -> int:
-    """How many inputs of `side` pixels need the memory of so many `tiles` of 64 pixels; at most as many."""
+    """How many inputs of `side` pixels fit where `tiles` inputs of 64 pixels fit; at most `tiles`."""
     return max(1, tiles * 64**2 // max(64, side) ** 2)
 
 
 def batches(
     n_tiles: int, batch_size: int, device: torch.device, shuffle: torch.Generator | None = None
 ) -> list[torch.Tensor]:
-    """Cut 0..n_tiles-1 into batches of int64 indices on `device`; each index once, shuffled if asked.
+    """Cut 0..n_tiles-1 into batches of int64 indices on `device`, in order or shuffled.
 
     There are as few batches as `batch_size` allows, and their sizes differ by at most one tile: a last batch of
     few tiles would make BatchNorm's running statistics worse, and a batch of one tile cannot train BatchNorm.

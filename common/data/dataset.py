@@ -118,7 +118,7 @@ def stratified_part(labels: np.ndarray, n_tiles: int) -> np.ndarray:
 
 
 def _arrays(folder: Path, build: Callable[[Path], None]) -> dict[str, Split]:
-    """The splits in `folder`. Where it is not there, one process lets `build` fill it, and others wait for it."""
+    """The splits in `folder`. If it is missing, one process builds it, and others wait."""
     temporary = folder.with_name(f".{folder.name}.part")
     try:
         if not folder.exists():

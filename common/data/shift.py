@@ -17,7 +17,7 @@ from common.data.dataset import Split, resize
 SEED = 0
 CHUNK = 2048  # tiles that are changed at the same time: limits the memory of their float copies
 LAB_CHUNK = 128  # the same for CIELAB, which takes seven copies in float64
-Tiles = NDArray[np.float32]
+Tiles = NDArray[np.float32]  # (N, side, side, 3) in 0..1; a result may lie outside
 
 
 def lab_statistics(tiles: Tiles, draws: np.random.Generator) -> Tiles:

@@ -30,7 +30,7 @@ FRACTIONS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 CONTROLS = {"random": "Random order", "sobel": "Sobel edges"}
 # A method fails if its maps keep more than this rank correlation, of either sign, when all weights are random.
 RANDOMISATION_LIMIT = 0.5
-LEAST_TILES = 16  # of fewer tiles, a t interval says too little for a verdict
+MIN_CHECKED_TILES = 16  # of fewer tiles, a t interval says too little for a verdict
 COSTLY = {"randomisation": 32, "infidelity": 64}  # at most so many tiles for these checks
 INFIDELITY_SAMPLES = 16
 
@@ -69,7 +69,7 @@ def randomised(model: nn.Module, fresh: nn.Module, image: torch.Tensor) -> dict[
 
 
 def blurred(inputs: torch.Tensor) -> torch.Tensor:
-    """The tile after a Gaussian blur of an eighth of its side; removed pixels get its values."""
+    """The tile after a Gaussian blur whose sigma is an eighth of its side; removed pixels get its values."""
     sigma = inputs.shape[-1] / 8
     width = 2 * round(3 * sigma) + 1
     for kernel in ([width, 1], [1, width]):  # much faster than both axes at once
@@ -173,7 +173,7 @@ def judge(method: Mapping[str, Any], n: Mapping[str, int]) -> tuple[str, tuple[s
         "pixels are better than plain edges": method["margin_over_sobel"]["low"] > 0,
     }
     failed = tuple(name for name, holds in conditions.items() if not holds)
-    few = min(n["randomisation"], n["removal"]) < LEAST_TILES
+    few = min(n["randomisation"], n["removal"]) < MIN_CHECKED_TILES
     return TOO_FEW if few else FAILS if failed else PASSES, failed
 
 

@@ -18,7 +18,7 @@ OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.(?=[12]\.)")
 
 
 def last_layer(network: nn.Module) -> tuple[str, nn.Linear]:
-    """The name of the layer that gives the logits, which is the last linear one, and the layer."""
+    """The name of the last linear layer, which gives the logits, and the layer. UsageError for none."""
     layers = [(name, module) for name, module in network.named_modules() if isinstance(module, nn.Linear)]
     if not layers:
         raise UsageError(f"--model_name: {type(network).__name__} has no linear last layer; choose another")

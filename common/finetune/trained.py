@@ -42,14 +42,17 @@ class Trained(nn.Module):
 
 
 def load_trained(path: Path | str, device: torch.device | str = "cpu") -> Trained:
-    """The network of a best.pt of Tasks 1, 3 or 5, frozen, in eval mode. Raises Fault where the file is none."""
+    """The network of a best.pt of Tasks 1, 3 or 5, frozen, in eval mode.
+
+    Raises OSError, Fault for another file, UsageError where its network needs timm, which is not installed.
+    """
     path = Path(path)
     saved = checkpoint.load(path)
     try:
         config, state_dict = saved["config"], saved["state_dict"]
         name, size, side = config["model_name"], config["size"], input_size_of(config)
         network = _build(name, side, fine_tuned="mean" in state_dict)
-        checkpoint.load_weights(network, state_dict, path)
+        checkpoint.load_state_dict(network, state_dict, path)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise Fault(f"{path}: not a best.pt of this project ({first_line(error)})") from None
     network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -68,8 +68,7 @@ def default_weights(model_name: str) -> str:
 
 def network_of(weights: str) -> str | None:
     """The network of weights that are given by name; None for a file or no weights."""
-    owner, _ = _entries().get(weights, (PACKAGED_WEIGHTS.get(weights), None))
-    return owner
+    return PACKAGED_WEIGHTS.get(weights) or _entries().get(weights, (None,))[0]
 
 
 def inputs_of(model_name: str, weights: str) -> tuple[int, tuple[float, ...], tuple[float, ...]]:

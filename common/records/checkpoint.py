@@ -59,7 +59,7 @@ def read_plain(file: BinaryIO) -> Any:
         raise ValueError("it is damaged, or holds more than tensors, numbers and text") from error
 
 
-def load_weights(network: nn.Module, state_dict: Mapping[str, Any], path: Path) -> None:
+def load_state_dict(network: nn.Module, state_dict: Mapping[str, Any], path: Path) -> None:
     """Load weights that were read from `path`. Fault where they are not those of this network."""
     try:
         network.load_state_dict(state_dict)

@@ -21,7 +21,7 @@ from common.cli import UsageError, first_line, program
 from common.config import ScriptConfig, TrainingConfig
 from common.data.dataset import SPLITS, Dataset
 from common.data.pathmnist import CLASS_NAMES
-from common.files import digest, public, sweep_up, write_csv, write_json
+from common.files import delete_temporary_files, digest, public, write_csv, write_json
 from common.records.read import checkpoint_folder, is_finished, read_json, run_folder
 
 WANDB_PROJECT = "hw1"  # the coursework's; $WANDB_PROJECT takes its place
@@ -84,7 +84,7 @@ class Run:
             problem = f"run {config.run_id} is running in another process"
             raise UsageError(f"{problem}: wait for its end, or use another --run_id") from None
         for folder in (self.folder, self.checkpoints):
-            sweep_up(folder)
+            delete_temporary_files(folder)
         packages = (*VERSIONED, "timm") if "timm" in sys.modules else VERSIONED
         write_json(record, before or {"config": config.as_dict(), **self.facts, **provenance(packages)})
         self._n_sent, self._wandb = 0, start_wandb(task, config.run_id, config, self.facts, network)

@@ -38,8 +38,7 @@ def reestimate_batchnorm(model: nn.Module, inputs: Iterable[torch.Tensor]) -> No
     """
     model.train()
     kind = nn.modules.batchnorm._BatchNorm
-    norms = [module for module in model.modules() if isinstance(module, kind) and module.training]
-    momenta = [norm.momentum for norm in norms]
+    norms = {module: module.momentum for module in model.modules() if isinstance(module, kind) and module.training}
     model.eval()
     if not norms:
         return
@@ -52,6 +51,6 @@ def reestimate_batchnorm(model: nn.Module, inputs: Iterable[torch.Tensor]) -> No
         for norm in norms:
             norm.momentum = len(batch) / seen  # of the new batch in the mean over all tiles so far
         model(batch)
-    for norm, momentum in zip(norms, momenta, strict=True):
+    for norm, momentum in norms.items():
         norm.momentum = momentum
     model.eval()

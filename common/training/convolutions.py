@@ -39,11 +39,11 @@ class SmallMapConv2d(nn.Conv2d):
         if self.groups == 1:
             if kernel == (1, 1) and padding == (0, 0):
                 rows = input[:, :, :: stride[0], :: stride[1]].permute(0, 2, 3, 1)
-                return _as_maps(F.linear(rows, self.weight.flatten(1), self.bias))
+                return _to_nchw(F.linear(rows, self.weight.flatten(1), self.bias))
             if math.prod(out) > FEW_OUTPUTS:
                 return super().forward(input)
             output = _FewOutputs.apply(input, self.weight, stride, padding)
-        elif size == tuple(out) == (1, 1) and all(pad < taps for _, taps, _, pad in axes):  # others meet padding
+        elif size == tuple(out) == (1, 1) and all(pad < taps for _, taps, _, pad in axes):  # the rest is padding
             output = (input.flatten(1) * self.weight[:, 0, padding[0], padding[1]])[:, :, None, None]
         elif any(pixels < taps and before <= taps for pixels, taps, before in zip(out, kernel, size, strict=True)):
             output = _Depthwise.apply(input, self.weight, stride, padding)
@@ -69,7 +69,7 @@ class _FewOutputs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: torch.Tensor, weight: torch.Tensor, stride: Axes, padding: Axes) -> torch.Tensor:
-        maps, kernel = _channels_last(input), _channels_last(weight)
+        maps, kernel = _to_nhwc(input), _to_nhwc(weight)
         windows = list(_windows(input, weight, stride, padding))
         height, width = windows[-1][0] + 1, windows[-1][1] + 1
         output = maps.new_empty(len(maps), height, width, len(kernel))
@@ -77,13 +77,13 @@ class _FewOutputs(torch.autograd.Function):
             output[:, row, column] = F.linear(maps[:, *pixels].flatten(1), kernel[:, *taps].flatten(1))
         ctx.save_for_backward(input, weight)
         ctx.windows = windows
-        return _as_maps(output)
+        return _to_nchw(output)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         input, weight = ctx.saved_tensors
-        maps, kernel, grad = _channels_last(input), _channels_last(weight), _channels_last(grad_output)
+        maps, kernel, grad = _to_nhwc(input), _to_nhwc(weight), _to_nhwc(grad_output)
         grad_maps = maps.new_zeros(maps.shape) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for row, column, pixels, taps in ctx.windows:
@@ -92,9 +92,9 @@ class _FewOutputs(torch.autograd.Function):
                 part = grad_maps[:, *pixels]
                 part += (pixel @ kernel[:, *taps].flatten(1)).view_as(part)
             if grad_weight is not None:
-                part = _channels_last(grad_weight)[:, *taps]
+                part = _to_nhwc(grad_weight)[:, *taps]
                 part += (pixel.T @ maps[:, *pixels].flatten(1)).view_as(part)
-        return None if grad_maps is None else _as_maps(grad_maps), grad_weight, None, None
+        return None if grad_maps is None else _to_nchw(grad_maps), grad_weight, None, None
 
 
 class _Depthwise(torch.autograd.Function):
@@ -105,7 +105,7 @@ class _Depthwise(torch.autograd.Function):
         ctx.save_for_backward(input, weight)
         ctx.stride, ctx.padding = stride, padding
         output = F.conv2d(input, weight, None, stride, padding, groups=len(weight))
-        return _as_maps(_channels_last(output))
+        return _to_nchw(_to_nhwc(output))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -117,7 +117,7 @@ class _Depthwise(torch.autograd.Function):
                 input.shape, weight, grad_output, ctx.stride, ctx.padding, groups=len(weight)
             )
         if ctx.needs_input_grad[1]:
-            maps, grad = _channels_last(input), _channels_last(grad_output)
+            maps, grad = _to_nhwc(input), _to_nhwc(grad_output)
             grad_weight = torch.zeros_like(weight)
             kernel = grad_weight[:, 0].permute(1, 2, 0)
             for row, column, pixels, taps in _windows(input, weight, ctx.stride, ctx.padding):
@@ -148,11 +148,11 @@ def _windows(
             yield row, column, (pixel_rows, pixel_columns), (tap_rows, tap_columns)
 
 
-def _channels_last(images: torch.Tensor) -> torch.Tensor:
+def _to_nhwc(images: torch.Tensor) -> torch.Tensor:
     return images.permute(0, 2, 3, 1)
 
 
-def _as_maps(maps: torch.Tensor) -> torch.Tensor:
+def _to_nchw(maps: torch.Tensor) -> torch.Tensor:
     """(N, H, W, C) as (N, C, H, W).
 
     A map of one pixel can have two kinds of strides, and BatchNorm is ten times slower where the strides of its

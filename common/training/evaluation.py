@@ -55,7 +55,7 @@ class Evaluation:
         return (logits.exp() if self.normalised else logits.softmax(1)).numpy()
 
     def summary(self, split: str) -> dict[str, float]:
-        """Loss (mean cross-entropy), AUC and ACC under the coursework's keys, such as `validate/auc`."""
+        """Mean cross-entropy (nats), AUC, ACC and balanced ACC by the coursework's keys (`validate/auc`)."""
         logits, probabilities, targets = torch.from_numpy(self.logits), self.probabilities, self.targets
         return {
             f"{split}/loss": F.cross_entropy(logits.float(), torch.from_numpy(targets)).item(),

@@ -83,8 +83,8 @@ class Trainer:
     def fit(self) -> None:
         """Train until there is a reason to stop; the best weights are then in best.pt.
 
-        After each epoch last.pt, best.pt and history.csv are written: a kill loses the epoch in progress and no
-        more. Raises Untrainable where loss or outputs are not finite.
+        After each epoch last.pt and history.csv are written, after a best one also best.pt: a kill loses the epoch
+        in progress and no more. Raises Untrainable where loss or outputs are not finite.
         """
         n_tiles = len(self.splits.train)
         total, done = self.config.n_epochs * n_tiles, len(self.history) * n_tiles
@@ -159,7 +159,7 @@ class Trainer:
         started = time.perf_counter()
         score = partial(evaluate, self.evaluated, compute=self.compute)
         path = self.run.checkpoints / "best.pt"
-        checkpoint.load_weights(self.evaluated, checkpoint.load(path)["state_dict"], path)
+        checkpoint.load_state_dict(self.evaluated, checkpoint.load(path)["state_dict"], path)
         arrays = {}
         if self.config.test:
             best = score(test := self.splits.test()).rounded()
@@ -212,8 +212,8 @@ class Trainer:
             return
         saved = checkpoint.load(path)
         check_same(self.config, saved["config"])
-        checkpoint.load_weights(self.model, saved["state_dict"], path)
-        checkpoint.load_weights(self.evaluated, saved["evaluated_state_dict"], path)
+        checkpoint.load_state_dict(self.model, saved["state_dict"], path)
+        checkpoint.load_state_dict(self.evaluated, saved["evaluated_state_dict"], path)
         self.optimizer.load_state_dict(saved["optimizer"])
         self.history = saved["history"]
         print(f"continuing run {self.run.run_id} after epoch {len(self.history)}")

@@ -25,7 +25,7 @@ from common.records import checkpoint
 def test_weights_of_another_network_are_refused(changes: dict[str, Any], message: str) -> None:
     state = {**nn.Linear(3, 2).state_dict(), **changes}
     with pytest.raises(Fault, match=rf"last\.pt: {message}.*; train again with another --run_id"):
-        checkpoint.load_weights(nn.Linear(3, 2), state, Path("last.pt"))
+        checkpoint.load_state_dict(nn.Linear(3, 2), state, Path("last.pt"))
 
 
 class Bomb:

@@ -17,7 +17,7 @@ from common.cli import UsageError, parse, run_script
 from common.config import FolderConfig
 from study import __main__ as study
 from study import baselines, report, sweep
-from study.groups import ABLATIONS, CURVES, ROWS
+from study.groups import ABLATION_RUNS, CURVES, ROWS
 from study.recipes import ranking, read_trials
 
 SCRIPTS: dict[str, type[FolderConfig]] = {
@@ -41,7 +41,7 @@ def test_every_run_is_a_command_that_its_script_accepts(dataset: str, n_runs: in
         assert parse(SCRIPTS[program], arguments, "").output_dir == tmp_path
     patterns = [pattern for patterns, _ in ROWS.values() for pattern in patterns.split()]
     patterns += ["recipe-*"] + [pattern for patterns in CURVES.values() for pattern in patterns.split()]
-    shown = [run for run in runs if any(fnmatchcase(run.run_id, one) for one in (*patterns, *ABLATIONS))]
+    shown = [run for run in runs if any(fnmatchcase(run.run_id, one) for one in (*patterns, *ABLATION_RUNS))]
     assert dataset == "phantom" or shown == runs  # on the page
 
 

@@ -333,7 +333,7 @@ def test_the_wandb_agent_runs_train_and_continues_after_trials_that_its_server_h
     output, operations = run_agent(Sweeper(runs, stopped), tmp_path)
     assert output.count("ended by SIGTERM") == 3, output
     assert "failed runs" not in output  # the agent gives up after a few failures
-    assert "train.py: --lr -1: must be above 0" in output
+    assert "train.py: --lr -1: must be greater than 0" in output
     assert {"SweepWithRuns", "CreateAgent", "Heartbeat"} <= set(operations)
     assert not (tmp_path / "runs/t1").exists(), output
     for run_id in ("t0", "t2"):
