@@ -46,13 +46,17 @@ class Compute:
 
     @property
     def name(self) -> str:
-        """The device in words, for records; of a GPU with the precision."""
+        """The device in words, for records: of a GPU with the precision, of a CPU with its instruction set.
+
+        Different models of CPU have the same name, but round differently with other instructions.
+        """
         if self.device.type == "cuda":
             return f"{torch.cuda.get_device_name(self.device)}, {str(self.dtype).removeprefix('torch.')}"
         cpuinfo = Path("/proc/cpuinfo")  # on Linux, where platform.processor() is empty
         found = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
         cpu, n_threads = found[1] if found else platform.processor() or "CPU", torch.get_num_threads()
-        return f"{cpu}, {n_threads} thread{'' if n_threads == 1 else 's'}"
+        instructions = torch.backends.cpu.get_cpu_capability()
+        return f"{cpu} ({instructions}), {n_threads} thread{'' if n_threads == 1 else 's'}"
 
     def autocast(self) -> torch.autocast:
         """The context manager for a forward pass; it does nothing in float32."""

@@ -19,7 +19,8 @@ def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) ->
         Compute.of("cuda", "auto")
     assert Compute.of("auto", "auto") == CPU
     assert Compute.of("cpu", "bf16") == Compute(torch.device("cpu"), torch.bfloat16)
-    assert CPU.name.endswith(", 1 thread")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert CPU.name.endswith(" (AVX2), 1 thread")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
     assert Compute(torch.device("cuda", 0), torch.bfloat16).name == "GPU, bfloat16"
     CPU.prepare_process()
