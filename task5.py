@@ -156,7 +156,8 @@ def main(config: Task5Config) -> None:
     dataset = load_dataset(config.dataset, config.size, config.data_root, config.train_tiles)
     for single in runs:
         if len(runs) > 1 and is_finished(config.output_dir, single.run_id):  # `Run` refuses a single one
-            before = read_json(run_folder(config.output_dir, single.run_id) / "config.json")
+            path = run_folder(config.output_dir, single.run_id) / "config.json"
+            before = read_json(path, "config", "task", "data_fingerprint")
             facts = {"data_fingerprint": dataset.fingerprint, "weights": weights[single.weights].record()}
             check_record(single, before, {"task": "task5", **facts})
             print(f"run {single.run_id} is finished already")

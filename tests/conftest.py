@@ -35,6 +35,7 @@ SMALL_RUN: dict[str, Any] = {
     "n_epochs": 3,
     "batch_size": 32,
     "run_id": "r",
+    "wandb": "disabled",  # also before `isolated`, in fixtures of a module
 }
 
 

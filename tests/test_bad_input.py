@@ -45,6 +45,7 @@ OPTIONS: list[tuple[str, int, str]] = [
     ("task1.py --amsgrad=perhaps", 2, "--amsgrad perhaps: must be a valid boolean"),
     ("task1.py --size=30", 2, "--size 30: choose from 28, 64, 128, 224$"),
     ("task1.py --dataset=pathmist", 2, r"choose from pathmnist, phantom; did you mean pathmnist\?$"),
+    ("task1.py --batch_size=2", 2, "--batch_size 2: must be greater than or equal to 3$"),
     ("task1.py --train_tiles=44", 2, "--train_tiles 44: must be greater than or equal to 45$"),
     ("task1.py --size=28 --train_tiles=89997", 2, "--train_tiles 89997: PathMNIST has 89996$"),
     ("task1.py --run_id=../mine", 2, r"--run_id \.\./mine: a run id names files"),
@@ -86,6 +87,11 @@ def text(name: str, content: str) -> Callable[[Path], Any]:
     return lambda folder: (folder / name).write_text(content)
 
 
+def empty_record(folder: Path) -> None:
+    (folder / "runs/r").mkdir(parents=True)
+    (folder / "runs/r/config.json").write_text("{}")
+
+
 def torn_weights(folder: Path) -> None:
     write_run(folder)
     (folder / "checkpoints" / "r").mkdir(parents=True)
@@ -98,6 +104,12 @@ FILES: list[tuple[Callable[[Path], Any], str, int, str]] = [
     (text("pathmnist.npz", "torn"), OFFICIAL, 1, r"pathmnist\.npz: missing or damaged.*--dataset phantom"),
     (text("data", ""), "task1.py --data_root={}/data --output_dir={}", 1, "data/.*: cannot be read or built"),
     (text("out", ""), f"task1.py {PHANTOM} --data_root={{}} --output_dir={{}}/out", 1, "out.*: Not a directory"),
+    (
+        empty_record,
+        f"task1.py {PHANTOM} --run_id=r --output_dir={{}}",
+        1,
+        r"config\.json: .*config: it is missing",
+    ),
     (
         torn_weights,
         "task2.py --run_id=r --output_dir={} --data_root={}",

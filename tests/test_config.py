@@ -37,6 +37,7 @@ def read(*arguments: str) -> TrainingConfig:
         (["--tta=False", "--amsgrad=True"], {"tta": False, "amsgrad": True}),
         (["--batch_size=512.0", "--lr=1e-05"], {"batch_size": 512, "lr": 1e-5}),
         (["--early_stopping_patience=null"], {"early_stopping_patience": None}),
+        (["--early_stopping_patience=none"], {"early_stopping_patience": None}),
         (["--run_id=none"], {"run_id": "none"}),  # not an optional key
     ],
 )
@@ -146,6 +147,10 @@ def test_before_the_line_of_an_unexpected_error_stands_its_traceback(capsys: pyt
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("Traceback")
     assert lines[-1].endswith(": unexpected: RuntimeError: a shape; please report it with the lines above")
+    ended(lambda _: refuse(RuntimeError()))
+    assert ": unexpected: RuntimeError: RuntimeError; please" in capsys.readouterr().err
+    ended(lambda _: refuse(UsageError("a\x1bb\nc")))
+    assert capsys.readouterr().err.endswith(": a b c\n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

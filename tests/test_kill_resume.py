@@ -16,7 +16,7 @@ from common.training.loop import Trainer
 
 DATA = ("--dataset=phantom", "--size=28", "--input_size=28", "--train_tiles=90", "--wandb=disabled", "--run_id=r")
 # All that has a state or draws random numbers.
-EVERYTHING = ("--augmentation=ta_wide,stain", "--ema_decay=0.9")
+EVERYTHING = ("--augmentation=ta_wide,stain", "--ema_decay=0.9995")
 SMALL = ("--model_name=mobilenet_v3_small", "--n_epochs=3", "--batch_size=45")
 
 

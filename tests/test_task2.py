@@ -11,12 +11,16 @@ import pytest
 import torch
 from conftest import MODEL
 from example_records import CONFIG, write_run
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 import task1
 import task2
 import task5
 from common.cli import run_script
+from common.data.dataset import load_dataset
+from common.data.pathmnist import CLASS_NAMES
 from common.explain import checks
 from common.explain.tiles import choose_tiles, find_run
 from common.training.models import build_model
@@ -83,6 +87,14 @@ def test_every_file_is_there_and_every_picture_legible(explained: Path) -> None:
         for part in ("input", "saliency"):
             link = line.split(f"{row[part].split('/')[-1]}")[0].rsplit("(", 1)[1]
             assert (explained / "runs" / "first" / link / Path(row[part]).name).is_file()
+    scores = np.load(explained / "runs/first/scores.npz")
+    for row in content["tiles"]:
+        logarithms = scores["best_logits"][row["index"]]
+        assert row["label"] == CLASS_NAMES[scores["targets"][row["index"]]]
+        assert row["predicted"] == CLASS_NAMES[logarithms.argmax()]
+        assert row["probability"] == pytest.approx(np.exp(float(logarithms.max())), abs=2e-3)
+    for method in content["methods"].values():
+        assert list(method["randomisation"].values())[-1]["value"] < 0.99
     assert set(content["figures"]) == {"methods", "all_methods", "means", "randomisation", "removal"}
     sizes = {key: imread(explained / "fig/task2" / name).shape for key, name in content["figures"].items()}
     assert min(width for _, width, _ in sizes.values()) >= 900
@@ -97,9 +109,16 @@ def test_the_same_seed_gives_the_same_pictures_and_numbers_and_says_what_it_does
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    drawn: list[Figure],
 ) -> None:
-    again, classes, check = tmp_path / "again", [], checks.check_methods
-    monkeypatch.setattr(checks, "check_methods", lambda *given: classes.extend(given[3].tolist()) or check(*given))
+    again, classes, found, check = tmp_path / "again", [], [], checks.check_methods
+
+    def check_methods(*given: Any) -> Any:
+        classes.extend(given[3].tolist())
+        found.append(check(*given))
+        return found[0]
+
+    monkeypatch.setattr(checks, "check_methods", check_methods)
     shutil.copytree(trained, again)
     explain(again, phantom_root, "--checked_tiles", "8")
     scores, chosen = np.load(again / "runs/first/scores.npz"), choose_tiles(90, 8, 0)
@@ -113,9 +132,42 @@ def test_the_same_seed_gives_the_same_pictures_and_numbers_and_says_what_it_does
     assert len(pictures) == 25
     for path in pictures:
         assert (explained / path).read_bytes() == (again / path).read_bytes(), path
+    assert_content(
+        drawn, contents[0]["tiles"], load_dataset("phantom", 28, phantom_root, 450).test.images, *found[0]
+    )
     said = capsys.readouterr().out.splitlines()
     assert "Integrated Gradients (3 of 5): maps of 7 networks" in said
     assert len([line for line in said if "too few tiles to judge" in line]) == 5  # 8 tiles are too few
+
+
+def assert_content(
+    drawn: list[Figure], rows: list[dict[str, Any]], images: torch.Tensor, record: Any, means: Any
+) -> None:
+    """The figures of ten tiles, and those of the run: its maps, its mean maps and the curves of its checks."""
+
+    def picture(axes: Axes) -> Any:
+        return np.asarray(axes.get_images()[0].get_array())
+
+    *_, panel, mean_maps, randomisation, removal = drawn
+    for place, row in enumerate(rows):
+        tile, saliency = (figure.axes[0] for figure in drawn[2 * place : 2 * place + 2])
+        line = panel.axes[6 * place : 6 * place + 6]
+        assert np.array_equal(picture(tile), images[row["index"]].permute(1, 2, 0))
+        assert np.array_equal(picture(line[0]), picture(tile))
+        assert np.array_equal(picture(line[1]), picture(saliency))
+        assert line[0].spines["top"].get_visible() == (row["label"] != row["predicted"])
+    for column, both in enumerate(means.values()):
+        for axes, mean in zip((mean_maps.axes[column], mean_maps.axes[5 + column]), both, strict=True):
+            assert np.array_equal(picture(axes), mean)
+    assert (mean_maps.axes[0].get_ylabel(), mean_maps.axes[5].get_ylabel()) == ("trained", "random weights")
+    saliency = record["methods"]["saliency"]
+    correlations = [one["value"] for one in saliency["randomisation"].values()]
+    assert list(randomisation.axes[0].get_lines()[0].get_ydata()) == [1, *correlations]
+    for axes, kind in zip(removal.axes, ("deletion", "insertion"), strict=True):
+        curve = saliency[f"{kind}_curve"]
+        assert list(axes.get_lines()[0].get_ydata()) == [one["value"] for one in curve]
+        bars = axes.collections[0].get_segments()
+        assert [tuple(bar[:, 1]) for bar in bars] == [(one["low"], one["high"]) for one in curve]
 
 
 def test_the_task_1_run_with_most_tiles_is_explained_and_the_newest_of_several(tmp_path: Path) -> None:

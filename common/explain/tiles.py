@@ -42,7 +42,8 @@ def find_run(output_dir: Path, run_id: str | None) -> Mapping[str, Any]:
     Without a name it is the Task 1 run with a best.pt that has most training tiles, of several the newest.
     """
     summaries = (output_dir / "runs").glob(f"{run_id or '*'}/summary.json")
-    ours = [read_json(path.with_name("config.json")) for path in summaries]
+    names = ("config", "task", "run_id", "data_fingerprint", "tiles", "started", "synthetic")
+    ours = [read_json(path.with_name("config.json"), *names) for path in summaries]
     if not run_id:
         own = [run for run in ours if run["task"] == "task1"]
         ours = [run for run in own if (checkpoint_folder(output_dir, run["run_id"]) / "best.pt").exists()]

@@ -69,7 +69,7 @@ class Run:
         if is_finished(config.output_dir, config.run_id):
             raise UsageError(f"run {config.run_id} is finished already ({self.folder}): use another --run_id")
         if record.exists():
-            before = read_json(record)
+            before = read_json(record, "config", "task", "data_fingerprint", "device", "commit")
             check_record(config, before, self.facts)
             for name, now in (("device", device_name), ("commit", _commit())):
                 if str(now) not in str(before[name]).split(", then "):

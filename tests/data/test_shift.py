@@ -26,6 +26,8 @@ def test_a_shift_is_the_same_in_every_run_and_changes_neither_labels_nor_source(
         assert torch.equal(split.labels, tiny.val.labels)
         assert split.images.dtype == torch.uint8
         assert not torch.equal(split.images, before)
+    means = [split.images.float().mean().item() for split in first.values()]
+    assert means == pytest.approx([123.52, 130.22, 130.44], abs=0.05)
     assert torch.equal(tiny.val.images, before)
 
 

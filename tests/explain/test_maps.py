@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from common.explain import checks
+from common.explain import maps as methods
 from common.explain.checks import (
     FRACTIONS,
     area,
@@ -86,6 +87,8 @@ def test_a_map_has_the_tile_s_shape_a_known_range_and_depends_on_the_class_and_n
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "grad_cam"])
 def test_a_map_is_high_at_the_pixels_that_the_logit_depends_on(name: str, corner: nn.Module) -> None:
     maps = METHODS[name].maps(corner, dark_corner(3), torch.ones(3, dtype=torch.int64), 0).abs()
+    white = METHODS[name].maps(corner, torch.ones(1, 3, SIZE, SIZE), torch.ones(1, dtype=torch.int64), 0)
+    assert (white.abs().max() == 0) == METHODS[name].signed  # white is the baseline of the signed maps
     inside = maps[:, :7, :7].sum((1, 2)) / maps.sum((1, 2))
     assert inside.min() > (0.5 if name == "occlusion" else 0.999)  # occlusion's squares overlap the border
 
@@ -107,6 +110,18 @@ def test_fewer_large_inputs_pass_through_the_network_at_once(
     else:
         METHODS[name].maps(corner, inputs[:18], targets[:18], 0)
     assert max(sizes) == limit
+
+
+def test_the_settings_of_methods_and_checks_are_those_of_the_papers_and_of_the_page() -> None:
+    assert (methods.SMOOTHGRAD_SAMPLES, methods.SMOOTHGRAD_NOISE, methods.INTEGRATION_STEPS) == (16, 0.3, 48)
+    assert (checks.COSTLY, checks.INFIDELITY_SAMPLES) == ({"randomisation": 32, "infidelity": 64}, 16)
+
+
+def test_saliency_is_the_largest_gradient_of_a_pixel_s_channels(resnet: nn.Module) -> None:
+    leaf, targets = tiles(2).requires_grad_(), torch.tensor([0, 3])
+    resnet(leaf).gather(1, targets[:, None]).sum().backward()
+    assert leaf.grad is not None
+    torch.testing.assert_close(METHODS["saliency"].maps(resnet, tiles(2), targets, 0), leaf.grad.abs().amax(1))
 
 
 def test_grad_cam_is_high_at_the_right_place_in_the_layer(corner: nn.Module) -> None:

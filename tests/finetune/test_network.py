@@ -61,6 +61,7 @@ def test_training_moves_its_part_and_leaves_the_rest_the_same_to_the_bit(
         assert parameter.requires_grad == (name in changed)
         assert (parameter.grad is not None) == (name in changed)
     model.train()
+    assert model.head.training
     if train_part == "head":  # there is no dropout in it
         assert not any(part.training for part in model.modules() if isinstance(part, nn.BatchNorm2d | nn.Dropout))
 
@@ -73,7 +74,7 @@ def test_the_first_block_learns_slowest_and_the_head_at_the_full_rate(tiny: Data
         assert factors[f"network.features.{block}.{name}"] == pytest.approx(0.01 ** (1 - block / 13))
     assert not any("classifier" in name for name in factors)
     trainer = trainer_of(tiny, tmp_path, model, lr_factors=factors, lr=0.5, lr_min=1.0)
-    trainer.train_epoch(1)
+    assert trainer.train_and_validate(1)["lr"] == 0.5
     rates = {id(p): group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
     assert len(rates) == len(list(model.parameters()))
     for name, parameter in model.named_parameters():

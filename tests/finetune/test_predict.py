@@ -121,6 +121,8 @@ def test_a_folder_gives_a_table_of_its_pictures_and_one_bad_picture_is_a_row(
         ((28, 28), (240, 240, 240), ""),  # an empty slide
         ((2000, 2000), TISSUE, "far from PathMNIST's tiles: 2000 × 2000 pixels, a tile has 224 × 224"),
         ((20, 20), TISSUE, "20 × 20 pixels"),
+        ((500, 500), TISSUE, "500 × 500 pixels"),
+        ((224, 224), (150, 150, 150), "its mean colour"),
         ((400, 300), TISSUE, "400 × 300 pixels"),
         ((224, 224), (60, 140, 60), "far from PathMNIST's tiles: its mean colour is not that of tissue"),
         ((224, 224), (20, 5, 20), "its mean colour"),

@@ -132,6 +132,7 @@ def test_a_prefix_is_named_and_a_pipe_is_not_waited_for(
 def test_a_file_names_no_network_and_timm_s_networks_no_weights() -> None:
     assert weights_module.network_of("some/ResNet18_Weights.pth") is None
     assert weights_module.network_of("none") is None
+    assert inputs_of("timm:resnet10t", "none")[1:] == IMAGENET
     with pytest.raises(UsageError, match=r"timm:resnet10t: timm's weights are not downloaded; add --weights FILE"):
         weights_module.default_weights("timm:resnet10t")
 

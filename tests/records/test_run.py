@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 from example_records import row, scored
+from matplotlib.figure import Figure
 
 from common.cli import UsageError
 from common.config import TrainingConfig
@@ -27,13 +28,14 @@ def start(dataset: Dataset, output_dir: Path, device: str = "a CPU", sha256: str
     return Run("task1", config, dataset, device, facts={"weights": {"source": device, "sha256": sha256}})
 
 
-def finish(run: Run, **changes: Any) -> dict[str, Any]:
-    """End the run after an epoch that was none; returns the content of summary.json."""
-    run.log_epoch([row(1)])
+def finish(run: Run, *rows: dict[str, float], **changes: Any) -> dict[str, Any]:
+    """End the run after epochs, by default one, that were none; returns the content of summary.json."""
+    history = list(rows) or [row(1)]
+    run.log_epoch(history)
     run.checkpoints.mkdir(parents=True)
     (run.checkpoints / "best.pt").write_bytes(b"weights")
-    summary = {**scored([row(1)]), **changes}
-    run.finish([row(1)], {name: value for name, value in summary.items() if value is not None})
+    summary = {**scored(history), **changes}
+    run.finish(history, {name: value for name, value in summary.items() if value is not None})
     content: dict[str, Any] = json.loads((run.folder / "summary.json").read_text())
     return content
 
@@ -86,6 +88,18 @@ def test_a_finished_run_names_its_weights_and_both_sides_of_its_tiles(tiny: Data
     assert best_weights(tmp_path, "r") == run.checkpoints / "best.pt"
     names = ["train-loss", "validate-auc", "validate-acc", "confusion"]
     assert {path.name for path in run.figures.iterdir()} == {f"r-{name}.png" for name in names}
+
+
+def test_the_figures_show_the_kept_epoch_and_true_classes_in_rows(
+    tiny: Dataset, tmp_path: Path, drawn: list[Figure]
+) -> None:
+    rows = [row(1, 0.6), row(2, 0.3)]
+    scores = scored(rows, best=1)
+    scores["best"]["confusion_matrix"][0][1] = 77
+    finish(start(tiny, tmp_path), *rows, best=scores["best"], validate=rows[0])
+    assert [list(figure.axes[0].get_lines()[1].get_xdata()) for figure in drawn[:-1]] == [[1, 1]] * 3
+    [cell] = [text for text in drawn[-1].axes[0].texts if text.get_text() == "77"]
+    assert cell.get_position() == (1, 0)  # column and row
 
 
 def test_a_run_without_test_scores_finishes(
@@ -161,6 +175,7 @@ run.finish(rows, scored(rows, best=2, auc=0.8, acc=0.7))
     done = track(folder, body)
     assert (done.returncode, done.stderr) == (0, "")
     assert "W&B: offline, project mine" in done.stdout
+    assert "test/auc 0.8000  test/acc 0.7000  (18 test tiles, weights of epoch 2)" in done.stdout
     assert KEY not in done.stdout
     return folder
 

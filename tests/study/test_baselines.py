@@ -23,6 +23,8 @@ def test_the_features_are_the_statistics_of_colours_and_gradient() -> None:
     tile[:, 0] = 255  # all red
     tile[:, 1, :, 14:] = 255  # the right half is yellow
     [table] = features(Split(tile, torch.zeros(1, dtype=torch.int64)))
+    [turned] = features(Split(tile.rot90(1, (2, 3)), torch.zeros(1, dtype=torch.int64)))
+    assert turned == pytest.approx(table, abs=1e-6)
     edge = 2 * 28 * (1 / 3 / 2) / 28**2  # two columns beside the edge, each with half of its step
     assert table.shape == (28,)
     assert table[:4] == pytest.approx([1, 0.5, 0, edge])
@@ -42,6 +44,12 @@ class Column:
 
     def predict_proba(self, table: np.ndarray) -> np.ndarray:
         return np.eye(9)[table[:, self.column].astype(int)]
+
+
+def test_distances_are_those_of_standardised_features_and_validation_chooses_the_number_of_neighbours() -> None:
+    found = baselines.classifiers("neighbours", 0)
+    assert list(found) == ["1 neighbours", "5 neighbours", "15 neighbours", "45 neighbours"]
+    assert {tuple(model.named_steps) for model in found.values()} == {("standardscaler", "kneighborsclassifier")}
 
 
 def test_validation_alone_chooses_the_setting() -> None:
@@ -64,11 +72,17 @@ def test_each_baseline_leaves_the_records_of_a_run_and_a_second_start_fits_nothi
         boosted = {"": HistGradientBoostingClassifier(max_iter=2, max_features=0.5, random_state=seed)}
         return boosted if name == "boosting" else every(name, seed)
 
-    every = baselines.classifiers
+    every, widths = baselines.classifiers, list[int]()
     monkeypatch.setattr(baselines, "classifiers", quick)
+    monkeypatch.setattr(
+        baselines,
+        "fit_and_score",
+        lambda *given: widths.append(given[1]["val"][0].shape[1]) or fit_and_score(*given),
+    )
     data = ["--dataset=phantom", "--size=28", f"--data_root={phantom_root}"]
     arguments = [*data, f"--output_dir={tmp_path}", "--train_tiles=90"]
     run_script(baselines.main, baselines.BaselinesConfig, arguments)
+    assert widths == [3, 28, 28, 28, 28]
     names = ["mean_rgb-90-0", "neighbours-90-0", *(f"boosting-90-{seed}" for seed in range(3))]
     assert {path.name for path in (tmp_path / "runs").iterdir()} == set(names)
     for name in names:  # the ties of equal neighbours must be in the record's scores too

@@ -252,8 +252,9 @@ def test_runs_are_in_the_order_of_their_seeds_and_own_recipes_of_their_scores(tm
     for seed in (10, 2):
         made(tmp_path / "study", f"task1-{seed}", seed=seed)
     assert Runs(tmp_path / "study").groups()["task1"].seeds == [2, 10]
-    made(tmp_path, "a", 0.5)
-    made(tmp_path, "b", 0.6)  # the same again
+    path = made(tmp_path, "a", 0.6).folder / "config.json"
+    path.write_text(path.read_text().replace("2026-01-01", "2026-01-02"))
+    made(tmp_path, "b", 0.5)  # the same, but older
     made(tmp_path, "c", 0.7, weights="imagenet", augmentation="stain", ema_decay=0.99)
     made(tmp_path, "d", 0.4, size=64)
     made(tmp_path, "try-1", 0.8, lr=3)
@@ -264,12 +265,12 @@ def test_runs_are_in_the_order_of_their_seeds_and_own_recipes_of_their_scores(tm
     recipes = Runs(tmp_path).recipes()
     assert [(name, group.by_seed("acc")) for name, group in recipes.items()] == [
         ("c", {0: 0.7}),
-        ("b", {0: 0.6}),
+        ("a", {0: 0.6}),
         ("d", {0: 0.4}),
         ("ablation_test-0", {0: 0.3}),
     ]
     titles = ["ResNet-18 fine-tuned, stain augmentation and averaged weights, phantom"]
-    titles += [f"ResNet-18 from scratch, phantom, run {run_id}" for run_id in "bd"]
+    titles += [f"ResNet-18 from scratch, phantom, run {run_id}" for run_id in "ad"]
     titles += ["ResNet-18 from scratch, row with_ema, phantom"]
     assert [group.title for group in recipes.values()] == titles
 
@@ -351,10 +352,38 @@ def test_the_ladder_is_sorted_and_has_room_for_every_interval(tmp_path: Path, dr
     assert axes.get_xlabel() == "Test ACC, phantom (90 training tiles, 28 px)"
 
 
+def test_the_studys_own_ladder_has_the_aim_and_the_8_views_of_its_best_row(
+    tmp_path: Path, drawn: list[Figure]
+) -> None:
+    group = group_of(seed0=0.85)
+    group.first.summary["tta"] = {"acc": 0.875}
+    figures.draw_ladder(tmp_path / "ladder.png", {"one": Group("one", group.records)}, aim=0.9)
+    texts = [text.get_text() for text in drawn[0].axes[0].texts]
+    assert texts == ["34 M", "274 M", "the aim: 0.9"]
+    names = [label.get_text() for label in drawn[0].axes[0].get_yticklabels()]
+    assert names[-2:] == ["one, 28 px, one seed", "one, mean of 8 views"]
+
+
+def test_the_curves_show_every_seed_the_kept_epochs_and_the_mean(tmp_path: Path, drawn: list[Figure]) -> None:
+    runs = []
+    for seed, accuracies in enumerate(((0.2, 0.6, 0.4), (0.4, 0.8))):
+        record = made(tmp_path, f"r-{seed}", seed=seed)
+        history = [row(epoch, acc) for epoch, acc in enumerate(accuracies, start=1)]
+        runs.append(
+            dataclasses.replace(record, history=history, summary={**record.summary, "validate": history[1]})
+        )
+    figures.draw_curves(tmp_path / "curves.png", {"name": runs}, "data")
+    lines = [(list(line.get_xdata()), list(line.get_ydata())) for line in drawn[0].axes[3].get_lines()]
+    assert lines[:4] == [([1, 2, 3], [0.2, 0.6, 0.4]), ([2], [0.6]), ([1, 2], [0.4, 0.8]), ([2], [0.8])]
+    assert lines[4:] == [([1, 2], pytest.approx([0.3, 0.7]))]
+    assert drawn[0].legends[0].get_texts()[0].get_text() == "name (thick: mean of 2 seeds)"
+
+
 def test_a_learning_curve_has_test_and_validation_acc_by_tiles(tmp_path: Path, drawn: list[Figure]) -> None:
-    groups = [Group("", [made(tmp_path, f"r-{tiles}", acc, tiles)]) for tiles, acc in ((900, 0.6), (3000, 0.7))]
-    for group in groups:
-        group.first.summary["validate"]["validate/acc"] = 0.9
+    few = [made(tmp_path, f"r-900-{seed}", acc, 900, seed=seed) for seed, acc in enumerate((0.58, 0.6, 0.62))]
+    groups = [Group("", few), Group("", [made(tmp_path, "r-3000", 0.7, 3000)])]
+    for record in (*few, groups[1].first):
+        record.summary["validate"]["validate/acc"] = 0.9
     figures.draw_learning_curve(tmp_path / "curve.png", {"ResNet": groups})
     found = {axes.get_ylabel(): axes for axes in drawn[0].axes}
     for name, expected in {"Test ACC": [0.6, 0.7], "Validation ACC": [0.9, 0.9]}.items():
@@ -362,6 +391,9 @@ def test_a_learning_curve_has_test_and_validation_acc_by_tiles(tmp_path: Path, d
         assert (list(line.get_xdata()), list(line.get_ydata())) == ([900, 3000], expected)
         assert found[name].get_xlabel() == "Training tiles of phantom (logarithmic)"
     assert drawn[0].legends[0].get_texts()[0].get_text() == "ResNet"
+    [bars] = found["Test ACC"].containers[0].lines[2]
+    half = 4.302653 * 0.02 / 3**0.5  # t(.975, 2) · sd / √n
+    assert bars.get_segments()[0][:, 1] == pytest.approx([0.6 - half, 0.6 + half])
 
 
 def test_the_augmentations_are_drawn_beside_the_original_tile(tmp_path: Path, drawn: list[Figure]) -> None:

@@ -1,12 +1,14 @@
 """The study in one command: its steps, and a small study from start to end."""
 
 import importlib.util
+import json
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from example_records import CONFIG, write_run
 
 import task1
@@ -15,6 +17,7 @@ import task5
 import train
 from common.cli import UsageError, parse, run_script
 from common.config import FolderConfig
+from common.records.run import check_same
 from study import __main__ as study
 from study import baselines, report, sweep
 from study.groups import ABLATION_RUNS, CURVES, ROWS
@@ -38,7 +41,12 @@ def test_every_run_is_a_command_that_its_script_accepts(dataset: str, n_runs: in
     assert len({run.run_id for run in runs}) == n_runs
     for run in runs:
         program, *arguments = run.command[1:]
-        assert parse(SCRIPTS[program], arguments, "").output_dir == tmp_path
+        config = parse(SCRIPTS[program], arguments, "")
+        assert config.output_dir == tmp_path
+        if dataset == "pathmnist" and (path := ROOT / "runs" / run.run_id / "config.json").exists():
+            before = json.loads(path.read_text())["config"]
+            if "input_size" in before:  # older records have other keys
+                check_same(config, before)
     patterns = [pattern for patterns, _ in ROWS.values() for pattern in patterns.split()]
     patterns += ["recipe-*"] + [pattern for patterns in CURVES.values() for pattern in patterns.split()]
     shown = [run for run in runs if any(fnmatchcase(run.run_id, one) for one in (*patterns, *ABLATION_RUNS))]

@@ -28,7 +28,7 @@ from common.files import write_json
 from common.records.read import Record, read_history
 from study import processes, sweep
 from study.groups import Group
-from study.sweep_spec import Hyperband, read_sweep
+from study.sweep_spec import Hyperband, Metric, read_sweep
 from study.tables import grid_table
 
 
@@ -45,6 +45,8 @@ def test_the_search_file_has_the_courseworks_space() -> None:
     assert content.swept["batch_size"].values == [32, 64, 128, 256, 512]
     ranges = {name: (one.distribution, one.min, one.max) for name, one in content.swept.items() if not one.values}
     assert ranges == {"lr": ("log_uniform_values", 1e-4, 1), "weight_decay": ("log_uniform_values", 1e-6, 1)}
+    assert content.swept["lr"].for_optuna().log
+    assert read_sweep(ROOT / "ablation.yaml").metric.goal == "maximize"
     [fixed] = content.parameters.keys() - content.swept.keys()
     assert (fixed, content.parameters["test"].value) == ("test", False)  # no trial is chosen by test tiles
     assert (content.metric.name, content.metric.goal, content.method) == ("validate/acc", "maximize", "bayes")
@@ -113,6 +115,9 @@ def test_a_malformed_sweep_file_is_refused_with_the_reason(
 
 
 def test_keys_for_every_run_reach_its_command_unless_the_sweep_varies_them(write_sweep: Write) -> None:
+    assert (read_sweep(write_sweep(GRID)).metric.goal, Metric(name="train/loss").goal) == ("maximize", "minimize")
+    off = read_sweep(write_sweep(GRID, {"early_stopping_patience": {"value": None}}))
+    assert off.command_line({})[2:] == ["--early_stopping_patience=None"]
     command = read_sweep(write_sweep(GRID), ["--dataset=phantom", "--train_tiles=90"]).command_line({"row": "b"})
     assert command[0] == sys.executable
     assert command[2:] == ["--dataset=phantom", "--train_tiles=90", "--row=b"]

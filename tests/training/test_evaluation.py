@@ -10,6 +10,7 @@ import torch
 from conftest import CPU, MODEL
 from sklearn.metrics import roc_auc_score
 
+from common.cli import Untrainable
 from common.config import TrainingConfig
 from common.data.batches import DeviceTiles, normalise
 from common.data.dataset import Dataset
@@ -54,6 +55,11 @@ def test_early_stopping_does_not_count_the_warm_up() -> None:
     assert stopping_epoch(late, early_stopping_patience=2) == 3
     assert stopping_epoch(late, early_stopping_patience=2, lr_warmup_epochs=3) == 7
     assert stopping_epoch(late, early_stopping_patience=2, lr_warmup_epochs=3, select_on="last") == 7
+    config = TrainingConfig(early_stopping_patience=2, select_on="last")
+    history = [{"validate/acc": acc, "validate/loss": 1.0} for acc in (0.1, 0.2, 0.3)]
+    assert reason_to_stop(history, config) == (
+        "early stopping: since epoch 1, validate/loss has not improved by more than 0"
+    )
 
 
 def test_evaluation_is_in_order_in_eval_mode_and_counts_every_tile(tiny: Dataset) -> None:
@@ -69,6 +75,9 @@ def test_evaluation_is_in_order_in_eval_mode_and_counts_every_tile(tiny: Dataset
     np.testing.assert_allclose(one.logits, other.logits, atol=1e-5)
     np.testing.assert_array_equal(one.targets, tiny.test.labels)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    torch.nn.init.constant_(model.classifier[3].bias, torch.inf)
+    with pytest.raises(Untrainable, match="outputs are no longer finite"):
+        evaluate(model, tiles, CPU)
 
 
 def test_summary_of_an_evaluation_is_that_of_its_logits() -> None:
@@ -77,6 +86,7 @@ def test_summary_of_an_evaluation_is_that_of_its_logits() -> None:
     assert summary["validate/acc"] == 0.75
     assert summary["validate/loss"] == pytest.approx(-np.mean(np.log([0.7, 0.8, 0.3, 0.7])))
     assert summary["validate/auc"] == 1.0
+    assert summary["validate/balanced_acc"] == pytest.approx((0.5 + 1 + 1) / 3)
 
 
 def test_tta_averages_the_probabilities_of_the_eight_views_and_so_ignores_the_tiles_orientation(

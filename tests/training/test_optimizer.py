@@ -36,6 +36,7 @@ def test_every_parameter_has_the_weight_decay_and_its_learning_rate_factor() -> 
     first, config = next(iter(names)), TrainingConfig(weight_decay=0.3, optimizer="adamw", amsgrad=True)
     optimizer = build_optimizer(model, config, {first: 0.1})
     assert isinstance(optimizer, torch.optim.AdamW)
+    assert type(build_optimizer(model, TrainingConfig())) is torch.optim.Adam
     factors = {id(p): group["lr_factor"] for group in optimizer.param_groups for p in group["params"]}
     assert factors == {id(p): 0.1 if name == first else 1.0 for name, p in names.items()}
     assert all((group["weight_decay"], group["amsgrad"]) == (0.3, True) for group in optimizer.param_groups)
