@@ -78,9 +78,6 @@ CURVES = {
     "logistic regression on the mean colour": "mean_rgb-*",
     "nearest neighbours": "neighbours-*",
     "boosted trees": "boosting-*",
-    "ResNet-18 from scratch, 28 px": "learning_curve_task1-* task1-*",
-    "MobileNetV3-Large from scratch, stain augmentation, 28 px": "learning_curve_with_all-* with_all-*",
-    "EfficientNet-Lite0, only the last layer trained": "learning_curve_lite0-*",
 }
 
 

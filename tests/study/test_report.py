@@ -287,15 +287,14 @@ def test_a_page_of_own_runs_has_the_table_of_the_ablation(tmp_path: Path) -> Non
 
 
 def test_curves_have_a_group_per_number_of_tiles_and_the_old_ablation_comes_first(tmp_path: Path) -> None:
-    title = "ResNet-18 from scratch, 28 px"
     for run_id, tiles in {"a": 90, "b": 90, "c": 45}.items():
-        made(tmp_path / "mine", f"task1-{run_id}", tiles=tiles)
+        made(tmp_path / "mine", f"task1_64-{run_id}", tiles=tiles)
     assert Runs(tmp_path / "mine").curves() == {}
-    made(tmp_path, "learning_curve_task1-9000-0", tiles=9000)
-    made(tmp_path, "task1-0", tiles=900)
+    made(tmp_path, "learning_curve_task1_64-9000-0", tiles=9000)
+    made(tmp_path, "task1_64-0", tiles=900)
     runs = Runs(tmp_path)
-    assert [group.tiles for group in runs.curves()[title]] == [900, 9000]
-    lines = Tables(runs, runs.recipes(), curves={"short": [runs.recipes()["task1-0"]]}).records()
+    assert [group.tiles for group in runs.curves()["ResNet-18 from scratch"]] == [900, 9000]
+    lines = Tables(runs, runs.recipes(), curves={"short": [runs.recipes()["task1_64-0"]]}).records()
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| ResNet-18 from scratch, phantom, 28 px"]
     for name in ("ablation_64", "ablation"):
         made(tmp_path, f"{name}-combined-0", ablation="combined")
