@@ -64,18 +64,23 @@ def finished(tmp_path_factory: pytest.TempPathFactory, phantom_root: Path, weigh
     return output
 
 
-def test_runs_without_test_scores_are_not_compared(
+def test_a_network_gets_its_seed_s_head_and_the_learning_rates_of_its_layers(
     phantom_root: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[Any] = []
     monkeypatch.setattr(task5, "Trainer", lambda model, *_, lr_factors: given.extend([model, lr_factors]) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         more = ("--train_part=all", "--backbone_lr_factor=0.5", "--seed=7")
-        task5.main(read(*keys(phantom_root, tmp_path / "all", weights, *more)))
+        task5.main(read(*keys(phantom_root, tmp_path, weights, *more)))
     assert given[1]["network.features.0.0.weight"] == 0.5
     torch.manual_seed(7)
     model = network.build_fine_tuned(SMALL, load_weights(str(weights), SMALL), 32)
     assert torch.equal(given[0].head[3].weight, model.head[3].weight)
+
+
+def test_runs_without_test_scores_are_not_compared(
+    phantom_root: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trained: list[str] = []
     monkeypatch.setattr(task5, "train", lambda config, *_: trained.append(config.run_id))
     task5.main(read(*keys(phantom_root, tmp_path, weights, "--test=False")))

@@ -46,7 +46,7 @@ class Column:
         return np.eye(9)[table[:, self.column].astype(int)]
 
 
-def test_distances_are_those_of_standardised_features_and_validation_chooses_the_number_of_neighbours() -> None:
+def test_nearest_neighbours_see_standardised_features_and_there_are_four_numbers_of_them() -> None:
     found = baselines.classifiers("neighbours", 0)
     assert list(found) == ["1 neighbours", "5 neighbours", "15 neighbours", "45 neighbours"]
     assert {tuple(model.named_steps) for model in found.values()} == {("standardscaler", "kneighborsclassifier")}
