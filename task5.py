@@ -51,6 +51,7 @@ from common.training.models import check_model_name
 from study.figures import draw_curves
 from study.groups import CONVERGED_WITHIN, Group
 from study.tables import difference_table
+from train import COURSEWORK as TASK3
 
 # The coursework's configuration: frozen convolutions, and a lower learning rate than Task 3's. Augmentation is by
 # flips and quarter turns alone, because a frozen network's features of these 8 views can be kept. Without
@@ -87,9 +88,7 @@ LITE: dict[str, Any] = {
 FROM_SCRATCH: dict[str, Any] = {
     "train_part": "all",
     "backbone_lr_factor": 1.0,
-    "lr": 0.0019976195957370426,
-    "lr_warmup_epochs": 2,
-    "weight_decay": 1.0640579453275e-06,
+    **{name: TASK3[name] for name in ("lr", "lr_warmup_epochs", "weight_decay")},
 }
 
 

@@ -108,7 +108,10 @@ class Keys(BaseModel):
         names = [str(choice) for choice in field.json_schema_extra["choices"]]
         if names and str(value) not in names:
             raise ValueError(f"choose from {', '.join(names)}{closest(str(value), names)}")
-        return value.expanduser() if isinstance(value, Path) else value
+        try:
+            return value.expanduser() if isinstance(value, Path) else value
+        except RuntimeError as error:  # ~NAME of an unknown user
+            raise ValueError(first_line(error)) from None
 
     def _set(self, name: str, value: Any) -> None:
         """For validators alone, which fill in a default that depends on other keys."""

@@ -87,7 +87,9 @@ class TrainingConfig(ScriptConfig):
     amsgrad: bool = key(False, "use the maximum of past second moments (Reddi et al. 2018)")
     lr: float = key(1e-3, "learning rate at its peak", gt=0)
     lr_min: float = key(0.0, "the cosine ends at this factor of lr; 1: constant lr", ge=0, le=1)
-    lr_warmup_epochs: int = key(0, "epochs of linear warm-up; at most half of the run if it would fill it", ge=0)
+    lr_warmup_epochs: int = key(
+        0, "epochs of linear warm-up; n_epochs // 2 where there would be n_epochs or more", ge=0
+    )
     lr_warmup_decay: float = key(0.1, "the warm-up starts at this factor of lr", gt=0, le=1)
     weight_decay: float = key(0.0, "weight decay", ge=0)
 

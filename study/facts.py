@@ -35,8 +35,8 @@ PUBLISHED = {
 @cache
 def cost(model_name: str, side: int) -> tuple[int, int]:
     """The parameters of a network with nine outputs, and its multiply-adds for one input of `side` pixels."""
-    with torch.device("meta"), torch.no_grad():  # shapes alone; SmallMapConv2d does less work, but only on a CPU
-        model = build_model(library_name(model_name), len(CLASS_NAMES), side).eval()
-        with FlopCounterMode(display=False) as counter:
-            model(torch.zeros(1, 3, side, side))
+    # On "meta" there are shapes alone. SmallMapConv2d does less work than is counted, but only on a CPU.
+    model = build_model(library_name(model_name), len(CLASS_NAMES), side).eval().to("meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, side, side, device="meta"))
     return sum(one.numel() for one in model.parameters()), counter.get_total_flops() // 2

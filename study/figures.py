@@ -16,12 +16,12 @@ from study.facts import PUBLISHED, cost
 from study.groups import Group
 
 GREY = "#777777"
-COLOURS = {"resnet18": PALETTE[0], "mobilenet_v3_large": PALETTE[1]}  # a network has one colour in every figure
-TUNED, SCRATCH = PALETTE[2], PALETTE[3]  # other networks, with pretrained weights and without
+COLOURS = {"resnet18": PALETTE[0], "mobilenet_v3_large": PALETTE[1]}  # from scratch, in every figure
+TUNED, SCRATCH = PALETTE[2], PALETTE[3]  # a network with pretrained weights, and others without
 PANELS = {**AXIS_LABELS, "validate/loss": "Validation loss (cross-entropy, nats)"}
 MARKERS = "os^v*PX"
 AIM = 0.9  # of the coursework
-OPERATIONS = {"ta_wide": "TrivialAugment", "auto": "AutoAugment", "stain": "stain"}
+OPERATIONS = {"ta_wide": "TrivialAugment", "stain": "stain"}
 DRAWS = 6
 
 
@@ -30,8 +30,7 @@ def colour_of(record: Record) -> str:
     config = record.config
     if "model_name" not in config:
         return GREY
-    pretrained = config.get("weights", "none") != "none"
-    return COLOURS.get(config["model_name"], TUNED if pretrained else SCRATCH)
+    return COLOURS.get(config["model_name"], SCRATCH) if config.get("weights", "none") == "none" else TUNED
 
 
 def draw_ladder(path: Path, rows: Mapping[str, Group], aim: float | None = None) -> None:
@@ -74,7 +73,9 @@ def draw_ladder(path: Path, rows: Mapping[str, Group], aim: float | None = None)
             axes.axhline(len(others) - 0.5, color="#BBBBBB", linewidth=0.8)
             axes.axvline(aim, color="black", linestyle="--", linewidth=1)
             axes.annotate(f"the aim: {aim:g}", (aim, -0.6), xytext=(-4, 0), textcoords="offset points", ha="right")
-        explained = "dot: mean over the seeds, with its 95 % interval from three seeds on"
+        explained = (
+            "dot: mean over the seeds, with its 95 % interval from three seeds on (a short one hides behind it)"
+        )
         explained += " · square: published" if aim else ""
         figure.suptitle(f"{explained}\non the right: multiply-adds for one tile", fontsize=9)
 
@@ -82,7 +83,7 @@ def draw_ladder(path: Path, rows: Mapping[str, Group], aim: float | None = None)
 def draw_curves(path: Path, groups: Mapping[str, Sequence[Record]], title: str) -> None:
     """Draw losses, validation AUC and ACC by epoch: a thin line per run, a thick one for the mean of several.
 
-    A diamond marks the epoch whose weights a run keeps. The mean ends with the shortest run.
+    A large marker shows the epoch whose weights a run keeps. The mean ends with the shortest run.
     """
     with drawing(path, (9.6, 6.6 + 0.22 * len(groups))) as figure:
         panels = figure.subplots(2, 2).flat
@@ -95,7 +96,7 @@ def draw_curves(path: Path, groups: Mapping[str, Sequence[Record]], title: str) 
                 for run, values in zip(runs, curves, strict=True):
                     axes.plot(np.arange(1, len(values) + 1), values, color=colour, alpha=0.4, linewidth=0.9)
                     best = int(run.summary["validate"]["epoch"])
-                    axes.plot(best, values[best - 1], marker, color=colour, markersize=4, alpha=0.8)
+                    axes.plot(best, values[best - 1], marker, color=colour, markersize=7, alpha=0.8)
                 shortest = min(map(len, curves))
                 mean = np.mean([values[:shortest] for values in curves], axis=0)
                 label = f"{name} (thick: mean of {len(runs)} seeds)" if len(runs) > 1 else name

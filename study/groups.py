@@ -1,5 +1,6 @@
 """The rows of the page: runs that differ in their seed alone, and their scores over the seeds."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -39,7 +40,7 @@ AGAINST = {  # rows that are not compared with the first row, but with another o
 }
 CONVERGED_WITHIN = 0.005
 # Keys in which runs of one row may differ: the seed, where a run is kept, and a key that only older runs have.
-# The number of training tiles stands in the summary, too, and there it is never None.
+# Rows are told apart by the summary's number of training tiles: the key's may be None, which means all.
 APART = {"seed", "run_id", "train_tiles", "n_seeds"} | BOOKKEEPING
 SCORES = {  # of a run, by their names on the page: where they stand in summary.json
     "acc": ("best", "acc"),
@@ -71,13 +72,13 @@ ROWS = {
     "long_scratch": ("long_scratch-*", "Task 5: EfficientNet-Lite1 from scratch, trained longer"),
 }
 ABLATION_RUNS = ("ablation-*", "ablation_64-*")  # the first one that has runs; the new one is not complete
-CURVES = {
-    "ResNet-18 from scratch": "learning_curve_task1_64-* task1_64-*",
-    "MobileNetV3-Large from scratch, the final recipe": "learning_curve_scaled-* scaled-*",
-    "EfficientNet-Lite1, only the classifier trained": "learning_curve_frozen_64-* frozen_64-*",
-    "logistic regression on the mean colour": "mean_rgb-*",
-    "nearest neighbours": "neighbours-*",
-    "boosted trees": "boosting-*",
+CURVES = {  # rows that were also trained on fewer tiles, and the patterns of all their runs
+    "task1_64": "learning_curve_task1_64-* task1_64-*",
+    "scaled": "learning_curve_scaled-* scaled-*",
+    "frozen_64": "learning_curve_frozen_64-* frozen_64-*",
+    "colour": "mean_rgb-*",
+    "neighbours": "neighbours-*",
+    "boosting": "boosting-*",
 }
 
 
@@ -212,25 +213,27 @@ class Runs:
 
     def curves(self) -> dict[str, list[Group]]:
         """The recipes that were trained on several numbers of tiles, each with a group per number."""
-        curves = {}
-        for title, runs in CURVES.items():
-            parts: dict[int, list[Record]] = {}
+        found: dict[str, dict[int, list[Record]]] = {}
+        for row, runs in CURVES.items():
             for record in self.matching(runs.split()[0]) and self.matching(runs):  # both patterns, or none
+                data = ", phantom" if record.summary["synthetic"] else ""
+                parts = found.setdefault(Group(f"{ROWS[row][1]}{data}", [record]).name, {})
                 parts.setdefault(record.summary["tiles"]["train"], []).append(record)
-            if len(parts) > 1:
-                curves[title] = [Group(title, parts[tiles]) for tiles in sorted(parts)]
-        return curves
+        return {
+            title: [Group(title, parts[tiles]) for tiles in sorted(parts)]
+            for title, parts in found.items()
+            if len(parts) > 1
+        }
 
     def recipes(self) -> dict[str, Group]:
         """Runs that differ in the seed alone, without those of a search and those of `ablation` and `curves`."""
-        searches = tuple(f"{path.parent.name}-" for path in (self.folder / "sweeps").glob("*/search.jsonl"))
+        searches = "|".join(path.parent.name for path in (self.folder / "sweeps").glob("*/search.jsonl"))
         others = [*self.ablation().values(), *(group for curve in self.curves().values() for group in curve)]
         ids = (record.run_id for group in others for record in group.records)
         elsewhere = {run_id for run_id in ids if run_id.startswith(("ablation", "learning_curve"))}
         found: dict[str, dict[int, Record]] = {}
-        records = [
-            self.record(run) for run in self.scored if run not in elsewhere and not run.startswith(searches)
-        ]
+        found_ids = (run for run in self.scored if run not in elsewhere)
+        records = [self.record(run) for run in found_ids if not re.fullmatch(rf"({searches})-\d+", run)]
         for record in sorted(records, key=lambda record: record.summary["started"]):
             same = {name: value for name, value in record.config.items() if name not in APART and value}
             group = found.setdefault(f"{record.summary['tiles']['train']} {sorted(same.items())}", {})

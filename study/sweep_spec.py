@@ -12,6 +12,9 @@ from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_valid
 
 from common.cli import UsageError, parse
 from common.config import RunId, TrainingConfig
+from common.data.augment import build_augmentation
+from common.finetune.weights import library_name
+from common.training.models import check_model_name
 
 Scalar = bool | int | float | str | None
 
@@ -85,7 +88,11 @@ class Sweep(BaseModel, extra="forbid"):
 
     def config(self, values: Mapping[str, Any]) -> TrainingConfig:
         """The program's configuration for the fixed keys and `values`; UsageError where it refuses them."""
-        return parse(self._config_class, self.command_line(values)[2:])
+        config = parse(self._config_class, self.command_line(values)[2:])
+        build_augmentation(config.augmentation)  # refuses an unknown one
+        if problem := check_model_name(library_name(config.model_name)):
+            raise UsageError(f"--model_name {config.model_name}: {problem}")
+        return config
 
     def command_line(self, values: Mapping[str, Any]) -> list[str]:
         """The command that runs the program with the fixed keys and `values`."""

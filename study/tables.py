@@ -36,8 +36,8 @@ NOTE = (
     "± is the standard deviation over the seeds (n - 1). Differences are to the first row, or to the row that is "
     "named, seed by seed. Intervals are t intervals over the seeds alone: they do not tell how the numbers would "
     "change with other tiles. p is the paired t test's, made larger because many rows are tested (Holm's "
-    f"correction); the verdict is by it, at {SIGNIFICANT}. Intervals are not corrected: one can exclude 0 in a "
-    "row that is not decided. Not decided means: these seeds could not see a difference. There may be one."
+    f"correction); the verdict is by it, at {SIGNIFICANT}. Intervals are not corrected, so some leave out 0 "
+    "though their row is not decided. Not decided means: these seeds could not see a difference. There may be one."
 )
 RECORDS = ("config.json", "history.csv", "scores.npz", "summary.json", "attribution.json", "saliency.md")
 
@@ -267,14 +267,17 @@ def grid_table(rows: Mapping[str, Group]) -> list[str]:
     if views := rows[first].by_seed("views"):  # no training: outside the family of Holm's correction
         change, p, _ = _change(compare({"one": rows[first].by_seed("acc"), "8": views})["8"])
         p = f", p = {p}".replace("= <", "<") if p else ""
-        found += ["", f"8 views of each test tile (flips, quarter turns) instead of one, first row: {change}{p}."]
+        found += [
+            "",
+            f"In the first row, 8 views of a test tile (flips, quarter turns) change its ACC by {change}{p}.",
+        ]
     tested = [one.differences for one in comparisons.values() if not math.isnan(one.p_holm)]
     if pooled := math.sqrt(sum(one.sd**2 for one in tested) / max(len(tested), 1)):
         smallest = smallest_difference(pooled, min(one.n for one in tested), len(tested))
         found += [
             "",
             "So few seeds see only large differences: with the average spread, 8 of 10 such studies would find a "
-            f"true difference of {smallest:.3f} in test ACC. Rows that vary less need less.",
+            f"true difference of {smallest:.3f} in test ACC. Rows that vary less can show smaller ones.",
         ]
     return [*found, "", NOTE]
 

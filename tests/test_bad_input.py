@@ -43,6 +43,7 @@ OPTIONS: list[tuple[str, int, str]] = [
     ("task1.py --lr=nan", 2, "--lr nan: must be a finite number$"),
     ("task1.py --n_epochs=2.5", 2, "--n_epochs 2.5: must be a valid integer"),
     ("task1.py --amsgrad=perhaps", 2, "--amsgrad perhaps: must be a valid boolean"),
+    ("task1.py --output_dir=~nobody-here", 2, "--output_dir ~nobody-here: Could not determine home directory"),
     ("task1.py --size=30", 2, "--size 30: choose from 28, 64, 128, 224$"),
     ("task1.py --dataset=pathmist", 2, r"choose from pathmnist, phantom; did you mean pathmnist\?$"),
     ("task1.py --batch_size=2", 2, "--batch_size 2: must be greater than or equal to 3$"),

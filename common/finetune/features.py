@@ -49,7 +49,7 @@ class CachedFeatures:
         n_views, labels = len(self.features), self.labels.index_select(0, indices)
         if draws is None or n_views == 1:
             return self.features[0].index_select(0, indices), labels
-        # The augmentation `dihedral` samples its 8 views in the same way: both use the same view of a tile.
+        # The same numbers as `dihedral` draws, so that training with and without a cache sees the same views.
         view = torch.randint(n_views, (len(indices),), generator=draws)
         return self.features[to_device(view, self.index_device), indices], labels
 

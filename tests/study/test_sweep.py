@@ -93,6 +93,11 @@ def test_the_search_file_has_the_courseworks_space() -> None:
             {"parameters": {"lr": {"min": 0.5, "max": 2.5, "distribution": "int_uniform"}}},
             "parameters: lr: int_uniform needs whole numbers as min and max",
         ),
+        (
+            {"program": "train.py", "parameters": {"model_name": {"values": ["resnet17"]}}},
+            "did you mean resnet18?",
+        ),
+        ({"program": "train.py", "parameters": {"augmentation": {"value": "flip"}}}, "unknown part flip;"),
         ({"program": "README.md"}, "program README.md: no such Python file"),
         ({"parameters": {"run_id": {"value": "a"}}}, "run_id: the sweep gives each run its own"),
         ({"metric": {"name": "validate/f1"}}, "metric: name: Input should be 'train/loss'"),

@@ -35,15 +35,16 @@ def test_replaced_and_permuted_labels_are_noticed(split: str) -> None:
     replaced[:300] = (replaced[:300] + 1) % 9
     for other in (replaced, permuted):
         changed = task1(**{name: other})
-        for fingerprint in (changed.summary["data_fingerprint"], "another"):
-            changed.summary["data_fingerprint"] = fingerprint  # type: ignore[index]
-            with pytest.raises(Fault, match=rf"scores\.npz: .*its {split} labels are not those of PathMNIST"):
-                check_scores(changed)
+        with pytest.raises(Fault, match=rf"scores\.npz: .*its {split} labels are not those of PathMNIST"):
+            check_scores(changed)
 
 
-@pytest.mark.parametrize(("array", "named"), [("shifted_gamma", "shifted_gamma"), ("tta_classes", "tta")])
-def test_a_record_that_lacks_an_array_is_named(array: str, named: str) -> None:
-    with pytest.raises(Fault, match=rf"not a readable record \('{named}'\)"):
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [("shifted_gamma", "'shifted_gamma'"), ("tta_classes", "no outputs for 'tta'"), ("best_logits", "for 'best'")],
+)
+def test_a_record_that_lacks_an_array_is_named(array: str, message: str) -> None:
+    with pytest.raises(Fault, match=message):
         check_scores(task1(**{array: None}))
 
 
