@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -80,6 +80,8 @@ def key(
 
 class Keys(BaseModel):
     """The base of every configuration, without any key. A wrong value is a UsageError that names key and value."""
+
+    unknown_key: ClassVar[str] = "--help lists the keys"  # the remedy
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
@@ -170,7 +172,7 @@ def parse(keys: type[K], arguments: Sequence[str], description: str = "") -> K:
         raise UsageError(str(error).removeprefix("argument ")) from None
     if unknown:
         name = unknown[0].partition("=")[0]
-        hint = closest(name, [f"--{known}" for known in fields]) or "; --help lists the keys"
+        hint = closest(name, [f"--{known}" for known in fields]) or f"; {keys.unknown_key}"
         hint = f"; write --{unknown[0]}" if name in fields else hint
         raise UsageError(f"unknown key {name}{hint}")
     return keys(**vars(given))

@@ -16,6 +16,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import optuna
 from filelock import FileLock
@@ -37,6 +38,8 @@ REMEDY = "use another --output_dir, or another name in the sweep file"
 
 class SweepConfig(Keys):
     """The keys of a sweep; those of its runs are in its file."""
+
+    unknown_key: ClassVar[str] = "keys of the runs come after --, as in `-- --size=28`"
 
     file: tuple[str, ...] = key((), "the sweep's YAML file; then, after --, keys for every run", positional=True)
     count: int = key(20, "trials of a search, of all workers together; a grid ignores it", ge=1, le=10_000)

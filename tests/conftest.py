@@ -64,10 +64,10 @@ def phantom_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def coloured_tiles(n_tiles: int, size: int, seed: int) -> Split:
     """Tiles with one colour per class, plus noise: a network learns them in a few steps. Every class occurs."""
-    draws = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     labels = torch.arange(n_tiles) % 9
     colours = torch.randint(60, 200, (9, 1, 1, 3), generator=torch.Generator().manual_seed(0))
-    noise = torch.randint(-50, 51, (n_tiles, size, size, 3), generator=draws)
+    noise = torch.randint(-50, 51, (n_tiles, size, size, 3), generator=rng)
     images = (colours[labels] + noise).to(torch.uint8)
     return Split(images.permute(0, 3, 1, 2), labels)
 

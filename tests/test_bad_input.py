@@ -60,6 +60,7 @@ OPTIONS: list[tuple[str, int, str]] = [
     ("task5.py --weights={}/none.pth", 2, r"none\.pth: No such file"),
     ("task5.py --weights=none --train_part=head", 2, "--train_part head: random weights cannot stay frozen"),
     ("study.sweep", 2, "which sweep"),
+    ("study.sweep {}/none.yaml --size=28", 2, "unknown key --size; keys of the runs come after --, as in"),
     ("study.sweep {}/none.yaml", 1, r"none\.yaml: No such file"),
     ("study.report --output_dir={}", 2, r"/runs: no finished run with test scores; python task1\.py makes one"),
 ]

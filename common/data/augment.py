@@ -331,13 +331,13 @@ def zoom(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 
 
 STEPS: dict[str, Augmentation] = {
-    "flip": lambda images, draws: dihedral(images, torch.randint(4, (len(images),), generator=draws)),
-    "dihedral": lambda images, draws: dihedral(images, torch.randint(8, (len(images),), generator=draws)),
-    "stain": lambda images, draws: stain(images, *sample_stain(len(images), draws)),
-    "zoom": lambda images, draws: zoom(images, sample_zoom(len(images), draws)),
-    "ta_wide": lambda images, draws: apply_operations(images, *sample_trivial_augment(len(images), draws)),
-    "auto": lambda images, draws: apply_operations(images, *sample_auto_augment(len(images), draws)),
-    "erase": lambda images, draws: erase(images, sample_erasing(images.shape[2], len(images), draws)),
+    "flip": lambda images, rng: dihedral(images, torch.randint(4, (len(images),), generator=rng)),
+    "dihedral": lambda images, rng: dihedral(images, torch.randint(8, (len(images),), generator=rng)),
+    "stain": lambda images, rng: stain(images, *sample_stain(len(images), rng)),
+    "zoom": lambda images, rng: zoom(images, sample_zoom(len(images), rng)),
+    "ta_wide": lambda images, rng: apply_operations(images, *sample_trivial_augment(len(images), rng)),
+    "auto": lambda images, rng: apply_operations(images, *sample_auto_augment(len(images), rng)),
+    "erase": lambda images, rng: erase(images, sample_erasing(images.shape[2], len(images), rng)),
 }
 PARTS: dict[str, tuple[str, ...]] = {  # the steps of each part; docs/running.md describes the parts
     "none": (),

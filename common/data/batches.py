@@ -30,8 +30,8 @@ class Tiles(Protocol):
     def __len__(self) -> int:
         """The number of tiles."""
 
-    def inputs(self, indices: torch.Tensor, draws: torch.Generator | None = None) -> Batch:
-        """Inputs and labels of these tiles. With `draws`, a CPU generator, each tile is augmented at random."""
+    def inputs(self, indices: torch.Tensor, rng: torch.Generator | None = None) -> Batch:
+        """Inputs and labels of these tiles. With `rng`, a CPU generator, each tile is augmented at random."""
 
     def views(self, indices: torch.Tensor) -> tuple[Iterable[torch.Tensor], torch.Tensor]:
         """Inputs of the 8 dihedral views of these tiles, one view after the other, and the tiles' labels."""
@@ -79,10 +79,10 @@ class DeviceTiles:
         images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
         return resize(images, self.input_size), labels.to(self.device, non_blocking=True)
 
-    def inputs(self, indices: torch.Tensor, draws: torch.Generator | None = None) -> Batch:
+    def inputs(self, indices: torch.Tensor, rng: torch.Generator | None = None) -> Batch:
         """Inputs and labels of these tiles; see `Tiles`."""
         images, labels = self.batch(indices)
-        return normalise(self.augment(images, draws) if draws else images), labels
+        return normalise(self.augment(images, rng) if rng else images), labels
 
     def views(self, indices: torch.Tensor) -> tuple[Iterable[torch.Tensor], torch.Tensor]:
         """Inputs of the 8 dihedral views of these tiles, and labels; see `Tiles`."""

@@ -20,12 +20,12 @@ LAB_CHUNK = 128  # the same for CIELAB, which takes seven copies in float64
 Tiles = NDArray[np.float32]  # (N, side, side, 3) in 0..1; a result may lie outside
 
 
-def lab_statistics(tiles: Tiles, draws: np.random.Generator) -> Tiles:
+def lab_statistics(tiles: Tiles, rng: np.random.Generator) -> Tiles:
     """Change each tile's mean and spread in CIELAB, as RandStainNA does (Shen et al. 2022): another staining."""
     from skimage.color import lab2rgb, rgb2lab
 
-    moves = draws.normal(0.0, (6.0, 5.0, 5.0), (len(tiles), 1, 1, 3))
-    factors = np.exp(draws.uniform(np.log(0.7), np.log(1.4), moves.shape))
+    moves = rng.normal(0.0, (6.0, 5.0, 5.0), (len(tiles), 1, 1, 3))
+    factors = np.exp(rng.uniform(np.log(0.7), np.log(1.4), moves.shape))
     changed = np.empty_like(tiles)
     for start in range(0, len(tiles), LAB_CHUNK):
         part = slice(start, start + LAB_CHUNK)
@@ -36,18 +36,18 @@ def lab_statistics(tiles: Tiles, draws: np.random.Generator) -> Tiles:
     return changed
 
 
-def gamma(tiles: Tiles, draws: np.random.Generator) -> Tiles:
+def gamma(tiles: Tiles, rng: np.random.Generator) -> Tiles:
     """Raise each tile and each of its colour channels to a power: another scanner's response curve."""
-    powers = np.exp(draws.uniform(np.log(0.7), np.log(1.4), (len(tiles), 1, 1, 1)))
-    powers = powers * np.exp(draws.uniform(np.log(0.9), np.log(1.1), (len(tiles), 1, 1, 3)))
+    powers = np.exp(rng.uniform(np.log(0.7), np.log(1.4), (len(tiles), 1, 1, 1)))
+    powers = powers * np.exp(rng.uniform(np.log(0.9), np.log(1.1), (len(tiles), 1, 1, 3)))
     return tiles ** powers.astype(np.float32)
 
 
-def chromatic_noise(tiles: Tiles, draws: np.random.Generator) -> Tiles:
+def chromatic_noise(tiles: Tiles, rng: np.random.Generator) -> Tiles:
     """Add noise that changes the colour of each pixel but not its brightness: another camera at low light."""
-    noise = draws.standard_normal(tiles.shape, np.float32)
+    noise = rng.standard_normal(tiles.shape, np.float32)
     noise -= noise.mean(3, keepdims=True)
-    return tiles + noise * draws.uniform(0.02, 0.08, (len(tiles), 1, 1, 1)).astype(np.float32)
+    return tiles + noise * rng.uniform(0.02, 0.08, (len(tiles), 1, 1, 1)).astype(np.float32)
 
 
 # By the names in the records, which are those of the functions.
@@ -60,7 +60,7 @@ def shifted(split: Split, side: int) -> Iterator[tuple[str, Split]]:
         images = torch.empty(len(split), side, side, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         for start in range(0, len(split), CHUNK):
             tiles = (resize(split.images[start : start + CHUNK], side).permute(0, 2, 3, 1) / 255).numpy()
-            draws = np.random.default_rng([SEED, start, *name.encode()])
-            changed = np.rint(change(tiles, draws).clip(0, 1) * 255).astype(np.uint8)
+            rng = np.random.default_rng([SEED, start, *name.encode()])
+            changed = np.rint(change(tiles, rng).clip(0, 1) * 255).astype(np.uint8)
             images[start : start + CHUNK] = torch.from_numpy(changed).permute(0, 3, 1, 2)
         yield name, Split(images, split.labels)

@@ -44,13 +44,13 @@ class CachedFeatures:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def inputs(self, indices: torch.Tensor, draws: torch.Generator | None = None) -> Batch:
-        """Features (B, …) of the first view, or with `draws` of a random view of each tile, and labels (B,)."""
+    def inputs(self, indices: torch.Tensor, rng: torch.Generator | None = None) -> Batch:
+        """Features (B, …) of the first view, or with `rng` of a random view of each tile, and labels (B,)."""
         n_views, labels = len(self.features), self.labels.index_select(0, indices)
-        if draws is None or n_views == 1:
+        if rng is None or n_views == 1:
             return self.features[0].index_select(0, indices), labels
         # The same numbers as `dihedral` draws, so that training with and without a cache sees the same views.
-        view = torch.randint(n_views, (len(indices),), generator=draws)
+        view = torch.randint(n_views, (len(indices),), generator=rng)
         return self.features[to_device(view, self.index_device), indices], labels
 
     def views(self, indices: torch.Tensor) -> Batch:
@@ -98,8 +98,8 @@ def cached_splits(model: FineTunedNetwork, dataset: Dataset, config: TrainingCon
     plain, views = turned[:1], turned
     if config.augmentation != "dihedral":
         augment = build_augmentation(config.augmentation)
-        draws = [generator(config.seed, number, "views") for number in range(1, n_views)]
-        views = [*plain, *(lambda images, stream=stream: augment(images, stream) for stream in draws)]
+        rngs = [generator(config.seed, number, "views") for number in range(1, n_views)]
+        views = [*plain, *(lambda images, rng=rng: augment(images, rng) for rng in rngs)]
 
     def cached(split: Split, views: Sequence[View] = plain) -> CachedFeatures:
         return cache_features(model, DeviceTiles(split, compute.device, config.input_size), views, compute)

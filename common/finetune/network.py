@@ -115,6 +115,8 @@ def _load_into(network: nn.Module, weights: Weights, last: str) -> None:
     except RuntimeError as error:  # its second line names the first tensors that do not fit
         problem = textwrap.shorten(str(error).splitlines()[1], 200)
         remedy = "save this network's state_dict alone, or name the network of the weights with --model_name"
+        if "pos_embedding" in problem:  # a transformer has one for each part of its inputs
+            remedy = "use the --input_size that the weights were trained with"
         raise UsageError(f"--weights {weights.name}: {problem}: {remedy}") from None
 
 

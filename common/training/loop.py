@@ -125,7 +125,7 @@ class Trainer:
         """
         config, tiles = self.config, self.splits.train
         self.model.train()
-        draws = generator(config.seed, epoch, "augment")
+        rng = generator(config.seed, epoch, "augment")
         torch.manual_seed(derived_seed(config.seed, epoch, "dropout"))
         shuffle = generator(config.seed, epoch, "shuffle")
         order = batches(len(tiles), config.batch_size, tiles.index_device, shuffle)
@@ -135,7 +135,7 @@ class Trainer:
             factor = learning_rate_factor(step, self.steps_per_epoch, config)
             for group in self.optimizer.param_groups:
                 group["lr"] = config.lr * group.get("lr_factor", 1.0) * factor
-            inputs, labels = tiles.inputs(batch, draws)
+            inputs, labels = tiles.inputs(batch, rng)
             with self.compute.autocast():
                 loss = F.cross_entropy(self.model(inputs), labels, label_smoothing=config.label_smoothing)
             self.optimizer.zero_grad(set_to_none=True)

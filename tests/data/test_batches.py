@@ -40,8 +40,8 @@ def test_inputs_are_those_of_tiles_that_were_resized_in_the_file(
     in_file = functional.resize(tiny.train.images.float(), [side, side], antialias=True)  # torchvision's
     beforehand = Split(in_file.round().to(torch.uint8), tiny.train.labels)
     expected, found = (DeviceTiles(split, CPU.device, side, augmentation) for split in (beforehand, tiny.train))
-    indices, draws = torch.arange(9), [torch.Generator().manual_seed(0) for _ in range(2)]
-    assert torch.equal(found.inputs(indices, draws[0])[0], expected.inputs(indices, draws[1])[0])
+    indices, rngs = torch.arange(9), [torch.Generator().manual_seed(0) for _ in range(2)]
+    assert torch.equal(found.inputs(indices, rngs[0])[0], expected.inputs(indices, rngs[1])[0])
     assert torch.equal(torch.stack(list(found.views(indices)[0])), torch.stack(list(expected.views(indices)[0])))
     assert found.inputs(indices)[0].shape == (9, 3, side, side)
 

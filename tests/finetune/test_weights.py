@@ -16,7 +16,7 @@ import torch
 from common.cli import Fault, UsageError
 from common.data.batches import normalise
 from common.finetune import weights as weights_module
-from common.finetune.network import FineTunedNetwork, build_fine_tuned
+from common.finetune.network import FineTunedNetwork, _load_into, build_fine_tuned
 from common.finetune.weights import inputs_of, load_weights
 from common.training.models import build_model
 
@@ -113,6 +113,13 @@ def test_weights_that_do_not_fit_are_refused_with_the_first_difference(
     torch.save({**small, **change} if change else {"conv1.weight": torch.zeros(1)}, tmp_path / "w.pt")
     with pytest.raises(UsageError, match=rf"^--weights {tmp_path}/w\.pt: .*{message}"):
         loaded(tmp_path / "w.pt")
+
+
+def test_a_transformer_takes_the_inputs_of_its_weights_alone() -> None:
+    weights = weights_module.Weights("w.pth", "", None, {"pos_embedding": torch.zeros(50)}, (0.5,) * 3, (0.5,) * 3)
+    network = torch.nn.ParameterDict({"pos_embedding": torch.zeros(5)})
+    with pytest.raises(UsageError, match=r"pos_embedding: .*: use the --input_size that the weights were trained"):
+        _load_into(network, weights, "heads")
 
 
 def test_a_prefix_of_the_names_is_left_out_and_named(

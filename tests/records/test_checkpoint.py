@@ -61,8 +61,8 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(tmp_path: Path) -> None:
     torch.manual_seed(0)
     checkpoint.save(path, {"weights": nn.Linear(30, 20).state_dict(), "epoch": 3})
     content, expected = path.read_bytes(), plain(checkpoint.load(path))
-    draws, refused = random.Random(0), 0
-    for place in (draws.randrange(8 * len(content)) for _ in range(300)):
+    rng, refused = random.Random(0), 0
+    for place in (rng.randrange(8 * len(content)) for _ in range(300)):
         changed = bytearray(content)
         changed[place // 8] ^= 1 << place % 8
         path.write_bytes(changed)

@@ -117,9 +117,9 @@ def test_rounded_scores_are_finite_and_close_to_the_networks() -> None:
 
 
 def test_tied_probabilities_stay_tied_where_no_softmax_is_taken_of_their_logarithms() -> None:
-    draws = np.random.default_rng(0)
-    targets = draws.integers(9, size=300)
-    votes = (targets[:, None] + draws.choice([0, 0, 0, 1, 3], size=(300, 5))) % 9  # of five nearest neighbours
+    rng = np.random.default_rng(0)
+    targets = rng.integers(9, size=300)
+    votes = (targets[:, None] + rng.choice([0, 0, 0, 1, 3], size=(300, 5))) % 9  # of five nearest neighbours
     probabilities = np.stack([(votes == label).mean(axis=1) for label in range(9)], axis=1)
     expected = roc_auc_score(targets, probabilities, multi_class="ovr", average="macro")
     logarithms = np.log(probabilities.clip(1e-7))
