@@ -1,10 +1,13 @@
-"""A local server that imitates the part of W&B's API that a run or an agent uses."""
+"""A local server that imitates the part of W&B's API that runs and agents use; what an offline run has logged."""
 
 import gzip
 import http.server
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 Answer = Callable[[str, dict[str, Any]], dict[str, Any] | None]
@@ -72,3 +75,13 @@ class WandbServer:
         """Refuse all further connections."""
         self._server.shutdown()
         self._server.server_close()
+
+
+def offline_records(folder: Path, run_id: str, kind: str) -> list[dict[str, Any]]:
+    """The records of one kind in the file of a run's newest offline W&B run."""
+    paths = folder.glob(f"wandb/offline-run-*-{run_id}/run-{run_id}.wandb")
+    newest = max(paths, key=lambda path: path.stat().st_mtime_ns)
+    command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(newest)]
+    printed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    entries = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    return [entry for entry in entries if entry["type"] == kind]

@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT
 from example_records import row, scored
 from matplotlib.figure import Figure
+from wandb_server import offline_records
 
 from common.cli import UsageError
 from common.config import TrainingConfig
@@ -147,18 +148,6 @@ def end(run):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 
 
-def records(folder: Path, kind: str) -> list[dict[str, Any]]:
-    """The records of one kind in the file of the newest offline W&B run."""
-    path = max(folder.glob("wandb/offline-run-*-r/run-r.wandb"), key=lambda path: path.stat().st_mtime_ns)
-    command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(path)]
-    printed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-    return [
-        entry
-        for line in printed.splitlines()
-        if line.startswith("{") and (entry := json.loads(line))["type"] == kind
-    ]
-
-
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of a run whose second epoch of three is the best one."""
@@ -182,7 +171,7 @@ run.finish(rows, scored(rows, best=2, auc=0.8, acc=0.7))
 
 def test_wandbs_summary_is_that_of_the_best_epoch(logged: Path) -> None:
     summary: dict[str, Any] = {}
-    for entry in records(logged, "summary"):
+    for entry in offline_records(logged, "r", "summary"):
         summary |= entry["summary"]["update"]
     expected = {**row(2, 0.6), "best_epoch": 2, "test/acc": 0.7, "test/auc": 0.8}
     assert {name: summary[name] for name in expected} == expected
@@ -196,7 +185,7 @@ def test_no_record_log_or_figure_contains_the_api_key(logged: Path) -> None:
 
 
 def test_a_wandb_run_has_a_readable_name_and_every_key(logged: Path) -> None:
-    (record,) = records(logged, "run")
+    (record,) = offline_records(logged, "r", "run")
     run = record["run"]
     config = run["config"]["update"]
     assert (run["project"], run["display_name"]) == ("mine", "Task 1 · resnet18 · seed 0")
@@ -212,7 +201,7 @@ def test_a_continued_run_sends_wandb_the_epochs_that_a_kill_has_lost(tmp_path: P
     assert track(tmp_path, body).returncode == -9
     done = track(tmp_path, f"{rows}run.log_epoch(rows[:2])\nrun.log_epoch(rows)\nrun.stop(130)")
     assert done.returncode == 0, done.stderr
-    sent = [entry["history"]["item"] for entry in records(tmp_path, "history")]
+    sent = [entry["history"]["item"] for entry in offline_records(tmp_path, "r", "history")]
     assert [(row["epoch"], row["validate/acc"]) for row in sent] == [(1, 0.1), (2, 0.2), (3, 0.3)]
 
 

@@ -21,7 +21,7 @@ from conftest import ROOT
 from processes import end
 from scipy import stats
 from sweep_runs import GRID, SEARCH, Write, begin, run, starts, wait_for_starts
-from wandb_server import WandbServer
+from wandb_server import WandbServer, offline_records
 
 from common.cli import Fault, UsageError
 from common.files import write_json
@@ -350,16 +350,8 @@ def test_the_wandb_agent_runs_train_and_continues_after_trials_that_its_server_h
         assert (tmp_path / "runs" / run_id / "summary.json").exists(), output
         history = read_history(tmp_path / "runs" / run_id / "history.csv")
         assert [row["epoch"] for row in history] == [1, 2]
-        (record,) = tmp_path.glob(f"wandb/offline-run-*-{run_id}/run-{run_id}.wandb")
-        assert logged(record) == [row["validate/acc"] for row in history]
+        items = [entry["history"]["item"] for entry in offline_records(tmp_path, run_id, "history")]
+        values = [item["validate/acc"] for item in items if "validate/acc" in item]
+        assert values == [row["validate/acc"] for row in history]
     recorded = json.loads((tmp_path / "runs/t0/config.json").read_text())["config"]
     assert (recorded["lr"], recorded["amsgrad"], recorded["early_stopping_patience"]) == (0.01, False, None)
-
-
-def logged(record: Path) -> list[float]:
-    """The values of validate/acc in an offline W&B run's file."""
-    command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(record)]
-    printed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-    records = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
-    items = [entry["history"]["item"] for entry in records if entry.get("type") == "history"]
-    return [item["validate/acc"] for item in items if "validate/acc" in item]
