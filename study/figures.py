@@ -52,7 +52,9 @@ def draw_ladder(path: Path, rows: Mapping[str, Group], aim: float | None = None)
     rungs.sort(key=lambda rung: rung[0].mean)
     published = (one for part in PUBLISHED.values() for one in part) if aim else ()
     others = sorted((acc, f"{network}, {sides}") for network, sides, acc, _ in published)
-    with drawing(path, (8, 1.5 + 0.36 * (len(rungs) + len(others)))) as figure:
+    names = [wrap(name, 48) for name in (*(name for _, name in others), *(rung[1] for rung in rungs))]
+    height = 0.08 + 0.14 * max(2, *(name.count("\n") + 1 for name in names))  # of a row, in inches
+    with drawing(path, (8, 1.5 + height * len(names))) as figure:
         axes = figure.add_subplot()
         for place, (over, _, price, colour) in enumerate(rungs, start=len(others)):
             axes.plot([over.low, over.high], [place, place], color=colour, linewidth=2)
@@ -61,8 +63,7 @@ def draw_ladder(path: Path, rows: Mapping[str, Group], aim: float | None = None)
             axes.annotate(words, (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=9)
         for place, (acc, _) in enumerate(others):
             axes.plot(acc, place, "s", color="black", markersize=5)
-        names = [*(name for _, name in others), *(rung[1] for rung in rungs)]
-        axes.set_yticks(range(len(names)), [wrap(name, 48) for name in names], fontsize=9)
+        axes.set_yticks(range(len(names)), names, fontsize=9)
         axes.set_ylim(-0.7, len(names) - 0.4)
         ends = [end for over, *_ in rungs for end in (over.low, over.mean, over.high) if end == end]  # no NaN
         axes.set_xlim(min(ends) - 0.02, min(1.0, max(ends) + 0.02))
@@ -85,7 +86,7 @@ def draw_curves(path: Path, groups: Mapping[str, Sequence[Record]], title: str) 
 
     A large marker shows the epoch whose weights a run keeps. The mean ends with the shortest run.
     """
-    with drawing(path, (9.6, 6.6 + 0.22 * len(groups))) as figure:
+    with drawing(path, (9.6, 6.6 + 0.25 * len(groups))) as figure:
         panels = figure.subplots(2, 2).flat
         ordered = ("train/loss", "validate/loss", "validate/auc", "validate/acc")
         for axes, column in zip(panels, ordered, strict=True):
@@ -99,7 +100,7 @@ def draw_curves(path: Path, groups: Mapping[str, Sequence[Record]], title: str) 
                     axes.plot(best, values[best - 1], marker, color=colour, markersize=7, alpha=0.8)
                 shortest = min(map(len, curves))
                 mean = np.mean([values[:shortest] for values in curves], axis=0)
-                label = f"{name} (thick: mean of {len(runs)} seeds)" if len(runs) > 1 else name
+                label = wrap(f"{name} (thick: mean of {len(runs)} seeds)" if len(runs) > 1 else name, 90)
                 look = {"color": colour, "linewidth": 2, "marker": marker, "markersize": 3}
                 axes.plot(np.arange(1, shortest + 1), mean, label=label, **look)
             axes.set(title=wrap(PANELS[column], 50), xlabel="Epoch")

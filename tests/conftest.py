@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ from common.training.device import Compute
 from common.training.loop import Trainer
 from common.training.models import build_model
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C
 ROOT = Path(__file__).resolve().parent.parent
 CPU = Compute(torch.device("cpu"), torch.float32)
 MODEL = "mobilenet_v3_small"  # small and quick; has BatchNorm and dropout
