@@ -86,7 +86,7 @@ def draw_curves(path: Path, groups: Mapping[str, Sequence[Record]], title: str) 
 
     A large marker shows the epoch whose weights a run keeps. The mean ends with the shortest run.
     """
-    with drawing(path, (9.6, 6.6 + 0.25 * len(groups))) as figure:
+    with drawing(path, (9.6, 6.6 + 0.22 * len(groups))) as figure:
         panels = figure.subplots(2, 2).flat
         ordered = ("train/loss", "validate/loss", "validate/auc", "validate/acc")
         for axes, column in zip(panels, ordered, strict=True):
@@ -100,13 +100,14 @@ def draw_curves(path: Path, groups: Mapping[str, Sequence[Record]], title: str) 
                     axes.plot(best, values[best - 1], marker, color=colour, markersize=7, alpha=0.8)
                 shortest = min(map(len, curves))
                 mean = np.mean([values[:shortest] for values in curves], axis=0)
-                label = wrap(f"{name} (thick: mean of {len(runs)} seeds)" if len(runs) > 1 else name, 90)
+                label = wrap(f"{name}, {len(runs)} seeds" if len(runs) > 1 else name, 90)
                 look = {"color": colour, "linewidth": 2, "marker": marker, "markersize": 3}
                 axes.plot(np.arange(1, shortest + 1), mean, label=label, **look)
             axes.set(title=wrap(PANELS[column], 50), xlabel="Epoch")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", frameon=False)
-        figure.suptitle(f"{title} · large marker: the epoch whose weights are kept", fontsize=10)
+        mean = " · thick: mean over the seeds" if any(len(runs) > 1 for runs in groups.values()) else ""
+        figure.suptitle(f"{title} · large marker: the epoch whose weights are kept{mean}", fontsize=10)
 
 
 def draw_learning_curve(path: Path, curves: Mapping[str, Sequence[Group]]) -> None:

@@ -380,7 +380,7 @@ def test_the_curves_show_every_seed_the_kept_epochs_and_the_mean(tmp_path: Path,
     lines = [(list(line.get_xdata()), list(line.get_ydata())) for line in drawn[0].axes[3].get_lines()]
     assert lines[:4] == [([1, 2, 3], [0.2, 0.6, 0.4]), ([2], [0.6]), ([1, 2], [0.4, 0.8]), ([2], [0.8])]
     assert lines[4:] == [([1, 2], pytest.approx([0.3, 0.7]))]
-    assert drawn[0].legends[0].get_texts()[0].get_text() == "name (thick: mean of 2 seeds)"
+    assert drawn[0].legends[0].get_texts()[0].get_text() == "name, 2 seeds"
 
 
 def test_a_learning_curve_has_test_and_validation_acc_by_tiles(tmp_path: Path, drawn: list[Figure]) -> None:
