@@ -204,11 +204,15 @@ class Runs:
         return {name: Group(title, records) for name, (title, records) in found.items() if records}
 
     def ablation(self) -> dict[str, Group]:
-        """The rows of the ablation by their names in train.py, the reference first; empty without runs."""
+        """The rows of the ablation by their names in train.py, the reference first; empty without it."""
         rows: dict[str, list[Record]] = {name: [] for name in TECHNIQUES}
         for record in next(filter(None, map(self.matching, ABLATION_RUNS)), []):
-            rows.setdefault(record.config.get("ablation", ""), []).append(record)
-        titles = {name: TECHNIQUES.get(name, name.replace("_", " ")) for name in rows}
+            row = record.config.get("ablation", "")
+            if record.run_id.endswith(f"-{row}-{record.config['seed']}"):  # a name that the sweep gives
+                rows.setdefault(row, []).append(record)
+        if not (reference := rows["combined"]):
+            return {}
+        titles = {name: TECHNIQUES.get(name, name.replace("_", " ")) + _phantom(reference[0]) for name in rows}
         return {name: Group(titles[name], records) for name, records in rows.items() if records}
 
     def curves(self) -> dict[str, list[Group]]:
@@ -216,8 +220,7 @@ class Runs:
         found: dict[str, dict[int, list[Record]]] = {}
         for row, runs in CURVES.items():
             for record in self.matching(runs.split()[0]) and self.matching(runs):  # both patterns, or none
-                data = ", phantom" if record.summary["synthetic"] else ""
-                parts = found.setdefault(Group(f"{ROWS[row][1]}{data}", [record]).name, {})
+                parts = found.setdefault(Group(ROWS[row][1] + _phantom(record), [record]).name, {})
                 parts.setdefault(record.summary["tiles"]["train"], []).append(record)
         return {
             title: [Group(title, parts[tiles]) for tiles in sorted(parts)]
@@ -246,9 +249,14 @@ class Runs:
         return {group.first.run_id: group for group in groups}
 
 
+def _phantom(record: Record) -> str:
+    """What a run's title says of generated tiles."""
+    return ", phantom" if record.summary["synthetic"] else ""
+
+
 def described(record: Record) -> str:
     """A run's recipe in words."""
-    config, generated = record.config, ", phantom" if record.summary["synthetic"] else ""
+    config, generated = record.config, _phantom(record)
     if "baseline" in config:
         return f"{record.summary['title']}{generated}"
     name = config["model_name"].removeprefix("timm:")

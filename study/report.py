@@ -50,13 +50,15 @@ class ReportConfig(Keys):
 
     output_dir: Path = key(Path("my"), "folder of the study: has runs/ and gets report.md")
     check: bool = key(False, "write nothing: exit with 1 if a page is not what the records give")
-    data_root: Path | None = key(None, "folder of PathMNIST's 28 px file: also draw the augmentations of a tile")
+    data_root: Path | None = key(None, "folder of PathMNIST's 28 px file: also draw fig/report/augmentations.png")
 
 
 def main(config: ReportConfig) -> None:
     """The records → the tables, numbers and figures of report.md, or a check of them."""
     folder, page = config.output_dir, config.output_dir / "report.md"
     runs = Runs(folder, check_scores)
+    if config.check and not page.exists():
+        raise UsageError(f"{page}: there is no page yet; without --check this command writes it")
     before = read_text(page) if page.exists() else OWN_PAGE
     by_hand = BLOCK.search(before) is not None
     if not by_hand and not before.startswith(OWN_PAGE):
@@ -172,7 +174,7 @@ def own_page(tables: Tables) -> str:
         names = {MAPS[name]: f"fig/task2/{run_id}-{name}.png" for name in ("means", "randomisation", "removal")}
         shown = [f"![{words}]({name})" for words, name in names.items() if (folder / name).exists()]
         section(f"Saliency maps of {text(run_id)}", block("maps", run_id), *shown)
-    if "combined" in tables.ablation:
+    if tables.ablation:
         section("Ablation", block("techniques"))
     if tables.curves:
         section("Fewer training tiles", f"![Test ACC and validation ACC]({LEARNING})")

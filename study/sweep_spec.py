@@ -91,6 +91,8 @@ class Sweep(BaseModel, extra="forbid"):
         config = parse(self._config_class, self.command_line(values)[2:])
         build_augmentation(config.augmentation)  # refuses an unknown one
         check_model_name(library_name(config.model_name))
+        if getattr(config, "scratch", False):
+            raise UsageError("scratch: a run of a sweep cannot train a second network; set it to false")
         return config
 
     def command_line(self, values: Mapping[str, Any]) -> list[str]:

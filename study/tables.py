@@ -111,10 +111,12 @@ class Tables:
         """The recall of each class."""
         if not (groups := self.chosen(names)):
             return []
-        matrix = groups[0].first.summary["best"]["confusion_matrix"]
         recalls = [group.recalls() for group in groups]
-        counts = zip(recalls[0], np.sum(matrix, axis=1).tolist(), strict=True)
-        lines = [[text(name), f"{count:,}", *(f"{one[name]:.2f}" for one in recalls)] for name, count in counts]
+        counts = np.transpose([np.sum(group.matrices[0], axis=1) for group in groups]).tolist()
+        lines = []
+        for name, found in zip(recalls[0], counts, strict=True):
+            tiles = " / ".join(f"{count:,}" for count in sorted(set(found)))  # rows may be of several data sets
+            lines.append([text(name), tiles, *(f"{one[name]:.2f}" for one in recalls)])
         columns = ["class", "test tiles", *(text(group.name) for group in groups)]
         return markdown_table(columns, "lr" + "r" * len(groups), lines)
 
@@ -130,7 +132,7 @@ class Tables:
 
     def techniques(self) -> list[str]:
         """The ablation: each row against the reference, or against the row that it changes."""
-        return grid_table(self.ablation) if "combined" in self.ablation else []
+        return grid_table(self.ablation) if self.ablation else []
 
     def difference(self, *names: str) -> list[str]:
         """The first two of these rows side by side."""

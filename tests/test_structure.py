@@ -1,7 +1,7 @@
 """Which file may import which: no circle, packages in one order, and task1.py loads neither Task 5 nor Task 2.
 
 Every `import` statement in common/, study/ and the scripts counts, within functions too. An __init__.py does not
-count as a file: those of this project import nothing.
+count as a file: those of this project import no module of it.
 """
 
 import ast

@@ -201,8 +201,10 @@ def test_the_command_again_skips_what_is_finished_and_compares_again(
     assert trained == {path: path.stat().st_mtime_ns for path in finished.rglob("summary.json")}
     assert (finished / "runs/r/comparison.md").read_text() == before
     assert "run r-scratch is finished already" in capsys.readouterr().out
+    (finished / "checkpoints/r/last.pt").touch()  # a kill at the end may leave it
     with pytest.raises(UsageError, match="run r is finished already"):
         task5.main(read(*keys(phantom_root, finished, weights, "--scratch=False")))
+    assert not (finished / "checkpoints/r/last.pt").exists()
     with pytest.raises(UsageError, match=r"run r was started with another .*lr was 0\.01"):
         task5.main(read(*keys(phantom_root, finished, weights, "--lr=0.02")))
 
@@ -234,12 +236,12 @@ def test_a_cache_that_takes_more_than_60_percent_of_the_memory_is_refused(
     config = read("--dataset=phantom", f"--model_name={SMALL}", "--input_size=32")
     dataset = load_dataset("phantom", 28, phantom_root, 90)
     model = network.build_fine_tuned(SMALL, load_weights("none", SMALL), 32)
-    size = 8 * 90 * 576 * 4  # views, training tiles, float32 values of 4 bytes
+    size = (8 * 90 + 10 + 8 * 18) * 576 * 4  # views of training, validation and test tiles; 4 bytes a float32
     pages = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": int(size / 0.6) + 1}
     monkeypatch.setattr(features.os, "sysconf", pages.get)
     features.cached_splits(model, dataset, config, CPU)
     pages["SC_PHYS_PAGES"] -= 2
-    with pytest.raises(UsageError, match=r"features of 90 tiles take 0\.0 GB .*; lower --train_tiles, or"):
+    with pytest.raises(UsageError, match=r"features of all tiles take 0\.0 GB .*; lower --train_tiles, use --tta"):
         features.cached_splits(model, dataset, config, CPU)
 
 

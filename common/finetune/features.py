@@ -62,16 +62,9 @@ class CachedFeatures:
 def cache_features(
     model: FineTunedNetwork, tiles: DeviceTiles, views: Sequence[View], compute: Compute
 ) -> CachedFeatures:
-    """Run each view of each tile through the frozen part once; UsageError where this needs too much memory."""
+    """Run each view of each tile through the frozen part once."""
     model.eval()
     device = compute.device
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if device.type == "cuda":
-        memory = free_memory(device)  # the tiles lie there already
-    size = 4 * len(views) * len(tiles) * math.prod(model.feature_shape)  # float32
-    if size > RESIDENT_SHARE * memory:
-        problem = f"features of {len(tiles):,} tiles take {size / 1e9:.1f} GB of {memory / 1e9:.1f} GB of memory"
-        raise UsageError(f"{problem}; lower --train_tiles, or train all layers with --train_part=all")
     features = torch.empty(len(views), len(tiles), *model.feature_shape, device=device)
     labels = torch.empty(len(tiles), dtype=torch.int64, device=device)
     with tqdm(desc="features", total=len(views) * len(tiles), unit=" tiles", leave=False, disable=None) as bar:
@@ -90,9 +83,17 @@ def cached_splits(model: FineTunedNetwork, dataset: Dataset, config: TrainingCon
     """The features of all splits; from then on the model takes features instead of tiles.
 
     Training tiles have `N_VIEWS` views of their augmentation, test tiles all 8 dihedral views where `tta` needs
-    them, others one view, not augmented. Raises what `cache_features` does.
+    them, others one view, not augmented. Raises UsageError where all of them need too much memory.
     """
     n_views = 1 if config.augmentation == "none" else N_VIEWS
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if compute.device.type == "cuda":
+        memory = free_memory(compute.device)
+    n_features = n_views * len(dataset.train) + len(dataset.val) + (8 if config.tta else 1) * len(dataset.test)
+    size = 4 * n_features * math.prod(model.feature_shape)  # float32
+    if size > RESIDENT_SHARE * memory:
+        problem = f"the features of all tiles take {size / 1e9:.1f} GB of {memory / 1e9:.1f} GB of memory"
+        raise UsageError(f"{problem}; lower --train_tiles, use --tta=False, or train all layers: --train_part=all")
     model.to(compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     turned: list[View] = [partial(dihedral_view, view=number) for number in range(8)]
     plain, views = turned[:1], turned

@@ -118,6 +118,8 @@ def _load_into(network: nn.Module, weights: Weights, last: str) -> None:
         if "pos_embedding" in problem:  # a transformer has one for each part of its inputs
             remedy = "use the --input_size that the weights were trained with"
         raise UsageError(f"--weights {weights.name}: {problem}: {remedy}") from None
+    if not all(value.isfinite().all() for value in own.values()):  # these are the network's own tensors
+        raise UsageError(f"--weights {weights.name}: it holds numbers that are not finite")
 
 
 def lr_factors(model: FineTunedNetwork, first: float) -> dict[str, float]:

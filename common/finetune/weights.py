@@ -60,7 +60,8 @@ def _entries() -> dict[str, tuple[str, Any]]:
 def default_weights(model_name: str) -> str:
     """The name of a network's ImageNet weights. UsageError for one of timm."""
     if model_name.startswith(TIMM):
-        raise UsageError(f"--model_name {model_name}: timm's weights are not downloaded; add --weights FILE")
+        problem = f"--model_name {model_name}: timm's weights are not downloaded; add --weights FILE"
+        raise UsageError(f"{problem}, or use one of {', '.join(PACKAGED)}")
     if model_name in PACKAGED:
         return f"{model_name.removeprefix('tf_')}_imagenet"
     return str(models.get_model_weights(model_name).DEFAULT)

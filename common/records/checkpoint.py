@@ -27,17 +27,17 @@ def save(path: Path, content: dict[str, Any]) -> None:
         temporary.write_bytes(buffer.getbuffer())
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path, *names: str) -> dict[str, Any]:
     """Read what `save` wrote, tensors on the CPU.
 
-    Raises OSError, and Fault where the file is damaged or holds anything but plain data.
+    Raises OSError, and Fault where the file is damaged, holds anything but plain data, or lacks one of `names`.
     """
     try:
         with open(path, "rb") as file:
             content = read_plain(file)
     except ValueError as error:
         raise Fault(f"{path}: not a readable checkpoint ({error}); train again with another --run_id") from error
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or set(names) - content.keys():
         raise Fault(f"{path}: not a checkpoint of this project; name another --run_id")
     return content
 

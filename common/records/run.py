@@ -67,6 +67,7 @@ class Run:
         self.facts = {**facts_of(task, config.run_id, dataset, device_name), **facts}
         record, before = self.folder / "config.json", {}
         if is_finished(config.output_dir, config.run_id):
+            self.last_checkpoint.unlink(missing_ok=True)  # a kill may have left it
             raise UsageError(f"run {config.run_id} is finished already ({self.folder}): use another --run_id")
         if record.exists():
             before = read_json(record, "config", "task", "data_fingerprint", "device", "commit")

@@ -206,7 +206,7 @@ class Trainer:
         path = self.run.last_checkpoint
         if not path.exists():
             return
-        saved = checkpoint.load(path)
+        saved = checkpoint.load(path, "evaluated_state_dict", "optimizer", "history")
         check_same(self.config, saved["config"])
         checkpoint.load_state_dict(self.model, saved["state_dict"], path)
         checkpoint.load_state_dict(self.evaluated, saved["evaluated_state_dict"], path)

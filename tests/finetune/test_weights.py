@@ -103,6 +103,7 @@ def test_the_layouts_that_torchvision_s_own_networks_convert_are_read(model_name
     ("change", "message"),
     [
         ({"features.0.0.weight": torch.zeros(24, 3, 3, 3)}, r"features\.0\.0\.weight.*\[24, 3, 3, 3\]"),
+        ({"features.0.0.weight": torch.full((16, 3, 3, 3), torch.nan)}, "it holds numbers that are not finite"),
         ({"extra": HUGE}, "Unexpected.*.extra..*: save this network's state_dict alone, or name the network"),
         (None, r'Missing.*"features\.0\.0\.weight".*with --model_name'),
     ],
@@ -136,7 +137,9 @@ def test_a_file_names_no_network_and_timm_s_networks_no_weights() -> None:
     assert weights_module.network_of("some/ResNet18_Weights.pth") is None
     assert weights_module.network_of("none") is None
     assert inputs_of("timm:resnet10t", "none")[1:] == IMAGENET
-    with pytest.raises(UsageError, match=r"timm:resnet10t: timm's weights are not downloaded; add --weights FILE"):
+    with pytest.raises(
+        UsageError, match="timm's weights are not downloaded; add --weights FILE, or use one of tf_ef"
+    ):
         weights_module.default_weights("timm:resnet10t")
 
 

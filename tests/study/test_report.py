@@ -167,6 +167,9 @@ def test_a_page_about_own_runs_has_no_words_of_a_study(tmp_path: Path) -> None:
 
 def test_a_page_with_own_words_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(ROOT / "runs/task1-0", tmp_path / "runs/task1-0")
+    with pytest.raises(SystemExit):
+        make(tmp_path, "--check")
+    assert "report.md: there is no page yet; without --check" in capsys.readouterr().err
     (tmp_path / "report.md").write_text("# My homework\n")
     with pytest.raises(SystemExit) as ended:
         make(tmp_path)
@@ -278,14 +281,22 @@ def test_runs_are_in_the_order_of_their_seeds_and_own_recipes_of_their_scores(tm
 
 
 def test_a_page_of_own_runs_has_the_table_of_the_ablation(tmp_path: Path) -> None:
-    for name, acc in {"combined": 0.5, "with_ema": 0.6}.items():
-        made(tmp_path, f"ablation_64-{name}-0", acc, ablation=name)
     made(tmp_path, "ablation_64-mine")  # of task1.py
+    made(tmp_path, "ablation_64-with_ema-0", 0.6, ablation="with_ema")
+    assert Runs(tmp_path).ablation() == {}  # without the reference
+    assert list(Runs(tmp_path).recipes()) == ["ablation_64-with_ema-0", "ablation_64-mine"]
+    made(tmp_path, "ablation_64-combined-0", 0.5, ablation="combined")
     runs = Runs(tmp_path)
     tables = Tables(runs, runs.recipes(), runs.ablation())
-    assert tables.rows == {}
+    assert list(tables.rows) == ["ablation_64-mine"]
     page = fill(own_page(tables), tables)
-    assert re.search(r"\| with averaged weights \(EMA\) \| 1 \| .* \| 0.600 \| .* \| \+0.100 \|", page)
+    assert re.search(r"\| with averaged weights \(EMA\), phantom \| 1 \| .* \| 0.600 \| .* \| \+0.100 \|", page)
+
+
+def test_a_table_over_two_data_sets_has_the_test_tiles_of_both(tables: Tables, tmp_path: Path) -> None:
+    both = {"real": tables.rows["task1"], "made": Group("phantom", [made(tmp_path, "a")])}
+    assert Tables(tables.runs, both).classes()[2].startswith("| adipose | 2 / 1,338 | ")
+    assert tables.classes("task1")[2].startswith("| adipose | 1,338 | ")
 
 
 def test_curves_have_a_group_per_number_of_tiles_and_the_old_ablation_comes_first(tmp_path: Path) -> None:
