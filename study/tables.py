@@ -203,7 +203,7 @@ class Tables:
         """A number of the prose. Raises Fault for a key that the records do not answer.
 
         ROW SCORE: the mean over the seeds · ROW SCORE interval: with its interval · ROW - ROW SCORE: the mean
-        difference by seed, or with its interval · least ROW SCORE, most ROW SCORE: of the seeds · ROW recall
+        difference by seed, or with its interval · ROW seeds · least or most ROW SCORE: of the seeds · ROW recall
         CLASS · ROW taken CLASS: for what, and its share · published TASK: the coursework's ACC · hours: of all
         runs · energy: kWh of these hours. SCORE is one of SCORES in study/groups.py; a row of the ablation is
         ablation.NAME.
@@ -215,6 +215,8 @@ class Tables:
                 case ["hours" | "energy"]:
                     hours = self.runs.hours
                     return f"{hours:,.0f}" if key == "hours" else f"{hours * WATTS / 1000:.1f}"
+                case [name, "seeds"]:
+                    return str(len(self._row(name).records))
                 case ["least" | "most" as which, name, score]:
                     values = self._row(name).by_seed(score).values()
                     return f"{min(values) if which == 'least' else max(values):.3f}"

@@ -333,6 +333,7 @@ def test_numbers_of_the_prose(tables: Tables) -> None:
     expected = f"{over.mean:+.3f} [{over.low:+.3f}, {over.high:+.3f}]"
     assert tables.number("tuned - tuned_scratch acc interval") == expected
     assert [tables.number(f"{which} combined acc") for which in ("least", "most")] == ["0.627", "0.726"]
+    assert tables.number("combined seeds") == "5"
     assert tables.number("task1 recall debris") == "0.79"
     assert tables.number("task1 taken cancer-associated stroma") == "debris (33%)"
     assert tables.number("published task3") == "0.913"
