@@ -53,6 +53,11 @@ def first_line(error: Exception | str) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def one_line(message: str) -> str:
+    """The message with a space for each character that a terminal cannot show, such as a line break."""
+    return "".join(character if character.isprintable() else " " for character in message)
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether the system, a GPU or one of their libraries had too little memory left."""
     words = "out of memory|allocate memory|ALLOC.*FAILED|failed to map segment|could not create a primitive$"
@@ -216,8 +221,7 @@ def run_script(main: Callable[[K], None], keys: type[K], arguments: Sequence[str
     finally:
         signal.signal(signal.SIGTERM, before)
     with suppress(OSError):  # nobody may read stderr any more
-        line = "".join(character if character.isprintable() else " " for character in message)
-        print(f"{Path(program()[-1]).name}: {line}", file=sys.stderr)
+        print(f"{Path(program()[-1]).name}: {one_line(message)}", file=sys.stderr)
     if number and "WANDB_SWEEP_ID" in os.environ:  # its agent takes an exit status for a failure, but not a signal
         sys.stdout.flush()
         signal.signal(number, signal.SIG_DFL)

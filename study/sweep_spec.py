@@ -93,6 +93,8 @@ class Sweep(BaseModel, extra="forbid"):
         check_model_name(library_name(config.model_name))
         if getattr(config, "scratch", False):
             raise UsageError("scratch: a run of a sweep cannot train a second network; set it to false")
+        if config.test and self.method != "grid":
+            raise UsageError("test: a search must not score the test tiles; set it to false")
         return config
 
     def command_line(self, values: Mapping[str, Any]) -> list[str]:

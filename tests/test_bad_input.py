@@ -50,7 +50,7 @@ OPTIONS: list[tuple[str, int, str]] = [
     ("task1.py --train_tiles=44", 2, "--train_tiles 44: must be greater than or equal to 45$"),
     ("task1.py --size=28 --train_tiles=89997", 2, "--train_tiles 89997: PathMNIST has 89996$"),
     ("task1.py --run_id=../mine", 2, r"--run_id \.\./mine: a run id names files"),
-    (f"{RUN} --model_name=resnet17", 2, "--model_name resnet17: torchvision has no .* name; did you mean resnet"),
+    (f"{RUN} --model_name=resnet17", 2, "resnet17: torchvision has no .* name; timm.*; did you mean resnet"),
     (f"{RUN} --augmentation=stain,flipp", 2, "--augmentation stain,flipp: unknown part flipp; choose from none, "),
     (f"{RUN} --input_size=1000000", 3, r"out of memory \(.*\): lower --input_size or lower --batch_size$"),
     (f"{RUN} --device=cuda", 2, "--device cuda: PyTorch sees no CUDA device"),

@@ -12,13 +12,14 @@ their class.
 import csv
 import io
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from common.cli import Fault, Keys, UsageError, first_line, key, run_script
+from common.cli import Fault, Keys, UsageError, first_line, key, one_line, run_script
 from common.config import DEVICES
 from common.data.pathmnist import CLASS_NAMES, TITLE, has_stained_colours
 from common.files import write_text
@@ -71,7 +72,7 @@ def main(config: PredictConfig) -> None:
             remark = str(fault)
         remark = "; ".join([*origin, remark] if remark else origin)
         if remark:
-            print(f"warning: {shown}: {remark}", file=sys.stderr)
+            print(one_line(f"warning: {shown}: {remark}"), file=sys.stderr)
         rows.append([shown, best, max(row), remark, *row])
     if not any(best for _, best, *_ in rows):
         raise Fault("none of the pictures can be read")
@@ -104,7 +105,7 @@ def read_picture(path: Path, size: int) -> tuple[torch.Tensor, str]:
     frames or pages the first one is taken. Raises Fault where the file is no picture of 8 bits per channel.
     """
     try:
-        with Image.open(path, formats=FORMATS) as picture:
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as picture:
             bits = max(getattr(picture, "tag_v2", {}).get(258, (8,)))  # of a TIFF; Pillow misreads some of 16
             if bits > 8 or picture.mode.startswith(("I", "F")):
                 raise ValueError("more than 8 bits per channel: save it as an 8-bit RGB picture")

@@ -21,16 +21,15 @@ def model_names() -> list[str]:
 
 def check_model_name(name: str) -> None:
     """Raise UsageError for a name that `build_model` does not know, and for one of timm where it is missing."""
-    library, names = "torchvision", model_names()
+    lacks, names = "torchvision has no classification model of this name; timm's are timm:NAME", model_names()
     if name.startswith(TIMM):
         if importlib.util.find_spec("timm") is None:
             raise UsageError(f"--model_name {name}: needs the package timm; python -m pip install timm")
         import timm  # takes seconds, and torchvision's networks do not need it
 
-        library, names = "timm", [f"{TIMM}{known}" for known in timm.list_models()]
+        lacks, names = "timm has no model of this name", [f"{TIMM}{known}" for known in timm.list_models()]
     if name not in names:
-        problem = f"{library} has no classification model of this name{closest(name, names)}"
-        raise UsageError(f"--model_name {name}: {problem}")
+        raise UsageError(f"--model_name {name}: {lacks}{closest(name, names)}")
 
 
 def build_model(model_name: str, num_classes: int, size: int) -> nn.Module:

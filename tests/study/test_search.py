@@ -92,7 +92,7 @@ def test_trials_whose_configuration_is_refused_are_not_tried_again(
 ) -> None:
     monkeypatch.setattr(samplers, "RandomSampler", partial(samplers.RandomSampler, seed=0))  # draws all three
     parameters = {"quality": {"values": [-2.0, -1.0, 0.5]}, "seed": {"min": 0, "max": 50}}
-    path = write_sweep({**SEARCH, "method": "random", "parameters": parameters})
+    path = write_sweep({**SEARCH, "method": "random", "parameters": {**parameters, "test": {"value": False}}})
     for _ in range(2):
         run(path, tmp_path / "out", count=12)
     assert {line["state"] for line in table(tmp_path / "out")} == {"complete", "fail"}

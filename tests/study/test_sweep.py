@@ -99,6 +99,7 @@ def test_the_search_file_has_the_courseworks_space() -> None:
         ),
         ({"program": "train.py", "parameters": {"augmentation": {"value": "flip"}}}, "unknown part flip;"),
         ({"program": "task5.py", "parameters": {}}, "scratch: a run of a sweep cannot train a second network"),
+        ({"method": "random"}, "test: a search must not score the test tiles; set it to false"),
         ({"program": "README.md"}, "program README.md: no such Python file"),
         ({"parameters": {"run_id": {"value": "a"}}}, "run_id: the sweep gives each run its own"),
         ({"metric": {"name": "validate/f1"}}, "metric: name: Input should be 'train/loss'"),
