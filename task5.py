@@ -27,7 +27,6 @@ import torch
 from pydantic import model_validator
 
 from common.config import TrainingConfig
-from common.data.augment import build_augmentation
 from common.data.batches import device_splits
 from common.data.dataset import Dataset, load_dataset
 from common.files import write_text
@@ -148,7 +147,6 @@ def main(config: Task5Config) -> None:
     """Weights and data → the runs that are not finished → comparison."""
     compute = Compute.of(config.device, config.precision)
     compute.prepare_process()
-    build_augmentation(config.augmentation)  # refuses an unknown one before the weights and the data are read
     runs = config.runs()
     weights = {run.weights: load_weights(run.weights, run.model_name) for run in runs}
     dataset = load_dataset(config.dataset, config.size, config.data_root, config.train_tiles)
@@ -177,7 +175,7 @@ def train(config: Task5Config, weights: Weights, dataset: Dataset, compute: Comp
     if model.frozen:
         splits = cached_splits(model, dataset, config, compute)
     else:
-        splits = device_splits(dataset, compute.device, config.input_size, config.augmentation)
+        splits = device_splits(dataset, config, compute.device)
     seconds = time.perf_counter() - started
     factors = lr_factors(model, config.backbone_lr_factor)
     trainer = Trainer(model, splits, config, compute, run, lr_factors=factors)

@@ -90,7 +90,7 @@ def our_loop(config: TrainingConfig, compute: Compute) -> Loop:
     compute.prepare_process()
     dataset = load_dataset("phantom", SIDE, config.data_root, config.train_tiles)
     model = build_model(config.model_name, len(pathmnist.CLASS_NAMES), config.input_size)
-    splits = device_splits(dataset, compute.device, config.input_size, config.augmentation)
+    splits = device_splits(dataset, config, compute.device)
     trainer = Trainer(model, splits, config, compute, Run("task1", config, dataset, compute.name))
     return lambda: trainer.train_epoch(1)
 

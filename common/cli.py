@@ -49,8 +49,9 @@ def signal_of(interrupted: KeyboardInterrupt) -> signal.Signals:
 
 
 def first_line(error: Exception | str) -> str:
-    """The first line of an error's message, or the name of its type where the message is empty."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of an error's message, without errno and path, or the name of its type where it is empty."""
+    message = getattr(error, "strerror", None) or str(error)
+    return (message.strip().splitlines() or [type(error).__name__])[0]
 
 
 def one_line(message: str) -> str:

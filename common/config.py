@@ -14,6 +14,7 @@ from common.data import pathmnist
 LAST_SEED = 2**32 - 1
 MIN_TRAIN_TILES = 45  # of training: every class has some, and the phantom's test split has every class
 DEVICES = ("auto", "cpu", "cuda")
+AUGMENTATIONS = ("none", "dihedral", "stain", "ta_wide", "auto")  # their steps: PARTS of common/data/augment.py
 
 
 def _checked_run_id(run_id: str) -> str:
@@ -22,7 +23,15 @@ def _checked_run_id(run_id: str) -> str:
     return run_id
 
 
+def _checked_augmentation(names: str) -> str:
+    for name in names.split(","):
+        if name not in AUGMENTATIONS:
+            raise ValueError(f"unknown part {name}; choose from {', '.join(AUGMENTATIONS)}")
+    return names
+
+
 RunId = Annotated[str, AfterValidator(_checked_run_id)]
+Augmentation = Annotated[str, AfterValidator(_checked_augmentation)]
 
 
 def _new_run_id() -> str:
@@ -93,9 +102,8 @@ class TrainingConfig(ScriptConfig):
     lr_warmup_decay: float = key(0.1, "the warm-up starts at this factor of lr", gt=0, le=1)
     weight_decay: float = key(0.0, "weight decay", ge=0)
 
-    augmentation: str = key(
-        "none",
-        "augmentation of the training tiles: none, dihedral, stain, ta_wide, auto, or several joined by commas",
+    augmentation: Augmentation = key(
+        "none", f"augmentation of the training tiles: {', '.join(AUGMENTATIONS)}, or several joined by commas"
     )
     label_smoothing: float = key(0.0, "share of the target that is spread evenly over all classes", ge=0, lt=1)
 

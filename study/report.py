@@ -126,7 +126,7 @@ def first_difference(page: str, made: str) -> str | None:
     return None
 
 
-def draw(tables: Tables, by_hand: bool, data_root: Path | None = None) -> None:
+def draw(tables: Tables, by_hand: bool, data_root: Path | None) -> None:
     """Draw the figures of the page, and with `data_root` the augmentations; `by_hand` is the study's own page."""
     from study import figures  # matplotlib
 

@@ -12,7 +12,6 @@ from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_valid
 
 from common.cli import UsageError, parse
 from common.config import RunId, TrainingConfig
-from common.data.augment import build_augmentation
 from common.finetune.weights import library_name
 from common.training.models import check_model_name
 
@@ -89,7 +88,6 @@ class Sweep(BaseModel, extra="forbid"):
     def config(self, values: Mapping[str, Any]) -> TrainingConfig:
         """The program's configuration for the fixed keys and `values`; UsageError where it refuses them."""
         config = parse(self._config_class, self.command_line(values)[2:])
-        build_augmentation(config.augmentation)  # refuses an unknown one
         check_model_name(library_name(config.model_name))
         if getattr(config, "scratch", False):
             raise UsageError("scratch: a run of a sweep cannot train a second network; set it to false")

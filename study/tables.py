@@ -62,10 +62,10 @@ class Tables:
         return list(getattr(self, name)(*arguments))
 
     def chosen(self, names: Sequence[str]) -> list[Group]:
-        """The rows of these names that have runs, without names all. Raises Fault for an unknown name."""
+        """The rows of these names that have runs. Raises Fault for an unknown name."""
         if unknown := set(names) - self.rows.keys() - ROWS.keys() - PUBLISHED.keys():
             raise Fault(f"the page asks for the row {min(unknown)!r}, but there is none in study/groups.py")
-        return [self.rows[name] for name in names or self.rows if name in self.rows]
+        return [self.rows[name] for name in names if name in self.rows]
 
     def results(self, *names: str) -> list[str]:
         """The scores of each row over its seeds, and published ones."""
@@ -135,20 +135,18 @@ class Tables:
         return grid_table(self.ablation) if self.ablation else []
 
     def difference(self, *names: str) -> list[str]:
-        """The first two of these rows side by side."""
+        """These two rows side by side."""
         groups = self.chosen(names)
-        return difference_table(*groups[:2]) if len(groups) > 1 else []
+        return difference_table(*groups) if len(groups) == 2 else []
 
-    def maps(self, *run_ids: str) -> list[str]:
-        """The maps of the first of these runs that Task 2 has explained, and the checks of every method."""
-        folder = self.runs.folder
-        explained = [one for one in run_ids if (folder / "runs" / one / "attribution.json").exists()]
-        if not explained:
+    def maps(self, run_id: str) -> list[str]:
+        """The maps of a run that Task 2 has explained, and the checks of every method."""
+        folder, records, lines = self.runs.folder, Path("runs") / run_id, []
+        if not (path := folder / records / "attribution.json").exists():
             return []
         from common.explain.checks import FAILS, PASSES, chance, judge  # Captum: seconds
 
-        records, lines = Path("runs") / explained[0], []
-        content = read_json(path := folder / records / "attribution.json")
+        content = read_json(path)
         try:
             for method in content["methods"].values():
                 *_, last = method["randomisation"].values()
@@ -168,12 +166,12 @@ class Tables:
         columns = ["method", "passes", "correlation with the map of random weights"]
         columns += ["better than a random order", "better than edges", "infidelity"]
         table = markdown_table(columns, "llrrrr", lines)
-        paths = {name: Path("fig") / "task2" / f"{explained[0]}-{name}.png" for name in MAPS}
+        paths = {name: Path("fig") / "task2" / f"{run_id}-{name}.png" for name in MAPS}
         links = [f"[{MAPS[name]}]({path})" for name, path in paths.items() if (folder / path).exists()]
         if (folder / paths["methods"]).exists():
             table = [f"!{links.pop(0)}", "", *table]
         links.append(f"[the tiles in words]({records / 'saliency.md'})")
-        return [*table, "", tests, "", f"More of run {explained[0]}: {', '.join(links)}."]
+        return [*table, "", tests, "", f"More of run {run_id}: {', '.join(links)}."]
 
     def trials(self) -> list[str]:
         """The trials that chose the recipes."""

@@ -1,25 +1,19 @@
 """What the tests share. None uses the network; only medmnist writes outside temporary folders (~/.medmnist)."""
 
-import hashlib
 import os
 import signal
-import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
 from matplotlib.figure import Figure
-from processes import mount
 
 from common.config import TrainingConfig
-from common.data import pathmnist
 from common.data.batches import device_splits
 from common.data.dataset import Dataset, Split
-from common.data.pathmnist import OfficialFile
 from common.records.run import Run
 from common.training.device import Compute
 from common.training.loop import Trainer
@@ -29,7 +23,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 ROOT = Path(__file__).resolve().parent.parent
 CPU = Compute(torch.device("cpu"), torch.float32)
 MODEL = "mobilenet_v3_small"  # small and quick; has BatchNorm and dropout
-COUNTS = {"train": 1200, "val": 30, "test": 60}  # the tiles of a small file in the official layout
 SMALL_RUN: dict[str, Any] = {
     "dataset": "phantom",
     "size": 28,
@@ -101,32 +94,9 @@ def trainer_of(
     if model is None:
         torch.manual_seed(config.seed)
         model = build_model(config.model_name, 9, config.input_size)
-    splits = device_splits(dataset, compute.device, config.input_size, config.augmentation)
+    splits = device_splits(dataset, config, compute.device)
     run = Run("task1", config, dataset, compute.name)
     return Trainer(model, splits, config, compute, run, lr_factors=lr_factors)
-
-
-def write_official(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Write a small pathmnist.npz and make its counts and its MD5 the official ones; returns its path.
-
-    The first bytes of a tile give its index.
-    """
-    arrays: dict[str, Any] = {}
-    for split, count in COUNTS.items():
-        index = np.arange(count)
-        images = np.zeros((count, 28, 28, 3), np.uint8)
-        images[:, 0, 0, 0], images[:, 0, 0, 1] = index % 251, index // 251
-        arrays[f"{split}_images"] = images
-        arrays[f"{split}_labels"] = (index % 9).astype(np.uint8)[:, None]
-    root.mkdir(parents=True, exist_ok=True)
-    path = root / "pathmnist.npz"
-    np.savez_compressed(path, **arrays)
-    official = OfficialFile(
-        path.name, "http://127.0.0.1:9/pathmnist.npz", hashlib.md5(path.read_bytes()).hexdigest()
-    )
-    monkeypatch.setattr(pathmnist, "COUNTS", COUNTS)
-    monkeypatch.setattr(pathmnist, "official_file", lambda size: official)
-    return path
 
 
 @pytest.fixture
@@ -143,17 +113,6 @@ def write_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
         return path
 
     return write
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A mounted disk of 64 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if mount(folder, "size=64m") != 0:
-        pytest.skip("needs the right to mount a tmpfs")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.fixture

@@ -46,10 +46,9 @@ def row(epoch: int, acc: float = 0.5) -> dict[str, float]:
     return {"epoch": epoch, **losses, **scores, "lr": 0.001, "tiles_per_second": 10.0, "seconds": 9.0}
 
 
-def outputs(value: float = 0.0) -> dict[str, np.ndarray]:
-    """The arrays of scores.npz; all outputs are `value`."""
-    n_classes = len(CLASS_NAMES)
-    tests = {"best_logits": np.full((TILES["test"], n_classes), value)}
+def outputs() -> dict[str, np.ndarray]:
+    """The arrays of scores.npz; all outputs are 0."""
+    tests = {"best_logits": np.zeros((TILES["test"], len(CLASS_NAMES)))}
     targets = {"targets": np.zeros(TILES["test"], np.uint8), "validate_targets": np.zeros(TILES["val"], np.uint8)}
     return {**tests, **targets, "validate_classes": np.zeros(TILES["val"], np.uint8)}
 

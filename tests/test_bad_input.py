@@ -15,7 +15,6 @@ import task5
 import train
 from common.cli import run_script
 from common.data.pathmnist import OfficialFile
-from study import __main__ as study
 from study import report, sweep
 
 COMMANDS: dict[str, tuple[Any, Any]] = {
@@ -25,7 +24,6 @@ COMMANDS: dict[str, tuple[Any, Any]] = {
     "task5.py": (task5.main, task5.Task5Config),
     "study.sweep": (sweep.main, sweep.SweepConfig),
     "study.report": (report.main, report.ReportConfig),
-    "study.__main__": (study.main, study.StudyConfig),
 }
 PHANTOM = "--dataset=phantom --size=28 --input_size=28 --train_tiles=90 --n_epochs=1"
 RUN = f"task1.py {PHANTOM} --data_root={{}} --output_dir={{}} --run_id=r"
@@ -53,7 +51,6 @@ OPTIONS: list[tuple[str, int, str]] = [
     (f"{RUN} --model_name=resnet17", 2, "resnet17: torchvision has no .* name; timm.*; did you mean resnet"),
     (f"{RUN} --augmentation=stain,flipp", 2, "--augmentation stain,flipp: unknown part flipp; choose from none, "),
     (f"{RUN} --input_size=1000000", 3, r"out of memory \(.*\): lower --input_size or lower --batch_size$"),
-    (f"{RUN} --device=cuda", 2, "--device cuda: PyTorch sees no CUDA device"),
     ("train.py --ablation=with_emma", 2, "--ablation with_emma: choose from .*did you mean with_ema"),
     ("train.py --ablation=with_ema --ema_decay=0", 2, "--ema_decay 0.0: --ablation with_ema sets this key itself"),
     ("task2.py --output_dir={}", 2, "no finished Task 1 run .*; python task1.py makes one"),

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,17 @@ KEYS = [
     *("--dataset=phantom", "--size=28", "--input_size=28", "--train_tiles=90", "--batch_size=45", "--n_epochs=2"),
     *("--model_name=shufflenet_v2_x0_5", "--wandb=disabled", "--run_id=r"),
 ]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A mounted disk of 64 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if mount(folder, "size=64m") != 0:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def run(folder: Path, data_root: Path) -> None:

@@ -25,7 +25,7 @@ SMALL = "mobilenet_v3_small"
 
 
 def read(*arguments: str) -> task5.Task5Config:
-    return parse(task5.Task5Config, arguments, "")
+    return parse(task5.Task5Config, arguments)
 
 
 @pytest.fixture(scope="session")
@@ -215,9 +215,7 @@ def test_the_cache_changes_how_long_a_run_takes_and_not_what_it_finds(
     monkeypatch.setattr(
         task5,
         "cached_splits",
-        lambda _, dataset, config, compute: device_splits(
-            dataset, compute.device, config.input_size, config.augmentation
-        ),
+        lambda _, dataset, config, compute: device_splits(dataset, config, compute.device),
     )
     task5.main(read(*keys(phantom_root, tmp_path, weights, "--scratch=False")))
     arrays = []

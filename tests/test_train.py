@@ -9,7 +9,7 @@ from common.training.optimizer import build_optimizer
 
 
 def read(*arguments: str) -> train.TrainConfig:
-    return parse(train.TrainConfig, arguments, "")
+    return parse(train.TrainConfig, arguments)
 
 
 def differing(one: train.TrainConfig, other: train.TrainConfig) -> dict[str, Any]:

@@ -16,8 +16,6 @@ import torch.nn.functional as F
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy, v2
 from torchvision.transforms.v2 import functional
 
-from common.cli import UsageError
-
 Augmentation = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 
 # torchvision's tables: by operation, a function that gives its magnitudes, and whether half of them are negative.
@@ -352,12 +350,9 @@ def build_augmentation(names: str) -> Augmentation:
     """The augmentation of a comma-joined list such as "ta_wide,stain", applied left to right.
 
     It takes uint8 (N, 3, side, side) images on any device and a CPU `torch.Generator`, the source of all its
-    random numbers. "none" returns the input itself. Raises UsageError for an unknown part.
+    random numbers. "none" returns the input itself.
     """
-    chosen = names.split(",")
-    if unknown := [name for name in chosen if name not in PARTS]:
-        raise UsageError(f"--augmentation {names}: unknown part {unknown[0]}; choose from {', '.join(PARTS)}")
-    steps = [STEPS[step] for name in chosen for step in PARTS[name]]
+    steps = [STEPS[step] for name in names.split(",") for step in PARTS[name]]
 
     def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         for step in steps:

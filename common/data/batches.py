@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from common.config import TrainingConfig
 from common.data.augment import build_augmentation, dihedral_view
 from common.data.dataset import Dataset, Split, resize
 from common.data.shift import shifted
@@ -53,8 +54,7 @@ class Splits:
 class DeviceTiles:
     """`Tiles` on the computing device or, where they do not fit there, in the memory-mapped file.
 
-    Inputs are (B, 3, input_size, input_size) in -1..1. A tile is resized before it is augmented. Raises UsageError
-    for an unknown augmentation.
+    Inputs are (B, 3, input_size, input_size) in -1..1. A tile is resized before it is augmented.
     """
 
     def __init__(self, split: Split, device: torch.device, input_size: int, augmentation: str = "none") -> None:
@@ -90,17 +90,17 @@ class DeviceTiles:
         return (normalise(dihedral_view(images, view)) for view in range(8)), labels
 
 
-def device_splits(dataset: Dataset, device: torch.device, input_size: int, augmentation: str = "none") -> Splits:
+def device_splits(dataset: Dataset, config: TrainingConfig, device: torch.device) -> Splits:
     """A data set's splits as `DeviceTiles`; only training tiles are augmented."""
 
     def plain(split: Split) -> DeviceTiles:
-        return DeviceTiles(split, device, input_size)
+        return DeviceTiles(split, device, config.input_size)
 
     return Splits(
-        train=DeviceTiles(dataset.train, device, input_size, augmentation),
+        train=DeviceTiles(dataset.train, device, config.input_size, config.augmentation),
         val=plain(dataset.val),
         test=lambda: plain(dataset.test),
-        shifted=lambda: ((name, plain(split)) for name, split in shifted(dataset.val, input_size)),
+        shifted=lambda: ((name, plain(split)) for name, split in shifted(dataset.val, config.input_size)),
     )
 
 

@@ -140,10 +140,9 @@ def _arrays(folder: Path, build: Callable[[Path], None]) -> dict[str, Split]:
         return splits
     except (OSError, EOFError, ValueError) as error:
         shutil.rmtree(temporary, ignore_errors=True)  # the disk may be full
-        reason = getattr(error, "strerror", None) or first_line(error)
         raise Fault(
-            f"{folder}: cannot be read or built ({reason}); if this folder exists, delete it and start again; "
-            "if not, choose another one with --data_root"
+            f"{folder}: cannot be read or built ({first_line(error)}); if this folder exists, delete it and "
+            "start again; if not, choose another one with --data_root"
         ) from error
 
 

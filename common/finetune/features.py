@@ -46,11 +46,11 @@ class CachedFeatures:
 
     def inputs(self, indices: torch.Tensor, rng: torch.Generator | None = None) -> Batch:
         """Features (B, …) of the first view, or with `rng` of a random view of each tile, and labels (B,)."""
-        n_views, labels = len(self.features), self.labels.index_select(0, indices)
-        if rng is None or n_views == 1:
+        labels = self.labels.index_select(0, indices)
+        if rng is None:
             return self.features[0].index_select(0, indices), labels
         # The same numbers as `dihedral` draws, so that training with and without a cache sees the same views.
-        view = torch.randint(n_views, (len(indices),), generator=rng)
+        view = torch.randint(len(self.features), (len(indices),), generator=rng)
         return self.features[to_device(view, self.index_device), indices], labels
 
     def views(self, indices: torch.Tensor) -> Batch:

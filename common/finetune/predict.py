@@ -112,7 +112,7 @@ def read_picture(path: Path, size: int) -> tuple[torch.Tensor, str]:
             n_frames = getattr(picture, "n_frames", 1)
             layer = ImageOps.exif_transpose(picture).convert("RGBA")
     except Exception as error:  # a damaged file makes Pillow raise many types
-        raise Fault(f"cannot be read ({getattr(error, 'strerror', None) or first_line(error)})") from error
+        raise Fault(f"cannot be read ({first_line(error)})") from error
     image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
     tile = np.array(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
     remarks = [f"only the first of its {n_frames} frames is used"] if n_frames > 1 else []

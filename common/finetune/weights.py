@@ -142,7 +142,7 @@ def _downloaded(name: str) -> tuple[Path, str, str]:
     return path, entry.url, path.stem.rpartition("-")[2]
 
 
-def _read(path: Path, begins: str = "") -> tuple[str, dict[str, torch.Tensor]]:
+def _read(path: Path, begins: str) -> tuple[str, dict[str, torch.Tensor]]:
     """The sha256 of a file and its tensors by name, out of the dicts that training programs wrap around them.
 
     UsageError where the file is missing, damaged or no state dict, or its sha256 does not start with `begins`.
@@ -160,5 +160,5 @@ def _read(path: Path, begins: str = "") -> tuple[str, dict[str, torch.Tensor]]:
         if not isinstance(content, Mapping) or not all(map(torch.is_tensor, content.values())):
             raise ValueError("it holds no tensors by name; save model.state_dict()")
     except Exception as error:  # a damaged file makes safetensors raise many types
-        raise UsageError(f"--weights {path}: {getattr(error, 'strerror', None) or first_line(error)}") from error
+        raise UsageError(f"--weights {path}: {first_line(error)}") from error
     return sha256, {str(name): value for name, value in content.items()}

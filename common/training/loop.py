@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from common.cli import Untrainable, signal_of
 from common.config import TrainingConfig
-from common.data.augment import build_augmentation
 from common.data.batches import Splits, batches, device_splits
 from common.data.dataset import load_dataset
 from common.data.pathmnist import CLASS_NAMES
@@ -232,10 +231,9 @@ def train_from_scratch(task: str, config: TrainingConfig) -> None:
     compute.prepare_process()
     torch.manual_seed(config.seed)
     model = build_model(config.model_name, len(CLASS_NAMES), config.input_size)
-    build_augmentation(config.augmentation)  # refuses an unknown one before the data are read
     dataset = load_dataset(config.dataset, config.size, config.data_root, config.train_tiles)
     run = Run(task, config, dataset, compute.name)
-    splits = device_splits(dataset, compute.device, config.input_size, config.augmentation)
+    splits = device_splits(dataset, config, compute.device)
     trainer = Trainer(model, splits, config, compute, run)
     trainer.fit()
     run.finish(trainer.history, trainer.test())

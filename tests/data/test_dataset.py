@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import COUNTS, write_official
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import end, start
@@ -25,6 +24,30 @@ from common.data.dataset import Dataset, load_dataset, stratified_part
 from common.data.pathmnist import OfficialFile
 
 PHANTOM = f"phantom-v{phantom.VERSION}_28_45.arrays"
+COUNTS = {"train": 1200, "val": 30, "test": 60}  # the tiles of a small file in the official layout
+
+
+def write_official(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Write a small pathmnist.npz and make its counts and its MD5 the official ones; returns its path.
+
+    The first bytes of a tile give its index.
+    """
+    arrays: dict[str, Any] = {}
+    for split, count in COUNTS.items():
+        index = np.arange(count)
+        images = np.zeros((count, 28, 28, 3), np.uint8)
+        images[:, 0, 0, 0], images[:, 0, 0, 1] = index % 251, index // 251
+        arrays[f"{split}_images"] = images
+        arrays[f"{split}_labels"] = (index % 9).astype(np.uint8)[:, None]
+    root.mkdir(parents=True, exist_ok=True)
+    path = root / "pathmnist.npz"
+    np.savez_compressed(path, **arrays)
+    official = OfficialFile(
+        path.name, "http://127.0.0.1:9/pathmnist.npz", hashlib.md5(path.read_bytes()).hexdigest()
+    )
+    monkeypatch.setattr(pathmnist, "COUNTS", COUNTS)
+    monkeypatch.setattr(pathmnist, "official_file", lambda size: official)
+    return path
 
 
 def no_build(*arguments: Any) -> None:

@@ -2,7 +2,6 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -34,13 +33,6 @@ def network(train_part: str = "classifier", name: str = SMALL) -> FineTunedNetwo
     return model
 
 
-def trained(model: FineTunedNetwork, tiny: Dataset, folder: Path, epochs: int = 2, **keys: Any) -> nn.Module:
-    trainer = trainer_of(tiny, folder, model, **{"n_epochs": 5, "lr": 0.01, **keys})
-    for epoch in range(1, epochs + 1):
-        trainer.train_epoch(epoch)
-    return model
-
-
 @pytest.mark.parametrize(
     ("train_part", "moving"),
     [
@@ -54,7 +46,9 @@ def test_training_moves_its_part_and_leaves_the_rest_the_same_to_the_bit(
 ) -> None:
     model = network(train_part)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    trained(model, tiny, tmp_path, weight_decay=0.1)
+    trainer = trainer_of(tiny, tmp_path, model, n_epochs=5, lr=0.01, weight_decay=0.1)
+    trainer.train_epoch(1)
+    trainer.train_epoch(2)
     changed = {name for name, value in model.state_dict().items() if not torch.equal(before[name], value)}
     assert changed == {name for name in before if re.match(moving, name)}
     for name, parameter in model.named_parameters():

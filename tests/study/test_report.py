@@ -295,7 +295,7 @@ def test_a_page_of_own_runs_has_the_table_of_the_ablation(tmp_path: Path) -> Non
 
 def test_a_table_over_two_data_sets_has_the_test_tiles_of_both(tables: Tables, tmp_path: Path) -> None:
     both = {"real": tables.rows["task1"], "made": Group("phantom", [made(tmp_path, "a")])}
-    assert Tables(tables.runs, both).classes()[2].startswith("| adipose | 2 / 1,338 | ")
+    assert Tables(tables.runs, both).classes("real", "made")[2].startswith("| adipose | 2 / 1,338 | ")
     assert tables.classes("task1")[2].startswith("| adipose | 1,338 | ")
 
 

@@ -31,7 +31,7 @@ SCRIPTS: dict[str, type[FolderConfig]] = {
 
 
 def config_of(*arguments: str) -> study.StudyConfig:
-    return parse(study.StudyConfig, arguments, "")
+    return parse(study.StudyConfig, arguments)
 
 
 @pytest.mark.parametrize("dataset", ["pathmnist", "phantom"])
@@ -41,7 +41,7 @@ def test_every_run_is_a_command_that_its_script_accepts(dataset: str, tmp_path: 
     assert len({run.run_id for run in runs}) == len(runs)
     for run in runs:
         program, *arguments = run.command[1:]
-        config = parse(SCRIPTS[program], arguments, "")
+        config = parse(SCRIPTS[program], arguments)
         assert config.output_dir == tmp_path
         if dataset == "pathmnist" and (path := ROOT / "runs" / run.run_id / "config.json").exists():
             before = json.loads(path.read_text())["config"]

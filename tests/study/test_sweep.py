@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import example_records
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -24,7 +23,6 @@ from sweep_runs import GRID, SEARCH, Write, begin, run, starts, wait_for_starts
 from wandb_server import WandbServer, offline_records
 
 from common.cli import Fault, UsageError
-from common.files import write_json
 from common.records.read import Record, read_history
 from study import processes, sweep
 from study.groups import Group
@@ -234,18 +232,16 @@ def test_a_signal_ends_all_runs_and_the_same_command_continues(
     assert len(set(starts(output))) == (6 if content is GRID else 4)
 
 
-def test_the_table_of_a_grid_has_the_hand_made_numbers(tmp_path: Path) -> None:
+def test_the_table_of_a_grid_has_the_hand_made_numbers() -> None:
     scores = {"a": [0.50, 0.60, 0.70], "b": [0.52, 0.61, 0.75], "c": [0.40, 0.51, 0.60]}
     scores |= {"twin": scores["a"], "short": [0.8]}
-    rows = {}
-    for row, values in scores.items():
-        for seed, score in enumerate(values):
-            config = {**example_records.CONFIG, "seed": seed, "run_id": f"{row}-{seed}"}
-            folder, facts = example_records.write_run(tmp_path, config), example_records.facts(config)
-            summary = example_records.summary(facts, [example_records.row(1, 0.8)], 0.9, score)
-            write_json(folder / "summary.json", summary)
-            np.savez(folder / "scores.npz", **example_records.outputs(score))  # type: ignore[arg-type]
-        rows[row] = Group(row, [Record.read(tmp_path, f"{row}-{seed}") for seed in range(len(values))])
+
+    def record(seed: int, score: float) -> Record:
+        facts = example_records.facts({**example_records.CONFIG, "seed": seed})
+        summary = example_records.summary(facts, [example_records.row(1, 0.8)], 0.9, score)
+        return Record(Path(), {**facts, **summary}, [])
+
+    rows = {row: Group(row, [record(*one) for one in enumerate(values)]) for row, values in scores.items()}
     text = "\n".join(grid_table(rows))
     # b - a: .02, .01, .05: mean .02667, sd .02082; t(.975, 2) = 4.3027; Holm's factor for the larger p is 1.
     half = 4.302653 * 0.0208167 / math.sqrt(3)
