@@ -11,6 +11,7 @@ The defaults are the coursework's configuration. The coursework reports test AUC
 the full PathMNIST at 64 pixels, one seed. Techniques that it does not have are off by default: EMA, stain
 augmentation, selection by other scores. One is on: the statistics of BatchNorm are measured again before each
 validation. With MobileNetV3's momentum of 0.01 the running ones lag behind, and early stopping would follow noise.
+The weights of the best epoch are scored, not the last ones.
 
 Leaves the same records as task1.py; the figures are in fig/task3/.
 """

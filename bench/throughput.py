@@ -152,7 +152,8 @@ def main(config: Keys) -> None:
         with tempfile.TemporaryDirectory() as folder:
             rows.append(compare(configuration(**keys, data_root=folder, output_dir=folder), compute))
         print(f"{rows[-1]['network']}: ours / plain {rows[-1]['ratio']['median']:.2f}", flush=True)
-    facts = {"device": compute.name, "repeats": TURNS, **provenance(("torch", "torchvision", "numpy"))}
+    source = provenance(("torch", "torchvision", "numpy"))
+    facts = {"device": compute.name, "dataset": "phantom", "repeats": TURNS, **source}
     write_json(FOLDER / f"throughput-{compute.device.type}.json", {**facts, "rows": rows})
     write_text(PAGE, filled(read_text(PAGE)))
 

@@ -207,6 +207,7 @@ def run_script(main: Callable[[K], None], keys: type[K], arguments: Sequence[str
         if is_out_of_memory(error):
             sizes = [name for name in ("input_size", "batch_size", "checked_tiles") if name in keys.model_fields]
             remedy = " or ".join(f"lower --{name}" for name in sizes) or "close other programs"
+            remedy += ", with another --run_id" if "batch_size" in keys.model_fields else ""
             message, status = f"out of memory ({first_line(error)}): {remedy}", Untrainable.exit_status
         elif isinstance(error, OSError):
             what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
@@ -217,7 +218,7 @@ def run_script(main: Callable[[K], None], keys: type[K], arguments: Sequence[str
             message, status = f"unexpected: {what}; please report it with the lines above", 70
     except KeyboardInterrupt as interrupted:
         number = signal_of(interrupted)
-        message = f"ended by {number.name}{f'; {command} continues' if command else ''}"
+        message = f"ended by {number.name}{f'; start {command} again' if command else ''}"
         status = 128 + number
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -120,8 +120,8 @@ class TrainingConfig(ScriptConfig):
     )
     ema_decay: float = key(
         0.0,
-        "validate and test a moving average (EMA) of the weights in their place; its decay per step of a run of "
-        "1,000 steps (0.99: about the last tenth of a run of any length); 0: off",
+        "score a moving average (EMA) of the weights in their place; this is its decay per step if the run had "
+        "1,000 steps (0.99: the average goes over about the last tenth of a run); 0: off",
         ge=0,
         lt=1,
     )

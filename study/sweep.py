@@ -81,7 +81,7 @@ class Search:
     """
 
     def __init__(self, sweep: Sweep, processes: Processes, count: int) -> None:
-        """Open the journal. Raises UsageError where the search was begun with other parameters."""
+        """Open the journal. Fault where it is damaged, UsageError where the search has other parameters."""
         self.sweep, self.processes, self.count = sweep, processes, count
         self.file, early = processes.logs / "search.jsonl", sweep.early_terminate
         self.file.parent.mkdir(parents=True, exist_ok=True)

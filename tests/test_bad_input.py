@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[Any, Any]] = {
 PHANTOM = "--dataset=phantom --size=28 --input_size=28 --train_tiles=90 --n_epochs=1"
 RUN = f"task1.py {PHANTOM} --data_root={{}} --output_dir={{}} --run_id=r"
 OFFICIAL = "task1.py --dataset=pathmnist --size=28 --data_root={} --output_dir={}"
+MEMORY = r"out of memory \(.*\): lower --input_size or lower --batch_size, with another --run_id$"
 
 # The command, its exit status, and a pattern of its one line. {} is the folder of the case.
 OPTIONS: list[tuple[str, int, str]] = [
@@ -50,7 +51,7 @@ OPTIONS: list[tuple[str, int, str]] = [
     ("task1.py --run_id=../mine", 2, r"--run_id \.\./mine: a run id names files"),
     (f"{RUN} --model_name=resnet17", 2, "resnet17: torchvision has no .* name; timm.*; did you mean resnet"),
     (f"{RUN} --augmentation=stain,flipp", 2, "--augmentation stain,flipp: unknown part flipp; choose from none, "),
-    (f"{RUN} --input_size=1000000", 3, r"out of memory \(.*\): lower --input_size or lower --batch_size$"),
+    (f"{RUN} --input_size=1000000", 3, MEMORY),
     ("train.py --ablation=with_emma", 2, "--ablation with_emma: choose from .*did you mean with_ema"),
     ("train.py --ablation=with_ema --ema_decay=0", 2, "--ema_decay 0.0: --ablation with_ema sets this key itself"),
     ("task2.py --output_dir={}", 2, "no finished Task 1 run .*; python task1.py makes one"),

@@ -139,7 +139,8 @@ def test_out_of_memory_is_one_line_that_names_the_key_to_lower(
 ) -> None:
     assert ended(main) == 3
     [line] = capsys.readouterr().err.splitlines()
-    assert re.search(r"out of memory \(.*\): lower --input_size or lower --batch_size$", line)
+    assert line.endswith("): lower --input_size or lower --batch_size, with another --run_id"), line
+    assert ": out of memory (" in line
 
 
 def test_before_the_line_of_an_unexpected_error_stands_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,7 +162,7 @@ def test_a_signal_is_one_line_that_says_how_to_continue(
         os.kill(os.getpid(), number)
 
     assert ended(main, "--run_id=r") == 128 + number
-    words = f": ended by {number.name}; the same command with --run_id=r continues\n"
+    words = f": ended by {number.name}; start the same command with --run_id=r again\n"
     assert capsys.readouterr().err.endswith(words)
     monkeypatch.setenv("WANDB_SWEEP_ID", "s")  # its agent would count an exit status as a failure
     assert end(start(lambda: ended(main), tmp_path / "log")) == -number

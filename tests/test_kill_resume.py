@@ -85,7 +85,7 @@ def test_a_signal_ends_the_run_at_once_and_loses_at_most_its_epoch(
     assert stopped == [128 + number]  # W&B's run is ended
     assert calls == 3  # an epoch is two steps: nothing came after the signal
     [line] = capsys.readouterr().err.strip().splitlines()
-    assert line.endswith(f": ended by {number.name}; the same command with --run_id=r continues")
+    assert line.endswith(f": ended by {number.name}; start the same command with --run_id=r again")
     assert len(checkpoint.load(tmp_path / "checkpoints/r/last.pt")["history"]) == 1
     assert signal.getsignal(signal.SIGTERM) == handler
     run(tmp_path, phantom_root)

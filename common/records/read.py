@@ -22,7 +22,7 @@ COLUMNS = (  # of history.csv
     *("epoch", "train/loss", "validate/loss", "validate/auc", "validate/acc", "validate/balanced_acc"),
     *("lr", "tiles_per_second", "seconds"),
 )
-REMEDY = "restore this file, or run the script that wrote it again under another --run_id"
+REMEDY = "restore this file, or move its folder away and run the script again"
 
 
 class RunKeys(BaseModel, strict=True):

@@ -55,7 +55,7 @@ class Run:
         """Open the run and write config.json; `network` describes the network in titles (default: its name).
 
         Raises UsageError where the run is finished, is another one than `check_record` allows, or is trained by
-        another process.
+        another process; Fault where its config.json is damaged.
         """
         self.run_id = config.run_id
         network = network or config.model_name

@@ -222,7 +222,7 @@ def test_a_signal_ends_all_runs_and_the_same_command_continues(
     wait_for_starts(output, 2)
     (os.killpg if number == signal.SIGINT else os.kill)(command, number)  # as from the keyboard, or by a scheduler
     assert end(command, 30) == 128 + number, (output / "log.txt").read_text()
-    assert (output / "log.txt").read_text().endswith(f": ended by {number.name}; the same command continues\n")
+    assert (output / "log.txt").read_text().endswith(f": ended by {number.name}; start the same command again\n")
     for process in (output / "processes.txt").read_text().split():
         with pytest.raises(ProcessLookupError):
             os.kill(int(process), 0)
