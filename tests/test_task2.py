@@ -156,6 +156,10 @@ def assert_content(
         assert np.array_equal(picture(line[0]), picture(tile))
         assert np.array_equal(picture(line[1]), picture(saliency))
         assert line[0].spines["top"].get_visible() == (row["label"] != row["predicted"])
+        assert tile.figure.texts[0].get_text().startswith(f"true: {row['label']}\npredicted: ")
+        signed = [axes.get_images()[0].get_clim()[0] < 0 for axes in line[1:]]
+        assert signed == [False, False, True, False, True]
+        assert len({picture(axes).tobytes() for axes in line[1:]}) == 5
     for column, both in enumerate(means.values()):
         for axes, mean in zip((mean_maps.axes[column], mean_maps.axes[5 + column]), both, strict=True):
             assert np.array_equal(picture(axes), mean)

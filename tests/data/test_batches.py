@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional
 
-from common.data.batches import DeviceTiles, at_once, batches, normalise
+from common.config import TrainingConfig
+from common.data.batches import DeviceTiles, at_once, batches, device_splits, normalise
 from common.data.dataset import Dataset, Split
 
 
@@ -44,6 +45,8 @@ def test_inputs_are_those_of_tiles_that_were_resized_in_the_file(
     assert torch.equal(found.inputs(indices, rngs[0])[0], expected.inputs(indices, rngs[1])[0])
     assert torch.equal(torch.stack(list(found.views(indices)[0])), torch.stack(list(expected.views(indices)[0])))
     assert found.inputs(indices)[0].shape == (9, 3, side, side)
+    splits = device_splits(tiny, TrainingConfig(input_size=side), CPU.device)
+    assert [len(shifted.tiles[0]) for _, shifted in splits.shifted()] == [side] * 3
 
 
 def test_normalise_maps_bytes_to_minus_one_to_one_and_keeps_the_memory_format() -> None:

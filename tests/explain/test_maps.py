@@ -91,6 +91,7 @@ def test_a_map_is_high_at_the_pixels_that_the_logit_depends_on(name: str, corner
     assert (white.abs().max() == 0) == METHODS[name].signed  # white is the baseline of the signed maps
     inside = maps[:, :7, :7].sum((1, 2)) / maps.sum((1, 2))
     assert inside.min() > (0.5 if name == "occlusion" else 0.999)  # occlusion's squares overlap the border
+    assert maps[0, 0].count_nonzero() == (11 if name == "occlusion" else 7)  # squares of 7 pixels, from 0, 4, 8 …
 
 
 @pytest.mark.parametrize(
@@ -141,6 +142,10 @@ def test_smoothgrad_depends_on_its_seed_and_not_on_the_global_random_generator(r
     assert torch.equal(torch.rand(1), expected)
     assert torch.equal(maps[0], maps[1])
     assert not torch.allclose(maps[0], maps[2])
+    noise = torch.randn(16, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) * 0.3
+    leaf = (tiles(2)[:1] + noise).requires_grad_()
+    resnet(leaf)[:, 0].sum().backward()
+    torch.testing.assert_close(maps[0][0], leaf.grad.abs().mean(0).amax(0))
 
 
 def test_integrated_gradients_add_up_to_the_logit_s_difference(corner: nn.Module) -> None:
@@ -235,6 +240,7 @@ def test_the_blur_s_deviation_is_an_eighth_of_the_side() -> None:
     spread = blurred(point)[0, 0]
     for off_centre in (spread[20, 16], spread[16, 20]):
         assert off_centre / spread[16, 16] == pytest.approx(0.6065, abs=1e-4)  # exp(-1/2) at 4 pixels
+    assert spread[26, 16] / spread[16, 16] == pytest.approx(0.0439, abs=1e-4)  # exp(-100/32) at 10
 
 
 def test_every_check_gets_its_tiles_maps_and_networks(

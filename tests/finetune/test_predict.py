@@ -127,6 +127,7 @@ def test_a_folder_gives_a_table_of_its_pictures_and_one_bad_picture_is_a_row(
         ((400, 300), TISSUE, "400 × 300 pixels"),
         ((224, 224), (60, 140, 60), "far from PathMNIST's tiles: its mean colour is not that of tissue"),
         ((224, 224), (20, 5, 20), "its mean colour"),
+        ((224, 224), (150, 100, 40), "its mean colour"),  # brown
     ],
 )
 def test_a_picture_that_is_far_from_a_tile_is_recognised(

@@ -136,7 +136,8 @@ def test_a_prefix_of_the_names_is_left_out_and_named(
 def test_a_file_names_no_network_and_timm_s_networks_no_weights() -> None:
     assert weights_module.network_of("some/ResNet18_Weights.pth") is None
     assert weights_module.network_of("none") is None
-    assert inputs_of("timm:resnet10t", "none")[1:] == IMAGENET
+    assert inputs_of("timm:resnet10t", "none") == (176, *IMAGENET)
+    assert inputs_of("vit_b_16", "ViT_B_16_Weights.IMAGENET1K_SWAG_E2E_V1") == (384, *IMAGENET)
     with pytest.raises(UsageError, match=r"timm:resnet10t: timm's weights are not downloaded; add --weights FILE"):
         weights_module.default_weights("timm:resnet10t")
 

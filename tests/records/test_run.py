@@ -41,10 +41,14 @@ def finish(run: Run, *rows: dict[str, float], **changes: Any) -> dict[str, Any]:
     return content
 
 
-def test_config_json_tells_where_a_run_came_from(tiny: Dataset, tmp_path: Path) -> None:
+def test_config_json_tells_where_a_run_came_from(
+    tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["task1.py", "--seed=7"])
     start(tiny, tmp_path, seed=7, input_size=32)
     content = json.loads((tmp_path / "runs" / "r" / "config.json").read_text())
     assert content["config"]["seed"] == 7
+    assert content["command"].endswith(" --seed=7")
     assert content["config"]["output_dir"] == str(tmp_path)
     assert content["tiles"] == {"train": 130, "val": 45, "test": 63}
     assert (content["data_fingerprint"], content["synthetic"], content["device"]) == ("tiny", True, "a CPU")
@@ -76,6 +80,19 @@ def test_a_key_that_is_newer_than_a_run_may_stand_at_off(tiny: Dataset, tmp_path
     start(tiny, tmp_path)
     with pytest.raises(UsageError, match=r"another configuration \(amsgrad was None\)"):
         start(tiny, tmp_path, amsgrad=True)
+
+
+def test_last_pt_stays_until_summary_json_is_written(
+    tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start(tiny, tmp_path)
+    run.checkpoints.mkdir(parents=True)
+    for name in ("best.pt", "last.pt"):
+        (run.checkpoints / name).touch()
+    monkeypatch.setattr(module, "write_json", lambda *_: Path("no such disk").stat())
+    with pytest.raises(OSError, match="no such disk"):
+        run.finish([row(1)], scored([row(1)]))
+    assert run.last_checkpoint.exists()
 
 
 def test_a_finished_run_names_its_weights_and_both_sides_of_its_tiles(tiny: Dataset, tmp_path: Path) -> None:

@@ -50,6 +50,8 @@ def test_nearest_neighbours_see_standardised_features_and_there_are_four_numbers
     found = baselines.classifiers("neighbours", 0)
     assert list(found) == ["1 neighbours", "5 neighbours", "15 neighbours", "45 neighbours"]
     assert {tuple(model.named_steps) for model in found.values()} == {("standardscaler", "kneighborsclassifier")}
+    assert [model.steps[1][1].n_neighbors for model in found.values()] == [1, 5, 15, 45]
+    assert [model.random_state for model in baselines.classifiers("boosting", 2).values()] == [2, 2, 2]
 
 
 def test_validation_alone_chooses_the_setting() -> None:

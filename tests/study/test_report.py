@@ -118,8 +118,15 @@ def test_an_edited_figure_and_a_torn_record_are_one_line_each(
     ladder.write_bytes(content + b"x")
     assert "report.md is out of date: " in refused(study, capsys, "--check")
     ladder.write_bytes(content)
+    whole = summary.read_text()
+    summary.write_text(whole.replace('"test/acc": 0.', '"test/acc": 0.1'))
+    assert "summary.json: not a readable record (test/acc: it is 0.18" in refused(study, capsys)
     summary.write_text("{")
     assert "summary.json: not a readable record" in refused(study, capsys, "--check")
+    summary.write_text(whole)
+    config = study / "runs/task1-1/config.json"
+    config.write_text(config.read_text().replace('"seed": 1,', '"seed": 7,'))
+    assert "task1-1: its seed is 7, its name says 1" in refused(study, capsys)
 
 
 @pytest.mark.parametrize(
@@ -373,9 +380,12 @@ def test_the_studys_own_ladder_has_the_aim_and_the_8_views_of_its_best_row(
 ) -> None:
     group = group_of(seed0=0.85)
     group.first.summary["tta"] = {"acc": 0.875}
-    figures.draw_ladder(tmp_path / "ladder.png", {"one": Group("one", group.records)}, aim=0.9)
+    rows = {"two": Group("two", group_of(seed0=0.5).records), "one": Group("one", group.records)}
+    figures.draw_ladder(tmp_path / "ladder.png", rows, aim=0.9)
+    squares = [line.get_xdata()[0] for line in drawn[0].axes[0].get_lines() if line.get_marker() == "s"]
+    assert squares == [0.889, 0.8951, 0.907, 0.911, 0.9123, 0.9132, 0.938]
     texts = [text.get_text() for text in drawn[0].axes[0].texts]
-    assert texts == ["34 M", "274 M", "the aim: 0.9"]
+    assert texts == ["34 M", "34 M", "274 M", "the aim: 0.9"]
     names = [label.get_text() for label in drawn[0].axes[0].get_yticklabels()]
     assert names[-2:] == ["one, 28 px, one seed", "one, mean of 8 views"]
 

@@ -65,6 +65,19 @@ def test_a_new_trial_learns_from_those_before(
     assert distances["maximize"] < 0.15 < 0.3 < distances["minimize"]
 
 
+def test_the_worse_half_ends_after_the_first_epochs(write_sweep: Write, tmp_path: Path) -> None:
+    early = {"early_terminate": {"type": "hyperband", "min_iter": 3, "eta": 2}}
+    search = Search(read_sweep(write_sweep({**SEARCH, **early})), Processes(tmp_path, tmp_path, {}), 1)
+    ends = []
+    for score in (0.9, 0.1):
+        trial, epoch = search.study.ask(search.space), 0
+        while epoch < 6 and not trial.should_prune():
+            epoch += 1
+            trial.report(score, epoch)
+        ends.append(epoch)
+    assert ends == [6, 3]
+
+
 @pytest.mark.parametrize("goal", ["maximize", "minimize"])
 def test_a_bad_trial_is_pruned(
     write_sweep: Write, tmp_path: Path, goal: str, monkeypatch: pytest.MonkeyPatch
@@ -145,6 +158,8 @@ def test_another_search_of_the_same_name_is_refused(write_sweep: Write, tmp_path
     run(write_sweep(SEARCH), tmp_path / "out", count=1)
     with pytest.raises(UsageError, match="search try was started with other parameters"):
         run(write_sweep(SEARCH, {"n_epochs": {"value": 2}}), tmp_path / "out", count=2)
+    with pytest.raises(UsageError, match="search try was started with other parameters"):
+        run(write_sweep({**SEARCH, "metric": {"name": "validate/loss"}}), tmp_path / "out", count=1)
     run(write_sweep(SEARCH, {"wandb": {"value": "disabled"}}), tmp_path / "out", count=1)  # the same search
     (tmp_path / "out/sweeps/try/search.jsonl").unlink()
     with pytest.raises(UsageError, match=r"runs/try-0: this run is not in .*search\.jsonl: use another"):

@@ -159,8 +159,9 @@ def test_a_grid_runs_every_combination_once_and_the_seeds_vary_slowest(
 
 
 def test_a_failed_run_is_named_and_the_others_still_run(
-    write_sweep: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    write_sweep: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")  # the user's
     parameters = {"quality": {"values": [0.5, -1, 0.7]}, "seed": {"values": [0]}}
     path = write_sweep({"method": "grid", "parameters": parameters})
     with pytest.raises(Fault, match="try-_1-0 failed: see their logs; the same command tries them again"):
@@ -168,6 +169,7 @@ def test_a_failed_run_is_named_and_the_others_still_run(
     printed = capsys.readouterr().out
     assert "try-_1-0: FAILED with exit status 2: fake_program.py: --quality -1.0: broken" in printed
     assert len(starts(tmp_path / "out")) == 3
+    assert set((tmp_path / "out/environment.txt").read_text().splitlines()) == {"None try 3"}
 
 
 def test_an_impossible_grid_is_refused_before_its_first_run(write_sweep: Write, tmp_path: Path) -> None:

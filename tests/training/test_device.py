@@ -23,6 +23,10 @@ def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) ->
     assert CPU.name.endswith(" (AVX2), 1 thread")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
     assert Compute(torch.device("cuda", 0), torch.bfloat16).name == "GPU, bfloat16"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    found = [Compute.of("cuda", precision).dtype for precision in ("auto", "bf16", "fp32")]
+    assert found == [torch.bfloat16, torch.bfloat16, torch.float32]
     CPU.prepare_process()
     assert not torch.backends.cudnn.allow_tf32
 

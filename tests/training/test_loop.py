@@ -148,8 +148,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert all(value.isfinite().all() for value in saved["state_dict"].values())
 
 
-def test_every_step_has_its_learning_rate(tiny: Dataset, tmp_path: Path) -> None:
-    trainer = trainer_of(tiny, tmp_path, n_epochs=3, lr=0.01, lr_warmup_epochs=1, label_smoothing=0.99)
+def test_every_step_has_its_learning_rate_and_every_epoch_its_random_numbers(
+    tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys: list[Any] = []
+    monkeypatch.setattr(loop, "derived_seed", lambda *key: keys.append(key) or len(keys))
+    trainer = trainer_of(tiny, tmp_path, seed=5, n_epochs=3, lr=0.01, lr_warmup_epochs=1, label_smoothing=0.99)
     rates: list[float] = []
     groups = trainer.optimizer.param_groups
     trainer.optimizer.register_step_pre_hook(lambda *_: rates.append(groups[0]["lr"]))
@@ -158,6 +162,7 @@ def test_every_step_has_its_learning_rate(tiny: Dataset, tmp_path: Path) -> None
     expected = [0.01 * learning_rate_factor(step, steps, trainer.config) for step in range(3 * steps)]
     assert rates == pytest.approx(expected)
     assert len(set(rates)) > 2 * steps
+    assert keys == [(5, epoch, use) for epoch in (1, 2, 3) for use in ("augment", "dropout", "shuffle")]
     assert all(2.1 < row["train/loss"] < 3 for row in trainer.history)  # the entropy of the targets is 2.19
 
 
