@@ -93,10 +93,8 @@ def cached_splits(model: FineTunedNetwork, dataset: Dataset, config: TrainingCon
     size = 4 * n_features * math.prod(model.feature_shape)  # float32
     if size > RESIDENT_SHARE * memory:
         problem = f"the features of all tiles take {size / 1e9:.1f} GB of {memory / 1e9:.1f} GB of memory"
-        raise UsageError(
-            f"{problem}; with another --run_id, lower --train_tiles, use --tta=False, or train all layers "
-            "(--train_part=all)"
-        )
+        remedy = "with another --run_id, lower --train_tiles, or use --tta=False or --train_part=all"
+        raise UsageError(f"{problem}; {remedy}")
     model.to(compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     turned: list[View] = [partial(dihedral_view, view=number) for number in range(8)]
     plain, views = turned[:1], turned
