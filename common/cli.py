@@ -207,7 +207,7 @@ def run_script(main: Callable[[K], None], keys: type[K], arguments: Sequence[str
         if is_out_of_memory(error):
             sizes = [name for name in ("input_size", "batch_size", "checked_tiles") if name in keys.model_fields]
             remedy = " or ".join(f"lower --{name}" for name in sizes) or "close other programs"
-            remedy += ", with another --run_id" if "batch_size" in keys.model_fields else ""
+            remedy += ", with another --run_id" if "batch_size" in sizes else ""
             message, status = f"out of memory ({first_line(error)}): {remedy}", Untrainable.exit_status
         elif isinstance(error, OSError):
             what = f"{error.filename}: {error.strerror}" if error.filename else str(error)

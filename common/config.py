@@ -31,7 +31,7 @@ def _checked_augmentation(names: str) -> str:
 
 
 RunId = Annotated[str, AfterValidator(_checked_run_id)]
-Augmentation = Annotated[str, AfterValidator(_checked_augmentation)]
+AugmentationNames = Annotated[str, AfterValidator(_checked_augmentation)]
 
 
 def _new_run_id() -> str:
@@ -102,7 +102,7 @@ class TrainingConfig(ScriptConfig):
     lr_warmup_decay: float = key(0.1, "the warm-up starts at this factor of lr", gt=0, le=1)
     weight_decay: float = key(0.0, "weight decay", ge=0)
 
-    augmentation: Augmentation = key(
+    augmentation: AugmentationNames = key(
         "none", f"augmentation of the training tiles: {', '.join(AUGMENTATIONS)}, or several joined by commas"
     )
     label_smoothing: float = key(0.0, "share of the target that is spread evenly over all classes", ge=0, lt=1)

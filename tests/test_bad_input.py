@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[Any, Any]] = {
 PHANTOM = "--dataset=phantom --size=28 --input_size=28 --train_tiles=90 --n_epochs=1"
 RUN = f"task1.py {PHANTOM} --data_root={{}} --output_dir={{}} --run_id=r"
 OFFICIAL = "task1.py --dataset=pathmnist --size=28 --data_root={} --output_dir={}"
+NO_NETWORK = "--model_name resnet17: torchvision has no .* name; timm's are timm:NAME; did you mean resnet"
 MEMORY = r"out of memory \(.*\): lower --input_size or lower --batch_size, with another --run_id$"
 
 # The command, its exit status, and a pattern of its one line. {} is the folder of the case.
@@ -49,9 +50,10 @@ OPTIONS: list[tuple[str, int, str]] = [
     ("task1.py --train_tiles=44", 2, "--train_tiles 44: must be greater than or equal to 45$"),
     ("task1.py --size=28 --train_tiles=89997", 2, "--train_tiles 89997: PathMNIST has 89996$"),
     ("task1.py --run_id=../mine", 2, r"--run_id \.\./mine: a run id names files"),
-    (f"{RUN} --model_name=resnet17", 2, "resnet17: torchvision has no .* name; timm.*; did you mean resnet"),
+    (f"{RUN} --model_name=resnet17", 2, NO_NETWORK),
     (f"{RUN} --augmentation=stain,flipp", 2, "--augmentation stain,flipp: unknown part flipp; choose from none, "),
     (f"{RUN} --input_size=1000000", 3, MEMORY),
+    (f"{RUN} --device=cuda", 2, "--device cuda: PyTorch sees no CUDA device"),
     ("train.py --ablation=with_emma", 2, "--ablation with_emma: choose from .*did you mean with_ema"),
     ("train.py --ablation=with_ema --ema_decay=0", 2, "--ema_decay 0.0: --ablation with_ema sets this key itself"),
     ("task2.py --output_dir={}", 2, "no finished Task 1 run .*; python task1.py makes one"),
@@ -128,8 +130,14 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("line", "status", "message"), OPTIONS, ids=[case[0][:60] for case in OPTIONS])
 def test_an_impossible_option_is_refused_and_no_file_is_written(
-    line: str, status: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    line: str,
+    status: int,
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)  # also on a machine with a GPU
     assert_refused(line, status, message, tmp_path, capsys)
     assert not contents(tmp_path)
 

@@ -139,8 +139,8 @@ def test_out_of_memory_is_one_line_that_names_the_key_to_lower(
 ) -> None:
     assert ended(main) == 3
     [line] = capsys.readouterr().err.splitlines()
-    assert line.endswith("): lower --input_size or lower --batch_size, with another --run_id"), line
-    assert ": out of memory (" in line
+    remedy = "lower --input_size or lower --batch_size, with another --run_id"
+    assert re.search(rf"out of memory \(.*\): {remedy}$", line)
 
 
 def test_before_the_line_of_an_unexpected_error_stands_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:

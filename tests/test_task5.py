@@ -239,7 +239,8 @@ def test_a_cache_that_takes_more_than_60_percent_of_the_memory_is_refused(
     monkeypatch.setattr(features.os, "sysconf", pages.get)
     features.cached_splits(model, dataset, config, CPU)
     pages["SC_PHYS_PAGES"] -= 2
-    with pytest.raises(UsageError, match=r"features of all tiles take 0\.0 GB .*; with another --run_id, lower"):
+    remedy = "with another --run_id, lower --train_tiles, or use --tta=False or --train_part=all"
+    with pytest.raises(UsageError, match=rf"features of all tiles take 0\.0 GB .*; {remedy}$"):
         features.cached_splits(model, dataset, config, CPU)
     features.cached_splits(model, dataset, config.replaced(tta=False), CPU)  # a test tile has one view then
 

@@ -47,7 +47,7 @@ class CachedFeatures:
     def inputs(self, indices: torch.Tensor, rng: torch.Generator | None = None) -> Batch:
         """Features (B, …) of the first view, or with `rng` of a random view of each tile, and labels (B,)."""
         labels = self.labels.index_select(0, indices)
-        if rng is None:
+        if rng is None or len(self.features) == 1:
             return self.features[0].index_select(0, indices), labels
         # The same numbers as `dihedral` draws, so that training with and without a cache sees the same views.
         view = torch.randint(len(self.features), (len(indices),), generator=rng)

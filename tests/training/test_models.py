@@ -34,7 +34,8 @@ def test_a_network_of_timm_is_built_by_name_and_without_timm_its_package_is_name
     with pytest.raises(UsageError, match="timm:vit_tiny_patch16_224 cannot take inputs of 28 pixels"):
         build_model("timm:vit_tiny_patch16_224", 9, 28)
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(UsageError, match="timm:resnet10t: needs the package timm; python -m pip install timm"):
+    words = "^--model_name timm:resnet10t: needs the package timm; python -m pip install timm$"
+    with pytest.raises(UsageError, match=words):
         check_model_name("timm:resnet10t")
 
 
