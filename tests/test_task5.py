@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -217,7 +218,10 @@ def test_the_cache_changes_how_long_a_run_takes_and_not_what_it_finds(
         "cached_splits",
         lambda _, dataset, config, compute: device_splits(dataset, config, compute.device),
     )
+    clock = iter([0.0, 1000.0])  # before and after the tiles are made ready
+    monkeypatch.setattr(task5, "time", SimpleNamespace(perf_counter=clock.__next__))
     task5.main(read(*keys(phantom_root, tmp_path, weights, "--scratch=False")))
+    assert 1000 < json.loads((tmp_path / "runs/r/summary.json").read_text())["wall_seconds"] < 2000
     arrays = []
     for folder in (finished, tmp_path):
         with np.load(folder / "runs/r/scores.npz", allow_pickle=False) as scores:
@@ -269,3 +273,7 @@ def test_cached_splits_have_the_views_that_training_and_test_time_augmentation_n
         inputs, _ = DeviceTiles(split, CPU.device, 32).inputs(first)
         with torch.no_grad():
             torch.testing.assert_close(cached.features[0, first], model.features(inputs))
+    if augmentation == "stain":
+        seeds = [features.cached_splits(model, dataset, config.replaced(seed=seed), CPU) for seed in (0, 1)]
+        same = [torch.equal(splits.train.features, other.train.features) for other in seeds]
+        assert same == [True, False]

@@ -234,6 +234,16 @@ def test_infidelity_is_lowest_for_the_map_that_predicts_the_fall(corner: nn.Modu
     assert wrong.mean() > 0.01  # the mean, because a tile whose squares all miss the corner has no fall
 
 
+def test_infidelity_is_a_mean_of_squares() -> None:
+    def network(inputs: torch.Tensor) -> torch.Tensor:
+        """Logits of 0, or of 3 for a tile that is not changed."""
+        return (3.0 * (inputs.abs().amin((1, 2, 3)) == 1))[:, None].expand(-1, 2)
+
+    inputs = tiles(2).sign()
+    errors = infidelity(network, inputs, torch.ones(2, dtype=torch.int64), torch.zeros(2, SIZE, SIZE), 0)
+    assert errors.tolist() == [9, 9]  # a map of zeros predicts no fall, but each square makes the logit fall by 3
+
+
 def test_the_blur_s_deviation_is_an_eighth_of_the_side() -> None:
     point = torch.zeros(1, 3, 32, 32)
     point[..., 16, 16] = 1
