@@ -319,6 +319,8 @@ def test_curves_have_a_group_per_number_of_tiles_and_the_old_ablation_comes_firs
         path.write_text(path.read_text().replace('"synthetic": true', '"synthetic": false'))
     curves = {title: [group.tiles for group in groups] for title, groups in Runs(tmp_path).curves().items()}
     assert curves == {"Task 1: ResNet-18, phantom, 28 px": [900, 9000]}  # without the real tiles
+    page = own_page(Tables(runs, {}, curves=runs.curves()))
+    assert "## Fewer training tiles\n\n![Test ACC and validation ACC](fig/report/learning_curve.png)" in page
     for name in ("ablation_64", "ablation"):
         made(tmp_path, f"{name}-combined-0", ablation="combined")
         assert Runs(tmp_path).ablation()["combined"].first.run_id == f"{name}-combined-0"
@@ -420,6 +422,18 @@ def test_a_learning_curve_has_test_and_validation_acc_by_tiles(tmp_path: Path, d
     [bars] = found["Test ACC"].containers[0].lines[2]
     half = 4.302653 * 0.02 / 3**0.5  # t(.975, 2) · sd / √n
     assert bars.get_segments()[0][:, 1] == pytest.approx([0.6 - half, 0.6 + half])
+
+
+def test_a_network_has_one_colour_in_all_figures() -> None:
+    configs = [
+        {"model_name": "resnet18", "weights": "none"},
+        {"model_name": "mobilenet_v3_large"},
+        {"model_name": "resnet18", "weights": "imagenet"},
+        {"model_name": "resnet50"},
+        {"baseline": "colour"},
+    ]
+    colours = [figures.colour_of(Record(Path(), {"config": config}, [])) for config in configs]
+    assert colours == ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#777777"]
 
 
 def test_the_augmentations_are_drawn_beside_the_original_tile(tmp_path: Path, drawn: list[Figure]) -> None:
