@@ -207,7 +207,7 @@ def test_after_a_kill_only_the_runs_that_are_not_running_are_started(
 def test_a_cpu_has_one_run_per_core_with_one_thread_and_a_gpu_one_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(processes, "cpu_count", lambda **_: 3)
+    monkeypatch.setattr(processes, "cpu_count", lambda only_physical_cores: 3 if only_physical_cores else 6)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert processes.workers("cpu") == (3, {"OMP_NUM_THREADS": "1"})
     assert processes.workers("auto") == processes.workers("cuda") == (1, {})
