@@ -1,14 +1,14 @@
 """Task 5: fine-tuning a pre-trained network, compared with the same network from scratch.
 
     python task5.py                        # a GPU box: MobileNetV3-Large with its ImageNet weights
-    python task5.py --size 28 --model_name tf_efficientnet_lite0   # a CPU: a smaller network, with its recipe
+    python task5.py --size 28 --model_name tf_efficientnet_lite1   # a CPU: a smaller network, with its recipe
     python task5.py --weights FILE.pth     # or a torchvision entry
 
 Tiles are resized to the side that the weights were trained with (224 pixels for MobileNetV3-Large). With batches
 of 512, the run from scratch then needs about 27 GB of a GPU in bf16: --batch_size 128 or --input_size 64 needs
 less. All layers but the classifier are frozen, so their features are computed once. Then the same network is
 trained from random weights, with the same seed and epochs, but always with train.py's learning rate, warm-up and
-weight decay. The ImageNet weights of tf_efficientnet_lite0 are in a Python package; its recipe trains all layers.
+weight decay. The ImageNet weights of tf_efficientnet_lite1 are in a Python package; its recipe trains all layers.
 The defaults below are those of MobileNetV3-Large; a run's config.json has the values that it used.
 
 Each run, <run_id> and <run_id>-scratch, leaves the same records as task1.py, and figures in fig/task5/. The
@@ -38,7 +38,6 @@ from common.finetune.weights import (
     Weights,
     default_weights,
     inputs_of,
-    library_name,
     load_weights,
     network_of,
 )
@@ -118,7 +117,7 @@ class Task5Config(TrainingConfig):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         """Fill in defaults that follow from other keys. Raises UsageError where keys contradict each other."""
-        check_model_name(library_name(self.model_name))
+        check_model_name(self.model_name)
         if self.weights is None:
             self._set("weights", default_weights(self.model_name))
         if self.input_size is None:

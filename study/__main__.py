@@ -22,9 +22,8 @@ from common.data import pathmnist
 from common.finetune.weights import PACKAGED_WEIGHTS, packaged
 from common.records.read import read_json, run_folder
 from study import baselines, report, sweep
-from study.processes import Job, Processes, train_all, workers
+from study.processes import Processes, train_all, workers
 from study.recipes import read_trials
-from study.sweep_spec import read_sweep
 
 
 class Row(NamedTuple):
@@ -36,10 +35,10 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a study runs: rows, a search with these keys, Task 2 on these runs, baselines on so many tiles."""
+    """What a study runs: rows, sweeps (file, keys of all runs), Task 2 on these runs, baselines on so many."""
 
     rows: dict[str, Row]
-    search: tuple[str, ...]
+    sweeps: tuple[tuple[str, ...], ...]
     explained: tuple[str, ...]
     checked_tiles: int
     baselines: tuple[int | None, ...]
@@ -76,15 +75,16 @@ def study_plan() -> Plan:
     # Trials on 9,000 tiles, by which the chosen recipes were chosen:
     found = read_trials().items()
     trials = {name: Row(trial.command, trial.n_seeds) for name, trial in found if not trial.withdrawn}
-    # 18,000 tiles in batches of 128 give about as many steps as the coursework had.
-    for name in read_sweep(Path("ablation.yaml")).parameters["ablation"].values:
-        rows[f"ablation_64-{name}"] = Row(f"train.py --ablation={name} --train_tiles=18000 --batch_size=128", 8)
     for row in ("task1_64", "scaled", "frozen_64"):
         for tiles in PARTS:
             rows[f"learning_curve_{row}-{tiles}"] = Row(f"{rows[row].command} --train_tiles={tiles}", 3)
     return Plan(
         trials | rows,
-        search=("--train_tiles=9000",),
+        # 18,000 tiles in batches of 128 give about as many steps as the coursework had.
+        sweeps=(
+            ("ablation.yaml", "--train_tiles=18000", "--batch_size=128"),
+            ("sweep.yaml", "--train_tiles=9000"),
+        ),
         explained=("task1_64-0", "tuned-0"),
         checked_tiles=256,
         baselines=(None, *PARTS),
@@ -103,7 +103,7 @@ def demo_plan() -> Plan:
         "tuned": Row(f"{TUNED} {few} --input_size=32 --batch_size=64 --n_epochs=4", 2),
         "tuned_scratch": Row(f"{SCRATCH} {few} --input_size=32 --batch_size=64 --n_epochs=4", 2),
     }
-    return Plan(rows, search=(), explained=("task1-0", "tuned-0"), checked_tiles=64, baselines=(tiles,))
+    return Plan(rows, sweeps=(), explained=("task1-0", "tuned-0"), checked_tiles=64, baselines=(tiles,))
 
 
 class StudyConfig(ScriptConfig):
@@ -142,9 +142,9 @@ def main(config: StudyConfig) -> None:
         if not (run_folder(folder, run_id) / "attribution.json").exists():
             keys = {"run_id": run_id, "checked_tiles": plan.checked_tiles}
             task2.main(task2.Task2Config(**place, **keys, device=config.device, wandb=config.wandb))
-    if plan.search:
-        file = ("sweep.yaml", *plan.search, *arguments(config, "dataset", "size", "data_root", "device", "wandb"))
-        sweep.main(sweep.SweepConfig(file=file, count=30, workers=config.workers, output_dir=folder))
+    own = arguments(config, "dataset", "size", "data_root", "device", "wandb")
+    for file in plan.sweeps:
+        sweep.main(sweep.SweepConfig(file=(*file, *own), count=30, workers=config.workers, output_dir=folder))
     report.main(report.ReportConfig(output_dir=folder))
     print(f"the study is finished: open {(folder / 'report.html').resolve()}")
 
@@ -154,10 +154,10 @@ def arguments(config: StudyConfig, *names: str) -> list[str]:
     return [f"--{name}={getattr(config, name)}" for name in names]
 
 
-def runs(plan: Plan, config: StudyConfig) -> list[Job]:
-    """The runs of the rows. Raises UsageError where the folder has runs of these names on other data."""
+def runs(plan: Plan, config: StudyConfig) -> dict[str, list[str]]:
+    """The command of each run of the rows, by its id. UsageError where the folder has such runs on other data."""
     keys = arguments(config, "dataset", "size", "data_root", "output_dir", "device", "wandb")
-    found = []
+    found = {}
     for name, row in plan.rows.items():
         for seed in range(row.n_seeds):
             run_id = f"{name}-{seed}"
@@ -167,7 +167,7 @@ def runs(plan: Plan, config: StudyConfig) -> list[Job]:
                     what = f"{before['dataset']} at {before['size']} pixels"
                     raise UsageError(f"{path}: a run on {what}; name another --output_dir")
             own = [f"--run_id={run_id}", f"--seed={seed}"]
-            found.append(Job(run_id, [sys.executable, *row.command.split(), *keys, *own]))
+            found[run_id] = [sys.executable, *row.command.split(), *keys, *own]
     return found
 
 

@@ -28,7 +28,7 @@ from common.data import pathmnist
 from common.data.dataset import SPLITS, Split, load_dataset
 from common.data.shift import CHUNK, SHIFTS, shifted
 from common.files import atomic_path, write_json, write_text
-from common.records.read import COLUMNS, is_finished, read_json, run_folder
+from common.records.read import is_finished, read_json, run_folder
 from common.records.run import facts_of, provenance
 from common.training.device import Compute
 from common.training.evaluation import Evaluation, scores_of
@@ -74,7 +74,7 @@ def main(config: BaselinesConfig) -> None:
             keys = {**config.as_dict(), "baseline": name, "run_id": run_id, "seed": seed}
             source = provenance(("scikit-learn", "scipy", "numpy"))
             write_json(folder / "config.json", {"config": keys, **facts, **source})
-            write_text(folder / "history.csv", ",".join(COLUMNS) + "\n")
+            write_text(folder / "history.csv", "epoch\n")
             columns = slice(3) if name == "mean_rgb" else slice(None)
             seen = {part: (table[:, columns], labels) for part, (table, labels) in tables.items()}
             arrays, summary = fit_and_score(classifiers(name, seed), seen)

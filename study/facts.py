@@ -6,7 +6,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.data.pathmnist import CLASS_NAMES
-from common.finetune.weights import library_name
 from common.training.models import build_model
 
 # Network, side of the tiles and of the inputs, test ACC and AUC.
@@ -36,7 +35,7 @@ PUBLISHED = {
 def cost(model_name: str, side: int) -> tuple[int, int]:
     """The parameters of a network with nine outputs, and its multiply-adds for one input of `side` pixels."""
     # On "meta" there are shapes alone. SmallMapConv2d does less work than is counted, but only on a CPU.
-    model = build_model(library_name(model_name), len(CLASS_NAMES), side).eval().to("meta")
+    model = build_model(model_name, len(CLASS_NAMES), side).eval().to("meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, side, side, device="meta"))
     return sum(one.numel() for one in model.parameters()), counter.get_total_flops() // 2

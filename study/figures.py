@@ -20,6 +20,7 @@ COLOURS = {"resnet18": PALETTE[0], "mobilenet_v3_large": PALETTE[1]}  # from scr
 TUNED, SCRATCH = PALETTE[2], PALETTE[3]  # a network with pretrained weights, and others without
 PANELS = {**AXIS_LABELS, "validate/loss": "Validation loss (cross-entropy, nats)"}
 MARKERS = "os^v*PX"
+STYLES = ("-", "--", ":", "-.", "-", "--", ":")  # of the recipes of one colour
 AIM = 0.9  # of the coursework
 OPERATIONS = {"ta_wide": "TrivialAugment", "stain": "stain"}
 DRAWS = 6
@@ -48,7 +49,7 @@ def draw_ladder(path: Path, rows: Mapping[str, Group], aim: float | None = None)
     best = max(rows.values(), key=lambda group: fmean(group.by_seed("acc").values()))
     if aim and (views := best.spread("views")):
         price = 8 * cost(best.first.config["model_name"], best.side)[1]
-        rungs.append((views, f"{best.title}, mean of 8 views", price, colour_of(best.first)))
+        rungs.append((views, f"{best.name}, mean of 8 views", price, colour_of(best.first)))
     rungs.sort(key=lambda rung: rung[0].mean)
     published = (one for part in PUBLISHED.values() for one in part) if aim else ()
     others = sorted((acc, f"{network}, {sides}") for network, sides, acc, _ in published)
@@ -90,9 +91,10 @@ def draw_curves(path: Path, groups: Mapping[str, Sequence[Record]], title: str) 
         panels = figure.subplots(2, 2).flat
         ordered = ("train/loss", "validate/loss", "validate/auc", "validate/acc")
         for axes, column in zip(panels, ordered, strict=True):
-            markers = {colour: iter(MARKERS) for colour in {colour_of(runs[0]) for runs in groups.values()}}
+            looks = {colour: zip(MARKERS, STYLES, strict=True) for colour in (*PALETTE, GREY)}
             for name, runs in groups.items():
-                colour, marker = colour_of(runs[0]), next(markers[colour_of(runs[0])], "o")
+                colour = colour_of(runs[0])
+                marker, style = next(looks[colour], ("o", "-"))
                 curves = [np.array([row[column] for row in run.history]) for run in runs]
                 for run, values in zip(runs, curves, strict=True):
                     axes.plot(np.arange(1, len(values) + 1), values, color=colour, alpha=0.4, linewidth=0.9)
@@ -101,12 +103,12 @@ def draw_curves(path: Path, groups: Mapping[str, Sequence[Record]], title: str) 
                 shortest = min(map(len, curves))
                 mean = np.mean([values[:shortest] for values in curves], axis=0)
                 label = wrap(f"{name}, {len(runs)} seeds" if len(runs) > 1 else name, 90)
-                look = {"color": colour, "linewidth": 2, "marker": marker, "markersize": 3}
+                look = {"color": colour, "linewidth": 2, "linestyle": style, "marker": marker, "markersize": 4}
                 axes.plot(np.arange(1, shortest + 1), mean, label=label, **look)
             axes.set(title=wrap(PANELS[column], 50), xlabel="Epoch")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", frameon=False)
-        mean = " · thick: mean over the seeds" if any(len(runs) > 1 for runs in groups.values()) else ""
+        mean = " · thick: mean, while all seeds train" if any(len(runs) > 1 for runs in groups.values()) else ""
         figure.suptitle(f"{title} · large marker: the epoch whose weights are kept{mean}", fontsize=10)
 
 
@@ -118,13 +120,14 @@ def draw_learning_curve(path: Path, curves: Mapping[str, Sequence[Group]]) -> No
         scores = {"Test ACC": "acc", "Validation ACC": "validation"}
         for axes, (name, score) in zip(panels, scores.items(), strict=True):
             markers = {colour: iter(MARKERS) for colour in (*PALETTE, GREY)}
-            for title, groups in curves.items():
+            for number, (title, groups) in enumerate(curves.items()):
                 found = [group.spread(score) for group in groups]
                 means, low, high = np.array([(one.mean, one.low, one.high) for one in found if one]).T
                 colour, baseline = colour_of(groups[0].first), "baseline" in groups[0].first.config
                 look = {"color": colour, "marker": next(markers[colour], "o"), "markersize": 5, "capsize": 3}
                 look |= {"linestyle": "--" if baseline else "-", "label": title}
-                tiles, bars = [group.tiles for group in groups], np.nan_to_num([means - low, high - means])
+                tiles = [group.tiles * 1.02**number for group in groups]  # so that no bar hides another one
+                bars = np.nan_to_num([means - low, high - means])
                 axes.errorbar(tiles, means, yerr=bars, **look)
             tiles = sorted({group.tiles for groups in curves.values() for group in groups})
             axes.set_xscale("log")

@@ -21,7 +21,7 @@ NETWORKS = {
     "tf_efficientnet_lite1": "EfficientNet-Lite1",
 }
 TECHNIQUES = {  # rows of the ablation
-    "combined": "Task 3's configuration",
+    "combined": "all techniques of Task 3",
     "without_augmentation": "without data augmentation",
     "without_early_stopping": "without early stopping",
     "without_label_smoothing": "without label smoothing",
@@ -200,8 +200,8 @@ class Runs:
 
     def groups(self) -> dict[str, Group]:
         """The rows of ROWS that have finished runs."""
-        found = {name: (title, self.matching(runs)) for name, (runs, title) in ROWS.items()}
-        return {name: Group(title, records) for name, (title, records) in found.items() if records}
+        rows = ((name, title, self.matching(runs)) for name, (runs, title) in ROWS.items())
+        return {name: Group(title, records) for name, title, records in rows if records}
 
     def ablation(self) -> dict[str, Group]:
         """The rows of the ablation by their names in train.py, the reference first; empty without it."""
@@ -230,7 +230,8 @@ class Runs:
 
     def recipes(self) -> dict[str, Group]:
         """Runs that differ in the seed alone, without those of a search and those of `ablation` and `curves`."""
-        searches = "|".join(path.parent.name for path in (self.folder / "sweeps").glob("*/search.jsonl"))
+        journals = (self.folder / "sweeps").glob("*/search.jsonl")
+        searches = "|".join(re.escape(path.parent.name) for path in journals)
         others = [*self.ablation().values(), *(group for curve in self.curves().values() for group in curve)]
         ids = (record.run_id for group in others for record in group.records)
         elsewhere = {run_id for run_id in ids if run_id.startswith(("ablation", "learning_curve"))}

@@ -18,14 +18,6 @@ from common.training.device import Compute
 PAUSE = 0.5  # seconds between two looks at the processes
 
 
-@dataclass(frozen=True)
-class Job:
-    """A process to start: the id of its run, and the command that trains it."""
-
-    run_id: str
-    command: Sequence[str]
-
-
 def workers(device: str) -> tuple[int, dict[str, str]]:
     """How many runs to train at the same time on the device of a key `device`, and their environment.
 
@@ -63,29 +55,29 @@ class Processes:
         if self.failed:
             raise Fault(f"{', '.join(self.failed)} failed: see their logs; the same command tries them again")
 
-    def start(self, run: Job) -> bool:
+    def start(self, run_id: str, command: Sequence[str]) -> bool:
         """Start a run's process. False if the run has finished, or if a process (of any command) trains it.
 
         The process inherits the lock of its log: it lasts as long as the process, even if this command is killed.
         """
-        path = self.logs / f"{run.run_id}.log"
+        path = self.logs / f"{run_id}.log"
         with open(path, "ab") as log:
             try:
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return False
-            if is_finished(self.output_dir, run.run_id):
+            if is_finished(self.output_dir, run_id):
                 return False
             process = subprocess.Popen(
-                run.command,
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 env={**self.environment, **os.environ, "PYTHONUNBUFFERED": "1"},  # after a kill, no line is lost
                 process_group=0,  # Ctrl-C reaches this command alone, which then ends each run once
             )
-        self.running[run.run_id] = process, time.monotonic()
-        print(f"{run.run_id}: started (log: {path})", flush=True)
+        self.running[run_id] = process, time.monotonic()
+        print(f"{run_id}: started (log: {path})", flush=True)
         return True
 
     def ended(self) -> Iterator[tuple[str, int, str]]:
@@ -103,19 +95,19 @@ class Processes:
             yield run_id, process.returncode, f"{outcome} ({time.monotonic() - started:.0f} s)"
 
 
-def train_all(runs: Sequence[Job], processes: Processes, n_workers: int) -> None:
-    """Train the runs that are not finished, `n_workers` at the same time. Raises Fault where some fail.
+def train_all(runs: Mapping[str, Sequence[str]], processes: Processes, n_workers: int) -> None:
+    """Train the runs (by id) that are not finished, `n_workers` at the same time. Raises Fault where some fail.
 
     A run that another command trains is waited for, and taken over if it fails there.
     """
-    left = [run for run in runs if not is_finished(processes.output_dir, run.run_id)]
+    left = [run_id for run_id in runs if not is_finished(processes.output_dir, run_id)]
     print(f"{len(runs)} runs, {len(runs) - len(left)} of them finished; logs: {processes.logs}", flush=True)
     with processes.ended_together():
         while n_workers and (left or processes.running):
-            for run in list(left):
+            for run_id in list(left):
                 free = len(processes.running) < n_workers
-                if is_finished(processes.output_dir, run.run_id) or (free and processes.start(run)):
-                    left.remove(run)
+                if is_finished(processes.output_dir, run_id) or (free and processes.start(run_id, runs[run_id])):
+                    left.remove(run_id)
             for run_id, _, outcome in processes.ended():
                 print(f"{run_id}: {outcome}", flush=True)
                 if not is_finished(processes.output_dir, run_id):

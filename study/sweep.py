@@ -16,7 +16,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import optuna
 from filelock import FileLock
@@ -30,7 +30,7 @@ from common.files import write_text
 from common.markdown import markdown_table, text
 from common.records.read import is_finished, read_history, read_json, run_folder
 from common.records.run import check_same
-from study.processes import Job, Processes, train_all, workers
+from study.processes import Processes, train_all, workers
 from study.sweep_spec import Sweep, read_sweep
 
 REMEDY = "use another --output_dir, or another name in the sweep file"
@@ -49,8 +49,8 @@ class SweepConfig(Keys):
     output_dir: Path = key(Path("my"), "folder that gets sweeps/ and the runs' folders")
 
 
-def grid(sweep: Sweep, output_dir: Path) -> list[Job]:
-    """Every combination of the values, in the file's order; but the seeds vary slowest.
+def grid(sweep: Sweep, output_dir: Path) -> dict[str, list[str]]:
+    """The command of every combination of the values, in the file's order; but the seeds vary slowest.
 
     So the first runs give one seed of every row. A run's id consists of the sweep's name and the values. Raises
     UsageError where the program refuses a combination, or where a run's folder has records of other values.
@@ -60,17 +60,16 @@ def grid(sweep: Sweep, output_dir: Path) -> list[Job]:
         raise UsageError(f"parameter {ranges[0]}: a grid needs values, not min and max")
     if sweep.early_terminate:
         raise UsageError("early_terminate: only the runs of a search are ended early")
-    runs = []
+    runs = {}
     order = sorted(axes, key=lambda name: name != "seed")  # stable
     for combination in itertools.product(*(axes[name] for name in order)):
         values = dict(zip(order, combination, strict=True))
         parts = [sweep.name, *(str(values[name]) for name in axes)]
         run_id = "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", part) for part in parts)
         config = sweep.config({**values, "run_id": run_id})
-        command = sweep.command_line({**values, "run_id": run_id, "output_dir": output_dir})
+        runs[run_id] = sweep.command_line({**values, "run_id": run_id, "output_dir": output_dir})
         if (path := run_folder(output_dir, run_id) / "config.json").exists():
             check_same(config, read_json(path, "config")["config"], REMEDY)
-        runs.append(Job(run_id, command))
     return runs
 
 
@@ -174,7 +173,7 @@ class Search:
         run_id = self.run_id(trial.number)
         values = {name: trial._suggest(name, parameter) for name, parameter in self.space.items()}
         values |= {"run_id": run_id, "output_dir": self.processes.output_dir}
-        self.processes.start(Job(run_id, self.sweep.command_line(values)))
+        self.processes.start(run_id, self.sweep.command_line(values))
 
     def report(self, trial: FrozenTrial) -> optuna.Trial:
         """Tell Optuna the epochs of a trial that have ended. Returns the trial for its `should_prune`.
@@ -212,20 +211,19 @@ class Search:
         if not trials or trials[0].state != TrialState.COMPLETE:
             raise UsageError(f"no trial of {name} has finished (logs: {self.processes.logs})")
         rows: list[list[str]] = []
+        records: list[dict[str, Any]] = []
         for trial in trials:
-            run_id, state = self.run_id(trial.number), trial.state.name.lower()
-            keys = {key: trial.params.get(key, "") for key in self.space}
-            if (path := run_folder(output_dir, run_id) / "config.json").exists():
-                keys = {key: read_json(path, "config")["config"][key] for key in self.space}
-            scores = self.scores(trial.number)
-            cells = [run_id, state, self.best(trial.number) if scores else "", len(scores), *keys.values()]
+            run_id, state, scores = self.run_id(trial.number), trial.state.name.lower(), self.scores(trial.number)
+            path = run_folder(output_dir, run_id) / "config.json"
+            is_there = state == "complete" or path.exists()
+            records.append(read_json(path, "config", "dataset") if is_there else {"config": trial.params})
+            keys = [records[-1]["config"].get(key, "") for key in self.space]
+            cells = [run_id, state, self.best(trial.number) if scores else "", len(scores), *keys]
             rows.append([f"{cell:.4g}" if isinstance(cell, float) else text(cell) for cell in cells])
         columns = ["run_id", "state", f"best {self.sweep.metric.name}", "epochs", *self.space]
-        winner = run_folder(output_dir, self.run_id(trials[0].number))
-        best = read_json(winner / "config.json", "config", "dataset")
-        best_keys = {key: best["config"][key] for key in self.space}
-        command = shlex.join(["python", *self.sweep.command_line(best_keys)[1:]])
-        lines = [f"**{name}**: {best['dataset']}; {len(rows)} trials of a {self.sweep.method} search", ""]
+        best = {key: records[0]["config"][key] for key in self.space}
+        command = shlex.join(["python", *self.sweep.command_line(best)[1:]])
+        lines = [f"**{name}**: {records[0]['dataset']}; {len(rows)} trials of a {self.sweep.method} search", ""]
         lines += [*markdown_table(columns, "l" * len(columns), rows), "", f"The best trial: `{command}`"]
         write_text(table, "\n".join(lines) + "\n")
         print(f"{lines[-1]}\n{len(rows)} trials, the best one first: {table}", flush=True)
@@ -246,7 +244,7 @@ def main(config: SweepConfig) -> None:
         return
     runs = grid(sweep, folder)
     train_all(runs, processes, n_workers)
-    finished = sum(is_finished(folder, run.run_id) for run in runs)
+    finished = sum(is_finished(folder, run_id) for run_id in runs)
     print(f"{finished} of {len(runs)} runs are finished; python -m study.report --output_dir {folder} shows them")
 
 

@@ -12,7 +12,6 @@ from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_valid
 
 from common.cli import UsageError, parse
 from common.config import RunId, TrainingConfig
-from common.finetune.weights import library_name
 from common.training.models import check_model_name
 
 Scalar = bool | int | float | str | None
@@ -88,7 +87,7 @@ class Sweep(BaseModel, extra="forbid"):
     def config(self, values: Mapping[str, Any]) -> TrainingConfig:
         """The program's configuration for the fixed keys and `values`; UsageError where it refuses them."""
         config = parse(self._config_class, self.command_line(values)[2:])
-        check_model_name(library_name(config.model_name))
+        check_model_name(config.model_name)
         if getattr(config, "scratch", False):
             raise UsageError("scratch: a run of a sweep cannot train a second network; set it to false")
         if config.test and self.method != "grid":

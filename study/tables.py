@@ -163,6 +163,8 @@ class Tables:
                 lines.append([text(control["title"]), *[""] * 4, f"{control['infidelity']['value']:.2f}"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise unreadable(path, error) from error
+        if noise := content.get("smoothgrad_keeps_class"):
+            tests += f" With SmoothGrad's noise, {noise['value']:.0%} of the copies of a tile keep its class."
         columns = ["method", "passes", "correlation with the map of random weights"]
         columns += ["better than a random order", "better than edges", "infidelity"]
         table = markdown_table(columns, "llrrrr", lines)
@@ -278,8 +280,8 @@ def grid_table(rows: Mapping[str, Group]) -> list[str]:
         smallest = smallest_difference(pooled, min(one.n for one in tested), len(tested))
         found += [
             "",
-            "So few seeds see only large differences: with the average spread, 8 of 10 such studies would find a "
-            f"true difference of {smallest:.3f} in test ACC. Rows that vary less can show smaller ones.",
+            "So few seeds see only large differences. To be decided in 8 of 10 such studies, a row of average "
+            f"spread needs a true difference of {smallest:.3f} in test ACC. Rows that vary less need less.",
         ]
     return [*found, "", NOTE]
 

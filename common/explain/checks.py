@@ -22,7 +22,7 @@ from torch import nn
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from common.data.batches import at_once
-from common.explain.maps import METHODS, edge_map
+from common.explain.maps import METHODS, edge_map, smoothgrad_noise
 from common.explain.stages import stages
 from common.statistics import spread
 
@@ -132,6 +132,13 @@ def infidelity(
     return np.asarray(errors.double().cpu())
 
 
+@torch.no_grad()
+def keeps_class(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, seed: int) -> Array:
+    """The share of a tile's copies with SmoothGrad's noise that the network takes for the target, (N,)."""
+    kept = [model(inputs + sample).argmax(1) == targets for sample in smoothgrad_noise(inputs, seed)]
+    return np.asarray(torch.stack(kept).double().mean(0).cpu())
+
+
 def control_maps(inputs: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
     """Maps that do not depend on a network: random values, and the tile's edges."""
     random = torch.Generator().manual_seed(seed)
@@ -181,8 +188,8 @@ def chance(n_methods: int) -> str:
     """How many tests the verdicts of so many methods are, and what passing by chance would look like, in words."""
     luck = 1 - 0.975**n_methods
     return (
-        f"These {n_methods * (1 + len(CONTROLS))} tests are not corrected for their number. If all {n_methods} "
-        f"methods were pure noise, at most about {luck:.0%} of such studies would have one that passes."
+        f"{n_methods * (1 + len(CONTROLS))} tests, not corrected for their number: if all {n_methods} methods "
+        f"were pure noise, one would pass in at most about {luck:.0%} of such studies."
     )
 
 
@@ -191,8 +198,8 @@ def check_methods(
 ) -> tuple[dict[str, Any], dict[str, list[Array]]]:
     """Every check of every method; `fresh` is the same network with random weights.
 
-    Returns a record, with `methods` and `controls` by name and `n` tiles per check, and the mean size of each
-    method's maps, (H, W), of the network and of the random one. The `COSTLY` checks take only the first tiles.
+    Returns a record, with `methods` and `controls` by name and `n` tiles per check, and the mean absolute map of
+    each method, (H, W), of the network and of the random one. The `COSTLY` checks take only the first tiles.
     """
     n = {"removal": len(inputs), **{check: min(most, len(inputs)) for check, most in COSTLY.items()}}
     few = n["randomisation"]
@@ -216,4 +223,6 @@ def check_methods(
     for name, found in {**methods, **controls}.items():
         errors = infidelity(model, inputs[:few], targets[:few], maps[name][:few], seed)
         found |= {"infidelity": mean_estimate(errors), **faithful[name]}
-    return {"n": n, "fractions": FRACTIONS, "methods": methods, "controls": controls}, means
+    kept = mean_estimate(keeps_class(model, inputs[:few], targets[:few], seed))
+    record = {"n": n, "fractions": FRACTIONS, "methods": methods, "controls": controls}
+    return {**record, "smoothgrad_keeps_class": kept}, means

@@ -93,7 +93,8 @@ def methods_panel(path: Path, rows: Sequence[Explained], title: str) -> None:
         figure.suptitle(wrap(title, 105), fontsize=9)
         words = "Bright, or orange: the pixel speaks for the class (Saliency and SmoothGrad: for or against it); "
         words += f"purple: against it.\nEach map's scale ends at its {ROBUST_PERCENTILE:.0f}th percentile. "
-        figure.supxlabel(f"{words}A tile in a frame is classified wrongly.", fontsize=8)
+        words += "A black map has no positive value. A tile in a frame is classified wrongly."
+        figure.supxlabel(words, fontsize=8)
 
 
 def mean_maps(path: Path, means: Mapping[str, Sequence[NDArray[Any]]], title: str) -> None:
@@ -105,8 +106,9 @@ def mean_maps(path: Path, means: Mapping[str, Sequence[NDArray[Any]]], title: st
                 _heat(axes, map_, signed=False)
         grid[0, 0].set_ylabel("trained", fontsize=9)
         grid[1, 0].set_ylabel("random weights", fontsize=9)
-        figure.suptitle(wrap(f"Mean size of the maps; {title}", 105), fontsize=9)
-        figure.supxlabel("What is also bright with random weights comes from the architecture.", fontsize=8)
+        figure.suptitle(wrap(f"Mean absolute maps; {title}", 105), fontsize=9)
+        words = "Bright here: bright in most tiles, whatever they show.\n"
+        figure.supxlabel(f"{words}Also bright with random weights: it comes from the architecture.", fontsize=8)
 
 
 def randomisation(path: Path, methods: Mapping[str, Mapping[str, Any]], title: str) -> None:
@@ -124,7 +126,7 @@ def randomisation(path: Path, methods: Mapping[str, Mapping[str, Any]], title: s
             _line(axes, np.arange(len(estimates)), estimates, name)
         axes.axhline(1, **LINES["sobel"])
         axes.set_xticks(range(len(estimates)), ["none", *result["randomisation"]])
-        axes.set_xlabel("Layers with random weights: from the head back to maps with a side of … pixels")
+        axes.set_xlabel("Random weights: in the head, then also in the layers with maps of … pixels a side")
         axes.set(ylabel="Rank correlation with the trained map", ylim=(-0.6, 1.05))
         axes.set_title(wrap(title, 90), fontsize=9)
         figure.legend(loc="outside lower center", ncols=3, fontsize=8)

@@ -47,16 +47,21 @@ def saliency(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, seed
     return gradients.detach().amax(1)
 
 
+def smoothgrad_noise(inputs: torch.Tensor, seed: int) -> torch.Tensor:
+    """The noise of each noisy copy, (SMOOTHGRAD_SAMPLES, 3, H, W)."""
+    random = torch.Generator().manual_seed(seed)
+    noise = torch.randn(SMOOTHGRAD_SAMPLES, *inputs.shape[1:], generator=random) * SMOOTHGRAD_NOISE
+    return noise.to(inputs.device)
+
+
 def smoothgrad(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, seed: int) -> torch.Tensor:
     """The mean absolute gradient over noisy copies of the tile, maximum over the channels (Smilkov et al. 2017).
 
     All tiles get the same noise, which depends on the seed alone. Captum's NoiseTunnel takes noise for the whole
     batch from the global generator: a tile's map would depend on its place and on the other tiles.
     """
-    random = torch.Generator().manual_seed(seed)
-    noise = torch.randn(SMOOTHGRAD_SAMPLES, *inputs.shape[1:], generator=random) * SMOOTHGRAD_NOISE
     total = torch.zeros_like(inputs)
-    for sample in noise.to(inputs.device):
+    for sample in smoothgrad_noise(inputs, seed):
         total += Saliency(model).attribute(_leaf(inputs + sample), target=targets).detach()
     return (total / SMOOTHGRAD_SAMPLES).amax(1)
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from common.cli import UsageError
 from common.data.pathmnist import CLASS_NAMES
-from common.finetune.weights import Weights, library_name
+from common.finetune.weights import Weights
 from common.training.models import build_model
 
 TRAIN_PARTS = ("head", "classifier", "all")
@@ -90,7 +90,7 @@ def build_fine_tuned(
 
     Raises UsageError, with the first tensor that differs, where the weights belong to another network.
     """
-    network = build_model(library_name(model_name), len(CLASS_NAMES), size)
+    network = build_model(model_name, len(CLASS_NAMES), size)
     last, layer = last_layer(network)
     # PyTorch's initialisation: timm's is twelve times as wide, and undoing it takes hundreds of steps.
     layer.reset_parameters()

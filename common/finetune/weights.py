@@ -15,15 +15,16 @@ from torchvision import models
 from common.cli import Fault, UsageError, closest, first_line
 from common.files import digest
 from common.records import checkpoint
-from common.training.models import TIMM, build_model, model_names
+from common.training.models import LITE, TIMM, build_model, model_names
 
 # Networks of timm whose ImageNet weights are in a Python package: the sha256 of its file, and the inputs' side.
 # The TensorFlow authors have trained them (Apache 2.0), ML Illustrated has packaged them.
-PACKAGED = {
-    "tf_efficientnet_lite0": ("579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db", 224),
-    "tf_efficientnet_lite1": ("77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850", 240),
-    "tf_efficientnet_lite2": ("9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d", 260),
-}
+FILES = (
+    ("579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db", 224),
+    ("77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850", 240),
+    ("9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d", 260),
+)
+PACKAGED = dict(zip(LITE, FILES, strict=True))
 PACKAGED_WEIGHTS = {f"{name.removeprefix('tf_')}_imagenet": name for name in PACKAGED}  # and their networks
 SCRATCH = "none"
 SUFFIXES = (".pth", ".pt", ".pth.tar", ".ckpt", ".safetensors")  # of files of weights
@@ -44,11 +45,6 @@ class Weights:
     def record(self) -> dict[str, Any]:
         """What the records of a run contain about the weights."""
         return {name: getattr(self, name) for name in ("name", "source", "sha256", "mean", "std")}
-
-
-def library_name(model_name: str) -> str:
-    """The name that `build_model` knows the network by."""
-    return f"{TIMM}{model_name}" if model_name in PACKAGED else model_name
 
 
 @cache
@@ -109,7 +105,7 @@ def load_weights(name: str, model_name: str) -> Weights:
     sha256, state_dict = _read(path, begins)
     if owner in PACKAGED:  # timm's tensors in the same order, under other names
         with torch.device("meta"):  # takes no memory: only the names are needed
-            own = build_model(library_name(model_name), 1000, side).state_dict()
+            own = build_model(model_name, 1000, side).state_dict()
         state_dict = dict(zip(own, state_dict.values(), strict=True))
     return Weights(name, source, sha256, state_dict, *colours)
 

@@ -18,10 +18,6 @@ from common.cli import Fault, first_line
 from common.data.pathmnist import CLASS_NAMES
 from common.files import digest, read_text
 
-COLUMNS = (  # of history.csv
-    *("epoch", "train/loss", "validate/loss", "validate/auc", "validate/acc", "validate/balanced_acc"),
-    *("lr", "tiles_per_second", "seconds"),
-)
 REMEDY = "restore this file, or move its folder away and run the script again"
 
 

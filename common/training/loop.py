@@ -158,7 +158,7 @@ class Trainer:
         started = time.perf_counter()
         score = partial(evaluate, self.evaluated, compute=self.compute)
         path = self.run.checkpoints / "best.pt"
-        checkpoint.load_state_dict(self.evaluated, checkpoint.load(path)["state_dict"], path)
+        checkpoint.load_state_dict(self.evaluated, checkpoint.load(path, "state_dict")["state_dict"], path)
         arrays = {}
         if self.config.test:
             best = score(test := self.splits.test()).rounded()
@@ -205,7 +205,7 @@ class Trainer:
         path = self.run.last_checkpoint
         if not path.exists():
             return
-        saved = checkpoint.load(path, "evaluated_state_dict", "optimizer", "history")
+        saved = checkpoint.load(path, "state_dict", "evaluated_state_dict", "optimizer", "history", "config")
         check_same(self.config, saved["config"])
         checkpoint.load_state_dict(self.model, saved["state_dict"], path)
         checkpoint.load_state_dict(self.evaluated, saved["evaluated_state_dict"], path)

@@ -11,6 +11,7 @@ from common.cli import UsageError, closest, first_line, is_out_of_memory
 from common.training.convolutions import use_small_map_convolutions
 
 TIMM = "timm:"  # the names of timm's networks begin with it
+LITE = tuple(f"tf_efficientnet_lite{number}" for number in range(3))  # these are also known without it
 
 
 @cache
@@ -22,6 +23,7 @@ def model_names() -> list[str]:
 def check_model_name(name: str) -> None:
     """Raise UsageError for a name that `build_model` does not know, and for one of timm where it is missing."""
     lacks, names = "torchvision has no classification model of this name; timm's are timm:NAME", model_names()
+    name = f"{TIMM}{name}" if name in LITE else name
     if name.startswith(TIMM):
         if importlib.util.find_spec("timm") is None:
             raise UsageError(f"--model_name {name}: needs the package timm; python -m pip install timm")
@@ -46,7 +48,7 @@ def build_model(model_name: str, num_classes: int, size: int) -> nn.Module:
         options = {"image_size": size}  # position embeddings have one size
     model: nn.Module
     try:
-        if model_name.startswith(TIMM):
+        if model_name.startswith(TIMM) or model_name in LITE:
             import timm
 
             model = timm.create_model(model_name.removeprefix(TIMM), num_classes=num_classes)

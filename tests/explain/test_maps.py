@@ -18,6 +18,7 @@ from common.explain.checks import (
     control_maps,
     infidelity,
     judge,
+    keeps_class,
     mean_estimate,
     randomised,
     rank_correlation,
@@ -148,6 +149,17 @@ def test_smoothgrad_depends_on_its_seed_and_not_on_the_global_random_generator(r
     torch.testing.assert_close(maps[0][0], leaf.grad.abs().mean(0).amax(0))
 
 
+def test_the_class_must_survive_smoothgrad_s_noise() -> None:
+    def network(inputs: torch.Tensor) -> torch.Tensor:
+        """Class 1 where the first pixel is brighter than grey."""
+        return torch.stack([torch.zeros(len(inputs)), inputs[:, 0, 0, 0]], 1)
+
+    inputs = torch.zeros(4, 3, SIZE, SIZE)
+    inputs[2:] = torch.tensor([1.0, -1.0])[:, None, None, None]  # noise of 0.3 does not change these
+    kept = keeps_class(network, inputs, torch.tensor([0, 1, 1, 1]), 0)
+    assert kept.tolist() == [0.625, 0.375, 1, 0]  # 10 and 6 of 16 copies
+
+
 def test_integrated_gradients_add_up_to_the_logit_s_difference(corner: nn.Module) -> None:
     inputs = dark_corner(3)
     targets = torch.ones(3, dtype=torch.int64)
@@ -275,6 +287,8 @@ def test_every_check_gets_its_tiles_maps_and_networks(
         means["saliency"], (maps[:3], saliency.maps(fresh, inputs[:3], targets[:3], 0)), strict=True
     ):
         np.testing.assert_allclose(mean, of.mean(0), rtol=1e-5)
+    kept = keeps_class(resnet, inputs[:3], targets[:3], 0)
+    assert checked["smoothgrad_keeps_class"] == mean_estimate(kept)
     assert got["infidelity"] == mean_estimate(infidelity(resnet, inputs[:3], targets[:3], maps[:3], 0))
     edges = removal(resnet, inputs, targets, edge_map(inputs), 0)
     assert checked["controls"]["sobel"]["deletion"] == mean_estimate(area(edges["deletion"]))
@@ -307,8 +321,8 @@ def test_a_method_passes_only_if_every_interval_is_on_the_right_side(
 
 
 def test_the_reader_is_told_what_passing_by_chance_looks_like() -> None:
-    assert chance(5).startswith("These 15 tests are not corrected")
-    assert chance(5).endswith("at most about 12% of such studies would have one that passes.")
+    assert chance(5).startswith("15 tests, not corrected for their number: if all 5 methods were pure noise,")
+    assert chance(5).endswith("one would pass in at most about 12% of such studies.")
 
 
 def test_margins_are_paired_tile_by_tile() -> None:

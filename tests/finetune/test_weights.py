@@ -229,7 +229,7 @@ def test_the_packaged_weights_know_natural_images(model_name: str, sha256: str, 
     assert (weights.mean, weights.std) == ((127 / 255,) * 3, (128 / 255,) * 3)
     assert inputs_of(model_name, weights.name)[0] == size
     assert weights.state_dict is not None
-    whole = build_model(weights_module.library_name(model_name), 1000, size)
+    whole = build_model(model_name, 1000, size)
     whole.load_state_dict(dict(weights.state_dict))
     model = FineTunedNetwork(whole, weights, size, "all").eval()
     picture = Image.fromarray(load_sample_image("china.jpg"))  # the Summer Palace, 640 × 427

@@ -20,8 +20,9 @@ from common.config import FolderConfig
 from common.records.run import check_same
 from study import __main__ as study
 from study import baselines, report, sweep
-from study.groups import ABLATION_RUNS, CURVES, ROWS
+from study.groups import CURVES, ROWS
 from study.recipes import ranking, read_trials
+from study.sweep_spec import read_sweep
 
 SCRIPTS: dict[str, type[FolderConfig]] = {
     "task1.py": task1.Task1Config,
@@ -38,20 +39,22 @@ def config_of(*arguments: str) -> study.StudyConfig:
 def test_every_run_is_a_command_that_its_script_accepts(dataset: str, tmp_path: Path) -> None:
     plan = study.demo_plan() if dataset == "phantom" else study.study_plan()
     runs = study.runs(plan, config_of(f"--dataset={dataset}", f"--output_dir={tmp_path}"))
-    assert len({run.run_id for run in runs}) == len(runs)
-    for run in runs:
-        program, *arguments = run.command[1:]
+    assert len(runs) == sum(row.n_seeds for row in plan.rows.values())
+    for run_id, command in runs.items():
+        program, *arguments = command[1:]
         config = parse(SCRIPTS[program], arguments)
         assert config.output_dir == tmp_path
-        if dataset == "pathmnist" and (path := ROOT / "runs" / run.run_id / "config.json").exists():
+        if dataset == "pathmnist" and (path := ROOT / "runs" / run_id / "config.json").exists():
             before = json.loads(path.read_text())["config"]
             if "input_size" in before:  # older records have other keys
                 check_same(config, before)
     patterns = [pattern for patterns, _ in ROWS.values() for pattern in patterns.split()]
     patterns += ["recipe-*"] + [pattern for patterns in CURVES.values() for pattern in patterns.split()]
-    shown = [run for run in runs if any(fnmatchcase(run.run_id, one) for one in (*patterns, *ABLATION_RUNS))]
+    shown = [run_id for run_id in runs if any(fnmatchcase(run_id, one) for one in patterns)]
     if dataset == "pathmnist":
-        assert shown == runs  # on the page
+        assert shown == list(runs)  # on the page
+        file, *keys = plan.sweeps[0]
+        assert len(sweep.grid(read_sweep(ROOT / file, [*keys, "--size=28"]), ROOT)) == 48
         assert ROWS.keys() - plan.rows.keys() == {"colour", "neighbours", "boosting"}  # the baselines
 
 
@@ -64,7 +67,7 @@ def test_the_network_from_scratch_has_the_recipe_of_the_fine_tuned_one_but_for_i
     assert {name for name in tuned if tuned[name] != scratch[name]} == {"weights"}
 
 
-def test_after_the_runs_come_the_baselines_task_2_where_it_is_missing_the_search_and_the_page(
+def test_after_the_runs_come_the_baselines_task_2_where_it_is_missing_the_sweeps_and_the_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[Any] = []
@@ -76,12 +79,16 @@ def test_after_the_runs_come_the_baselines_task_2_where_it_is_missing_the_search
     place = {"data_root": tmp_path / "data", "output_dir": tmp_path}
     keys = [f"--data_root={tmp_path / 'data'}", f"--output_dir={tmp_path}", "--device=cpu", "--wandb=offline"]
     study.main(config_of(*keys, "--workers=3"))
-    file = ("sweep.yaml", "--train_tiles=9000", "--dataset=pathmnist", "--size=28", keys[0], *keys[2:])
+    own = ("--dataset=pathmnist", "--size=28", keys[0], *keys[2:])
+    files = (
+        ("ablation.yaml", "--train_tiles=18000", "--batch_size=128", *own),
+        ("sweep.yaml", "--train_tiles=9000", *own),
+    )
     assert steps == [
         3,
         *(baselines.BaselinesConfig(**place, train_tiles=n) for n in (None, 900, 3000, 9000, 30_000)),
         task2.Task2Config(**place, run_id="tuned-0", checked_tiles=256, device="cpu", wandb="offline"),
-        sweep.SweepConfig(file=file, count=30, workers=3, output_dir=tmp_path),
+        *(sweep.SweepConfig(file=file, count=30, workers=3, output_dir=tmp_path) for file in files),
         report.ReportConfig(output_dir=tmp_path),
     ]
     with pytest.raises(UsageError, match="a run on pathmnist at 28 pixels; name another --output_dir"):

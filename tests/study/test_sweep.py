@@ -34,7 +34,7 @@ def test_the_ablation_file_has_its_rows_with_eight_seeds_and_the_seeds_vary_slow
     runs = sweep.grid(read_sweep(ROOT / "ablation.yaml"), tmp_path)
     rows = ["combined", "without_augmentation", "without_early_stopping", "without_lr_strategy"]
     rows += ["with_stain_only", "with_all"]
-    assert [run.run_id for run in runs] == [f"ablation_64-{row}-{seed}" for seed in range(8) for row in rows]
+    assert list(runs) == [f"ablation_64-{row}-{seed}" for seed in range(8) for row in rows]
 
 
 def test_the_search_file_has_the_courseworks_space() -> None:
