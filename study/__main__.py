@@ -85,7 +85,7 @@ def study_plan() -> Plan:
             ("ablation.yaml", "--train_tiles=18000", "--batch_size=128"),
             ("sweep.yaml", "--train_tiles=9000"),
         ),
-        explained=("task1_64-0", "tuned-0"),
+        explained=("task1_64-0", "task1_64-4", "tuned-0"),
         checked_tiles=256,
         baselines=(None, *PARTS),
     )

@@ -126,7 +126,7 @@ def randomisation(path: Path, methods: Mapping[str, Mapping[str, Any]], title: s
             _line(axes, np.arange(len(estimates)), estimates, name)
         axes.axhline(1, **LINES["sobel"])
         axes.set_xticks(range(len(estimates)), ["none", *result["randomisation"]])
-        axes.set_xlabel("Random weights: in the head, then also in the layers with maps of … pixels a side")
+        axes.set_xlabel("Random weights: in the head, then also in layers with maps of … pixels")
         axes.set(ylabel="Rank correlation with the trained map", ylim=(-0.6, 1.05))
         axes.set_title(wrap(title, 90), fontsize=9)
         figure.legend(loc="outside lower center", ncols=3, fontsize=8)

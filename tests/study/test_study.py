@@ -87,7 +87,10 @@ def test_after_the_runs_come_the_baselines_task_2_where_it_is_missing_the_sweeps
     assert steps == [
         3,
         *(baselines.BaselinesConfig(**place, train_tiles=n) for n in (None, 900, 3000, 9000, 30_000)),
-        task2.Task2Config(**place, run_id="tuned-0", checked_tiles=256, device="cpu", wandb="offline"),
+        *(
+            task2.Task2Config(**place, run_id=run_id, checked_tiles=256, device="cpu", wandb="offline")
+            for run_id in ("task1_64-4", "tuned-0")
+        ),
         *(sweep.SweepConfig(file=file, count=30, workers=3, output_dir=tmp_path) for file in files),
         report.ReportConfig(output_dir=tmp_path),
     ]
