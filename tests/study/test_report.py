@@ -336,6 +336,11 @@ def test_a_row_names_the_side_of_its_tiles_and_that_of_its_inputs(tables: Tables
     assert tables.rows["combined_64"].sides == "28 → 64 px"
 
 
+def test_the_maps_say_how_often_smoothgrads_noise_keeps_the_class(tables: Tables) -> None:
+    kept = "With SmoothGrad's noise, 10% of the copies of a tile keep its class."
+    assert any(line.endswith(kept) for line in tables.maps("task1_64-4"))
+
+
 def test_numbers_of_the_prose(tables: Tables) -> None:
     tuned, scratch = tables.rows["tuned"], tables.rows["tuned_scratch"]
     differences = [tuned.by_seed("acc")[seed] - scratch.by_seed("acc")[seed] for seed in range(3)]

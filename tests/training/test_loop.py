@@ -11,7 +11,7 @@ import torch
 from conftest import CPU, trainer_of
 from processes import plain
 
-from common.cli import Untrainable
+from common.cli import Fault, Untrainable
 from common.data import batches as batches_module
 from common.data.batches import DeviceTiles
 from common.data.dataset import Dataset
@@ -128,6 +128,14 @@ def test_a_run_that_serves_to_choose_a_recipe_never_reads_a_test_tile(tiny: Data
     with np.load(trainer.run.folder / "scores.npz", allow_pickle=False) as arrays:
         names = {"validate_classes", "validate_targets", *(f"shifted_{name}" for name in summary["shifted"])}
         assert set(arrays.files) == names
+
+
+def test_checkpoints_of_another_program_are_refused(tiny: Dataset, tmp_path: Path) -> None:
+    trainer, other = trainer_of(tiny, tmp_path), {"optimizer": {}, "history": [], "evaluated_state_dict": {}}
+    for name, read in (("best.pt", trainer.test), ("last.pt", trainer.restore)):
+        checkpoint.save(trainer.run.checkpoints / name, other)
+        with pytest.raises(Fault, match=f"{name}: not a checkpoint of this project"):
+            read()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
