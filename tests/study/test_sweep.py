@@ -259,7 +259,7 @@ def test_the_table_of_a_grid_has_the_hand_made_numbers() -> None:
     assert re.search(r"\| short \| 1 \| .* \| \+0.300 \|  \| too few seeds \|", text)
     # Both spreads pooled: sqrt((.0208167² + .0057735²) / 2) = .015275. Of 200,000 simulated studies
     # with a difference of .0706, 80.0 % show it at 0.05 / 2.
-    assert "find a true difference of 0.071 in test ACC" in text
+    assert "needs a true difference of 0.071 in test ACC" in text
 
 
 # W&B's own agent
