@@ -131,9 +131,10 @@ def test_a_run_that_serves_to_choose_a_recipe_never_reads_a_test_tile(tiny: Data
 
 
 def test_checkpoints_of_another_program_are_refused(tiny: Dataset, tmp_path: Path) -> None:
-    trainer, other = trainer_of(tiny, tmp_path), {"optimizer": {}, "history": [], "evaluated_state_dict": {}}
-    for name, read in (("best.pt", trainer.test), ("last.pt", trainer.restore)):
-        checkpoint.save(trainer.run.checkpoints / name, other)
+    trainer = trainer_of(tiny, tmp_path)
+    nearly = dict.fromkeys(("state_dict", "evaluated_state_dict", "optimizer", "history"))
+    for name, read, content in (("best.pt", trainer.test, {"config": {}}), ("last.pt", trainer.restore, nearly)):
+        checkpoint.save(trainer.run.checkpoints / name, content)
         with pytest.raises(Fault, match=f"{name}: not a checkpoint of this project"):
             read()
 
