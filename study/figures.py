@@ -20,7 +20,7 @@ COLOURS = {"resnet18": PALETTE[0], "mobilenet_v3_large": PALETTE[1]}  # from scr
 TUNED, SCRATCH = PALETTE[2], PALETTE[3]  # a network with pretrained weights, and others without
 PANELS = {**AXIS_LABELS, "validate/loss": "Validation loss (cross-entropy, nats)"}
 MARKERS = "os^v*PX"
-STYLES = ("-", "--", ":", "-.", "-", "--", ":")  # of the recipes of one colour
+STYLES = 2 * ("-", "--", ":", "-.")  # of the recipes of one colour, as their markers
 AIM = 0.9  # of the coursework
 OPERATIONS = {"ta_wide": "TrivialAugment", "stain": "stain"}
 DRAWS = 6
@@ -91,7 +91,7 @@ def draw_curves(path: Path, groups: Mapping[str, Sequence[Record]], title: str) 
         panels = figure.subplots(2, 2).flat
         ordered = ("train/loss", "validate/loss", "validate/auc", "validate/acc")
         for axes, column in zip(panels, ordered, strict=True):
-            looks = {colour: zip(MARKERS, STYLES, strict=True) for colour in (*PALETTE, GREY)}
+            looks = {colour: zip(MARKERS, STYLES, strict=False) for colour in (*PALETTE, GREY)}
             for name, runs in groups.items():
                 colour = colour_of(runs[0])
                 marker, style = next(looks[colour], ("o", "-"))

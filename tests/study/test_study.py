@@ -20,7 +20,7 @@ from common.config import FolderConfig
 from common.records.run import check_same
 from study import __main__ as study
 from study import baselines, report, sweep
-from study.groups import CURVES, ROWS
+from study.groups import ABLATION_RUNS, CURVES, ROWS
 from study.recipes import ranking, read_trials
 from study.sweep_spec import read_sweep
 
@@ -54,7 +54,9 @@ def test_every_run_is_a_command_that_its_script_accepts(dataset: str, tmp_path: 
     if dataset == "pathmnist":
         assert shown == list(runs)  # on the page
         file, *keys = plan.sweeps[0]
-        assert len(sweep.grid(read_sweep(ROOT / file, [*keys, "--size=28"]), ROOT)) == 48
+        ablation = sweep.grid(read_sweep(ROOT / file, [*keys, "--size=28"]), ROOT)
+        assert len(ablation) == 48
+        assert all(fnmatchcase(run_id, ABLATION_RUNS[1]) for run_id in ablation)
         assert ROWS.keys() - plan.rows.keys() == {"colour", "neighbours", "boosting"}  # the baselines
 
 
