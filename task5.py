@@ -149,12 +149,14 @@ def main(config: Task5Config) -> None:
     runs = config.runs()
     weights = {run.weights: load_weights(run.weights, run.model_name) for run in runs}
     dataset = load_dataset(config.dataset, config.size, config.data_root, config.train_tiles)
-    for single in runs:
-        if len(runs) > 1 and is_finished(config.output_dir, single.run_id):  # `Run` refuses a single one
-            path = run_folder(config.output_dir, single.run_id) / "config.json"
+    for single in runs:  # both first: no refusal comes after hours of training
+        path = run_folder(config.output_dir, single.run_id) / "config.json"
+        if path.exists():
             before = read_json(path, "config", "task", "data_fingerprint")
             facts = {"data_fingerprint": dataset.fingerprint, "weights": weights[single.weights].record()}
             check_record(single, before, {"task": "task5", **facts})
+    for single in runs:
+        if len(runs) > 1 and is_finished(config.output_dir, single.run_id):  # `Run` refuses a single one
             print(f"run {single.run_id} is finished already")
         else:
             train(single, weights[single.weights], dataset, compute)

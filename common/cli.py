@@ -43,11 +43,6 @@ class Untrainable(Fault):
     exit_status = 3
 
 
-def signal_of(interrupted: KeyboardInterrupt) -> signal.Signals:
-    """The signal behind the exception: that of SIGTERM has its number (`run_script`), that of Ctrl-C has none."""
-    return signal.Signals(*interrupted.args or (signal.SIGINT,))
-
-
 def first_line(error: Exception | str) -> str:
     """The first line of an error's message, without errno and path, or the name of its type where it is empty."""
     message = getattr(error, "strerror", None) or str(error)
@@ -97,7 +92,8 @@ class Keys(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             reason = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-            raise UsageError(f"--{first['loc'][0]} {first['input']}: {reason}") from None
+            named = "".join(f"--{name} {first['input']}: " for name in first["loc"][:1])
+            raise UsageError(named + reason) from None
 
     @classmethod
     def recipe(cls, given: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -217,7 +213,7 @@ def run_script(main: Callable[[K], None], keys: type[K], arguments: Sequence[str
             what = f"{type(error).__name__}: {first_line(error)}"
             message, status = f"unexpected: {what}; please report it with the lines above", 70
     except KeyboardInterrupt as interrupted:
-        number = signal_of(interrupted)
+        number = signal.Signals(*interrupted.args or (signal.SIGINT,))  # that of Ctrl-C has no number
         message = f"ended by {number.name}{f'; start {command} again' if command else ''}"
         status = 128 + number
     finally:
@@ -225,6 +221,8 @@ def run_script(main: Callable[[K], None], keys: type[K], arguments: Sequence[str
     with suppress(OSError):  # nobody may read stderr any more
         print(f"{Path(program()[-1]).name}: {one_line(message)}", file=sys.stderr)
     if number and "WANDB_SWEEP_ID" in os.environ:  # its agent takes an exit status for a failure, but not a signal
+        with suppress(Exception):  # the signal skips what W&B does at a program's exit
+            sys.modules["wandb"].finish(exit_code=status)
         sys.stdout.flush()
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)

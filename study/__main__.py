@@ -16,14 +16,16 @@ from typing import Any, NamedTuple, Self
 from pydantic import model_validator
 
 import task2
-from common.cli import UsageError, key, run_script
+from common.cli import UsageError, key, parse, run_script
 from common.config import ScriptConfig
 from common.data import pathmnist
 from common.finetune.weights import PACKAGED_WEIGHTS, packaged
 from common.records.read import read_json, run_folder
+from common.records.run import check_same
 from study import baselines, report, sweep
 from study.processes import Processes, train_all, workers
 from study.recipes import read_trials
+from study.sweep_spec import config_class
 
 
 class Row(NamedTuple):
@@ -155,19 +157,18 @@ def arguments(config: StudyConfig, *names: str) -> list[str]:
 
 
 def runs(plan: Plan, config: StudyConfig) -> dict[str, list[str]]:
-    """The command of each run of the rows, by its id. UsageError where the folder has such runs on other data."""
+    """The command of each run of the rows, by its id. UsageError where one was started with other keys."""
     keys = arguments(config, "dataset", "size", "data_root", "output_dir", "device", "wandb")
     found = {}
     for name, row in plan.rows.items():
         for seed in range(row.n_seeds):
             run_id = f"{name}-{seed}"
-            if (path := run_folder(config.output_dir, run_id) / "config.json").exists():
-                before = read_json(path, "config")["config"]
-                if (before["dataset"], before["size"]) != (config.dataset, config.size):
-                    what = f"{before['dataset']} at {before['size']} pixels"
-                    raise UsageError(f"{path}: a run on {what}; name another --output_dir")
-            own = [f"--run_id={run_id}", f"--seed={seed}"]
-            found[run_id] = [sys.executable, *row.command.split(), *keys, *own]
+            command = [*row.command.split(), *keys, f"--run_id={run_id}", f"--seed={seed}"]
+            found[run_id] = [sys.executable, *command]
+            path = run_folder(config.output_dir, run_id) / "config.json"
+            before = read_json(path, "config")["config"] if path.exists() else {}
+            if "input_size" in before:  # older records have other keys
+                check_same(parse(config_class(Path(command[0])), command[1:]), before, sweep.REMEDY)
     return found
 
 

@@ -1,6 +1,5 @@
 """The rows of the page: runs that differ in their seed alone, and their scores over the seeds."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -39,8 +38,7 @@ AGAINST = {  # rows that are not compared with the first row, but with another o
     "with_all": "with_stain_only",
 }
 CONVERGED_WITHIN = 0.005
-# Keys in which runs of one row may differ: the seed, where a run is kept, and a key that only older runs have.
-# Rows are told apart by the summary's number of training tiles: the key's may be None, which means all.
+# Keys in which runs of one row may differ; `train_tiles` may be None for all, `Record.origin` has their number.
 APART = {"seed", "run_id", "train_tiles", "n_seeds"} | BOOKKEEPING
 SCORES = {  # of a run, by their names on the page: where they stand in summary.json
     "acc": ("best", "acc"),
@@ -94,7 +92,7 @@ class Group:
         runs = ", ".join(record.run_id for record in self.records)
         if len(set(self.seeds)) < len(self.records):
             raise Fault(f"of the runs {runs}, two have the same seed: move one of them out of the folder")
-        configs = [{**one.config, "training tiles": one.summary["tiles"]["train"]} for one in self.records]
+        configs = [{**one.config, **one.origin} for one in self.records]
         for name in set().union(*configs) - APART:
             if len({str(config.get(name) or None) for config in configs}) > 1:  # an older run may lack a key
                 raise Fault(f"the runs {runs} differ in {name}, not in the seed alone")
@@ -208,7 +206,7 @@ class Runs:
         rows: dict[str, list[Record]] = {name: [] for name in TECHNIQUES}
         for record in next(filter(None, map(self.matching, ABLATION_RUNS)), []):
             row = record.config.get("ablation", "")
-            if record.run_id.endswith(f"-{row}-{record.config['seed']}"):  # a name that the sweep gives
+            if record.run_id in {f"{one[:-1]}{row}-{record.config['seed']}" for one in ABLATION_RUNS}:
                 rows.setdefault(row, []).append(record)
         if not (reference := rows["combined"]):
             return {}
@@ -229,18 +227,15 @@ class Runs:
         }
 
     def recipes(self) -> dict[str, Group]:
-        """Runs that differ in the seed alone, without those of a search and those of `ablation` and `curves`."""
-        journals = (self.folder / "sweeps").glob("*/search.jsonl")
-        searches = "|".join(re.escape(path.parent.name) for path in journals)
+        """Runs that differ in the seed alone, without those of `ablation` and `curves`."""
         others = [*self.ablation().values(), *(group for curve in self.curves().values() for group in curve)]
         ids = (record.run_id for group in others for record in group.records)
         elsewhere = {run_id for run_id in ids if run_id.startswith(("ablation", "learning_curve"))}
         found: dict[str, dict[int, Record]] = {}
-        found_ids = (run for run in self.scored if run not in elsewhere)
-        records = [self.record(run) for run in found_ids if not re.fullmatch(rf"({searches})-\d+", run)]
+        records = [self.record(run) for run in self.scored if run not in elsewhere]
         for record in sorted(records, key=lambda record: record.summary["started"]):
             same = {name: value for name, value in record.config.items() if name not in APART and value}
-            group = found.setdefault(f"{record.summary['tiles']['train']} {sorted(same.items())}", {})
+            group = found.setdefault(f"{record.origin} {sorted(same.items())}", {})
             group[record.config["seed"]] = record  # of repeated runs the last one
         ordered = [[runs[seed] for seed in sorted(runs)] for runs in found.values()]
         titles = [described(runs[0]) for runs in ordered]
@@ -261,7 +256,9 @@ def described(record: Record) -> str:
     if "baseline" in config:
         return f"{record.summary['title']}{generated}"
     name = config["model_name"].removeprefix("timm:")
-    start = "from scratch" if config.get("weights", "none") == "none" else "fine-tuned"
+    part = config.get("train_part", "all")
+    start = "fine-tuned" if part == "all" else f"pretrained, only its {part} trained"
+    start = "from scratch" if config.get("weights", "none") == "none" else start
     added = [f"{config['augmentation']} augmentation"] if config.get("augmentation", "none") != "none" else []
     added += ["averaged weights"] if config.get("ema_decay") else []
     added += [f"row {config['ablation']}"] if config.get("ablation", "combined") != "combined" else []

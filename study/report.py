@@ -174,6 +174,8 @@ def own_page(tables: Tables) -> str:
         names = {MAPS[name]: f"fig/task2/{run_id}-{name}.png" for name in ("means", "randomisation", "removal")}
         shown = [f"![{words}]({name})" for words, name in names.items() if (folder / name).exists()]
         section(f"Saliency maps of {text(run_id)}", block("maps", run_id), *shown)
+    if tables.trials():
+        section("Trials", block("trials"))
     if tables.ablation:
         section("Ablation", block("techniques"))
     if tables.curves:

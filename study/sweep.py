@@ -28,12 +28,12 @@ from optuna.trial import FrozenTrial, TrialState
 from common.cli import BOOKKEEPING, Fault, Keys, Untrainable, UsageError, first_line, key, run_script
 from common.files import write_text
 from common.markdown import markdown_table, text
-from common.records.read import is_finished, read_history, read_json, run_folder
+from common.records.read import checkpoint_folder, is_finished, read_history, read_json, run_folder
 from common.records.run import check_same
 from study.processes import Processes, train_all, workers
 from study.sweep_spec import Sweep, read_sweep
 
-REMEDY = "use another --output_dir, or another name in the sweep file"
+REMEDY = "use another --output_dir"
 
 
 class SweepConfig(Keys):
@@ -138,9 +138,6 @@ class Search:
         """
         running, failed, left = self.processes.running, self.processes.failed, []
         statuses = {run_id: status for run_id, status, _ in ended}
-        folder = run_folder(self.processes.output_dir, self.run_id(len(self.study.trials)))
-        if folder.exists():
-            raise UsageError(f"{folder}: this run is not in {self.file}: {REMEDY}")
         for trial in self.study.get_trials(states=[TrialState.RUNNING]):
             run_id = self.run_id(trial.number)
             handle = self.report(trial)
@@ -153,15 +150,20 @@ class Search:
                 running[run_id][0].terminate()
             elif run_id in statuses:
                 failed.append(run_id)
-            elif run_id not in failed:
+            elif run_id not in (*failed, *running):
                 left.append(handle)
         for run_id, _, outcome in ended:
             state = self.study.trials[int(run_id.rpartition("-")[2])].state
-            print(f"{run_id}: {'pruned' if state == TrialState.PRUNED else outcome}", flush=True)
+            if state == TrialState.PRUNED:
+                outcome = "pruned"
+                (checkpoint_folder(self.processes.output_dir, run_id) / "last.pt").unlink(missing_ok=True)
+            print(f"{run_id}: {outcome}", flush=True)
         for begun in left:
             if len(running) < n_workers:
                 self.start(begun)
-        while len(running) < n_workers and len(self.study.trials) < self.count:
+        while len(running) < n_workers and (number := len(self.study.trials)) < self.count:
+            if (folder := run_folder(self.processes.output_dir, self.run_id(number))).exists():
+                raise UsageError(f"{folder}: this run is not in {self.file}: {REMEDY}")
             self.start(self.study.ask())
         return bool(running or left) or len(self.study.trials) < self.count
 

@@ -3,6 +3,7 @@
 import runpy
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -114,7 +115,7 @@ def read_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
         raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())[:200]}") from None
     try:
         sweep = Sweep.model_validate({"name": path.stem, **content} if isinstance(content, dict) else content)
-        sweep._config_class = _config_class(Path(sweep.program))
+        sweep._config_class = config_class(Path(sweep.program))
         for argument in overrides:
             name, equals, value = argument.removeprefix("--").partition("=")
             if not argument.startswith("--") or not equals or name in sweep.swept:
@@ -138,7 +139,8 @@ def read_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
         raise UsageError(f"{path}: {error}") from None
 
 
-def _config_class(program: Path) -> type[TrainingConfig]:
+@cache
+def config_class(program: Path) -> type[TrainingConfig]:
     """The configuration class that the program defines."""
     if not program.is_file() or program.suffix != ".py":
         raise UsageError(f"program {program}: no such Python file; start the sweep in the folder of the program")

@@ -246,7 +246,9 @@ class Tables:
 def difference_table(one: Group, other: Group) -> list[str]:
     """Two rows side by side: when they converge, their scores, and the first minus the second one by seed."""
     epochs = [np.mean([convergence_epoch(run.history) for run in group.records]) for group in (one, other)]
-    lines = [["epoch of convergence", *(f"{epoch:.1f}" for epoch in epochs), ""]]
+    seeds, others = set(one.seeds), set(other.seeds)
+    lines = [["seeds", str(len(seeds)), str(len(others)), f"{len(seeds & others)} in common"]]
+    lines += [["epoch of convergence", *(f"{epoch:.1f}" for epoch in epochs), ""]]
     for score in ("validation", "acc", "auc"):
         found = one.minus(other, score)
         change = interval(found.mean, found.low, found.high, 3, "+") if found else ""
@@ -262,7 +264,7 @@ def grid_table(rows: Mapping[str, Group]) -> list[str]:
     lines = []
     for row, group in rows.items():
         change, p, verdict = _change(comparisons[row]) if row in comparisons else ("", "", "")
-        if against.get(row, first) != first:
+        if change and against[row] != first:
             change += f" against '{text(rows[against[row]].title)}'"
         cells = [_mean(group, score, with_sd=True) for score in COLUMNS]
         lines.append([text(group.title), str(len(group.records)), *cells, change, p, verdict])

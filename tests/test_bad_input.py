@@ -14,7 +14,6 @@ import task2
 import task5
 import train
 from common.cli import run_script
-from common.data.pathmnist import OfficialFile
 from study import report, sweep
 
 COMMANDS: dict[str, tuple[Any, Any]] = {
@@ -123,7 +122,7 @@ FILES: list[tuple[Callable[[Path], Any], str, int, str]] = [
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    missing = OfficialFile("pathmnist.npz", "http://127.0.0.1:9/none.npz", "0" * 32)
+    missing = ("pathmnist.npz", "http://127.0.0.1:9/none.npz", "0" * 32)
     monkeypatch.setattr("common.data.pathmnist.official_file", lambda size: missing)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
 

@@ -8,14 +8,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Self
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from processes import end, start
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
 from common.cli import UsageError, parse, run_script
 from common.config import TrainingConfig
@@ -93,6 +94,14 @@ def test_a_configuration_in_python_is_checked_and_cannot_change() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         config.lr = 1.0
 
+    class Refused(TrainConfig):
+        @model_validator(mode="after")
+        def _refuse(self) -> Self:
+            raise ValueError("all of it")
+
+    with pytest.raises(UsageError, match=r"^all of it$"):
+        Refused(run_id="r")
+
 
 def test_help_explains_every_key_with_its_choices_and_its_default() -> None:
     done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
@@ -165,4 +174,7 @@ def test_a_signal_is_one_line_that_says_how_to_continue(
     words = f": ended by {number.name}; start the same command with --run_id=r again\n"
     assert capsys.readouterr().err.endswith(words)
     monkeypatch.setenv("WANDB_SWEEP_ID", "s")  # its agent would count an exit status as a failure
+    finish = SimpleNamespace(finish=lambda exit_code: print("W&B's run is ended with", exit_code))
+    monkeypatch.setitem(sys.modules, "wandb", finish)
     assert end(start(lambda: ended(main), tmp_path / "log")) == -number
+    assert f"W&B's run is ended with {128 + number}\n" in (tmp_path / "log").read_text()

@@ -14,7 +14,15 @@ from common.records import checkpoint
 from common.training import loop
 from common.training.loop import Trainer
 
-DATA = ("--dataset=phantom", "--size=28", "--input_size=28", "--train_tiles=90", "--wandb=disabled", "--run_id=r")
+DATA = (
+    "--dataset=phantom",
+    "--size=28",
+    "--input_size=28",
+    "--train_tiles=90",
+    "--wandb=disabled",
+    "--run_id=r",
+    "--device=cpu",
+)
 # All that has a state or draws random numbers.
 EVERYTHING = ("--augmentation=ta_wide,stain", "--ema_decay=0.9995")
 SMALL = ("--model_name=mobilenet_v3_small", "--n_epochs=3", "--batch_size=45")
@@ -67,7 +75,7 @@ def test_a_signal_ends_the_run_at_once_and_loses_at_most_its_epoch(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    original, calls, stopped = loop.learning_rate_factor, 0, []
+    original, calls = loop.learning_rate_factor, 0
 
     def signalled(*arguments: Any, **keys: Any) -> Any:
         nonlocal calls
@@ -79,10 +87,8 @@ def test_a_signal_ends_the_run_at_once_and_loses_at_most_its_epoch(
     handler = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patched, pytest.raises(SystemExit) as ended:
         patched.setattr(loop, "learning_rate_factor", signalled)
-        patched.setattr(loop.Run, "stop", lambda run, status: stopped.append(status))
         run(tmp_path, phantom_root)
     assert ended.value.code == 128 + number
-    assert stopped == [128 + number]  # W&B's run is ended
     assert calls == 3  # an epoch is two steps: nothing came after the signal
     [line] = capsys.readouterr().err.strip().splitlines()
     assert line.endswith(f": ended by {number.name}; start the same command with --run_id=r again")

@@ -156,7 +156,8 @@ def assert_content(
         assert np.array_equal(picture(line[0]), picture(tile))
         assert np.array_equal(picture(line[1]), picture(saliency))
         assert line[0].spines["top"].get_visible() == (row["label"] != row["predicted"])
-        assert tile.figure.texts[0].get_text().startswith(f"true: {row['label']}\npredicted: ")
+        assert tile.figure.texts[0].get_text().startswith(f"phantom, true: {row['label']}\npredicted: ")
+        assert saliency.figure.axes[1].get_xlabel().startswith("phantom, |∂ logit of ")
         signed = [axes.get_images()[0].get_clim()[0] < 0 for axes in line[1:]]
         assert signed == [False, False, True, False, True]
         assert len({picture(axes).tobytes() for axes in line[1:]}) == 5

@@ -1,6 +1,7 @@
 """Task 5: its keys and recipes, the cache of features, and a comparison from start to end."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -194,7 +195,7 @@ def test_the_comparison_is_that_of_the_records(finished: Path) -> None:
 
 
 def test_the_command_again_skips_what_is_finished_and_compares_again(
-    finished: Path, phantom_root: Path, weights: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, phantom_root: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (finished / "runs/r/comparison.md").read_text()
     trained = {path: path.stat().st_mtime_ns for path in finished.rglob("summary.json")}
@@ -208,6 +209,10 @@ def test_the_command_again_skips_what_is_finished_and_compares_again(
     assert not (finished / "checkpoints/r/last.pt").exists()
     with pytest.raises(UsageError, match=r"run r was started with another .*lr was 0\.01"):
         task5.main(read(*keys(phantom_root, finished, weights, "--lr=0.02")))
+    shutil.copytree(finished / "runs/r-scratch", tmp_path / "runs/r-scratch")
+    with pytest.raises(UsageError, match=r"run r-scratch was started with another .*seed was 0"):
+        task5.main(read(*keys(phantom_root, tmp_path, weights, "--seed=1")))
+    assert not (tmp_path / "runs/r").exists()  # nothing was trained before
 
 
 def test_the_cache_changes_how_long_a_run_takes_and_not_what_it_finds(

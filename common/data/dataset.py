@@ -1,7 +1,7 @@
 """The two data sets: each is found or built as a folder of memory-mapped arrays.
 
-The folder `<name>.arrays` in the data root holds six .npy files. The first start builds it, from the official file
-or by drawing the phantom; later starts only map it.
+The folder `<name>-<MD5>.arrays` in the data root holds six .npy files. The first start builds it, from the
+official file or by drawing the phantom; later starts only map it.
 """
 
 import shutil
@@ -19,7 +19,6 @@ from filelock import FileLock
 
 from common.cli import Fault, UsageError, first_line
 from common.data import pathmnist, phantom
-from common.data.pathmnist import OfficialFile
 
 SPLITS = tuple(pathmnist.COUNTS)
 ORDER_VERSION = 1  # of stratified_part: a change of any chosen tile needs a new number
@@ -88,10 +87,10 @@ def load_dataset(name: str, size: int, data_root: Path, train_tiles: int | None 
         splits = _arrays(folder, partial(_draw_phantom, n_tiles, size))
     else:
         file, whole = pathmnist.official_file(size), pathmnist.COUNTS["train"]
-        fingerprint, folder = file.md5, data_root / f"{Path(file.name).stem}.arrays"
+        fingerprint, folder = file[2], data_root / f"{Path(file[0]).stem}-{file[2][:8]}.arrays"
         if train_tiles and train_tiles > whole:
             raise UsageError(f"--train_tiles {train_tiles}: {pathmnist.TITLE} has {whole}")
-        splits = _arrays(folder, partial(_unpack, file, data_root))
+        splits = _arrays(folder, partial(_unpack, *file, data_root))
         if train_tiles is not None and train_tiles < whole:
             images, labels = splits["train"].images, splits["train"].labels
             chosen = torch.from_numpy(stratified_part(labels.numpy(), train_tiles))
@@ -123,6 +122,7 @@ def _arrays(folder: Path, build: Callable[[Path], None]) -> dict[str, Split]:
     try:
         if not folder.exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
+            print(f"building {folder}, or waiting for another program that does", flush=True)
             with FileLock(folder.with_name(f".{folder.name}.lock")):
                 if not folder.exists():
                     shutil.rmtree(temporary, ignore_errors=True)  # what an earlier process may have left
@@ -135,6 +135,8 @@ def _arrays(folder: Path, build: Callable[[Path], None]) -> dict[str, Split]:
             images = np.load(folder / f"{split}_images.npy", mmap_mode="r", allow_pickle=False)
             labels = np.load(folder / f"{split}_labels.npy", allow_pickle=False)
             labels = torch.from_numpy(labels.reshape(-1).astype(np.int64))
+            if labels.max() >= len(pathmnist.CLASS_NAMES):
+                raise UsageError(f"{folder}: label {labels.max()} has no name in common/data/pathmnist.py")
             with warnings.catch_warnings(action="ignore", category=UserWarning):  # nothing is written here
                 splits[split] = Split(torch.from_numpy(images).permute(0, 3, 1, 2), labels)
         return splits
@@ -146,24 +148,24 @@ def _arrays(folder: Path, build: Callable[[Path], None]) -> dict[str, Split]:
         ) from error
 
 
-def _unpack(file: OfficialFile, data_root: Path, folder: Path) -> None:
+def _unpack(name: str, url: str, md5: str, data_root: Path, folder: Path) -> None:
     """Unpack the official file: images (N, H, W, 3) and labels (N, 1), uint8.
 
     It is downloaded where it is missing or damaged; Fault where that fails.
     """
     import pooch
 
-    path = data_root / file.name
-    print(f"unpacking {path}; if it is missing or damaged, {file.url} is downloaded first", flush=True)
+    path = data_root / name
+    print(f"unpacking {path}; if it is missing or damaged, {url} is downloaded first", flush=True)
     pooch.get_logger().setLevel("ERROR")  # it says the same on stderr
     # In its largest file a progress bar and a flush for every KiB, the default, would cost minutes.
     downloader = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), chunk_size=1 << 20, timeout=20)
     try:
-        pooch.retrieve(file.url, f"md5:{file.md5}", file.name, data_root, downloader=downloader)
+        pooch.retrieve(url, f"md5:{md5}", name, data_root, downloader=downloader)
     except (OSError, ValueError) as error:  # requests' errors are OSErrors; another MD5 is a ValueError
         raise Fault(
             f"{path}: missing or damaged, and its download failed ({first_line(error)}): try again, or fetch "
-            f"{file.url} (MD5 {file.md5}) by hand into --data_root {data_root}, or use --dataset phantom"
+            f"{url} (MD5 {md5}) by hand into --data_root {data_root}, or use --dataset phantom"
         ) from error
     shutil.unpack_archive(path, folder, "zip")  # block by block: it is larger than memory at 224 pixels
 

@@ -3,8 +3,6 @@
 They are copied because the import of medmnist takes three seconds and creates ~/.medmnist.
 """
 
-from typing import NamedTuple
-
 NAME = "pathmnist"
 TITLE = "PathMNIST"
 COUNTS = {"train": 89_996, "val": 10_004, "test": 7_180}  # tiles of each split
@@ -34,18 +32,10 @@ LABELS_SHA256 = {  # of the labels as uint8, in the order of the file with 28 px
 PHANTOM_TRAIN_TILES = 9000  # of the generated tiles in the place of PathMNIST's, without --train_tiles
 
 
-class OfficialFile(NamedTuple):
-    """An official file: its name, its address and its MD5."""
-
-    name: str
-    url: str
-    md5: str
-
-
-def official_file(size: int) -> OfficialFile:
-    """The official file with tiles of `size` pixels."""
+def official_file(size: int) -> tuple[str, str, str]:
+    """The name, the address and the MD5 of the official file with tiles of `size` pixels."""
     name = f"{NAME}.npz" if size == 28 else f"{NAME}_{size}.npz"
-    return OfficialFile(name, f"https://zenodo.org/records/10519652/files/{name}?download=1", MD5[size])
+    return name, f"https://zenodo.org/records/10519652/files/{name}?download=1", MD5[size]
 
 
 def has_stained_colours(red: float, green: float, blue: float) -> bool:

@@ -43,7 +43,7 @@ def draw(
     `facts` are task2.py's, `checks` and `means` those of `check_methods`.
     """
     for one in shown:
-        tile_and_saliency(output_dir, one)
+        tile_and_saliency(output_dir, one, "phantom, " * facts["synthetic"])
     names = ("methods", "all_methods", "means", "randomisation", "removal")
     figures = {name: output_dir / "fig" / "task2" / f"{facts['run_id']}-{name}.png" for name in names}
     network, n = facts["network"], checks["n"]
@@ -58,8 +58,8 @@ def draw(
     return figures
 
 
-def tile_and_saliency(output_dir: Path, explained: Explained) -> None:
-    """Draw a tile and its saliency map as two PNG files of the same layout."""
+def tile_and_saliency(output_dir: Path, explained: Explained, mark: str) -> None:
+    """Draw a tile and its saliency map as two PNG files of the same layout; `mark` stands before the words."""
     by_hand = {**PICTURES, "figure.constrained_layout.use": False}  # both with their picture at the same place
     for part in ("input", "saliency"):
         with drawing(output_dir / explained.row[part], (2.4, 2.9), by_hand) as figure:
@@ -67,13 +67,17 @@ def tile_and_saliency(output_dir: Path, explained: Explained) -> None:
             if part == "input":
                 axes.imshow(explained.tile, interpolation="nearest")
                 words = wrap(f"predicted: {explained.predicted} ({explained.probability:.2f})", 42)
-                figure.text(0.5, 0.1, f"true: {explained.label}\n{words}", ha="center", va="center", fontsize=7)
+                figure.text(
+                    0.5, 0.1, f"{mark}true: {explained.label}\n{words}", ha="center", va="center", fontsize=7
+                )
             else:
                 image = _heat(axes, explained.maps["saliency"], signed=False)
                 place = figure.add_axes((0.1, 0.15, 0.8, 0.035))
                 bar = figure.colorbar(image, cax=place, orientation="horizontal", extend="max")
                 bar.ax.tick_params(labelsize=6)
-                bar.set_label(wrap(f"|∂ logit of {explained.predicted} / ∂ input|", 45), fontsize=6, loc="left")
+                bar.set_label(
+                    wrap(f"{mark}|∂ logit of {explained.predicted} / ∂ input|", 45), fontsize=6, loc="left"
+                )
 
 
 def methods_panel(path: Path, rows: Sequence[Explained], title: str) -> None:

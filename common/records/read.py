@@ -84,12 +84,18 @@ class Record:
         """The run's keys."""
         return dict(self.summary["config"])
 
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What a run started from, beside its keys: its training tiles and its weights."""
+        found = {"training tiles": self.summary["tiles"]["train"], "data set": self.summary["data_fingerprint"]}
+        return {**found, "file of weights": self.summary.get("weights", {}).get("sha256")}
+
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays of scores.npz, which `scores_of` describes; Fault where it is missing or damaged."""
         arrays = read_arrays(self.folder / "scores.npz")
         shape = (self.summary["tiles"]["test"], len(CLASS_NAMES))
         if [arrays[name].shape for name in ("best_logits", "targets") if name in arrays] != [shape, shape[:1]]:
-            problem = f"its outputs do not have the shape {shape} of summary.json"
+            problem = f"its outputs do not have the shape {shape}: tiles of summary.json, classes of pathmnist.py"
             raise unreadable(self.folder / "scores.npz", problem)
         return arrays
 

@@ -66,9 +66,6 @@ class Run:
         self.figures = config.output_dir / "fig" / task
         self.facts = {**facts_of(task, config.run_id, dataset, device_name), **facts}
         record, before = self.folder / "config.json", {}
-        if is_finished(config.output_dir, config.run_id):
-            self.last_checkpoint.unlink(missing_ok=True)  # a kill may have left it
-            raise UsageError(f"run {config.run_id} is finished already ({self.folder}): use another --run_id")
         if record.exists():
             before = read_json(record, "config", "task", "data_fingerprint", "device", "commit")
             check_record(config, before, self.facts)
@@ -84,6 +81,10 @@ class Run:
         except Timeout:
             problem = f"run {config.run_id} is running in another process"
             raise UsageError(f"{problem}: wait for its end, or use another --run_id") from None
+        if is_finished(config.output_dir, config.run_id):
+            for path in (self.last_checkpoint, self.folder / ".lock"):  # a kill may have left the first one
+                path.unlink(missing_ok=True)
+            raise UsageError(f"run {config.run_id} is finished already ({self.folder}): use another --run_id")
         for folder in (self.folder, self.checkpoints):
             delete_temporary_files(folder)
         packages = (*VERSIONED, "timm") if "timm" in sys.modules else VERSIONED
@@ -99,17 +100,13 @@ class Run:
 
         def log(run: Any) -> None:
             for row in history[self._n_sent :]:
-                run.log(dict(row), step=int(row["epoch"]))
+                run.log(dict(row), step=int(row["epoch"]), commit=True)  # else W&B sends it after the next one
 
         write_csv(self.folder / "history.csv", history)
         self._send(log)
         self._n_sent = len(history)
         tqdm.write("  ".join(f"{name} {value:.5g}" for name, value in history[-1].items()))  # print tears the bar
         sys.stdout.flush()
-
-    def stop(self, exit_status: int) -> None:
-        """End the W&B run of a training that a signal has stopped."""
-        self._send(lambda run: run.finish(exit_code=exit_status))
 
     def finish(self, history: Sequence[Mapping[str, float]], summary: Mapping[str, Any]) -> None:
         """Draw the figures, write `summary`, delete last.pt, send the results to W&B, and print them."""
@@ -184,10 +181,8 @@ def check_same(
     now, before = {**config.identity(), **more}, public(before)
     # An older record may lack a key that is off.
     changed = [name for name in now if before.get(name) != now[name] and (name in before or now[name])]
-    if differing := [f"{name} was {before.get(name)}" for name in changed]:
-        raise UsageError(
-            f"run {config.run_id} was started with another configuration ({', '.join(differing)}): {remedy}"
-        )
+    if was := ", ".join(f"{name} was {before.get(name)}" for name in changed):
+        raise UsageError(f"run {config.run_id} was started with another configuration ({was}): {remedy}")
 
 
 def send(run: Any, action: Callable[[Any], None]) -> Any:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from common.cli import Untrainable, signal_of
+from common.cli import Untrainable
 from common.config import TrainingConfig
 from common.data.batches import Splits, batches, device_splits
 from common.data.dataset import load_dataset
@@ -85,19 +85,15 @@ class Trainer:
         After each epoch last.pt and history.csv are written, after a best one also best.pt: a kill loses the epoch
         in progress and no more. Raises Untrainable where loss or outputs are not finite.
         """
-        n_tiles = len(self.splits.train)
+        n_tiles = self.steps_per_epoch * math.ceil(len(self.splits.train) / self.steps_per_epoch)  # some twice
         total, done = self.config.n_epochs * n_tiles, len(self.history) * n_tiles
-        try:
-            with tqdm(total=total, initial=done, unit=" tiles", smoothing=0, disable=None) as self.bar:
-                while not (reason := reason_to_stop(self.history, self.config)):
-                    self.history.append(self.train_and_validate(len(self.history) + 1))
-                    self.save_last()
-                    if self.best_epoch == len(self.history):
-                        self.save_best()
-                    self.run.log_epoch(self.history)
-        except KeyboardInterrupt as interrupted:
-            self.run.stop(128 + signal_of(interrupted))
-            raise
+        with tqdm(total=total, initial=done, unit=" tiles", smoothing=0, disable=None) as self.bar:
+            while not (reason := reason_to_stop(self.history, self.config)):
+                self.history.append(self.train_and_validate(len(self.history) + 1))
+                self.save_last()
+                if self.best_epoch == len(self.history):
+                    self.save_best()
+                self.run.log_epoch(self.history)
         print(f"training ended: {reason}; best epoch {self.best_epoch} by {self.config.select_on}")
 
     def train_and_validate(self, epoch: int) -> dict[str, float]:
@@ -155,6 +151,7 @@ class Trainer:
 
         Writes scores.npz. Returns the content of summary.json without the facts that `Run` adds; see `scores_of`.
         """
+        print("scoring the best weights, also on validation tiles with other colours", flush=True)
         started = time.perf_counter()
         score = partial(evaluate, self.evaluated, compute=self.compute)
         path = self.run.checkpoints / "best.pt"

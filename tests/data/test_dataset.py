@@ -16,12 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import end, start
 
-from common.cli import Fault
+from common.cli import Fault, UsageError
 from common.data import dataset as module
 from common.data import pathmnist, phantom
 from common.data.batches import DeviceTiles
 from common.data.dataset import Dataset, load_dataset, stratified_part
-from common.data.pathmnist import OfficialFile
 
 PHANTOM = f"phantom-v{phantom.VERSION}_28_45.arrays"
 COUNTS = {"train": 1200, "val": 30, "test": 60}  # the tiles of a small file in the official layout
@@ -42,9 +41,7 @@ def write_official(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     path = root / "pathmnist.npz"
     np.savez_compressed(path, **arrays)
-    official = OfficialFile(
-        path.name, "http://127.0.0.1:9/pathmnist.npz", hashlib.md5(path.read_bytes()).hexdigest()
-    )
+    official = (path.name, "http://127.0.0.1:9/pathmnist.npz", hashlib.md5(path.read_bytes()).hexdigest())
     monkeypatch.setattr(pathmnist, "COUNTS", COUNTS)
     monkeypatch.setattr(pathmnist, "official_file", lambda size: official)
     return path
@@ -63,8 +60,8 @@ def test_names_addresses_and_counts_are_medmnists() -> None:
     assert info["python_class"] == pathmnist.TITLE
     for size, suffix in ((28, ""), (64, "_64"), (128, "_128"), (224, "_224")):
         file = pathmnist.official_file(size)
-        assert (file.url, file.md5) == (info[f"url{suffix}"], info[f"MD5{suffix}"])
-        assert file.name == f"pathmnist{suffix}.npz"
+        assert file[1:] == (info[f"url{suffix}"], info[f"MD5{suffix}"])
+        assert file[0] == f"pathmnist{suffix}.npz"
 
 
 # ---------------------------------------------------------------------------------------------------- arrays
@@ -101,6 +98,19 @@ def test_a_later_start_maps_the_arrays_even_without_file_and_write_permission(
     assert first.fingerprint == again.fingerprint
 
 
+def test_another_official_file_is_unpacked_anew_and_its_labels_have_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_official(tmp_path, monkeypatch)
+    load_dataset("pathmnist", 28, tmp_path)
+    monkeypatch.setitem(COUNTS, "val", 45)
+    write_official(tmp_path, monkeypatch)
+    assert len(load_dataset("pathmnist", 28, tmp_path).val) == 45
+    monkeypatch.setattr(pathmnist, "CLASS_NAMES", pathmnist.CLASS_NAMES[:8])
+    with pytest.raises(UsageError, match=r"arrays: label 8 has no name in common/data/pathmnist\.py"):
+        load_dataset("pathmnist", 28, tmp_path)
+
+
 def test_processes_that_start_at_once_build_the_arrays_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,8 +139,11 @@ def test_damaged_arrays_are_named(
 ) -> None:
     write_official(tmp_path, monkeypatch)
     load_dataset("pathmnist", 28, tmp_path)
-    damage(tmp_path / "pathmnist.arrays")
-    with pytest.raises(Fault, match=r"pathmnist\.arrays: cannot be read .*; if this folder exists, delete it"):
+    (folder,) = tmp_path.glob("pathmnist-*.arrays")
+    damage(folder)
+    with pytest.raises(
+        Fault, match=r"pathmnist-\w{8}\.arrays: cannot be read .*; if this folder exists, delete it"
+    ):
         load_dataset("pathmnist", 28, tmp_path)
 
 
@@ -179,7 +192,7 @@ def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[byte
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     address = f"http://127.0.0.1:{server.server_port}/pathmnist.npz?download=1"
-    official = OfficialFile("pathmnist.npz", address, pathmnist.official_file(28).md5)
+    official = ("pathmnist.npz", address, pathmnist.official_file(28)[2])
     monkeypatch.setattr(pathmnist, "official_file", lambda size: official)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield answers
@@ -212,7 +225,7 @@ def test_a_file_that_cannot_be_downloaded_is_named_with_every_remedy(
         f"{tmp_path}/new/pathmnist.npz: missing or damaged, and its download failed"
     )
     assert str(fault.value).endswith(
-        f": try again, or fetch {official.url} (MD5 {official.md5}) by hand into --data_root {tmp_path}/new, or "
+        f": try again, or fetch {official[1]} (MD5 {official[2]}) by hand into --data_root {tmp_path}/new, or "
         "use --dataset phantom"
     )
     assert not list(tmp_path.glob("new/pathmnist*"))

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -93,6 +94,20 @@ def test_last_pt_stays_until_summary_json_is_written(
     with pytest.raises(OSError, match="no such disk"):
         run.finish([row(1)], scored([row(1)]))
     assert run.last_checkpoint.exists()
+
+
+def test_a_run_that_finishes_while_its_lock_is_waited_for_stays_as_it_is(
+    tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(*arguments: Any, **keys: Any) -> Any:
+        finish(run)
+        return original(*arguments, **keys)
+
+    run, original = start(tiny, tmp_path), module.FileLock
+    monkeypatch.setattr(module, "FileLock", late)
+    with pytest.raises(UsageError, match="run r is finished already"):
+        start(tiny, tmp_path)
+    assert not list(run.folder.glob(".lock"))
 
 
 def test_a_finished_run_names_its_weights_and_both_sides_of_its_tiles(tiny: Dataset, tmp_path: Path) -> None:
@@ -216,10 +231,17 @@ def test_a_continued_run_sends_wandb_the_epochs_that_a_kill_has_lost(tmp_path: P
     rows = "run, rows = open_run(), [row(1, 0.1), row(2, 0.2), row(3, 0.3)]\n"
     body = f"{rows}run.log_epoch(rows[:1])\nrun.log_epoch(rows[:2])\nos.kill(os.getpid(), 9)"
     assert track(tmp_path, body).returncode == -9
-    done = track(tmp_path, f"{rows}run.log_epoch(rows[:2])\nrun.log_epoch(rows)\nrun.stop(130)")
+    done = track(tmp_path, f"{rows}run.log_epoch(rows[:2])\nrun.log_epoch(rows)\nrun._wandb.finish()")
     assert done.returncode == 0, done.stderr
     sent = [entry["history"]["item"] for entry in offline_records(tmp_path, "r", "history")]
     assert [(row["epoch"], row["validate/acc"]) for row in sent] == [(1, 0.1), (2, 0.2), (3, 0.3)]
+
+
+def test_an_epoch_is_sent_to_wandb_at_once(tiny: Dataset, tmp_path: Path) -> None:
+    run, sent = start(tiny, tmp_path), []
+    run._wandb = SimpleNamespace(log=lambda row, **keys: sent.append((row["epoch"], keys)))
+    run.log_epoch([row(1)])
+    assert sent == [(1, {"step": 1, "commit": True})]
 
 
 def test_a_run_goes_online_where_a_key_is_configured_and_outlives_its_server(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ PAGE = """# A study
 
 ## First part
 
+<!-- = a acc -->0.9<!-- --> begins a line.
+
 See the [second part](#second-part), [a file](runs/r/summary.json) and [a paper](https://example.org/paper).
 
 ![A curve](fig/a%20curve.png)
@@ -66,6 +68,7 @@ def test_only_links_that_work_without_the_files_beside_the_page_remain(page: str
     assert re.findall('href="(.*?)"', main) == ["#second-part", "https://example.org/paper"]
     assert "a file and" in main
     assert "a comment" not in main
+    assert "<p>0.9 begins a line.</p>" in main
 
 
 @pytest.mark.parametrize("width", [1280, 400])

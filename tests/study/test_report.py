@@ -15,6 +15,7 @@ from example_records import CONFIG, TILES, facts, row, summary, write_run
 from matplotlib.figure import Figure
 
 from common.cli import Fault, run_script
+from common.data.shift import SHIFTS
 from common.records.read import Record
 from common.statistics import spread
 from study import figures, report
@@ -219,6 +220,9 @@ def test_runs_of_a_group_differ_in_their_seed_alone(tmp_path: Path) -> None:
     fewer = {**second.summary, "tiles": {**TILES, "train": 89}}
     with pytest.raises(Fault, match="differ in training tiles"):
         Group("", [first, dataclasses.replace(second, summary=fewer)])
+    for other, name in ({"weights": {"sha256": "a"}}, "file of weights"), ({"data_fingerprint": "g"}, "data set"):
+        with pytest.raises(Fault, match=f"differ in {name}"):
+            Group("", [first, dataclasses.replace(second, summary={**second.summary, **other})])
 
 
 def group_of(**accuracies: float) -> Group:
@@ -267,37 +271,42 @@ def test_runs_are_in_the_order_of_their_seeds_and_own_recipes_of_their_scores(tm
     made(tmp_path, "b", 0.5)  # the same, but older
     made(tmp_path, "c", 0.7, weights="imagenet", augmentation="stain", ema_decay=0.99)
     made(tmp_path, "d", 0.4, size=64)
-    made(tmp_path, "try-1", 0.8, lr=3)
-    made(tmp_path, "try-best-1", 0.2, lr=3)
+    made(tmp_path, "e", 0.2, weights="imagenet", train_part="head")
     (made(tmp_path, "untested").folder / "summary.json").write_text('{"run_id": "untested", "wall_seconds": 1}')
     made(tmp_path, "ablation_test-0", 0.3, size=64, ablation="with_ema")  # no run of the study
-    for name in ("try", "try.best"):  # a search has its own table, with its trials NAME-N
-        (tmp_path / "sweeps" / name).mkdir(parents=True)
-        (tmp_path / "sweeps" / name / "search.jsonl").touch()
     recipes = Runs(tmp_path).recipes()
     assert [(name, group.by_seed("acc")) for name, group in recipes.items()] == [
         ("c", {0: 0.7}),
         ("a", {0: 0.6}),
         ("d", {0: 0.4}),
         ("ablation_test-0", {0: 0.3}),
-        ("try-best-1", {0: 0.2}),
+        ("e", {0: 0.2}),
     ]
     titles = ["ResNet-18 fine-tuned, stain augmentation and averaged weights, phantom"]
     titles += [f"ResNet-18 from scratch, phantom, run {run_id}" for run_id in "ad"]
-    titles += ["ResNet-18 from scratch, row with_ema, phantom", "ResNet-18 from scratch, phantom, run try-best-1"]
+    titles += [
+        "ResNet-18 from scratch, row with_ema, phantom",
+        "ResNet-18 pretrained, only its head trained, phantom",
+    ]
     assert [group.title for group in recipes.values()] == titles
 
 
 def test_a_page_of_own_runs_has_the_table_of_the_ablation(tmp_path: Path) -> None:
     made(tmp_path, "ablation_64-mine")  # of task1.py
     made(tmp_path, "ablation_64-with_ema-0", 0.6, ablation="with_ema")
+    made(tmp_path, "ablation_64-0.1-combined-0", ablation="combined", lr=0.1)  # of a grid with another key
     assert Runs(tmp_path).ablation() == {}  # without the reference
-    assert list(Runs(tmp_path).recipes()) == ["ablation_64-with_ema-0", "ablation_64-mine"]
+    others = ["ablation_64-mine", "ablation_64-0.1-combined-0"]
+    assert set(Runs(tmp_path).recipes()) == {"ablation_64-with_ema-0", *others}
     made(tmp_path, "ablation_64-combined-0", 0.5, ablation="combined")
     runs = Runs(tmp_path)
     tables = Tables(runs, runs.recipes(), runs.ablation())
-    assert list(tables.rows) == ["ablation_64-mine"]
+    assert set(tables.rows) == set(others)
+    names = ("validate_classes", "validate_targets", *(f"shifted_{name}" for name in SHIFTS))
+    np.savez(made(tmp_path, "recipe-resnet18-0").folder / "scores.npz", **dict.fromkeys(names, np.zeros(10)))
     page = fill(own_page(tables), tables)
+    assert "## Trials" in page
+    assert "| resnet18 | " in page
     assert re.search(r"\| with averaged weights \(EMA\), phantom \| 1 \| .* \| 0.600 \| .* \| \+0.100 \|", page)
 
 

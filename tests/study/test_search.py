@@ -13,6 +13,7 @@ from processes import end
 from sweep_runs import SEARCH, Write, begin, most_at_once, run, starts, table
 
 from common.cli import Fault, UsageError
+from common.files import write_text
 from study.processes import Processes
 from study.sweep import Search
 from study.sweep_spec import read_sweep
@@ -69,13 +70,13 @@ def test_the_worse_half_ends_after_the_first_epochs(write_sweep: Write, tmp_path
     early = {"early_terminate": {"type": "hyperband", "min_iter": 3, "eta": 2}}
     search = Search(read_sweep(write_sweep({**SEARCH, **early})), Processes(tmp_path, tmp_path, {}), 1)
     ends = []
-    for score in (0.9, 0.1):
+    for score in (0.1, 0.2, 0.9, 0.5, 0.3):
         trial, epoch = search.study.ask(search.space), 0
         while epoch < 6 and not trial.should_prune():
             epoch += 1
             trial.report(score, epoch)
         ends.append(epoch)
-    assert ends == [6, 3]
+    assert ends == [6, 6, 6, 6, 3]
 
 
 @pytest.mark.parametrize("goal", ["maximize", "minimize"])
@@ -87,11 +88,16 @@ def test_a_bad_trial_is_pruned(
     early = {"early_terminate": {"type": "hyperband", "min_iter": 2, "eta": 2}}
     content = {**SEARCH, **early, "method": "random", "metric": {"name": "validate/acc", "goal": goal}}
     path, output = write_sweep(content, {"n_epochs": {"value": 6}, "pause": {"value": 0.4}}), tmp_path / "out"
+    last = [output / f"checkpoints/try-{number}/last.pt" for number in range(4)]
+    for number in range(4):
+        write_text(last[number], "all that training needs")
     run(path, output, count=4, workers=2)
     pruned = [line for line in table(output) if line["state"] == "pruned"]
     assert pruned
     assert all(int(line["epochs"]) in (2, 4) for line in pruned)
     assert all(not (output / "runs" / line["run_id"] / "summary.json").exists() for line in pruned)
+    kept = [f"try-{number}" for number in range(4) if last[number].exists()]
+    assert sorted([*kept, *(line["run_id"] for line in pruned)]) == ["try-0", "try-1", "try-2", "try-3"]
     qualities = [float(line["quality"]) for line in table(output)]
     assert table(output)[0]["state"] == "complete"
     assert qualities[0] == (max if goal == "maximize" else min)(qualities)
@@ -164,6 +170,10 @@ def test_another_search_of_the_same_name_is_refused(write_sweep: Write, tmp_path
     (tmp_path / "out/sweeps/try/search.jsonl").unlink()
     with pytest.raises(UsageError, match=r"runs/try-0: this run is not in .*search\.jsonl: use another"):
         run(write_sweep(SEARCH), tmp_path / "out", count=2)
+    (tmp_path / "out/runs/try-0").rename(tmp_path / "out/runs/try-1")
+    with pytest.raises(UsageError, match=r"runs/try-1: this run is not in"):
+        run(write_sweep(SEARCH), tmp_path / "out", count=2, workers=2)
+    run(write_sweep(SEARCH), tmp_path / "out", count=1)  # does not need it
 
 
 def test_the_table_is_that_of_the_runs_and_a_damaged_journal_is_named(write_sweep: Write, tmp_path: Path) -> None:

@@ -96,8 +96,9 @@ def test_after_the_runs_come_the_baselines_task_2_where_it_is_missing_the_sweeps
         *(sweep.SweepConfig(file=file, count=30, workers=3, output_dir=tmp_path) for file in files),
         report.ReportConfig(output_dir=tmp_path),
     ]
-    with pytest.raises(UsageError, match="a run on pathmnist at 28 pixels; name another --output_dir"):
-        study.main(config_of("--size=64", f"--output_dir={tmp_path}"))
+    write_run(tmp_path, {**CONFIG, "dataset": "pathmnist", "run_id": "task1_64-0", "input_size": 32})
+    with pytest.raises(UsageError, match=r"run task1_64-0 .* input_size was 32.*: use another --output_dir$"):
+        study.main(config_of(f"--output_dir={tmp_path}"))
 
 
 def test_trials_are_ranked_by_validation_and_changed_colours_within_their_group(tmp_path: Path) -> None:

@@ -260,6 +260,12 @@ def test_the_table_of_a_grid_has_the_hand_made_numbers() -> None:
     # Both spreads pooled: sqrt((.0208167² + .0057735²) / 2) = .015275. Of 200,000 simulated studies
     # with a difference of .0706, 80.0 % show it at 0.05 / 2.
     assert "needs a true difference of 0.071 in test ACC" in text
+    rows = {
+        "a": rows["a"],
+        "without_augmentation": rows["short"],
+        "with_stain_only": Group("", rows["a"].records[1:]),
+    }
+    assert "against" not in "\n".join(grid_table(rows))  # no common seed
 
 
 # W&B's own agent
