@@ -86,7 +86,7 @@ class Record:
 
     @property
     def origin(self) -> dict[str, Any]:
-        """What a run started from, beside its keys: its training tiles and its weights."""
+        """What a run started from, beside its keys: its tiles and its weights."""
         found = {"training tiles": self.summary["tiles"]["train"], "data set": self.summary["data_fingerprint"]}
         return {**found, "file of weights": self.summary.get("weights", {}).get("sha256")}
 
