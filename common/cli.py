@@ -213,7 +213,7 @@ def run_script(main: Callable[[K], None], keys: type[K], arguments: Sequence[str
             what = f"{type(error).__name__}: {first_line(error)}"
             message, status = f"unexpected: {what}; please report it with the lines above", 70
     except KeyboardInterrupt as interrupted:
-        number = signal.Signals(*interrupted.args or (signal.SIGINT,))  # that of Ctrl-C has no number
+        number = signal.Signals(*interrupted.args or (signal.SIGINT,))  # Ctrl-C gives no number
         message = f"ended by {number.name}{f'; start {command} again' if command else ''}"
         status = 128 + number
     finally:

@@ -165,10 +165,12 @@ def runs(plan: Plan, config: StudyConfig) -> dict[str, list[str]]:
             run_id = f"{name}-{seed}"
             command = [*row.command.split(), *keys, f"--run_id={run_id}", f"--seed={seed}"]
             found[run_id] = [sys.executable, *command]
-            path = run_folder(config.output_dir, run_id) / "config.json"
-            before = read_json(path, "config")["config"] if path.exists() else {}
-            if "input_size" in before:  # older records have other keys
-                check_same(parse(config_class(Path(command[0])), command[1:]), before, sweep.REMEDY)
+            if (path := run_folder(config.output_dir, run_id) / "config.json").exists():
+                before = read_json(path, "config")["config"]
+                now = parse(config_class(Path(command[0])), command[1:])
+                if "input_size" not in before:  # an older record has other keys: compare its data alone
+                    before = now.identity() | {one: before[one] for one in ("dataset", "size")}
+                check_same(now, before, "use another --output_dir")
     return found
 
 

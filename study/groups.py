@@ -38,7 +38,7 @@ AGAINST = {  # rows that are not compared with the first row, but with another o
     "with_all": "with_stain_only",
 }
 CONVERGED_WITHIN = 0.005
-# Keys in which runs of one row may differ; `train_tiles` may be None for all, `Record.origin` has their number.
+# Keys in which runs of one row may differ. Only older runs have n_seeds. Record.origin has the number of tiles.
 APART = {"seed", "run_id", "train_tiles", "n_seeds"} | BOOKKEEPING
 SCORES = {  # of a run, by their names on the page: where they stand in summary.json
     "acc": ("best", "acc"),

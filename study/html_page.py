@@ -28,7 +28,7 @@ def html_page(markdown: str, folder: Path) -> str:
     renderer.add_render_rule("table_open", lambda *_: '<div class="table"><table>\n')
     renderer.add_render_rule("table_close", lambda *_: "</table></div>\n")
     # A comment alone on its line leaves no empty line, which would end a table or a list.
-    tokens = renderer.parse(re.sub(r"^<!--[^>]*-->\n|<!--[^>]*-->", "", markdown, flags=re.MULTILINE))
+    tokens = renderer.parse(re.sub(r"(?ms)^<!--((?!-->).)*-->\n|<!--.*?-->", "", markdown))
     headings = _add_anchors(tokens)
     for token in tokens:
         for child in token.children or []:

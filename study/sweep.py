@@ -33,7 +33,7 @@ from common.records.run import check_same
 from study.processes import Processes, train_all, workers
 from study.sweep_spec import Sweep, read_sweep
 
-REMEDY = "use another --output_dir"
+REMEDY = "use another --output_dir, or another name in the sweep file"
 
 
 class SweepConfig(Keys):
@@ -158,12 +158,13 @@ class Search:
                 outcome = "pruned"
                 (checkpoint_folder(self.processes.output_dir, run_id) / "last.pt").unlink(missing_ok=True)
             print(f"{run_id}: {outcome}", flush=True)
+        for number in range(len(self.study.trials), self.count if n_workers else 0):
+            if (folder := run_folder(self.processes.output_dir, self.run_id(number))).exists():
+                raise UsageError(f"{folder}: this run is not in {self.file}: {REMEDY}")
         for begun in left:
             if len(running) < n_workers:
                 self.start(begun)
-        while len(running) < n_workers and (number := len(self.study.trials)) < self.count:
-            if (folder := run_folder(self.processes.output_dir, self.run_id(number))).exists():
-                raise UsageError(f"{folder}: this run is not in {self.file}: {REMEDY}")
+        while len(running) < n_workers and len(self.study.trials) < self.count:
             self.start(self.study.ask())
         return bool(running or left) or len(self.study.trials) < self.count
 

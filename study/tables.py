@@ -244,7 +244,7 @@ class Tables:
 
 
 def difference_table(one: Group, other: Group) -> list[str]:
-    """Two rows side by side: when they converge, their scores, and the first minus the second one by seed."""
+    """Two rows side by side: seeds, epoch of convergence, scores, and the first minus the second one by seed."""
     epochs = [np.mean([convergence_epoch(run.history) for run in group.records]) for group in (one, other)]
     seeds, others = set(one.seeds), set(other.seeds)
     lines = [["seeds", str(len(seeds)), str(len(others)), f"{len(seeds & others)} in common"]]

@@ -191,6 +191,7 @@ def test_the_comparison_is_that_of_the_records(finished: Path) -> None:
         json.loads((finished / f"runs/{run_id}/summary.json").read_text()) for run_id in ("r", "r-scratch")
     ]
     tuned, scratch = (summary["test/acc"] for summary in summaries)
+    assert ["seeds", "1", "1", "1 in common"] in rows
     assert ["test ACC", f"{tuned:.3f}", f"{scratch:.3f}", f"{tuned - scratch:+.3f}"] in rows
 
 

@@ -1,7 +1,7 @@
 """The two data sets: each is found or built as a folder of memory-mapped arrays.
 
-The folder `<name>-<MD5>.arrays` in the data root holds six .npy files. The first start builds it, from the
-official file or by drawing the phantom; later starts only map it.
+A folder NAME.arrays in the data root holds six .npy files. NAME has 8 digits of the official file's MD5, or the
+phantom's version, side and number of tiles. The first start builds the folder; later starts only map it.
 """
 
 import shutil
@@ -86,11 +86,11 @@ def load_dataset(name: str, size: int, data_root: Path, train_tiles: int | None 
         folder = data_root / f"phantom-v{phantom.VERSION}_{size}_{n_tiles}.arrays"
         splits = _arrays(folder, partial(_draw_phantom, n_tiles, size))
     else:
-        file, whole = pathmnist.official_file(size), pathmnist.COUNTS["train"]
-        fingerprint, folder = file[2], data_root / f"{Path(file[0]).stem}-{file[2][:8]}.arrays"
+        (file, url, md5), whole = pathmnist.official_file(size), pathmnist.COUNTS["train"]
+        fingerprint, folder = md5, data_root / f"{Path(file).stem}-{md5[:8]}.arrays"
         if train_tiles and train_tiles > whole:
             raise UsageError(f"--train_tiles {train_tiles}: {pathmnist.TITLE} has {whole}")
-        splits = _arrays(folder, partial(_unpack, *file, data_root))
+        splits = _arrays(folder, partial(_unpack, file, url, md5, data_root))
         if train_tiles is not None and train_tiles < whole:
             images, labels = splits["train"].images, splits["train"].labels
             chosen = torch.from_numpy(stratified_part(labels.numpy(), train_tiles))

@@ -23,7 +23,6 @@ MD5 = {  # of the official files, by tile side in pixels
     128: "ac42d08fb904d92c244187169d1fd1d9",
     224: "2c51a510bcdc9cf8ddb2af93af1eadec",
 }
-
 LABELS_SHA256 = {  # of the labels as uint8, in the order of the file with 28 px tiles
     "val": "d8ec3b53a6e1062b7cd0558c19d4907b32aaea691a4aa77c672634aa499d9947",
     "test": "3d08a60fe2cfec1415a3f0d38aabb442c646ec290e6be54b9e0242dff38730a7",

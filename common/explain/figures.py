@@ -67,17 +67,15 @@ def tile_and_saliency(output_dir: Path, explained: Explained, mark: str) -> None
             if part == "input":
                 axes.imshow(explained.tile, interpolation="nearest")
                 words = wrap(f"predicted: {explained.predicted} ({explained.probability:.2f})", 42)
-                figure.text(
-                    0.5, 0.1, f"{mark}true: {explained.label}\n{words}", ha="center", va="center", fontsize=7
-                )
+                words = f"{mark}true: {explained.label}\n{words}"
+                figure.text(0.5, 0.1, words, ha="center", va="center", fontsize=7)
             else:
                 image = _heat(axes, explained.maps["saliency"], signed=False)
                 place = figure.add_axes((0.1, 0.15, 0.8, 0.035))
                 bar = figure.colorbar(image, cax=place, orientation="horizontal", extend="max")
                 bar.ax.tick_params(labelsize=6)
-                bar.set_label(
-                    wrap(f"{mark}|∂ logit of {explained.predicted} / ∂ input|", 45), fontsize=6, loc="left"
-                )
+                words = wrap(f"{mark}|∂ logit of {explained.predicted} / ∂ input|", 45)
+                bar.set_label(words, fontsize=6, loc="left")
 
 
 def methods_panel(path: Path, rows: Sequence[Explained], title: str) -> None:

@@ -96,7 +96,7 @@ def test_last_pt_stays_until_summary_json_is_written(
     assert run.last_checkpoint.exists()
 
 
-def test_a_run_that_finishes_while_its_lock_is_waited_for_stays_as_it_is(
+def test_a_run_that_finishes_just_before_its_lock_is_taken_stays_as_it_is(
     tiny: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def late(*arguments: Any, **keys: Any) -> Any:
@@ -231,8 +231,10 @@ def test_a_continued_run_sends_wandb_the_epochs_that_a_kill_has_lost(tmp_path: P
     rows = "run, rows = open_run(), [row(1, 0.1), row(2, 0.2), row(3, 0.3)]\n"
     body = f"{rows}run.log_epoch(rows[:1])\nrun.log_epoch(rows[:2])\nos.kill(os.getpid(), 9)"
     assert track(tmp_path, body).returncode == -9
-    done = track(tmp_path, f"{rows}run.log_epoch(rows[:2])\nrun.log_epoch(rows)\nrun._wandb.finish()")
-    assert done.returncode == 0, done.stderr
+    done = track(tmp_path, f"{rows}run.log_epoch(rows[:2])\nrun.log_epoch(rows)\nsys.exit(130)")
+    assert done.returncode == 130, done.stderr
+    (ended,) = offline_records(tmp_path, "r", "exit")
+    assert ended["exit"]["exit_code"] == 130
     sent = [entry["history"]["item"] for entry in offline_records(tmp_path, "r", "history")]
     assert [(row["epoch"], row["validate/acc"]) for row in sent] == [(1, 0.1), (2, 0.2), (3, 0.3)]
 

@@ -29,7 +29,7 @@ See the [second part](#second-part), [a file](runs/r/summary.json) and [a paper]
 
 | run | {columns} |
 | - | {rule} |
-<!-- a comment: end -->
+<!-- a comment -> end -->
 | r<script>alert(1)</script> | {cells} |
 
 ### Results

@@ -99,6 +99,9 @@ def test_after_the_runs_come_the_baselines_task_2_where_it_is_missing_the_sweeps
     write_run(tmp_path, {**CONFIG, "dataset": "pathmnist", "run_id": "task1_64-0", "input_size": 32})
     with pytest.raises(UsageError, match=r"run task1_64-0 .* input_size was 32.*: use another --output_dir$"):
         study.main(config_of(f"--output_dir={tmp_path}"))
+    write_run(tmp_path, {**CONFIG, "dataset": "pathmnist", "run_id": "task1_64-0"})  # an older record
+    with pytest.raises(UsageError, match=r"run task1_64-0 .*\(size was 28\): use another --output_dir$"):
+        study.main(config_of("--size=64", f"--output_dir={tmp_path}"))
 
 
 def test_trials_are_ranked_by_validation_and_changed_colours_within_their_group(tmp_path: Path) -> None:

@@ -153,7 +153,9 @@ def test_a_grid_runs_every_combination_once_and_the_seeds_vary_slowest(
     assert printed.err == ""
     run(path, tmp_path / "out")
     assert starts(tmp_path / "out") == expected
-    with pytest.raises(UsageError, match=r"run try-a-0 .*\(n_epochs was 1\): use another --output_dir"):
+    with pytest.raises(
+        UsageError, match=r"run try-a-0 .*\(n_epochs was 1\): use another --output_dir, or another name in"
+    ):
         run(path, tmp_path / "out", "--n_epochs=2")
     assert set((tmp_path / "out/environment.txt").read_text().splitlines()) == {"p try 1"}
 
