@@ -101,6 +101,7 @@ def test_a_run_that_finishes_just_before_its_lock_is_taken_stays_as_it_is(
 ) -> None:
     def late(*arguments: Any, **keys: Any) -> Any:
         finish(run)
+        run._lock.release()
         return original(*arguments, **keys)
 
     run, original = start(tiny, tmp_path), module.FileLock
