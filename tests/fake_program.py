@@ -33,7 +33,7 @@ def main(config: FakeConfig) -> None:
     note("starts.txt", config.run_id)
     note("environment.txt", *map(os.environ.get, ("WANDB_PROJECT", "WANDB_RUN_GROUP", "OMP_NUM_THREADS")))
     while len((config.output_dir / "starts.txt").read_text().split()) < config.together:
-        if time.monotonic() > begun + 15:
+        if time.monotonic() > begun + 120:
             raise UsageError("it is alone")
         time.sleep(0.02)
     if (config.output_dir / "disk-is-full").exists():

@@ -81,7 +81,7 @@ def test_a_short_training_learns_real_tissue(
 
     monkeypatch.setattr("common.training.loop.load_dataset", with_fewer_tiles_to_score)
     config_class = task1.Task1Config if script is task1 else train.TrainConfig
-    where = [f"--data_root={root}", f"--output_dir={tmp_path}"]
+    where = [f"--data_root={root}", f"--output_dir={tmp_path}", "--test=False"]
     script.main(parse(config_class, [*SHORT, *keys, *where]))
     summary = json.loads((tmp_path / "runs/r/summary.json").read_text())
     assert summary["dataset"] == "PathMNIST (1,800 of 89,996 training tiles, 28 px)"

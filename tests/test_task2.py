@@ -22,6 +22,7 @@ from common.cli import run_script
 from common.data.dataset import load_dataset
 from common.data.pathmnist import CLASS_NAMES
 from common.explain import checks
+from common.explain.maps import METHODS
 from common.explain.tiles import choose_tiles, find_run
 from common.training.models import build_model
 
@@ -195,7 +196,10 @@ def test_the_task_1_run_with_most_tiles_is_explained_and_the_newest_of_several(t
 
 
 @pytest.mark.slow
-def test_a_fine_tuned_network_is_explained(trained: Path, phantom_root: Path, tmp_path: Path) -> None:
+def test_a_fine_tuned_network_is_explained(
+    trained: Path, phantom_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "METHODS", {"saliency": METHODS["saliency"]})
     folder = tmp_path / "out"
     shutil.copytree(trained, folder)
     where = ["--data_root", str(phantom_root), "--output_dir", str(folder), "--wandb", "disabled"]
@@ -218,6 +222,13 @@ def test_an_unfinished_run_and_other_data_are_refused_in_one_line(
     shutil.copytree(trained, folder)
     path = folder / "runs/first/config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "data_fingerprint": "another"}))
+    weights = folder / "checkpoints/first/best.pt"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole + b"x")
+    with pytest.raises(SystemExit):
+        explain(folder, phantom_root, "--run_id", "first")
+    assert "not the weights with which run first finished" in capsys.readouterr().err
+    weights.write_bytes(whole)
     for status, message in (
         (1, "its phantom .* is not what run first was trained on$"),
         (2, "--run_id first: no finished run in .*; python task1.py makes one, "),

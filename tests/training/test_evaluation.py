@@ -129,3 +129,8 @@ def test_tied_probabilities_stay_tied_where_no_softmax_is_taken_of_their_logarit
     assert recorded.described()["auc"]["value"] == pytest.approx(expected, abs=1e-12)
     ranked_at_random = Evaluation(logarithms, targets).rounded().summary("test")["test/auc"]
     assert abs(ranked_at_random - expected) > 1e-5
+
+
+def test_a_class_without_tiles_has_no_auc() -> None:
+    areas = Evaluation(np.zeros((9, 9), np.float32), np.arange(9) % 8).described()["auc_per_class"]
+    assert (areas["cancer-associated stroma"], areas["colorectal adenocarcinoma epithelium"]) == (0.5, None)

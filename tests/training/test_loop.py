@@ -13,6 +13,7 @@ from processes import plain
 
 from common.cli import Fault, Untrainable
 from common.data import batches as batches_module
+from common.data.augment import dihedral_view
 from common.data.batches import DeviceTiles
 from common.data.dataset import Dataset
 from common.data.shift import shifted
@@ -66,6 +67,29 @@ def test_the_same_seed_gives_the_same_history_and_weights(tiny: Dataset, tmp_pat
     assert plain(other.history) != plain(trained.history)
     streams = ((3, 1, "shuffle"), (4, 1, "shuffle"), (3, 2, "shuffle"), (3, 1, "augment"))
     assert len({loop.derived_seed(*one) for one in streams}) == 4
+    assert loop.derived_seed(3, 1, "shuffle") == 2175231517928192371  # else no recorded run can be repeated
+
+
+def test_training_takes_turned_tiles_in_random_order_and_validation_plain_ones(
+    tiny: Dataset, tmp_path: Path
+) -> None:
+    trainer = trainer_of(tiny, tmp_path, augmentation="dihedral", batch_size=130)  # one step
+    seen: list[torch.Tensor] = []
+    trainer.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    trainer.train_and_validate(1)
+    order = torch.randperm(130, generator=loop.generator(0, 1, "shuffle")).tolist()
+    views = torch.randint(8, (130,), generator=loop.generator(0, 1, "augment")).tolist()
+    pairs = zip(order, views, strict=True)
+    turned = torch.cat([dihedral_view(tiny.train.images[place : place + 1], view) for place, view in pairs])
+    assert torch.equal(seen[0], batches_module.normalise(turned))
+    assert torch.equal(seen[1], batches_module.normalise(tiny.val.images))
+
+
+def test_training_stops_early(tiny: Dataset, tmp_path: Path) -> None:
+    trainer = fitted(tiny, tmp_path, n_epochs=9, early_stopping_patience=1, early_stopping_delta=1.0)
+    assert len(trainer.history) == 2  # no rise of ACC is larger than 1
+    stopped = "early stopping: since epoch 1, validate/acc has not improved by more than 1"
+    assert trainer.test()["stopped"] == stopped
 
 
 def test_the_best_weights_are_kept_and_scored_not_the_last(
