@@ -66,7 +66,7 @@ COURSEWORK: dict[str, Any] = {
     "weight_decay": 1.0640579453275e-06,
 }
 
-# What the EfficientNet-Lite networks change in COURSEWORK, chosen by the trials of recipes.yaml.
+# What the EfficientNet-Lite networks change in COURSEWORK, chosen by the trials of study/recipes.yaml.
 LITE: dict[str, Any] = {
     "augmentation": "stain",
     "batch_size": 64,

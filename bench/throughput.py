@@ -35,7 +35,7 @@ import train
 from common.config import TrainingConfig
 from common.data import pathmnist
 from common.data.batches import device_splits
-from common.data.dataset import load_dataset
+from common.data.dataset import Dataset, load_dataset
 from common.files import read_text, write_json, write_text
 from common.markdown import markdown_table
 from common.records.read import read_json
@@ -85,10 +85,9 @@ def plain_loop(config: TrainingConfig, compute: Compute, workers: int) -> Loop:
     return epoch
 
 
-def our_loop(config: TrainingConfig, compute: Compute) -> Loop:
+def our_loop(config: TrainingConfig, dataset: Dataset, compute: Compute) -> Loop:
     """An epoch as `Trainer.fit` runs it."""
     compute.prepare_process()
-    dataset = load_dataset("phantom", SIDE, config.data_root, config.train_tiles)
     model = build_model(config.model_name, len(pathmnist.CLASS_NAMES), config.input_size)
     splits = device_splits(dataset, config, compute.device)
     trainer = Trainer(model, splits, config, compute, Run("task1", config, dataset, compute.name))
@@ -106,11 +105,11 @@ def seconds(loop: Loop) -> float:
 
 def compare(config: TrainingConfig, compute: Compute) -> dict[str, Any]:
     """A row of the table: tiles/s of both loops, and their ratio turn by turn."""
-    train_split = load_dataset("phantom", SIDE, config.data_root, config.train_tiles).train
-    images, labels = train_split.images.permute(0, 2, 3, 1).numpy(), train_split.labels.numpy()
+    dataset = load_dataset("phantom", SIDE, config.data_root, config.train_tiles)
+    images, labels = dataset.train.images.permute(0, 2, 3, 1).numpy(), dataset.train.labels.numpy()
     path = config.data_root / f"pathmnist_{SIDE}.npz"
     np.savez(path, train_images=images, train_labels=labels.astype(np.uint8)[:, None])
-    ours, cores = our_loop(config, compute), os.cpu_count() or 1
+    ours, cores = our_loop(config, dataset, compute), os.cpu_count() or 1
     torch.backends.cudnn.allow_tf32 = True  # as a tutorial's loop has it; ours computes in bf16 on such GPUs
     plain = {workers: plain_loop(config, compute, workers) for workers in {0, 1, cores // 2, cores}}
     for loop in (ours, *plain.values()):

@@ -167,7 +167,7 @@ def runs(plan: Plan, config: StudyConfig) -> dict[str, list[str]]:
             found[run_id] = [sys.executable, *command]
             if (path := run_folder(config.output_dir, run_id) / "config.json").exists():
                 before = read_json(path, "config")["config"]
-                now = parse(config_class(Path(command[0])), command[1:])
+                now = parse(config_class(command[0]), command[1:])
                 if "input_size" not in before:  # an older record has other keys: compare its data alone
                     before = now.identity() | {one: before[one] for one in ("dataset", "size")}
                 check_same(now, before, "use another --output_dir")

@@ -11,7 +11,7 @@ from common.markdown import markdown_table
 from common.records.read import is_finished, read_arrays, run_folder
 from common.training.evaluation import scores_of
 
-FILE = Path(__file__).resolve().parent.parent / "recipes.yaml"
+FILE = Path(__file__).with_name("recipes.yaml")
 
 
 class Trial(NamedTuple):
@@ -37,7 +37,7 @@ def read_trials(file: Path = FILE) -> dict[str, Trial]:
             command = " ".join([part["program"], *(f"--{name}={value}" for name, value in keys.items())])
             words = ", ".join(f"{name} {value}" for name, value in changes.items()) or "–"
             withdrawn = candidate in content["withdrawn"]
-            trials[f"recipe-{candidate}"] = Trial(group, words, command, len(content["seeds"]), withdrawn)
+            trials[f"recipe-{candidate}"] = Trial(group, words, command, content["n_seeds"], withdrawn)
     return trials
 
 

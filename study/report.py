@@ -17,6 +17,7 @@ run are computed again from its outputs (common/training/verification.py).
 """
 
 import re
+from collections.abc import Sequence
 from itertools import takewhile, zip_longest
 from pathlib import Path
 
@@ -73,8 +74,6 @@ def main(config: ReportConfig) -> None:
     further = (folder / name for name in FURTHER) if by_hand else ()
     pages |= {path: read_text(path) for path in further if path.exists()}
     made = {path: fill(content, tables) for path, content in pages.items()}
-    if not by_hand:  # without comments: the next call makes the page anew
-        made[page] = BLOCK.sub(lambda found: found[2].rstrip(), made[page])
     if not config.check:
         draw(tables, by_hand, config.data_root)
     made = {path: with_digests(content, folder) for path, content in made.items()}
@@ -146,7 +145,7 @@ def draw(tables: Tables, by_hand: bool, data_root: Path | None) -> None:
 
 
 def own_page(tables: Tables) -> str:
-    """A page about the runs of a folder, ready to be filled."""
+    """A page about the runs of a folder."""
     folder, rows = tables.runs.folder, tables.rows
     summaries = [record.summary for record in tables.runs.read.values()]
     data = "; ".join(sorted({one["dataset"] for one in summaries})) or "Sweeps"
@@ -155,35 +154,31 @@ def own_page(tables: Tables) -> str:
         lines += ["", "> Phantom tiles are generated. They are not tissue: such results are not of PathMNIST."]
     trained = [name for name, group in rows.items() if group.first.history]
 
-    def section(title: str, *parts: str) -> None:
+    def section(title: str, *parts: Sequence[str]) -> None:
         lines.extend(["", f"## {title}"])
         for part in parts:
-            lines.extend(["", part])
-
-    def block(*words: str) -> str:
-        name = " ".join(words)
-        return f"<!-- {name}: begin -->\n<!-- {name}: end -->"
+            lines.extend(["", *part])
 
     if rows:
-        section("Scores", f"![Test ACC of each row]({LADDER})", block("results", *rows))
+        section("Scores", [f"![Test ACC of each row]({LADDER})"], tables.results(*rows))
     if trained:
-        section("Training", block("recipes", *trained), f"![Losses and scores by epoch]({CURVES})")
-        section("Classes and colours", block("classes", *trained), COLOURS, block("colours", *trained))
+        section("Training", tables.recipes(*trained), [f"![Losses and scores by epoch]({CURVES})"])
+        section("Classes and colours", tables.classes(*trained), [COLOURS], tables.colours(*trained))
     for path in sorted((folder / "runs").glob("*/attribution.json")):
         run_id = path.parent.name
         names = {MAPS[name]: f"fig/task2/{run_id}-{name}.png" for name in ("means", "randomisation", "removal")}
-        shown = [f"![{words}]({name})" for words, name in names.items() if (folder / name).exists()]
-        section(f"Saliency maps of {text(run_id)}", block("maps", run_id), *shown)
-    if tables.trials():
-        section("Trials", block("trials"))
+        shown = ([f"![{words}]({name})"] for words, name in names.items() if (folder / name).exists())
+        section(f"Saliency maps of {text(run_id)}", tables.maps(run_id), *shown)
+    if trials := tables.trials():
+        section("Trials", trials)
     if tables.ablation:
-        section("Ablation", block("techniques"))
+        section("Ablation", tables.techniques())
     if tables.curves:
-        section("Fewer training tiles", f"![Test ACC and validation ACC]({LEARNING})")
+        section("Fewer training tiles", [f"![Test ACC and validation ACC]({LEARNING})"])
     for path in sorted((folder / "sweeps").glob("*/table.md")):
-        section(f"Sweep {text(path.parent.name)}", read_text(path).strip())
+        section(f"Sweep {text(path.parent.name)}", [read_text(path).strip()])
     if rows:
-        section("Records", block("records"))
+        section("Records", tables.records())
     return "\n".join(lines) + "\n"
 
 

@@ -67,6 +67,8 @@ def grid(sweep: Sweep, output_dir: Path) -> dict[str, list[str]]:
         parts = [sweep.name, *(str(values[name]) for name in axes)]
         run_id = "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", part) for part in parts)
         config = sweep.config({**values, "run_id": run_id})
+        if run_id in runs:
+            raise UsageError(f"two combinations have the run id {run_id}: change one of the values")
         runs[run_id] = sweep.command_line({**values, "run_id": run_id, "output_dir": output_dir})
         if (path := run_folder(output_dir, run_id) / "config.json").exists():
             check_same(config, read_json(path, "config")["config"], REMEDY)
@@ -105,7 +107,7 @@ class Search:
                 )
             except Exception as error:  # a damaged journal makes Optuna raise many types
                 raise Fault(f"{self.file}: damaged ({first_line(error)}); restore it, or {REMEDY}") from error
-        content = sweep.model_dump(mode="json", include={"metric", "parameters"}, exclude_unset=True)
+        content = sweep.model_dump(mode="json", include={"program", "metric", "parameters"}, exclude_unset=True)
         content["parameters"] = {key: content["parameters"][key] for key in sweep.parameters.keys() - BOOKKEEPING}
         if self.study.user_attrs.get("content", content) != content:
             raise UsageError(f"search {sweep.name} was started with other parameters: {REMEDY}")

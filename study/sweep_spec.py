@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 from optuna import distributions
-from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from common.cli import UsageError, parse
 from common.config import RunId, TrainingConfig
@@ -68,7 +68,7 @@ class Hyperband(BaseModel, extra="forbid"):
 
 
 class Sweep(BaseModel, extra="forbid"):
-    """The content of a sweep file, and the configuration class of its program, which checks every value."""
+    """The content of a sweep file. The configuration class of its program checks every value."""
 
     name: RunId  # the names of its runs begin with it
     program: str
@@ -78,7 +78,6 @@ class Sweep(BaseModel, extra="forbid"):
     early_terminate: Hyperband | None = None
     command: list[Literal["${env}", "${interpreter}", "${program}", "${args}"]] = []  # no other words run here
     project: str = ""
-    _config_class: type[TrainingConfig] = PrivateAttr(TrainingConfig)
 
     @property
     def swept(self) -> dict[str, Parameter]:
@@ -87,7 +86,7 @@ class Sweep(BaseModel, extra="forbid"):
 
     def config(self, values: Mapping[str, Any]) -> TrainingConfig:
         """The program's configuration for the fixed keys and `values`; UsageError where it refuses them."""
-        config = parse(self._config_class, self.command_line(values)[2:])
+        config = parse(config_class(self.program), self.command_line(values)[2:])
         check_model_name(config.model_name)
         if getattr(config, "scratch", False):
             raise UsageError("scratch: a run of a sweep cannot train a second network; set it to false")
@@ -115,7 +114,6 @@ def read_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
         raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())[:200]}") from None
     try:
         sweep = Sweep.model_validate({"name": path.stem, **content} if isinstance(content, dict) else content)
-        sweep._config_class = config_class(Path(sweep.program))
         for argument in overrides:
             name, equals, value = argument.removeprefix("--").partition("=")
             if not argument.startswith("--") or not equals or name in sweep.swept:
@@ -127,7 +125,8 @@ def read_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
         for name, one in sweep.swept.items():
             for tried in one.values or (one.min, one.max):
                 sweep.config({name: tried})
-            whole = int in (kind := sweep._config_class.model_fields[name].annotation, *get_args(kind))
+            kind = config_class(sweep.program).model_fields[name].annotation
+            whole = int in (kind, *get_args(kind))
             if whole and isinstance(one.for_optuna(), distributions.FloatDistribution):
                 raise UsageError(f"parameter {name}: a whole number; use values, or distribution: int_uniform")
         return sweep
@@ -140,11 +139,11 @@ def read_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
 
 
 @cache
-def config_class(program: Path) -> type[TrainingConfig]:
+def config_class(program: str) -> type[TrainingConfig]:
     """The configuration class that the program defines."""
-    if not program.is_file() or program.suffix != ".py":
+    if not Path(program).is_file() or Path(program).suffix != ".py":
         raise UsageError(f"program {program}: no such Python file; start the sweep in the folder of the program")
-    for item in runpy.run_path(str(program), run_name="swept_program").values():
+    for item in runpy.run_path(program, run_name="swept_program").values():
         if isinstance(item, type) and issubclass(item, TrainingConfig) and item.__module__ == "swept_program":
             return item
     raise UsageError(f"program {program} defines no configuration class")

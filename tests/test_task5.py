@@ -253,6 +253,7 @@ def test_a_cache_that_takes_more_than_60_percent_of_the_memory_is_refused(
     with pytest.raises(UsageError, match=rf"features of all tiles take 0\.0 GB .*; {remedy}$"):
         features.cached_splits(model, dataset, config, CPU)
     features.cached_splits(model, dataset, config.replaced(tta=False), CPU)  # a test tile has one view then
+    features.cached_splits(model, dataset, config.replaced(test=False), CPU)  # and here none
 
 
 @pytest.mark.parametrize(

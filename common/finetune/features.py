@@ -89,7 +89,8 @@ def cached_splits(model: FineTunedNetwork, dataset: Dataset, config: TrainingCon
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if compute.device.type == "cuda":
         memory = free_memory(compute.device)
-    n_features = n_views * len(dataset.train) + len(dataset.val) + (8 if config.tta else 1) * len(dataset.test)
+    n_features = n_views * len(dataset.train) + len(dataset.val)
+    n_features += config.test * (8 if config.tta else 1) * len(dataset.test)
     size = 4 * n_features * math.prod(model.feature_shape)  # float32
     if size > RESIDENT_SHARE * memory:
         problem = f"the features of all tiles take {size / 1e9:.1f} GB of {memory / 1e9:.1f} GB of memory"

@@ -17,7 +17,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from common.cli import UsageError, first_line, program
+from common.cli import Fault, UsageError, first_line, program
 from common.config import ScriptConfig, TrainingConfig
 from common.data.dataset import SPLITS, Dataset
 from common.data.pathmnist import CLASS_NAMES
@@ -54,8 +54,8 @@ class Run:
     ) -> None:
         """Open the run and write config.json; `network` describes the network in titles (default: its name).
 
-        Raises UsageError where the run is finished, is another one than `check_record` allows, or is trained by
-        another process; Fault where its config.json is damaged.
+        Raises UsageError where the run is finished, or is another one than `check_record` allows; Fault where
+        another process trains it, or its config.json is damaged.
         """
         self.run_id = config.run_id
         network = network or config.model_name
@@ -80,7 +80,7 @@ class Run:
             self._lock.acquire(blocking=False)
         except Timeout:
             problem = f"run {config.run_id} is running in another process"
-            raise UsageError(f"{problem}: wait for its end, or use another --run_id") from None
+            raise Fault(f"{problem}: wait for its end, or use another --run_id") from None
         if is_finished(config.output_dir, config.run_id):
             for path in (self.last_checkpoint, self.folder / ".lock"):  # a kill may have left the first one
                 path.unlink(missing_ok=True)

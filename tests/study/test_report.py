@@ -100,15 +100,14 @@ def test_a_page_is_filled_from_the_records(study: Path) -> None:
     assert (study / "report.md").read_text() == page
 
 
-@pytest.mark.parametrize(
-    "name", ["config.json", "summary.json", "history.csv", "scores.npz", "attribution.json", "saliency.md"]
-)
-def test_a_changed_file_of_a_record_is_noticed(name: str, study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_changed_file_of_a_record_is_noticed(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make(study, "--check")
-    path = study / "runs/tuned-0" / name
-    path.write_bytes(path.read_bytes() + b"\n")  # it can still be read
-    line = refused(study, capsys, "--check")
-    assert "sources.md is out of date: line " in line
+    for name in ("config.json", "summary.json", "history.csv", "scores.npz", "attribution.json", "saliency.md"):
+        path = study / "runs/tuned-0" / name
+        whole = path.read_bytes()
+        path.write_bytes(whole + b"\n")  # it can still be read
+        assert "sources.md is out of date: line " in refused(study, capsys, "--check"), name
+        path.write_bytes(whole)
 
 
 def test_an_edited_figure_and_a_torn_record_are_one_line_each(

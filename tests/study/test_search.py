@@ -6,6 +6,7 @@ from functools import partial, partialmethod
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from optuna import samplers
 from optuna.storages.journal import _file
 from optuna.trial import create_trial
@@ -94,7 +95,7 @@ def test_a_bad_trial_is_pruned(
     run(path, output, count=4, workers=2)
     pruned = [line for line in table(output) if line["state"] == "pruned"]
     assert pruned
-    assert all(int(line["epochs"]) in (2, 4) for line in pruned)
+    assert all(int(line["epochs"]) < 6 for line in pruned)
     assert all(not (output / "runs" / line["run_id"] / "summary.json").exists() for line in pruned)
     kept = [f"try-{number}" for number in range(4) if last[number].exists()]
     assert sorted([*kept, *(line["run_id"] for line in pruned)]) == ["try-0", "try-1", "try-2", "try-3"]
@@ -152,7 +153,7 @@ def test_a_search_that_was_killed_while_it_wrote_its_journal_goes_on(
         journal.write('{"op_code":')
     search.study._storage._backend._lock.acquire()  # type: ignore[attr-defined]
     command = begin(path, Path("out"), count=2)
-    assert end(command, 30) == 0, (output / "log.txt").read_text()
+    assert end(command) == 0, (output / "log.txt").read_text()
     configs = [json.loads((output / f"runs/try-{number}/config.json").read_text())["config"] for number in (0, 1)]
     assert all(0 < config["pause"] < 0.1 for config in configs)
     assert all(map(json.loads, search.file.read_text().splitlines()))
@@ -166,6 +167,8 @@ def test_another_search_of_the_same_name_is_refused(write_sweep: Write, tmp_path
         run(write_sweep(SEARCH, {"n_epochs": {"value": 2}}), tmp_path / "out", count=2)
     with pytest.raises(UsageError, match="search try was started with other parameters"):
         run(write_sweep({**SEARCH, "metric": {"name": "validate/loss"}}), tmp_path / "out", count=1)
+    with pytest.raises(UsageError, match="search try was started with other parameters"):
+        run(write_sweep({**SEARCH, "program": f"{ROOT}/./tests/fake_program.py"}), tmp_path / "out", count=1)
     run(write_sweep(SEARCH, {"wandb": {"value": "disabled"}}), tmp_path / "out", count=1)  # the same search
     (tmp_path / "out/sweeps/try/search.jsonl").unlink()
     with pytest.raises(UsageError, match=r"runs/try-0: this run is not in .*search\.jsonl: use another"):
@@ -204,4 +207,5 @@ def test_two_commands_share_a_search_from_its_first_moment(write_sweep: Write, t
     commands = [begin(path, output, count=6, workers=workers) for workers in (1, 2)]
     assert [end(command) for command in commands] == [0, 0], (output / "log.txt").read_text()
     assert sorted(starts(output)) == [f"try-{number}" for number in range(6)]
-    assert len({line["quality"] for line in table(output)}) == 6
+    configs = (json.loads(path.read_text())["config"] for path in output.glob("runs/*/config.json"))
+    assert len({config["quality"] for config in configs}) == 6  # the table rounds them

@@ -17,6 +17,8 @@ import task5
 import train
 from common.cli import UsageError, parse, run_script
 from common.config import FolderConfig
+from common.explain import checks
+from common.explain.maps import METHODS
 from common.records.run import check_same
 from study import __main__ as study
 from study import baselines, report, sweep
@@ -107,7 +109,7 @@ def test_after_the_runs_come_the_baselines_task_2_where_it_is_missing_the_sweeps
 def test_trials_are_ranked_by_validation_and_changed_colours_within_their_group(tmp_path: Path) -> None:
     file = tmp_path / "recipes.yaml"
     file.write_text(
-        "{withdrawn: [plain], keys: {size: 28}, seeds: [0, 1], groups: {all: {program: train.py, keys: {lr: 1}, "
+        "{withdrawn: [plain], keys: {size: 28}, n_seeds: 2, groups: {all: {program: train.py, keys: {lr: 1}, "
         "candidates: {plain: {}, better: {n_epochs: 9}, later: {}}}}}"
     )
     trials = read_trials(file)
@@ -138,6 +140,8 @@ def test_only_the_study_of_pathmnist_at_28_pixels_is_written_into_the_current_fo
 def test_a_study_ends_with_its_report_and_a_second_start_trains_nothing(
     phantom_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(baselines, "BASELINES", {"mean_rgb": baselines.BASELINES["mean_rgb"]})
+    monkeypatch.setattr(checks, "METHODS", {"saliency": METHODS["saliency"]})
     tiny = "--train_tiles=90 --n_epochs=1"
     rows = {
         "task1": study.Row(f"task1.py {tiny} --input_size=28", 1),
@@ -156,7 +160,7 @@ def test_a_study_ends_with_its_report_and_a_second_start_trains_nothing(
     run_script(study.main, study.StudyConfig, arguments)
     said = capfd.readouterr().out
     assert "2 runs, 2 of them finished" in said
-    assert "boosting-90-2: finished already" in said
+    assert "mean_rgb-90-0: finished already" in said
     assert "explaining" not in said
 
 
