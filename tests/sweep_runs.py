@@ -33,7 +33,7 @@ def begin(path: Path, output: Path, **keys: Any) -> int:
     """Start a command in another process; its output goes to log.txt."""
     output.mkdir(exist_ok=True)
     keys = {"output_dir": output, "workers": 1, **keys}
-    arguments = [str(path), *(f"--{name}={value}" for name, value in keys.items())]
+    arguments = [str(path), *(f"--{name}={value}" for name, value in keys.items()), "--", "--wandb=disabled"]
     return start(lambda: run_script(sweep.main, sweep.SweepConfig, arguments), output / "log.txt")
 
 
