@@ -54,16 +54,12 @@ from train import COURSEWORK as TASK3
 # The coursework's configuration: frozen convolutions, and a lower learning rate than Task 3's. Augmentation is by
 # flips and quarter turns alone, because a frozen network's features of these 8 views can be kept. Without
 # early stopping, both runs of the comparison have the same number of epochs.
-COURSEWORK: dict[str, Any] = {
+COURSEWORK: dict[str, Any] = TASK3 | {
     "augmentation": "dihedral",
-    "batch_size": 512,
-    "label_smoothing": 0.1,
+    "early_stopping_delta": 0.0,
+    "early_stopping_patience": None,
     "lr": 5e-4,
-    "lr_min": 0.1,
-    "n_epochs": 20,
-    "optimizer": "adamw",
-    "reestimate_batchnorm": True,
-    "weight_decay": 1.0640579453275e-06,
+    "lr_warmup_epochs": 0,
 }
 
 # What the EfficientNet-Lite networks change in COURSEWORK, chosen by the trials of study/recipes.yaml.

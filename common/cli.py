@@ -15,13 +15,15 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any, ClassVar, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from tqdm import tqdm
 
 from common.files import public
 
+LOG_EVERY = 60.0  # seconds between two lines of progress in a log file
 BOOKKEEPING = {"data_root", "device", "output_dir", "wandb", "scratch"}  # no part of a run's identity
 
 
@@ -58,6 +60,14 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether the system, a GPU or one of their libraries had too little memory left."""
     words = "out of memory|allocate memory|ALLOC.*FAILED|failed to map segment|could not create a primitive$"
     return isinstance(error, MemoryError) or re.search(words, str(error)) is not None
+
+
+def progress(iterable: Any = None, **options: Any) -> Any:
+    """A tqdm bar on a terminal. Where stderr is a log file, a line a minute, and none for work of seconds."""
+    if not sys.stderr.isatty():
+        log = SimpleNamespace(write=lambda text: text.strip() and print(text.strip(), file=sys.stderr))
+        options |= {"file": log, "mininterval": LOG_EVERY, "delay": LOG_EVERY}
+    return tqdm(iterable, **options)
 
 
 def closest(name: str, known: Sequence[str]) -> str:

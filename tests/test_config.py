@@ -18,6 +18,7 @@ from conftest import ROOT
 from processes import end, start
 from pydantic import ValidationError, model_validator
 
+from common import cli
 from common.cli import UsageError, parse, run_script
 from common.config import TrainingConfig
 from task5 import Task5Config
@@ -178,3 +179,13 @@ def test_a_signal_is_one_line_that_says_how_to_continue(
     monkeypatch.setitem(sys.modules, "wandb", finish)
     assert end(start(lambda: ended(main), tmp_path / "log")) == -number
     assert f"W&B's run is ended with {128 + number}\n" in (tmp_path / "log").read_text()
+
+
+def test_a_log_has_lines_of_progress(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    assert (list(cli.progress([1, 2], desc="work")), capfd.readouterr().err) == ([1, 2], "")
+    monkeypatch.setattr(cli, "LOG_EVERY", 0.0)
+    with cli.progress(total=4, desc="work", unit=" tiles", leave=False) as bar:
+        bar.update(1)
+        bar.update(2)
+    begins = [line[:18] for line in capfd.readouterr().err.split("\n")]
+    assert begins == ["work:   0%|       ", "work:  25%|##5    ", "work:  75%|#######", ""]

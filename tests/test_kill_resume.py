@@ -66,9 +66,7 @@ def test_a_run_that_is_killed_and_continued_leaves_the_same_records_and_weights(
     assert_same(tmp_path, whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_run_at_once_and_loses_at_most_its_epoch(
-    number: signal.Signals,
     whole: Path,
     tmp_path: Path,
     phantom_root: Path,
@@ -81,17 +79,17 @@ def test_a_signal_ends_the_run_at_once_and_loses_at_most_its_epoch(
         nonlocal calls
         calls += 1
         if (tmp_path / "checkpoints/r/last.pt").exists():  # in the second epoch
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signal.SIGTERM)
         return original(*arguments, **keys)
 
     handler = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patched, pytest.raises(SystemExit) as ended:
         patched.setattr(loop, "learning_rate_factor", signalled)
         run(tmp_path, phantom_root)
-    assert ended.value.code == 128 + number
+    assert ended.value.code == 143
     assert calls == 3  # an epoch is two steps: nothing came after the signal
     [line] = capsys.readouterr().err.strip().splitlines()
-    assert line.endswith(f": ended by {number.name}; start the same command with --run_id=r again")
+    assert line.endswith(": ended by SIGTERM; start the same command with --run_id=r again")
     assert len(checkpoint.load(tmp_path / "checkpoints/r/last.pt")["history"]) == 1
     assert signal.getsignal(signal.SIGTERM) == handler
     run(tmp_path, phantom_root)

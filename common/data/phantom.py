@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
+
+from common.cli import progress
 
 VERSION = 3  # a change of any pixel needs a new number
 FIELD = 112.0  # side of a tile in µm: 224 pixels of 0.5 µm in NCT-CRC-HE-100K
@@ -135,7 +136,7 @@ def generate(split: str, n_tiles: int, size: int) -> tuple[Array, Array]:
     key = [VERSION, list(STAINING).index(split)]
     labels = np.random.default_rng(key).permutation(np.arange(n_tiles) % len(SCENES))
     images = np.empty((n_tiles, size, size, 3), np.uint8)
-    for start in tqdm(range(0, n_tiles, BLOCK), f"phantom {split}", unit=" blocks", leave=False, disable=None):
+    for start in progress(range(0, n_tiles, BLOCK), desc=f"phantom {split}", unit=" blocks", leave=False):
         part = slice(start, start + BLOCK)
         images[part] = _draw_block(np.random.default_rng([*key, start]), labels[part], size, split)
     return images, labels

@@ -6,9 +6,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from tqdm import tqdm
 
-from common.cli import UsageError
+from common.cli import UsageError, progress
 from common.config import TrainingConfig
 from common.data.augment import build_augmentation, dihedral_view, to_device
 from common.data.batches import (
@@ -67,7 +66,7 @@ def cache_features(
     device = compute.device
     features = torch.empty(len(views), len(tiles), *model.feature_shape, device=device)
     labels = torch.empty(len(tiles), dtype=torch.int64, device=device)
-    with tqdm(desc="features", total=len(views) * len(tiles), unit=" tiles", leave=False, disable=None) as bar:
+    with progress(desc="features", total=len(views) * len(tiles), unit=" tiles", leave=False) as bar:
         for part in torch.split(torch.arange(len(tiles)), CACHING_BATCH):
             images, labels[part] = tiles.batch(part.to(tiles.index_device))
             for number, view in enumerate(views):

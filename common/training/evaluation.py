@@ -10,9 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
-from common.cli import Untrainable
+from common.cli import Untrainable, progress
 from common.config import TrainingConfig
 from common.data.batches import Tiles, batches
 from common.data.pathmnist import CLASS_NAMES
@@ -127,7 +126,7 @@ def evaluate(model: nn.Module, tiles: Tiles, compute: Compute, tta: bool = False
     model.eval()
     logits, targets = [], []
     parts = batches(len(tiles), tiles.at_once, tiles.index_device)
-    for batch in tqdm(parts, "evaluate", unit=" batches", leave=False, disable=None):
+    for batch in progress(parts, desc="evaluate", unit=" batches", leave=False):
         with compute.autocast():
             if tta:
                 inputs, labels = tiles.views(batch)

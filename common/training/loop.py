@@ -10,9 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
-from common.cli import Untrainable
+from common.cli import Untrainable, progress
 from common.config import TrainingConfig
 from common.data.batches import Splits, batches, device_splits
 from common.data.dataset import load_dataset
@@ -71,7 +70,7 @@ class Trainer:
         self.average = ExponentialMovingAverage(self.model, decay, n_steps) if decay else None
         self.evaluated = self.average.model if self.average else self.model
         self.history: list[dict[str, float]] = []
-        self.bar: Any = tqdm(disable=True)
+        self.bar = progress(disable=True)
         self.restore()
 
     @property
@@ -87,7 +86,7 @@ class Trainer:
         """
         n_tiles = self.steps_per_epoch * math.ceil(len(self.splits.train) / self.steps_per_epoch)  # some twice
         total, done = self.config.n_epochs * n_tiles, len(self.history) * n_tiles
-        with tqdm(total=total, initial=done, unit=" tiles", smoothing=0, disable=None) as self.bar:
+        with progress(total=total, initial=done, unit=" tiles", smoothing=0) as self.bar:
             while not (reason := reason_to_stop(self.history, self.config)):
                 self.history.append(self.train_and_validate(len(self.history) + 1))
                 self.save_last()
@@ -125,7 +124,7 @@ class Trainer:
         shuffle = generator(config.seed, epoch, "shuffle")
         order = batches(len(tiles), config.batch_size, tiles.index_device, shuffle)
         total, seen, read = torch.zeros((), device=self.compute.device), 0, time.monotonic()
-        self.bar.set_description(f"epoch {epoch}/{config.n_epochs}")
+        self.bar.set_description(f"epoch {epoch}/{config.n_epochs}", refresh=False)
         for step, batch in enumerate(order, start=(epoch - 1) * self.steps_per_epoch):
             factor = learning_rate_factor(step, self.steps_per_epoch, config)
             for group in self.optimizer.param_groups:
@@ -142,7 +141,7 @@ class Trainer:
             seen += len(batch)
             self.bar.update(len(batch))
             if time.monotonic() - read > 1:
-                self.bar.set_postfix(loss=f"{read_loss(total, epoch) / seen:.3f}")
+                self.bar.set_postfix(loss=f"{read_loss(total, epoch) / seen:.3f}", refresh=False)
                 read = time.monotonic()
         return read_loss(total, epoch) / seen
 

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from matplotlib.figure import Figure
 
 from study.html_page import html_page
@@ -80,8 +81,7 @@ def test_a_browser_shows_every_figure_and_needs_no_horizontal_scrolling(
     if browser is None:
         pytest.skip("no Chromium is installed")
     if which == "the study's":
-        root = Path(__file__).resolve().parent.parent.parent
-        page = html_page((root / "report.md").read_text(), root)
+        page = html_page((ROOT / "report.md").read_text(), ROOT)
     script = """<script>addEventListener("load", () => {
         const root = document.documentElement, details = document.querySelector("nav details")
         const folded = !details.open, column = document.querySelector("td").getBoundingClientRect().left
