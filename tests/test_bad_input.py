@@ -50,6 +50,7 @@ OPTIONS: list[tuple[str, int, str]] = [
     ("task1.py --size=28 --train_tiles=89997", 2, "--train_tiles 89997: PathMNIST has 89996$"),
     ("task1.py --run_id=../mine", 2, r"--run_id \.\./mine: a run id names files"),
     (f"{RUN} --model_name=resnet17", 2, NO_NETWORK),
+    (f"{RUN} --augmentation=stain,flipp", 2, "--augmentation stain,flipp: unknown part flipp; choose from none, "),
     (f"{RUN} --input_size=1000000", 3, MEMORY),
     ("train.py --ablation=with_emma", 2, "--ablation with_emma: choose from .*did you mean with_ema"),
     ("train.py --ablation=with_ema --ema_decay=0", 2, "--ema_decay 0.0: --ablation with_ema sets this key itself"),
@@ -99,6 +100,7 @@ def torn_weights(folder: Path) -> None:
 
 # The same with files: what is there, then as above. What else such a file may contain, its module's tests say.
 FILES: list[tuple[Callable[[Path], Any], str, int, str]] = [
+    (lambda _: None, OFFICIAL, 1, r"pathmnist\.npz: missing or damaged.*--dataset phantom"),
     (text("pathmnist.npz", "torn"), OFFICIAL, 1, r"pathmnist\.npz: missing or damaged.*--dataset phantom"),
     (text("data", ""), "task1.py --data_root={}/data --output_dir={}", 1, "data/.*: cannot be read or built"),
     (text("out", ""), f"task1.py {PHANTOM} --data_root={{}} --output_dir={{}}/out", 1, "out.*: Not a directory"),

@@ -93,7 +93,6 @@ def test_a_run_is_locked_for_other_processes_until_its_process_ends(tiny: Datase
     assert [end(start(open_run, log)) for _ in range(2)] == [0, 0]
     runs = [open_run(), open_run()]  # the same process may open it again
     assert end(start(open_run, log)) == 70
-    assert (
-        "Fault: run r is running in another process: wait for its end, or use another --run_id" in log.read_text()
-    )
+    refusal = "Fault: run r is running in another process: wait for its end, or use another --run_id"
+    assert refusal in log.read_text()
     assert len(runs) == 2

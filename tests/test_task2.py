@@ -225,16 +225,14 @@ def test_an_unfinished_run_and_other_data_are_refused_in_one_line(
     weights = folder / "checkpoints/first/best.pt"
     whole = weights.read_bytes()
     weights.write_bytes(whole + b"x")
-    for status, message in (
-        (1, "not the weights with which run first finished"),
-        (1, "its phantom .* is not what run first was trained on$"),
-        (2, "--run_id first: no finished run in .*; python task1.py makes one, "),
+    for status, message, then in (
+        (1, "not the weights with which run first finished", lambda: weights.write_bytes(whole)),
+        (1, "its phantom .* is not what run first was trained on$", (folder / "runs/first/summary.json").unlink),
+        (2, "--run_id first: no finished run in .*; python task1.py makes one, ", lambda: None),
     ):
         with pytest.raises(SystemExit) as ended:
             explain(folder, phantom_root, "--run_id", "first")
         assert ended.value.code == status
         assert re.search(message, capsys.readouterr().err.strip())
-        if weights.read_bytes() == whole:
-            (folder / "runs/first/summary.json").unlink(missing_ok=True)
-        weights.write_bytes(whole)
+        then()
     assert not (folder / "fig/task2").exists()

@@ -85,14 +85,14 @@ def test_a_bad_trial_is_pruned(write_sweep: Write, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(samplers, "RandomSampler", partial(samplers.RandomSampler, seed=6))
     early = {"early_terminate": {"type": "hyperband", "min_iter": 2, "eta": 2}}
     content = {**SEARCH, **early, "method": "random"}
-    path, output = write_sweep(content, {"n_epochs": {"value": 6}, "pause": {"value": 0.4}}), tmp_path / "out"
+    path, output = write_sweep(content, {"n_epochs": {"value": 6}, "pause": {"value": 0.8}}), tmp_path / "out"
     last = [output / f"checkpoints/try-{number}/last.pt" for number in range(4)]
     for number in range(4):
         write_text(last[number], "all that training needs")
     run(path, output, count=4, workers=2)
     pruned = [line for line in table(output) if line["state"] == "pruned"]
     assert pruned
-    assert all(int(line["epochs"]) < 6 for line in pruned)
+    assert all(int(line["epochs"]) in (2, 4) for line in pruned)
     assert all(not (output / "runs" / line["run_id"] / "summary.json").exists() for line in pruned)
     kept = [f"try-{number}" for number in range(4) if last[number].exists()]
     assert sorted([*kept, *(line["run_id"] for line in pruned)]) == ["try-0", "try-1", "try-2", "try-3"]

@@ -73,20 +73,19 @@ def test_early_steps_follow_fast() -> None:
 
 
 def test_the_evaluated_weights_are_the_averages(tiny: Dataset, tmp_path: Path) -> None:
-    model = build_model("shufflenet_v2_x0_5", 9, 28)
+    name = "shufflenet_v2_x0_5"
+    model = build_model(name, 9, 28)
     initial = model.state_dict()["fc.weight"].clone()
-    trainer = trainer_of(
-        tiny, tmp_path, model, model_name="shufflenet_v2_x0_5", n_epochs=2, ema_decay=0.999, select_on="last"
-    )
+    trainer = trainer_of(tiny, tmp_path, model, model_name=name, n_epochs=2, ema_decay=0.999, select_on="last")
     trainer.fit()
     trained, last = model.state_dict()["fc.weight"], trainer.evaluated.state_dict()
     saved = checkpoint.load(trainer.run.checkpoints / "best.pt", "state_dict")["state_dict"]
-    assert all(torch.equal(saved[name], last[name]) for name in last)
+    assert all(torch.equal(saved[key], last[key]) for key in last)
     # The average has left where the weights began, and is not where they are.
     moved, averaged = (trained - initial).norm(), (last["fc.weight"] - initial).norm()
     assert averaged > 0.5 * moved
     assert not torch.equal(last["fc.weight"], trained)
-    network = build_model("shufflenet_v2_x0_5", 9, 28).eval()
+    network = build_model(name, 9, 28).eval()
     network.load_state_dict(last)
     with torch.no_grad():
         logits = network(normalise(tiny.val.images))
