@@ -8,8 +8,8 @@
 The coursework's recipe: torchvision's ResNet-18, Adam 1e-3, batch 64, 5 epochs, cosine, no augmentation. The
 coursework reports test AUC 0.980 and test ACC 0.895 for it on the full PathMNIST at 64 pixels, one seed.
 
-Leaves runs/<run_id>/ (config.json, history.csv, summary.json, scores.npz), checkpoints/<run_id>/best.pt and four
-figures in fig/task1/. Killed? The same command with the same --run_id continues.
+Leaves in my/ (see --output_dir) runs/<run_id>/ (config.json, history.csv, summary.json, scores.npz),
+checkpoints/<run_id>/best.pt and four figures in fig/task1/. Killed? The same command with its --run_id continues.
 """
 
 from common.cli import run_script

@@ -9,8 +9,8 @@ method: do its maps change when the network is randomised, do its pixels matter 
 than edges? With inputs of 64 pixels, on one core of an AMD EPYC, a ResNet-18 took six minutes, an
 EfficientNet-Lite1 seven.
 
-Leaves NNNNN-input.png and NNNNN-saliency.png for each tile in fig/task2/<run_id>/, five figures
-fig/task2/<run_id>-*.png, runs/<run_id>/saliency.md and runs/<run_id>/attribution.json.
+Leaves in my/ (see --output_dir) for each tile NNNNN-input.png and NNNNN-saliency.png in fig/task2/<run_id>/,
+five figures fig/task2/<run_id>-*.png, runs/<run_id>/saliency.md and runs/<run_id>/attribution.json.
 """
 
 from collections.abc import Sequence
@@ -57,7 +57,8 @@ def main(config: Task2Config) -> None:
     grad_cam_layer(model, torch.zeros(1, 3, size, size, device=compute.device))  # refuses a network without maps
     dataset = load_dataset(trained["dataset"], trained["size"], config.data_root, trained["train_tiles"])
     if dataset.fingerprint != run["data_fingerprint"]:
-        raise Fault(f"{config.data_root}: its {dataset.title} is not what run {run_id} was trained on")
+        problem = f"its {dataset.title} is not what run {run_id} was trained on"
+        raise Fault(f"{config.data_root}: {problem}; name that data with --data_root")
     weights = Path(trained.get("weights", SCRATCH)).name  # of a file without its folders
     origin = "trained from scratch" if weights == SCRATCH else f"from {weights}, fine-tuned"
     network = f"{loaded.model_name}, {origin} on {dataset.title_at(size)}, seed {trained['seed']}"

@@ -1,7 +1,7 @@
 """Task 5: fine-tuning a pre-trained network, compared with the same network from scratch.
 
     python task5.py                        # a GPU box: MobileNetV3-Large with its ImageNet weights
-    python task5.py --size 28 --model_name tf_efficientnet_lite1   # a CPU: a smaller network, with its recipe
+    python task5.py --size 28 --model_name tf_efficientnet_lite1   # a CPU: smaller inputs
     python task5.py --weights FILE.pth     # or a torchvision entry
 
 Tiles are resized to the side that the weights were trained with (224 pixels for MobileNetV3-Large). With batches
@@ -11,8 +11,8 @@ trained from random weights, with the same seed and epochs, but always with trai
 weight decay. The ImageNet weights of tf_efficientnet_lite1 are in a Python package; its recipe trains all layers.
 The defaults below are those of MobileNetV3-Large; a run's config.json has the values that it used.
 
-Each run, <run_id> and <run_id>-scratch, leaves the same records as task1.py, and figures in fig/task5/. The
-comparison is in runs/<run_id>/comparison.md and fig/task5/<run_id>-comparison.png.
+Each run, <run_id> and <run_id>-scratch, leaves the same records as task1.py, and figures in my/fig/task5/. The
+comparison is in my/runs/<run_id>/comparison.md and my/fig/task5/<run_id>-comparison.png.
 """
 
 import time
@@ -62,7 +62,8 @@ COURSEWORK: dict[str, Any] = TASK3 | {
     "lr_warmup_epochs": 0,
 }
 
-# What the EfficientNet-Lite networks change in COURSEWORK, chosen by the trials of study/recipes.yaml.
+# What the EfficientNet-Lite networks change in COURSEWORK. The trials of study/recipes.yaml chose between these
+# values and others of lr, n_epochs and input_size; the rest was not varied.
 LITE: dict[str, Any] = {
     "augmentation": "stain",
     "batch_size": 64,
@@ -103,7 +104,7 @@ class Task5Config(TrainingConfig):
         "classifier", "the new last layer, all that is not convolutional, or all layers", choices=TRAIN_PARTS
     )
     backbone_lr_factor: float = key(
-        0.1, "with train_part=all: the first block's factor of lr; it grows geometrically to the head", gt=0, le=1
+        0.1, "with train_part=all: the first layers learn with lr times this, the last one with lr", gt=0, le=1
     )
     input_size: int = key(
         None, "side in pixels of the network's inputs (default: that of the weights' training; Lite: 64)", ge=8

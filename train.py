@@ -13,7 +13,7 @@ augmentation, selection by other scores. One is on: the statistics of BatchNorm 
 validation. With MobileNetV3's momentum of 0.01 the running ones lag behind, and early stopping would follow noise.
 The weights of the best epoch are scored, not the last ones.
 
-Leaves the same records as task1.py; the figures are in fig/task3/.
+Leaves the same records as task1.py; the figures are in my/fig/task3/.
 """
 
 from collections.abc import Mapping
@@ -52,7 +52,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "without_lr_strategy": {"lr_min": 1.0, "lr_warmup_epochs": 0},
     "without_lr_warmup": {"lr_warmup_epochs": 0},
     "without_weight_decay": {"weight_decay": 0.0},
-    "with_stain_only": {"augmentation": "stain"},  # in the place of TrivialAugment
+    "with_stain_only": {"augmentation": "stain"},  # in the place of ta_wide
     "with_ema": {"ema_decay": 0.99},
     "with_all": {"augmentation": "stain", "ema_decay": 0.99},
 }
@@ -63,7 +63,7 @@ class TrainConfig(TrainingConfig):
 
     ablation: str = key(
         "combined",
-        "a row of the ablation table: the configuration with one technique changed (with_all: two)",
+        "a row of the ablation table: the configuration with one or two techniques changed",
         choices=tuple(ABLATIONS),
     )
 
@@ -77,9 +77,8 @@ class TrainConfig(TrainingConfig):
         """Raise UsageError where a key that was given undoes the row's change."""
         for name, value in ABLATIONS[self.ablation].items():
             if getattr(self, name) != value:
-                raise UsageError(
-                    f"--{name} {getattr(self, name)}: --ablation {self.ablation} sets this key itself"
-                )
+                problem = f"--{name} {getattr(self, name)}: --ablation {self.ablation} sets this key itself"
+                raise UsageError(f"{problem}; leave one of them out")
         return self
 
 

@@ -88,7 +88,7 @@ class TrainingConfig(ScriptConfig):
         "(default: 64, or size where that is larger)",
         ge=8,
     )
-    model_name: str = key("resnet18", "torchvision classification model, or timm:NAME for one of the package timm")
+    model_name: str = key("resnet18", "network of torchvision, timm:NAME, or tf_efficientnet_lite0 (to 2)")
     n_epochs: int = key(5, "largest number of epochs", ge=1)
     batch_size: int = key(64, "tiles per step", ge=3)
 
@@ -97,7 +97,7 @@ class TrainingConfig(ScriptConfig):
     lr: float = key(1e-3, "learning rate at its peak", gt=0)
     lr_min: float = key(0.0, "the cosine ends at this factor of lr; 1: constant lr", ge=0, le=1)
     lr_warmup_epochs: int = key(
-        0, "epochs of linear warm-up; n_epochs // 2 where there would be n_epochs or more", ge=0
+        0, "epochs of linear warm-up; half of n_epochs where it would be n_epochs or more", ge=0
     )
     lr_warmup_decay: float = key(0.1, "the warm-up starts at this factor of lr", gt=0, le=1)
     weight_decay: float = key(0.0, "weight decay", ge=0)

@@ -29,8 +29,8 @@ def public(content: Any) -> Any:
     In every text `~` takes the place of the home folder, and `user:password@` is left out of addresses.
     """
     if isinstance(content, str):
-        home = os.environ.get("HOME", "")
-        if len(home) > 1:
+        home = os.environ.get("HOME", "").rstrip("/")
+        if home:
             content = re.sub(rf"(?<![^\s=:,'\"]){re.escape(home)}(?![^/\s'\"])", "~", content)
         return re.sub(r"://[^/\s@]+@", "://", content)
     if isinstance(content, Mapping):

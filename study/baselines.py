@@ -7,7 +7,7 @@
 Three classifiers of scikit-learn: logistic regression on the mean colour; gradient-boosted trees and nearest
 neighbours on statistics of the colours and of their gradients. A network that is not better than these has learnt
 little about shape. All tiles take about 20 minutes on one core; after a kill, the same command skips what is
-finished. Each leaves the records of a run without epochs, in runs/<baseline>-<training tiles>-<seed>/.
+finished. Each leaves the records of a run without epochs, in my/runs/<baseline>-<training tiles>-<seed>/.
 """
 
 import time
@@ -50,7 +50,7 @@ class BaselinesConfig(FolderConfig):
 
     dataset: str = key(pathmnist.NAME, "data set", choices=(pathmnist.NAME, "phantom"))
     size: int = key(28, "tile side in pixels", choices=tuple(pathmnist.MD5))
-    train_tiles: int | None = key(None, "training tiles, as for a network (default: all)", ge=MIN_TRAIN_TILES)
+    train_tiles: int | None = key(None, "training tiles (default: all; phantom: 9,000)", ge=MIN_TRAIN_TILES)
 
 
 def main(config: BaselinesConfig) -> None:

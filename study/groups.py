@@ -29,7 +29,7 @@ TECHNIQUES = {  # rows of the ablation
     "with_weight_decay": "with strong weight decay",
     "with_scaled_shifts": "with TrivialAugmentWide whose shifts fit the tile",
     "with_stain": "with stain augmentation added to TrivialAugment",
-    "with_stain_only": "with stain augmentation instead of TrivialAugment",
+    "with_stain_only": "with stain augmentation, without that of Task 3",
     "with_ema": "with averaged weights (EMA)",
     "with_all": "with stain augmentation and averaged weights",
 }
@@ -38,8 +38,8 @@ AGAINST = {  # rows that are not compared with the first row, but with another o
     "with_all": "with_stain_only",
 }
 CONVERGED_WITHIN = 0.005
-# Keys in which runs of one row may differ. Only older runs have n_seeds. Record.origin has the number of tiles.
-APART = {"seed", "run_id", "train_tiles", "n_seeds"} | BOOKKEEPING
+# Keys in which runs of one row may differ. Record.origin has the number of tiles.
+APART = {"seed", "run_id", "train_tiles"} | BOOKKEEPING
 SCORES = {  # of a run, by their names on the page: where they stand in summary.json
     "acc": ("best", "acc"),
     "auc": ("best", "auc"),
@@ -95,7 +95,7 @@ class Group:
         configs = [{**one.config, **one.origin} for one in self.records]
         for name in set().union(*configs) - APART:
             if len({str(config.get(name) or None) for config in configs}) > 1:  # an older run may lack a key
-                raise Fault(f"the runs {runs} differ in {name}, not in the seed alone")
+                raise Fault(f"the runs {runs} differ in {name}, not in the seed alone: move one out of the folder")
 
     @property
     def first(self) -> Record:

@@ -32,7 +32,7 @@ def html_page(markdown: str, folder: Path) -> str:
     headings = _add_anchors(tokens)
     for token in tokens:
         for child in token.children or []:
-            if child.type == "image":
+            if child.type == "image" and not re.match("https?:", str(child.attrGet("src"))):
                 path = folder / unquote(str(child.attrGet("src")))
                 kind, _ = mimetypes.guess_type(path.name)
                 child.attrSet("src", f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}")

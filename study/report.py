@@ -34,7 +34,7 @@ from study.tables import MAPS, Tables
 
 BLOCK = re.compile(r"<!-- ([^\n>]+): begin -->\n(.*?)<!-- ([^\n>]+): end -->", re.DOTALL)
 NUMBER = re.compile(r"<!-- = ([^\n>]+) -->(.*?)<!-- -->", re.DOTALL)
-FIGURE = re.compile(r"(!\[[^\]]*\]\(([^)\s]+)\))(<!-- sha256 \w+ -->)?")
+FIGURE = re.compile(r"(!\[[^\]]*\]\((?!https?:)([^)\s]+)\))(<!-- sha256 \w+ -->)?")
 FIGURES = Path("fig") / "report"
 LADDER, CURVES, LEARNING, AUGMENTATIONS = (
     FIGURES / f"{name}.png" for name in ("ladder", "curves", "learning_curve", "augmentations")

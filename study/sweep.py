@@ -44,7 +44,7 @@ class SweepConfig(Keys):
     file: tuple[str, ...] = key((), "the sweep's YAML file; then, after --, keys for every run", positional=True)
     count: int = key(20, "trials of a search, of all workers together; a grid ignores it", ge=1, le=10_000)
     workers: int | None = key(
-        None, "runs at the same time, 0: none (default: 1; on a CPU one per physical core)", ge=0
+        None, "runs at the same time; 0: only the table (default: 1; on a CPU one per physical core)", ge=0
     )
     output_dir: Path = key(Path("my"), "folder that gets sweeps/ and the runs' folders")
 
@@ -214,7 +214,7 @@ class Search:
         trials = trials[::-1] if self.sweep.metric.goal == "maximize" else trials
         trials.sort(key=lambda trial: trial.state != TrialState.COMPLETE)  # keeps that order otherwise
         if not trials or trials[0].state != TrialState.COMPLETE:
-            raise UsageError(f"no trial of {name} has finished (logs: {self.processes.logs})")
+            raise UsageError(f"no trial of {name} has finished: see the logs in {self.processes.logs}")
         rows: list[list[str]] = []
         records: list[dict[str, Any]] = []
         for trial in trials:

@@ -89,9 +89,9 @@ class Sweep(BaseModel, extra="forbid"):
         config = parse(config_class(self.program), self.command_line(values)[2:])
         check_model_name(config.model_name)
         if getattr(config, "scratch", False):
-            raise UsageError("scratch: a run of a sweep cannot train a second network; set it to false")
+            raise UsageError("scratch: a run trains one network; add scratch: {value: false}")
         if config.test and self.method != "grid":
-            raise UsageError("test: a search must not score the test tiles; set it to false")
+            raise UsageError("test: a search must not score the test tiles; add test: {value: false}")
         return config
 
     def command_line(self, values: Mapping[str, Any]) -> list[str]:
@@ -146,4 +146,4 @@ def config_class(program: str) -> type[TrainingConfig]:
     for item in runpy.run_path(program, run_name="swept_program").values():
         if isinstance(item, type) and issubclass(item, TrainingConfig) and item.__module__ == "swept_program":
             return item
-    raise UsageError(f"program {program} defines no configuration class")
+    raise UsageError(f"program {program}: no training script; use train.py, task1.py or task5.py")

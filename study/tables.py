@@ -34,10 +34,10 @@ COLUMNS = {  # scores of the ablation's table
 }
 NOTE = (
     "± is the standard deviation over the seeds (n - 1). Differences are to the first row, or to the row that is "
-    "named, seed by seed. Intervals are t intervals over the seeds alone: they do not tell how the numbers would "
-    "change with other tiles. p is the paired t test's, made larger because many rows are tested (Holm's "
-    f"correction); the verdict is by it, at {SIGNIFICANT}. Intervals are not corrected, so some leave out 0 "
-    "though their row is not decided. Not decided means: these seeds could not see a difference. There may be one."
+    "named, seed by seed, with t intervals over the seeds. p is of a paired t test, made larger because many rows "
+    f"are tested (Holm's correction); it decides the verdict, at {SIGNIFICANT}. Intervals are not corrected, so "
+    "some leave out 0 though their row is not decided. Not decided means: there may be a difference, but these "
+    "seeds do not show it."
 )
 RECORDS = ("config.json", "history.csv", "scores.npz", "summary.json", "attribution.json", "saliency.md")
 
@@ -150,17 +150,18 @@ class Tables:
         try:
             for method in content["methods"].values():
                 *_, last = method["randomisation"].values()
-                scores = [last, method["margin_over_random"], method["margin_over_sobel"]]
+                scores = [last, method["margin_over_random"], method["margin_over_sobel"], method["infidelity"]]
                 outcome, _ = judge(method, content["n"])
-                passes = {PASSES: "yes", FAILS: "not shown"}.get(outcome, outcome)
+                passes = {PASSES: "yes", FAILS: "no"}.get(outcome, outcome)
                 cells = [interval(one["value"], one["low"], one["high"], 2) for one in scores]
-                cells.append(f"{method['infidelity']['value']:.2f}")
                 lines.append([text(method["title"]), passes, *cells])
             tests, n = chance(len(lines)), content["n"]
             tests += f" Tiles: {n['randomisation']} for random weights, {n['removal']} for removed pixels, "
             tests += f"{n['infidelity']} for infidelity."
             for control in content["controls"].values():  # what a map without any knowledge has
-                lines.append([text(control["title"]), *[""] * 4, f"{control['infidelity']['value']:.2f}"])
+                one = control["infidelity"]
+                shown = interval(one["value"], one["low"], one["high"], 2)
+                lines.append([text(control["title"]), *[""] * 4, shown])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise unreadable(path, error) from error
         if noise := content.get("smoothgrad_keeps_class"):
@@ -282,7 +283,7 @@ def grid_table(rows: Mapping[str, Group]) -> list[str]:
         smallest = smallest_difference(pooled, min(one.n for one in tested), len(tested))
         found += [
             "",
-            "So few seeds see only large differences. To be decided in 8 of 10 such studies, a row of average "
+            "So few seeds show only large differences. To be decided in 8 of 10 such studies, a row of average "
             f"spread needs a true difference of {smallest:.3f} in test ACC. Rows that vary less need less.",
         ]
     return [*found, "", NOTE]

@@ -69,7 +69,7 @@ def test_what_a_killed_process_has_left_is_swept_up(tmp_path: Path) -> None:
 
 
 def test_a_record_shows_no_home_folder_and_no_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("HOME", "/home/someone/")
     write_json(
         tmp_path / "record.json",
         {

@@ -96,7 +96,7 @@ def test_a_signal_ends_the_run_at_once_and_loses_at_most_its_epoch(
     assert_same(tmp_path, whole)
 
 
-def test_a_checkpoint_of_another_configuration_is_refused_without_its_record_too(
+def test_a_checkpoint_without_its_record_is_refused_and_nothing_is_written(
     tmp_path: Path, phantom_root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched, pytest.raises(SystemExit):
@@ -107,4 +107,5 @@ def test_a_checkpoint_of_another_configuration_is_refused_without_its_record_too
     with pytest.raises(SystemExit) as ended:
         run(tmp_path, phantom_root)
     assert ended.value.code == 2
-    assert "started with another configuration (lr was 0.01)" in capsys.readouterr().err
+    assert "config.json: missing, but the run has a last.pt: restore it, or use" in capsys.readouterr().err
+    assert [*(tmp_path / "runs" / "r").iterdir()] == []

@@ -106,7 +106,7 @@ def cached_splits(model: FineTunedNetwork, dataset: Dataset, config: TrainingCon
     def cached(split: Split, views: Sequence[View] = plain) -> CachedFeatures:
         return cache_features(model, DeviceTiles(split, compute.device, config.input_size), views, compute)
 
-    print("computing the features of all tiles, once for all epochs", flush=True)
+    print("computing the features of training and validation tiles, once for all epochs", flush=True)
     train, val = cached(dataset.train, views), cached(dataset.val)
     model.takes_features = True
     return Splits(

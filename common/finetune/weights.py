@@ -15,16 +15,15 @@ from torchvision import models
 from common.cli import Fault, UsageError, closest, first_line
 from common.files import digest
 from common.records import checkpoint
-from common.training.models import LITE, TIMM, build_model, model_names
+from common.training.models import TIMM, build_model, model_names
 
 # Networks of timm whose ImageNet weights are in a Python package: the sha256 of its file, and the inputs' side.
 # The TensorFlow authors have trained them (Apache 2.0), ML Illustrated has packaged them.
-FILES = (
-    ("579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db", 224),
-    ("77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850", 240),
-    ("9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d", 260),
-)
-PACKAGED = dict(zip(LITE, FILES, strict=True))
+PACKAGED = {
+    "tf_efficientnet_lite0": ("579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db", 224),
+    "tf_efficientnet_lite1": ("77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850", 240),
+    "tf_efficientnet_lite2": ("9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d", 260),
+}
 PACKAGED_WEIGHTS = {f"{name.removeprefix('tf_')}_imagenet": name for name in PACKAGED}  # and their networks
 SCRATCH = "none"
 SUFFIXES = (".pth", ".pt", ".pth.tar", ".ckpt", ".safetensors")  # of files of weights

@@ -18,7 +18,7 @@ from common.data.dataset import load_dataset
 from common.data.pathmnist import CLASS_NAMES
 from common.files import atomic_path
 from common.records import checkpoint
-from common.records.run import Run, check_same
+from common.records.run import Run
 from common.training.averaging import ExponentialMovingAverage, reestimate_batchnorm
 from common.training.device import Compute
 from common.training.evaluation import best_epoch, evaluate, reason_to_stop, scores_of
@@ -59,11 +59,10 @@ class Trainer:
     ) -> None:
         """Move the model to the device, build its optimiser, and load the run's last checkpoint if there is one.
 
-        Raises Fault where the checkpoint cannot be read, UsageError where it is of another configuration.
+        Raises Fault where the checkpoint cannot be read.
         """
         self.splits, self.config, self.compute, self.run = splits, config, compute, run
-        model.to(compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.model = model
+        self.model = model.to(compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = build_optimizer(self.model, config, lr_factors)
         self.steps_per_epoch = len(batches(len(splits.train), config.batch_size, splits.train.index_device))
         n_steps, decay = config.n_epochs * self.steps_per_epoch, config.ema_decay
@@ -192,7 +191,6 @@ class Trainer:
             "evaluated_state_dict": self.evaluated.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "history": self.history,
-            "config": self.config.as_dict(),
         }
         checkpoint.save(self.run.last_checkpoint, content)
 
@@ -201,8 +199,7 @@ class Trainer:
         path = self.run.last_checkpoint
         if not path.exists():
             return
-        saved = checkpoint.load(path, "state_dict", "evaluated_state_dict", "optimizer", "history", "config")
-        check_same(self.config, saved["config"])
+        saved = checkpoint.load(path, "state_dict", "evaluated_state_dict", "optimizer", "history")
         checkpoint.load_state_dict(self.model, saved["state_dict"], path)
         checkpoint.load_state_dict(self.evaluated, saved["evaluated_state_dict"], path)
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -229,7 +226,6 @@ def train_from_scratch(task: str, config: TrainingConfig) -> None:
     model = build_model(config.model_name, len(CLASS_NAMES), config.input_size)
     dataset = load_dataset(config.dataset, config.size, config.data_root, config.train_tiles)
     run = Run(task, config, dataset, compute.name)
-    splits = device_splits(dataset, config, compute.device)
-    trainer = Trainer(model, splits, config, compute, run)
+    trainer = Trainer(model, device_splits(dataset, config, compute.device), config, compute, run)
     trainer.fit()
     run.finish(trainer.history, trainer.test())
