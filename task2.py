@@ -48,8 +48,7 @@ class Task2Config(ScriptConfig):
 
 def main(config: Task2Config) -> None:
     """A run → network and tiles → maps of the predicted class → checks → figures, table and records."""
-    compute = Compute.of(config.device, "fp32")
-    compute.prepare_process()
+    compute = Compute.of(config.device, "fp32").prepare_process()
     run = tiles.find_run(config.output_dir, config.run_id)
     run_id, trained = run["run_id"], run["config"]
     loaded = load_trained(best_weights(config.output_dir, run_id), compute.device)

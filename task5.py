@@ -141,8 +141,7 @@ class Task5Config(TrainingConfig):
 
 def main(config: Task5Config) -> None:
     """Weights and data → the runs that are not finished → comparison."""
-    compute = Compute.of(config.device, config.precision)
-    compute.prepare_process()
+    compute = Compute.of(config.device, config.precision).prepare_process()
     runs = config.runs()
     weights = {run.weights: load_weights(run.weights, run.model_name) for run in runs}
     dataset = load_dataset(config.dataset, config.size, config.data_root, config.train_tiles)

@@ -9,6 +9,8 @@ import torch
 from matplotlib.ticker import MaxNLocator
 
 from common.data.augment import build_augmentation
+from common.data.dataset import Split
+from common.data.shift import shifted
 from common.figures import NO_TICKS, PALETTE, PICTURES, drawing, wrap
 from common.records.read import Record
 from common.records.run import AXIS_LABELS
@@ -23,6 +25,7 @@ MARKERS = "os^v*PX"
 STYLES = 2 * ("-", "--", ":", "-.")  # of the recipes of one colour, as their markers
 AIM = 0.9  # of the coursework
 OPERATIONS = {"ta_wide": "TrivialAugment", "stain": "stain"}
+CHANGES = {"lab_statistics": "other staining", "gamma": "other brightness", "chromatic_noise": "colour noise"}
 DRAWS = 6
 
 
@@ -138,12 +141,15 @@ def draw_learning_curve(path: Path, curves: Mapping[str, Sequence[Group]]) -> No
 
 
 def draw_augmentations(path: Path, original: torch.Tensor) -> None:
-    """Draw a tile (3, H, W) uint8, and DRAWS draws of each augmentation of it."""
-    with drawing(path, (8, 1.05 * len(OPERATIONS) + 0.4), PICTURES) as figure:
-        grid = figure.subplots(len(OPERATIONS), DRAWS + 1, squeeze=False, subplot_kw=NO_TICKS)
-        for line, (name, title) in zip(grid, OPERATIONS.items(), strict=True):
-            images = original.repeat(DRAWS, 1, 1, 1)
-            changed = build_augmentation(name)(images, torch.Generator().manual_seed(0))
+    """Draw a tile (3, H, W) uint8, and DRAWS draws of each augmentation and of each change of colours."""
+    images, rows = original.repeat(DRAWS, 1, 1, 1), dict[str, torch.Tensor]()
+    for name, title in OPERATIONS.items():
+        rows[title] = build_augmentation(name)(images, torch.Generator().manual_seed(0))
+    for name, split in shifted(Split(images, torch.zeros(DRAWS)), original.shape[-1]):
+        rows[CHANGES[name]] = split.images
+    with drawing(path, (8, 1.05 * len(rows) + 0.4), PICTURES) as figure:
+        grid = figure.subplots(len(rows), DRAWS + 1, squeeze=False, subplot_kw=NO_TICKS)
+        for line, (title, changed) in zip(grid, rows.items(), strict=True):
             for axes, image in zip(line[1:], changed, strict=True):
                 axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
             line[1].set_ylabel(title, rotation=0, ha="right", va="center")

@@ -48,9 +48,7 @@ def main(config: PredictConfig) -> None:
         raise UsageError("needs a network and pictures; --help shows how")
     if config.csv and config.csv.suffix.lower() != ".csv":  # else a slip would replace a picture
         raise UsageError(f"--csv {config.csv}: the name must end in .csv")
-    compute = Compute.of(config.device, "fp32")
-    compute.prepare_process()
-    device = compute.device
+    device = Compute.of(config.device, "fp32").prepare_process().device
     file = Path(config.network).expanduser()
     if file.suffix == ".pt" and not file.exists():
         raise UsageError(f"{file}: no such file")

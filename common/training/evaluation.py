@@ -66,13 +66,11 @@ class Evaluation:
     def described(self) -> dict[str, Any]:
         """All measures of the test split, AUC and ACC with their intervals, ready for JSON."""
         probabilities, targets = self.probabilities, self.targets
-        areas = metrics.auc_per_class(probabilities, targets).tolist()
+        areas = [None if math.isnan(a) else a for a in metrics.auc_per_class(probabilities, targets).tolist()]
         return {
             **scores_of_classes(self.predicted, targets),
             "auc": vars(metrics.auc_estimate(probabilities, targets)),
-            "auc_per_class": {
-                name: None if math.isnan(area) else area for name, area in zip(CLASS_NAMES, areas, strict=True)
-            },
+            "auc_per_class": dict(zip(CLASS_NAMES, areas, strict=True)),
         }
 
 

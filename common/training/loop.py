@@ -220,8 +220,7 @@ def read_loss(total: torch.Tensor, epoch: int) -> float:
 
 def train_from_scratch(task: str, config: TrainingConfig) -> None:
     """A run of Tasks 1, 3 and 4: model → data → fit → test → records and figures."""
-    compute = Compute.of(config.device, config.precision)
-    compute.prepare_process()
+    compute = Compute.of(config.device, config.precision).prepare_process()
     torch.manual_seed(config.seed)
     model = build_model(config.model_name, len(CLASS_NAMES), config.input_size)
     dataset = load_dataset(config.dataset, config.size, config.data_root, config.train_tiles)

@@ -28,7 +28,7 @@ PAGE = """# A study
 
 Task 1 has <!-- = task1 acc -->?<!-- -->, at most <!-- = most task1 acc -->?<!-- -->.
 
-![The ladder](fig/report/ladder.png)
+![The ladder](fig/report/ladder.png) ![a picture by its address](https://example.org/a.png)
 
 <!-- results task1 task1_64 published_task1: begin -->
 <!-- results task1 task1_64 published_task1: end -->
@@ -454,9 +454,10 @@ def test_the_augmentations_are_drawn_beside_the_original_tile(tmp_path: Path, dr
     tile = torch.randint(256, (3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     figures.draw_augmentations(tmp_path / "augmentations.png", tile)
     images = {axes.get_title() or axes.get_ylabel(): axes.get_images() for axes in drawn[0].axes}
-    assert {"original", "TrivialAugment", "stain"} <= images.keys()
+    changes = {"other staining", "other brightness", "colour noise"}
+    assert images.keys() == {"original", "TrivialAugment", "stain", *changes, ""}
     assert np.array_equal(images["original"][0].get_array(), tile.permute(1, 2, 0))
-    assert sum(bool(axes.get_images()) for axes in drawn[0].axes) == 1 + 2 * 6
+    assert sum(bool(axes.get_images()) for axes in drawn[0].axes) == 1 + 5 * 6
 
 
 def test_a_network_s_cost_is_counted_at_the_side_of_its_inputs() -> None:
