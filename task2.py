@@ -71,7 +71,7 @@ def main(config: Task2Config) -> None:
     from common.explain.maps import METHODS  # Captum and matplotlib: seconds of import, so after a user's errors
 
     test = DeviceTiles(dataset.test, compute.device, size)
-    probabilities = evaluate(model, test, compute).probabilities
+    probabilities = evaluate(model, test).probabilities
     labels, predicted = dataset.test.labels.numpy(), probabilities.argmax(axis=1)
 
     def inputs_of(indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -90,12 +90,13 @@ def draw_curves(path: Path, groups: Mapping[str, Sequence[Record]], title: str) 
 
     A large marker shows the epoch whose weights a run keeps. The mean ends with the shortest run.
     """
-    with drawing(path, (9.6, 6.6 + 0.22 * len(groups))) as figure:
+    labels = [wrap(f"{name}, {len(runs)} seeds" if runs[1:] else name, 90) for name, runs in groups.items()]
+    with drawing(path, (9.6, 6.6 + 0.22 * sum(label.count("\n") + 1 for label in labels))) as figure:
         panels = figure.subplots(2, 2).flat
         ordered = ("train/loss", "validate/loss", "validate/auc", "validate/acc")
         for axes, column in zip(panels, ordered, strict=True):
             looks = {colour: zip(MARKERS, STYLES, strict=False) for colour in (*PALETTE, GREY)}
-            for name, runs in groups.items():
+            for label, runs in zip(labels, groups.values(), strict=True):
                 colour = colour_of(runs[0])
                 marker, style = next(looks[colour], ("o", "-"))
                 curves = [np.array([row[column] for row in run.history]) for run in runs]
@@ -105,14 +106,13 @@ def draw_curves(path: Path, groups: Mapping[str, Sequence[Record]], title: str) 
                     axes.plot(best, values[best - 1], marker, color=colour, markersize=7, alpha=0.8)
                 shortest = min(map(len, curves))
                 mean = np.mean([values[:shortest] for values in curves], axis=0)
-                label = wrap(f"{name}, {len(runs)} seeds" if len(runs) > 1 else name, 90)
                 look = {"color": colour, "linewidth": 2, "linestyle": style, "marker": marker, "markersize": 4}
                 axes.plot(np.arange(1, shortest + 1), mean, label=label, **look)
             axes.set(title=wrap(PANELS[column], 50), xlabel="Epoch")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", frameon=False)
         mean = " · thick: mean, while all seeds train" if any(len(runs) > 1 for runs in groups.values()) else ""
-        figure.suptitle(f"{title} · large marker: the epoch whose weights are kept{mean}", fontsize=10)
+        figure.suptitle(wrap(f"{title} · large marker: the epoch whose weights are kept{mean}", 110), fontsize=10)
 
 
 def draw_learning_curve(path: Path, curves: Mapping[str, Sequence[Group]]) -> None:

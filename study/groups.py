@@ -11,7 +11,7 @@ import numpy as np
 from common.cli import BOOKKEEPING, Fault
 from common.records.read import Record, input_size_of, read_json
 from common.statistics import ROUNDING, Spread, compare, spread
-from common.training.metrics import Estimate, recalls
+from common.training.metrics import recalls
 
 NETWORKS = {
     "resnet18": "ResNet-18",
@@ -104,7 +104,6 @@ class Group:
 
     @property
     def seeds(self) -> list[int]:
-        """The seeds of the runs."""
         return [record.config["seed"] for record in self.records]
 
     @property
@@ -125,7 +124,6 @@ class Group:
 
     @property
     def tiles(self) -> int:
-        """The number of training tiles."""
         return int(self.first.summary["tiles"]["train"])
 
     @property
@@ -147,13 +145,6 @@ class Group:
         """One of SCORES over the seeds; None where a record lacks it."""
         values = self.by_seed(score)
         return spread(list(values.values())) if len(values) == len(self.records) else None
-
-    def over_tiles(self, score: str) -> Estimate | None:
-        """The score of a single run with its interval over the test tiles; None where the record has none."""
-        part, name = SCORES[score]
-        value = self.first.summary.get(part, {}).get(name)
-        has_interval = len(self.records) == 1 and isinstance(value, Mapping) and "low" in value
-        return Estimate(**value) if has_interval else None
 
     def minus(self, other: "Group", score: str) -> Spread | None:
         """The differences of a score from another group's, seed by seed; None without a common seed."""

@@ -8,8 +8,9 @@ import yaml
 
 from common.files import read_text
 from common.markdown import markdown_table
-from common.records.read import is_finished, read_arrays, run_folder
+from common.records.read import is_finished, read_arrays, read_json, run_folder, unreadable
 from common.training.evaluation import scores_of
+from common.training.verification import score_difference
 
 FILE = Path(__file__).with_name("recipes.yaml")
 
@@ -48,6 +49,9 @@ def ranking(output_dir: Path, file: Path = FILE) -> list[str]:
         run_ids = [f"{name}-{seed}" for seed in range(trial.n_seeds)]
         folders = [run_folder(output_dir, one) for one in run_ids if is_finished(output_dir, one)]
         found = [scores_of(read_arrays(folder / "scores.npz")) for folder in folders]
+        for folder, scores in zip(folders, found, strict=True):
+            if difference := score_difference(read_json(folder / "summary.json"), scores):
+                raise unreadable(folder / "summary.json", difference)
         if not found:
             continue
         plain = fmean(one["validate"]["validate/acc"] for one in found)

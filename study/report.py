@@ -76,7 +76,8 @@ def main(config: ReportConfig) -> None:
     made = {path: fill(content, tables) for path, content in pages.items()}
     if not config.check:
         draw(tables, by_hand, config.data_root)
-    made = {path: with_digests(content, folder) for path, content in made.items()}
+    for path, content in made.items():
+        made[path] = FIGURE.sub(lambda one: f"{one[1]}<!-- sha256 {digest(folder / one[2])[:16]} -->", content)
     if config.check:
         for path, content in made.items():
             if difference := first_difference(read_text(path), content):
@@ -107,11 +108,6 @@ def fill(content: str, tables: Tables) -> str:
     if content.count(": begin -->") != blocks or content.count("<!-- = ") != numbers:
         raise Fault("the page has a block or a number that is not closed")
     return filled
-
-
-def with_digests(content: str, folder: Path) -> str:
-    """A page that tells the digest of each figure. Raises OSError where one is missing."""
-    return FIGURE.sub(lambda found: f"{found[1]}<!-- sha256 {digest(folder / found[2])[:16]} -->", content)
 
 
 def first_difference(page: str, made: str) -> str | None:
@@ -177,7 +173,7 @@ def own_page(tables: Tables) -> str:
         section("Fewer training tiles", [f"![Test ACC and validation ACC]({LEARNING})"])
     for path in sorted((folder / "sweeps").glob("*/table.md")):
         section(f"Sweep {text(path.parent.name)}", [read_text(path).strip()])
-    if rows:
+    if tables.runs.read:
         section("Records", tables.records())
     return "\n".join(lines) + "\n"
 

@@ -26,7 +26,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from common.cli import BOOKKEEPING, Fault, Keys, Untrainable, UsageError, first_line, key, run_script
-from common.files import write_text
+from common.files import public, write_text
 from common.markdown import markdown_table, text
 from common.records.read import checkpoint_folder, is_finished, read_history, read_json, run_folder
 from common.records.run import check_same
@@ -230,7 +230,7 @@ class Search:
         command = shlex.join(["python", *self.sweep.command_line(best)[1:]])
         lines = [f"**{name}**: {records[0]['dataset']}; {len(rows)} trials of a {self.sweep.method} search", ""]
         lines += [*markdown_table(columns, "l" * len(columns), rows), "", f"The best trial: `{command}`"]
-        write_text(table, "\n".join(lines) + "\n")
+        write_text(table, public("\n".join(lines) + "\n"))
         print(f"{lines[-1]}\n{len(rows)} trials, the best one first: {table}", flush=True)
 
 

@@ -14,7 +14,7 @@ from common.markdown import markdown_table, text
 from common.records.read import Record, read_json, unreadable
 from common.statistics import SIGNIFICANT, Comparison, compare, interval, smallest_difference
 from study.facts import PUBLISHED, cost
-from study.groups import AGAINST, ROWS, Group, Runs, convergence_epoch
+from study.groups import AGAINST, ROWS, SCORES, Group, Runs, convergence_epoch
 from study.recipes import ranking
 
 BLOCKS = ("results", "recipes", "classes", "colours", "techniques", "difference", "maps", "trials", "records")
@@ -304,8 +304,10 @@ def _mean(group: Group, score: str, with_sd: bool = False) -> str:
 
 def _over(group: Group, score: str, over_tiles: bool = False) -> str:
     """The mean over the seeds with its interval; with `over_tiles`, a single run's with that over the tiles."""
-    if over_tiles and (one := group.over_tiles(score)):
-        return interval(one.value, one.low, one.high, 3)
+    part, name = SCORES[score]
+    one = group.first.summary.get(part, {}).get(name, {})
+    if over_tiles and "low" in one:
+        return interval(one["value"], one["low"], one["high"], 3)
     found = group.spread(score)
     return interval(found.mean, found.low, found.high, 3) if found else ""
 

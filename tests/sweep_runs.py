@@ -14,11 +14,7 @@ GRID = {"method": "grid", "parameters": {"row": {"values": ["a", "b", "c"]}, "se
 SEARCH = {
     "method": "bayes",
     "metric": {"name": "validate/acc", "goal": "maximize"},
-    "parameters": {
-        "quality": {"min": 0.1, "max": 1.0},
-        "row": {"values": ["a", "b"]},
-        "test": {"value": False},
-    },
+    "parameters": {"quality": {"min": 0.1, "max": 1.0}, "row": {"values": ["a", "b"]}, "test": {"value": False}},
 }
 Write = Callable[..., Path]
 

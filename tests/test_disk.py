@@ -16,7 +16,7 @@ from common.cli import run_script
 
 KEYS = [
     *("--dataset=phantom", "--size=28", "--input_size=28", "--train_tiles=90", "--batch_size=45", "--n_epochs=2"),
-    *("--model_name=shufflenet_v2_x0_5", "--wandb=disabled", "--run_id=r"),
+    *("--model_name=shufflenet_v2_x0_5", "--wandb=disabled", "--run_id=r", "--device=cpu"),
 ]
 
 

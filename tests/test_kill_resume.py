@@ -15,13 +15,8 @@ from common.training import loop
 from common.training.loop import Trainer
 
 DATA = (
-    "--dataset=phantom",
-    "--size=28",
-    "--input_size=28",
-    "--train_tiles=90",
-    "--wandb=disabled",
-    "--run_id=r",
-    "--device=cpu",
+    *("--dataset=phantom", "--size=28", "--input_size=28", "--train_tiles=90"),
+    *("--wandb=disabled", "--run_id=r", "--device=cpu"),
 )
 # All that has a state or draws random numbers.
 EVERYTHING = ("--augmentation=ta_wide,stain", "--ema_decay=0.9995")

@@ -24,7 +24,7 @@ def test_the_defaults_are_the_courseworks_configuration() -> None:
 def test_a_run_writes_its_files_and_no_other_and_its_best_checkpoint_labels_the_test_tiles_as_it_did(
     tmp_path: Path, phantom_root: Path
 ) -> None:
-    where = [f"--data_root={phantom_root}", f"--output_dir={tmp_path}"]
+    where = [f"--data_root={phantom_root}", f"--output_dir={tmp_path}", "--device=cpu"]
     task1.main(parse(task1.Task1Config, [*KEYS, "--n_epochs=2", "--seed=7", "--lr=1e-12", *where]))
     files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert files == {

@@ -33,7 +33,7 @@ PHANTOM = ["--dataset", "phantom", "--size", "28", "--input_size", "28"]
 def trained(phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output folder with one finished Task 1 run on a small phantom."""
     folder = tmp_path_factory.mktemp("task2")
-    where = ["--data_root", str(phantom_root), "--output_dir", str(folder), "--wandb", "disabled"]
+    where = ["--data_root", str(phantom_root), "--output_dir", str(folder), "--wandb=disabled", "--device=cpu"]
     keys = [*PHANTOM, "--model_name", MODEL, "--train_tiles", "450", "--run_id", "first", "--n_epochs", "2"]
     run_script(task1.main, task1.Task1Config, [*keys, *where])
     return folder
@@ -41,7 +41,7 @@ def trained(phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def explain(folder: Path, phantom_root: Path, *more: str) -> None:
     """Run task2.py, with few tiles for the checks that make many maps a tile."""
-    where = ["--data_root", str(phantom_root), "--output_dir", str(folder), "--wandb", "disabled"]
+    where = ["--data_root", str(phantom_root), "--output_dir", str(folder), "--wandb=disabled", "--device=cpu"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checks, "COSTLY", dict.fromkeys(checks.COSTLY, 3))
         run_script(task2.main, task2.Task2Config, [*where, *more])
@@ -202,7 +202,7 @@ def test_a_fine_tuned_network_is_explained(
     monkeypatch.setattr(checks, "METHODS", {"saliency": METHODS["saliency"]})
     folder = tmp_path / "out"
     shutil.copytree(trained, folder)
-    where = ["--data_root", str(phantom_root), "--output_dir", str(folder), "--wandb", "disabled"]
+    where = ["--data_root", str(phantom_root), "--output_dir", str(folder), "--wandb=disabled", "--device=cpu"]
     keys = [*PHANTOM[:4], "--train_tiles", "450", "--run_id", "tuned", "--weights", str(folder / "w.pt")]
     torch.save(build_model(MODEL, 9, 32).state_dict(), folder / "w.pt")
     keys += ["--model_name", MODEL, "--n_epochs", "1", "--scratch", "false", "--input_size", "32"]

@@ -41,20 +41,9 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def keys(root: Path, output: Path, weights: Path | str, *more: str) -> list[str]:
     return [
-        "--dataset=phantom",
-        "--size=28",
-        "--train_tiles=90",
-        f"--model_name={SMALL}",
-        f"--weights={weights}",
-        "--input_size=32",
-        "--n_epochs=2",
-        "--batch_size=32",
-        "--lr=0.01",
-        "--run_id=r",
-        "--wandb=disabled",
-        f"--data_root={root}",
-        f"--output_dir={output}",
-        *more,
+        *("--dataset=phantom", "--size=28", "--train_tiles=90", "--device=cpu"),
+        *(f"--model_name={SMALL}", f"--weights={weights}", "--input_size=32", "--n_epochs=2", "--batch_size=32"),
+        *("--lr=0.01", "--run_id=r", "--wandb=disabled", f"--data_root={root}", f"--output_dir={output}", *more),
     ]
 
 
@@ -175,11 +164,11 @@ def test_the_best_checkpoint_is_the_network_that_was_scored(finished: Path, phan
         model = network.build_fine_tuned(SMALL, load_weights("none", SMALL), 32)
         model.load_state_dict(checkpoint.load(finished / f"checkpoints/{run_id}/best.pt")["state_dict"])
         with np.load(finished / f"runs/{run_id}/scores.npz", allow_pickle=False) as scores:
-            scored = evaluate(model, test, CPU)
+            scored = evaluate(model, test)
             np.testing.assert_allclose(
                 scored.probabilities, softmax(scores["best_logits"].astype(float), axis=1), atol=1e-3
             )
-            views = evaluate(model, test, CPU, tta=True).predicted
+            views = evaluate(model, test, tta=True).predicted
             np.testing.assert_array_equal(scores["tta_classes"], views)
 
 
@@ -220,9 +209,7 @@ def test_the_cache_changes_how_long_a_run_takes_and_not_what_it_finds(
     finished: Path, phantom_root: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        task5,
-        "cached_splits",
-        lambda _, dataset, config, compute: device_splits(dataset, config, compute.device),
+        task5, "cached_splits", lambda _, dataset, config, compute: device_splits(dataset, config, compute.device)
     )
     clock = iter([0.0, 1000.0])  # before and after the tiles are made ready
     monkeypatch.setattr(task5, "time", SimpleNamespace(perf_counter=clock.__next__))

@@ -80,12 +80,10 @@ class DeviceTiles:
         return resize(images, self.input_size), labels.to(self.device, non_blocking=True)
 
     def inputs(self, indices: torch.Tensor, rng: torch.Generator | None = None) -> Batch:
-        """Inputs and labels of these tiles; see `Tiles`."""
         images, labels = self.batch(indices)
         return normalise(self.augment(images, rng) if rng else images), labels
 
     def views(self, indices: torch.Tensor) -> tuple[Iterable[torch.Tensor], torch.Tensor]:
-        """Inputs of the 8 dihedral views of these tiles, and labels; see `Tiles`."""
         images, labels = self.batch(indices)
         return (normalise(dihedral_view(images, view)) for view in range(8)), labels
 

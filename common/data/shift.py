@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from common.data.dataset import Split, resize
 
 SEED = 0
-CHUNK = 2048  # tiles that are changed at the same time: limits the memory of their float copies
+CHUNK = 2048  # tiles of 64 pixels that are changed at the same time: limits the memory of their float copies
 LAB_CHUNK = 128  # the same for CIELAB, which takes seven copies in float64
 Tiles = NDArray[np.float32]  # (N, side, side, 3) in 0..1; a result may lie outside
 
@@ -56,11 +56,12 @@ SHIFTS = {change.__name__: change for change in (lab_statistics, gamma, chromati
 
 def shifted(split: Split, side: int) -> Iterator[tuple[str, Split]]:
     """Yield the name of each shift and the split, first resized and then shifted: (N, 3, side, side) uint8."""
+    chunk = max(1, CHUNK * 64**2 // max(64, side) ** 2)
     for name, change in SHIFTS.items():
         images = torch.empty(len(split), side, side, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
-        for start in range(0, len(split), CHUNK):
-            tiles = (resize(split.images[start : start + CHUNK], side).permute(0, 2, 3, 1) / 255).numpy()
+        for start in range(0, len(split), chunk):
+            tiles = (resize(split.images[start : start + chunk], side).permute(0, 2, 3, 1) / 255).numpy()
             rng = np.random.default_rng([SEED, start, *name.encode()])
             changed = np.rint(change(tiles, rng).clip(0, 1) * 255).astype(np.uint8)
-            images[start : start + CHUNK] = torch.from_numpy(changed).permute(0, 3, 1, 2)
+            images[start : start + chunk] = torch.from_numpy(changed).permute(0, 3, 1, 2)
         yield name, Split(images, split.labels)

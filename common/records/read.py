@@ -18,7 +18,7 @@ from common.cli import Fault, first_line
 from common.data.pathmnist import CLASS_NAMES
 from common.files import digest, read_text
 
-REMEDY = "restore this file, or move its folder away and run the script again"
+REMEDY = "restore this file, or move the run out of runs/ and checkpoints/ and start it again"
 
 
 class RunKeys(BaseModel, strict=True):
@@ -30,6 +30,7 @@ class RunKeys(BaseModel, strict=True):
     model_name: str = ""
     augmentation: str = ""
     lr: float = 0.0
+    n_epochs: int = 0
 
 
 class Facts(BaseModel, strict=True):
@@ -72,16 +73,20 @@ class Record:
             first = error.errors()[0]
             problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
             raise unreadable(folder / "config.json", problem) from None
-        return cls(folder, summary, read_history(folder / "history.csv"))
+        history, config = read_history(folder / "history.csv"), summary["config"]
+        all_epochs = config.get("early_stopping_patience") is None and config.get(
+            "n_epochs"
+        )  # a baseline has none
+        if len(history) < (all_epochs or summary.get("validate", {}).get("epoch", 0)):
+            raise unreadable(folder / "history.csv", "it lacks epochs")
+        return cls(folder, summary, history)
 
     @property
     def run_id(self) -> str:
-        """The run's name."""
         return str(self.summary["run_id"])
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """The run's keys."""
         return dict(self.summary["config"])
 
     @property

@@ -17,7 +17,6 @@ from common.data.batches import Tiles, batches
 from common.data.pathmnist import CLASS_NAMES
 from common.data.shift import SHIFTS
 from common.training import metrics
-from common.training.device import Compute
 
 LOWEST = float(np.finfo(np.float16).min)
 
@@ -115,8 +114,8 @@ def scores_of(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, tiles: Tiles, compute: Compute, tta: bool = False) -> Evaluation:
-    """The logits of every tile, in order; the model is put into eval mode.
+def evaluate(model: nn.Module, tiles: Tiles, tta: bool = False) -> Evaluation:
+    """The logits of every tile in order, computed in float32; the model is put into eval mode.
 
     With `tta` the logits are the logarithm of the mean probability over the 8 dihedral views of the tile.
     Raises Untrainable where a logit is not finite.
@@ -125,14 +124,13 @@ def evaluate(model: nn.Module, tiles: Tiles, compute: Compute, tta: bool = False
     logits, targets = [], []
     parts = batches(len(tiles), tiles.at_once, tiles.index_device)
     for batch in progress(parts, desc="evaluate", unit=" batches", leave=False):
-        with compute.autocast():
-            if tta:
-                inputs, labels = tiles.views(batch)
-                views = [model(view).float().log_softmax(1) for view in inputs]
-                logits.append(torch.stack(views).logsumexp(0) - math.log(len(views)))
-            else:
-                images, labels = tiles.inputs(batch)
-                logits.append(model(images).float())
+        if tta:
+            inputs, labels = tiles.views(batch)
+            views = [model(view).log_softmax(1) for view in inputs]
+            logits.append(torch.stack(views).logsumexp(0) - math.log(len(views)))
+        else:
+            images, labels = tiles.inputs(batch)
+            logits.append(model(images))
         targets.append(labels)
     scores = torch.cat(logits)
     if not scores.isfinite().all():

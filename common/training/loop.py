@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.cli import Untrainable, progress
+from common.cli import Fault, Untrainable, progress
 from common.config import TrainingConfig
 from common.data.batches import Splits, batches, device_splits
 from common.data.dataset import load_dataset
@@ -105,7 +105,7 @@ class Trainer:
         return {
             "epoch": epoch,
             "train/loss": loss,
-            **evaluate(self.evaluated, self.splits.val, self.compute).summary("validate"),
+            **evaluate(self.evaluated, self.splits.val).summary("validate"),
             "lr": max(group["lr"] for group in self.optimizer.param_groups),
             "tiles_per_second": len(self.splits.train) / seconds,
             "seconds": time.perf_counter() - started,
@@ -151,7 +151,7 @@ class Trainer:
         """
         print("scoring the best weights, also on validation tiles with other colours", flush=True)
         started = time.perf_counter()
-        score = partial(evaluate, self.evaluated, compute=self.compute)
+        score = partial(evaluate, self.evaluated)
         path = self.run.checkpoints / "best.pt"
         checkpoint.load_state_dict(self.evaluated, checkpoint.load(path, "state_dict")["state_dict"], path)
         arrays = {}
@@ -207,6 +207,8 @@ class Trainer:
         print(f"continuing run {self.run.run_id} after epoch {len(self.history)}")
         if self.best_epoch == len(self.history):  # a kill may have come after last.pt and before the other two
             self.save_best()
+        elif not (best := self.run.checkpoints / "best.pt").exists():  # else a run would fail after hours
+            raise Fault(f"{best}: missing; restore it, or train again with another --run_id")
         self.run.log_epoch(self.history)
 
 

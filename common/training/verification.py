@@ -40,15 +40,15 @@ def _check(record: Record) -> None:
     found = scores_of(arrays, "baseline" in record.config, record.history, select_on)
     if missing := {"best", "tta"} & (summary.keys() - found.keys()):
         raise unreadable(record.folder / "scores.npz", f"it has no outputs for {min(missing)!r}")
-    if difference := _difference(summary, found):
+    if difference := score_difference(summary, found):
         raise unreadable(record.folder / "summary.json", difference)
 
 
-def _difference(recorded: Any, computed: Any, key: str = "") -> str:
+def score_difference(recorded: Any, computed: Any, key: str = "") -> str:
     """Where two JSON values differ, numbers by more than rounding, in words; an empty string without one."""
     if isinstance(computed, Mapping):
         inner = [(f"{key}.{name}".strip("."), recorded.get(name), value) for name, value in computed.items()]
-        differing = (_difference(before, now, name) for name, before, now in inner)
+        differing = (score_difference(before, now, name) for name, before, now in inner)
         return next(filter(None, differing), "")
     same = recorded == computed
     if isinstance(recorded, int | float) and isinstance(computed, int | float):

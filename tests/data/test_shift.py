@@ -78,3 +78,11 @@ def test_colours_stay_between_0_and_255() -> None:
     for _, split in shifted(Split(extremes, torch.zeros(40, dtype=torch.int64)), 8):
         change = (split.images.int() - extremes.int()).abs()
         assert np.quantile(change.numpy(), 0.99) < 100  # a value outside 0 to 255 would wrap around
+
+
+def test_large_inputs_are_changed_in_smaller_parts(tiny: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    monkeypatch.setattr(shift, "CHUNK", 80)
+    monkeypatch.setattr(shift, "SHIFTS", {"none": lambda tiles, _: sizes.append(len(tiles)) or tiles})
+    assert [len(list(shifted(tiny.val, side))) for side in (64, 128)] == [1, 1]
+    assert sizes == [45, 20, 20, 5]

@@ -35,11 +35,7 @@ def network(train_part: str = "classifier", name: str = SMALL) -> FineTunedNetwo
 
 @pytest.mark.parametrize(
     ("train_part", "moving"),
-    [
-        ("head", r"network\.classifier\.3\."),
-        ("classifier", r"network\.classifier\.[03]\."),
-        ("all", r"network\."),
-    ],
+    [("head", r"network\.classifier\.3\."), ("classifier", r"network\.classifier\.[03]\."), ("all", r"network\.")],
 )
 def test_training_moves_its_part_and_leaves_the_rest_the_same_to_the_bit(
     tiny: Dataset, tmp_path: Path, train_part: str, moving: str

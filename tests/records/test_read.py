@@ -60,6 +60,8 @@ CASES: list[tuple[Change, str]] = [
     (written("history.csv", b"\xff\xfe\n1\n"), r"history\.csv: not a readable record"),
     (written("history.csv", b"epoch,validate/acc\n1,0.5,3\n"), r"history\.csv: not a readable record"),
     (written("history.csv", b"epoch,validate/acc\n1,0.5\n3,0.5\n"), r"history\.csv: .*do not count from 1"),
+    (written("history.csv", b"epoch,validate/acc\n1,0.5\n"), r"history\.csv: .*it lacks epochs"),
+    (changed("config.json", "config", "n_epochs", to=3), r"history\.csv: .*it lacks epochs"),
     (lambda folder: (folder / "scores.npz").unlink(), r"scores\.npz: not a readable record"),
     (written("scores.npz", b"PK\x03\x04torn"), r"scores\.npz: not a readable record"),
     (arrays(best_logits=np.zeros((18, 8))), r"scores\.npz: .*do not have the shape \(18, 9\)"),

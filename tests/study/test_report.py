@@ -16,8 +16,10 @@ from matplotlib.figure import Figure
 
 from common.cli import Fault, run_script
 from common.data.shift import SHIFTS
+from common.files import write_json
 from common.records.read import Record
 from common.statistics import spread
+from common.training.evaluation import scores_of
 from study import figures, report
 from study.facts import cost
 from study.groups import Group, Runs, convergence_epoch
@@ -246,7 +248,6 @@ def test_the_scores_of_a_group_are_by_the_number_of_the_seed() -> None:
     assert group.minus(other, "acc").mean == pytest.approx((0.3 + 0.2) / 2)  # type: ignore[union-attr]
     assert group.recalls() == pytest.approx({"a": (0.2 + 0.8 + 0.8) / 3, "b": 1, "c": 1})  # no median
     assert group.mistaken("a") == ("c", 8 / 30)  # 4 are taken for b
-    assert group.over_tiles("acc") is None
     views = {**group.first.summary, "tta": group.first.summary["best"]}
     some = Group("", [dataclasses.replace(group.first, summary=views), *group.records[1:]])
     assert (some.by_seed("views"), some.spread("views")) == ({7: 0.5}, None)
@@ -302,7 +303,9 @@ def test_a_page_of_own_runs_has_the_table_of_the_ablation(tmp_path: Path) -> Non
     tables = Tables(runs, runs.recipes(), runs.ablation())
     assert set(tables.rows) == set(others)
     names = ("validate_classes", "validate_targets", *(f"shifted_{name}" for name in SHIFTS))
-    np.savez(made(tmp_path, "recipe-resnet18-0").folder / "scores.npz", **dict.fromkeys(names, np.zeros(10)))
+    folder, arrays = made(tmp_path, "recipe-resnet18-0").folder, dict.fromkeys(names, np.zeros(10))
+    np.savez(folder / "scores.npz", **arrays)
+    write_json(folder / "summary.json", {"wall_seconds": 1, **scores_of(arrays)})
     page = fill(own_page(tables), tables)
     assert "## Trials" in page
     assert "| resnet18 | " in page
@@ -329,6 +332,7 @@ def test_curves_have_a_group_per_number_of_tiles_and_the_old_ablation_comes_firs
     curves = {title: [group.tiles for group in groups] for title, groups in Runs(tmp_path).curves().items()}
     assert curves == {"Task 1: ResNet-18, phantom, 28 px": [900, 9000]}  # without the real tiles
     page = own_page(Tables(runs, {}, curves=runs.curves()))
+    assert "\n## Records\n" in page
     assert "## Fewer training tiles\n\n![Test ACC and validation ACC](fig/report/learning_curve.png)" in page
     for name in ("ablation_64", "ablation"):
         made(tmp_path, f"{name}-combined-0", ablation="combined")

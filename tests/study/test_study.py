@@ -15,11 +15,13 @@ import task1
 import task2
 import task5
 import train
-from common.cli import UsageError, parse, run_script
+from common.cli import Fault, UsageError, parse, run_script
 from common.config import FolderConfig
 from common.explain import checks
 from common.explain.maps import METHODS
+from common.files import write_json
 from common.records.run import check_same
+from common.training.evaluation import scores_of
 from study import __main__ as study
 from study import baselines, report, sweep
 from study.groups import ABLATION_RUNS, CURVES, ROWS
@@ -123,11 +125,17 @@ def test_trials_are_ranked_by_validation_and_changed_colours_within_their_group(
         shifts = ("lab_statistics", "gamma", "chromatic_noise")
         arrays |= {f"shifted_{name}": labels for name, labels in zip(shifts, predicted[1:], strict=True)}
         np.savez(folder / "scores.npz", **arrays)
+        write_json(folder / "summary.json", scores_of(arrays))
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in ranking(tmp_path, file)]
     assert rows[2:] == [
         ["all", "better", "n_epochs 9", "2", "0.7000", "0.8000", "0.6000"],
         ["all", "plain", "–", "1", "0.6500", "0.9000", "0.4000"],
     ]
+    np.savez(folder / "scores.npz", **{**arrays, "shifted_gamma": np.zeros(10)})
+    with pytest.raises(
+        Fault, match=r"better-1/summary\.json: .*shifted\.gamma: it is 0\.7, the run's outputs .* 1\.0"
+    ):
+        ranking(tmp_path, file)
 
 
 def test_only_the_study_of_pathmnist_at_28_pixels_is_written_into_the_current_folder() -> None:

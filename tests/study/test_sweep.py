@@ -72,14 +72,8 @@ def test_the_search_file_has_the_courseworks_space() -> None:
         ({"method": "bayesian"}, "method: Input should be 'grid', 'random' or 'bayes'"),
         ({"parameters": []}, "parameters: Input should be a valid dictionary"),
         ({"parameters": {"row": {"value": 1, "min": 0, "max": 1}}}, "row: needs either value"),
-        (
-            {"parameters": {"row": {"values": ["a"], "distribution": "uniform"}}},
-            "row: needs either value",
-        ),
-        (
-            {"parameters": {"lr": {"min": 1, "max": 2, "distribution": "categorical"}}},
-            "lr: needs either value",
-        ),
+        ({"parameters": {"row": {"values": ["a"], "distribution": "uniform"}}}, "row: needs either value"),
+        ({"parameters": {"lr": {"min": 1, "max": 2, "distribution": "categorical"}}}, "lr: needs either value"),
         ({"parameters": {"row": {"valeus": ["a"]}}}, "row: valeus: Extra inputs are not permitted"),
         ({"parameters": {"quality": {"min": 0, "max": 2}}}, "must be less than or equal to 1"),
         ({"parameters": {"quality": {"min": 1, "max": 0}}}, "quality: `low <= high` must hold"),
@@ -203,9 +197,7 @@ def test_after_a_kill_only_the_runs_that_are_not_running_are_started(
     assert len(list(output.glob("runs/*/summary.json"))) == len(begun + others)
 
 
-def test_a_cpu_has_one_run_per_core_with_one_thread_and_a_gpu_one_run(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_cpu_has_one_run_per_core_with_one_thread_and_a_gpu_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "cpu_count", lambda only_physical_cores: 3 if only_physical_cores else 6)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert processes.workers("cpu") == (3, {"OMP_NUM_THREADS": "1"})

@@ -27,7 +27,9 @@ def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     found = [Compute.of("cuda", precision).dtype for precision in ("auto", "bf16", "fp32")]
     assert found == [torch.bfloat16, torch.bfloat16, torch.float32]
+    torch.set_float32_matmul_precision("medium")
     CPU.prepare_process()
+    assert torch.get_float32_matmul_precision() == "highest"
     assert not torch.backends.cudnn.allow_tf32
 
 

@@ -19,8 +19,7 @@ from common.training.models import build_model
 
 
 @pytest.mark.parametrize(
-    ("select_on", "best"),
-    [("validate/acc", 2), ("validate/auc", 1), ("validate/loss", 3), ("last", 4)],
+    ("select_on", "best"), [("validate/acc", 2), ("validate/auc", 1), ("validate/loss", 3), ("last", 4)]
 )
 def test_selection_follows_its_metric_and_keeps_the_first_of_equals(select_on: str, best: int) -> None:
     rows = [(0.9, 0.5, 2.0), (0.8, 0.7, 3.0), (0.9, 0.7, 1.0), (0.7, 0.1, 1.0)]
@@ -68,16 +67,16 @@ def test_evaluation_is_in_order_in_eval_mode_and_counts_every_tile(tiny: Dataset
     sizes: list[int] = []
     model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     tiles.at_once = 7
-    one = evaluate(model, tiles, CPU)
+    one = evaluate(model, tiles)
     assert max(sizes) == 7
     tiles.at_once = 63
-    other = evaluate(model, tiles, CPU)
+    other = evaluate(model, tiles)
     np.testing.assert_allclose(one.logits, other.logits, atol=1e-5)
     np.testing.assert_array_equal(one.targets, tiny.test.labels)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     torch.nn.init.constant_(model.classifier[3].bias, torch.inf)
     with pytest.raises(Untrainable, match="outputs are no longer finite"):
-        evaluate(model, tiles, CPU)
+        evaluate(model, tiles)
 
 
 def test_summary_of_an_evaluation_is_that_of_its_logits() -> None:
@@ -100,11 +99,11 @@ def test_tta_averages_the_probabilities_of_the_eight_views_and_so_ignores_the_ti
     model.eval()
     with torch.no_grad():
         expected = torch.stack([model(normalise(view)).softmax(1) for view in views]).mean(0)
-    averaged = evaluate(model, plain, CPU, tta=True)
+    averaged = evaluate(model, plain, tta=True)
     np.testing.assert_allclose(averaged.probabilities, expected, atol=1e-5)
     turned = DeviceTiles(replace(tiny.val, images=images.rot90(1, (2, 3))), CPU.device, 28)
-    np.testing.assert_allclose(evaluate(model, turned, CPU, tta=True).logits, averaged.logits, atol=1e-4)
-    assert np.abs(evaluate(model, turned, CPU).logits - evaluate(model, plain, CPU).logits).max() > 1e-3
+    np.testing.assert_allclose(evaluate(model, turned, tta=True).logits, averaged.logits, atol=1e-4)
+    assert np.abs(evaluate(model, turned).logits - evaluate(model, plain).logits).max() > 1e-3
 
 
 def test_rounded_scores_are_finite_and_close_to_the_networks() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU, trainer_of
+from example_records import row
 from processes import plain
 
 from common.cli import Fault, Untrainable
@@ -125,17 +126,17 @@ def test_the_best_weights_are_kept_and_scored_not_the_last(
     assert {name: summary[name]["epoch"] for name in ("best", "tta")} == {"best": 2, "tta": 2}
     with np.load(run.folder / "scores.npz", allow_pickle=False) as arrays:
         test = DeviceTiles(tiny.test, CPU.device, 28)
-        expected = evaluate(model, test, CPU).rounded()
+        expected = evaluate(model, test).rounded()
         np.testing.assert_array_equal(arrays["best_logits"], expected.logits)
         assert arrays["best_logits"].dtype == np.float16
         assert summary["best"] == {"epoch": 2, **expected.described()}
-        views = evaluate(model, test, CPU, tta=True).logits.argmax(1)
+        views = evaluate(model, test, tta=True).logits.argmax(1)
         np.testing.assert_array_equal(arrays["tta_classes"], views)
         assert summary["tta"]["acc"]["value"] == np.mean(views == tiny.test.labels.numpy())
         np.testing.assert_array_equal(arrays["targets"], tiny.test.labels)
         np.testing.assert_array_equal(arrays["validate_targets"], tiny.val.labels)
         for name, split in [("validate_classes", tiny.val), *shifted(tiny.val, 28)]:
-            predicted = evaluate(model, DeviceTiles(split, CPU.device, 28), CPU).logits.argmax(1)
+            predicted = evaluate(model, DeviceTiles(split, CPU.device, 28)).logits.argmax(1)
             np.testing.assert_array_equal(arrays[name if split is tiny.val else f"shifted_{name}"], predicted)
             scores = {"validate_classes": summary["validate"]["validate/acc"], **summary["shifted"]}
             assert scores[name] == np.mean(predicted == tiny.val.labels.numpy())
@@ -161,6 +162,11 @@ def test_checkpoints_of_another_program_are_refused(tiny: Dataset, tmp_path: Pat
         checkpoint.save(trainer.run.checkpoints / name, content)
         with pytest.raises(Fault, match=f"{name}: not a checkpoint of this project"):
             read()
+    trainer.history = [row(1, 0.9), row(2)]
+    trainer.save_last()
+    (trainer.run.checkpoints / "best.pt").unlink()
+    with pytest.raises(Fault, match=r"best\.pt: missing; restore it"):
+        trainer.restore()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
@@ -229,7 +235,7 @@ def test_an_averages_batchnorm_is_always_measured_and_its_steps_count_through_th
     assert steps == list(range(2 * trainer.steps_per_epoch))
 
 
-def test_training_measuring_and_scoring_compute_in_the_precision_that_was_asked_for(
+def test_training_and_measuring_compute_in_the_precision_that_was_asked_for_and_scoring_in_float32(
     tiny: Dataset, tmp_path: Path
 ) -> None:
     compute = replace(CPU, dtype=torch.bfloat16)
@@ -244,7 +250,7 @@ def test_training_measuring_and_scoring_compute_in_the_precision_that_was_asked_
     assert seen == {  # a training step, BatchNorm's measurement, and an evaluation
         (torch.bfloat16, True, True),
         (torch.bfloat16, True, False),
-        (torch.bfloat16, False, False),
+        (torch.float32, False, False),
     }
 
 

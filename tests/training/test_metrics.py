@@ -110,11 +110,7 @@ def test_auc_interval_covers_the_truth_95_times_in_100(signal):
 
 @pytest.mark.parametrize(
     ("scores", "low", "high"),
-    [
-        (np.eye(3), 10 / 13.8415, 1),
-        (np.full((3, 3), 1 / 3), 0.2366, 0.7634),
-        (-np.eye(3), 0, 3.8415 / 13.8415),
-    ],
+    [(np.eye(3), 10 / 13.8415, 1), (np.full((3, 3), 1 / 3), 0.2366, 0.7634), (-np.eye(3), 0, 3.8415 / 13.8415)],
 )
 def test_without_variance_the_auc_interval_is_wilsons_for_the_rarest_class(scores, low, high):
     # By hand, for the 10 tiles of class 1: n / (n + z²) at 1, and ½ ± ½ z / √(n + z²) at ½.
