@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from common.cli import Fault, first_line
 from common.data.pathmnist import CLASS_NAMES
@@ -45,6 +45,7 @@ class Facts(BaseModel, strict=True):
     commit: str | None
     started: str
     wall_seconds: float
+    validation: dict[str, float] = Field(alias="validate")
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,9 @@ class Record:
             problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
             raise unreadable(folder / "config.json", problem) from None
         history, config = read_history(folder / "history.csv"), summary["config"]
-        all_epochs = config.get("early_stopping_patience") is None and config.get(
-            "n_epochs"
-        )  # a baseline has none
-        if len(history) < (all_epochs or summary.get("validate", {}).get("epoch", 0)):
+        # A baseline has no epochs, and a run that may stop early has at least its best one.
+        n_epochs = 0 if config.get("early_stopping_patience") else config.get("n_epochs", 0)
+        if len(history) < (n_epochs or summary["validate"].get("epoch", 0)):
             raise unreadable(folder / "history.csv", "it lacks epochs")
         return cls(folder, summary, history)
 
