@@ -9,8 +9,7 @@ import yaml
 from common.files import read_text
 from common.markdown import markdown_table
 from common.records.read import is_finished, read_arrays, read_json, run_folder, unreadable
-from common.training.evaluation import scores_of
-from common.training.verification import score_difference
+from common.training.evaluation import score_difference, scores_of
 
 FILE = Path(__file__).with_name("recipes.yaml")
 

@@ -19,6 +19,7 @@ from common.data.shift import SHIFTS
 from common.training import metrics
 
 LOWEST = float(np.finfo(np.float16).min)
+EQUAL = 1e-9  # the last digits of a sum differ between kinds of CPU
 
 History = Sequence[Mapping[str, float]]  # one row for each epoch, as in history.csv
 
@@ -111,6 +112,18 @@ def scores_of(
         for name in summary.keys() & {"best", "tta"}:
             summary[name]["epoch"] = best
     return {**summary, "shifted": shifted, "validate/shifted_acc": fmean(shifted.values())}
+
+
+def score_difference(recorded: Any, computed: Any, key: str = "") -> str:
+    """Where two JSON values differ, numbers by more than rounding, in words; an empty string without one."""
+    if isinstance(computed, Mapping):
+        inner = [(f"{key}.{name}".strip("."), recorded.get(name), value) for name, value in computed.items()]
+        differing = (score_difference(before, now, name) for name, before, now in inner)
+        return next(filter(None, differing), "")
+    same = recorded == computed
+    if isinstance(recorded, int | float) and isinstance(computed, int | float):
+        same = abs(recorded - computed) <= EQUAL
+    return "" if same else f"{key}: it is {recorded}, the run's outputs and history give {computed}"
 
 
 @torch.no_grad()

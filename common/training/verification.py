@@ -4,16 +4,12 @@ The loss and the AUC of the validation tiles do not stand there: they are those 
 """
 
 import hashlib
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from common.data import pathmnist
 from common.records.read import Record, unreadable
-from common.training.evaluation import scores_of
-
-EQUAL = 1e-9  # the last digits of a sum differ between kinds of CPU
+from common.training.evaluation import score_difference, scores_of
 
 
 def check_scores(record: Record) -> None:
@@ -42,15 +38,3 @@ def _check(record: Record) -> None:
         raise unreadable(record.folder / "scores.npz", f"it has no outputs for {min(missing)!r}")
     if difference := score_difference(summary, found):
         raise unreadable(record.folder / "summary.json", difference)
-
-
-def score_difference(recorded: Any, computed: Any, key: str = "") -> str:
-    """Where two JSON values differ, numbers by more than rounding, in words; an empty string without one."""
-    if isinstance(computed, Mapping):
-        inner = [(f"{key}.{name}".strip("."), recorded.get(name), value) for name, value in computed.items()]
-        differing = (score_difference(before, now, name) for name, before, now in inner)
-        return next(filter(None, differing), "")
-    same = recorded == computed
-    if isinstance(recorded, int | float) and isinstance(computed, int | float):
-        same = abs(recorded - computed) <= EQUAL
-    return "" if same else f"{key}: it is {recorded}, the run's outputs and history give {computed}"
