@@ -80,7 +80,9 @@ class TrainingConfig(ScriptConfig):
         _new_run_id,
         "name of the run; an unfinished run is continued (default: a new id; under a W&B agent, the agent's id)",
     )
-    precision: str = key("auto", "auto is bf16 on a GPU that has it, else fp32", choices=("auto", "fp32", "bf16"))
+    precision: str = key(
+        "auto", "of training; auto is bf16 on a GPU that has it, else fp32", choices=("auto", "fp32", "bf16")
+    )
 
     input_size: int = key(
         lambda given: max(64, given["size"]),

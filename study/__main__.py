@@ -64,7 +64,7 @@ def study_plan() -> Plan:
         "scaled": Row(f"train.py {CHOSEN} {SCALED}", 5),
         "task1_64": Row("task1.py", 5),
         "tuned": Row(TUNED, 5),
-        "tuned_112": Row(f"{TUNED} --input_size=112", 3),  # chosen by the trials' validation ACC alone
+        "tuned_112": Row(f"{TUNED} --input_size=112", 3),  # best by the trials' validation ACC
         "best_scratch": Row(f"train.py {CHOSEN} {SCALED} --model_name=resnet18", 3),
         "frozen_64": Row(f"{TUNED} --train_part=classifier --n_epochs=20", 5),
         "frozen_128": Row(f"{TUNED} --train_part=classifier --n_epochs=20 --input_size=128", 5),

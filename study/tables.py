@@ -35,9 +35,9 @@ COLUMNS = {  # scores of the ablation's table
 NOTE = (
     "± is the standard deviation over the seeds (n - 1). Differences are to the first row, or to the row that is "
     "named, seed by seed, with t intervals over the seeds. p is of a paired t test, made larger because many rows "
-    f"are tested (Holm's correction); it decides the verdict, at {SIGNIFICANT}. Intervals are not corrected, so "
-    "some leave out 0 though their row is not decided. Not decided means: there may be a difference, but these "
-    "seeds do not show it."
+    f"are tested on the same tiles (Holm's correction); it decides the verdict, at {SIGNIFICANT}. Intervals are "
+    "not corrected, so some leave out 0 though their row is not decided. Not decided means: there may be a "
+    "difference, but these seeds do not show it."
 )
 RECORDS = ("config.json", "history.csv", "scores.npz", "summary.json", "attribution.json", "saliency.md")
 

@@ -101,6 +101,6 @@ def test_a_checkpoint_without_its_record_is_refused_and_nothing_is_written(
         path.unlink()
     with pytest.raises(SystemExit) as ended:
         run(tmp_path, phantom_root)
-    assert ended.value.code == 2
+    assert ended.value.code == 1
     assert "config.json: missing, but the run has a last.pt: restore it, or use" in capsys.readouterr().err
     assert [*(tmp_path / "runs" / "r").iterdir()] == []

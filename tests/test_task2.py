@@ -227,7 +227,11 @@ def test_an_unfinished_run_and_other_data_are_refused_in_one_line(
     weights.write_bytes(whole + b"x")
     for status, message, then in (
         (1, "not the weights with which run first finished", lambda: weights.write_bytes(whole)),
-        (1, "its phantom .* run first was trained on; .*_root$", (folder / "runs/first/summary.json").unlink),
+        (
+            1,
+            "its phantom .* is not what run first was trained on; .*_root$",
+            (folder / "runs/first/summary.json").unlink,
+        ),
         (2, "--run_id first: no finished run in .*; python task1.py makes one, ", lambda: None),
     ):
         with pytest.raises(SystemExit) as ended:

@@ -22,7 +22,6 @@ from common.data.batches import (
 from common.data.dataset import Dataset, Split
 from common.data.shift import shifted
 from common.finetune.network import FineTunedNetwork
-from common.training.device import Compute
 from common.training.loop import generator
 
 CACHING_BATCH = 256
@@ -58,27 +57,25 @@ class CachedFeatures:
 
 
 @torch.no_grad()
-def cache_features(
-    model: FineTunedNetwork, tiles: DeviceTiles, views: Sequence[View], compute: Compute
-) -> CachedFeatures:
-    """Run each view of each tile through the frozen part once."""
+def cache_features(model: FineTunedNetwork, tiles: DeviceTiles, views: Sequence[View]) -> CachedFeatures:
+    """Run each view of each tile through the frozen part once, in float32."""
     model.eval()
-    device = compute.device
+    device = tiles.device
     features = torch.empty(len(views), len(tiles), *model.feature_shape, device=device)
     labels = torch.empty(len(tiles), dtype=torch.int64, device=device)
     with progress(desc="features", total=len(views) * len(tiles), unit=" tiles", leave=False) as bar:
         for part in torch.split(torch.arange(len(tiles)), CACHING_BATCH):
             images, labels[part] = tiles.batch(part.to(tiles.index_device))
             for number, view in enumerate(views):
-                inputs = normalise(view(images))  # outside autocast, which would round the augmentation
-                with compute.autocast():
-                    found = [model.features(some).float() for some in torch.split(inputs, tiles.at_once)]
-                features[number, part] = torch.cat(found)
+                inputs = torch.split(normalise(view(images)), tiles.at_once)
+                features[number, part] = torch.cat(list(map(model.features, inputs)))
                 bar.update(len(part))
     return CachedFeatures(features, labels)
 
 
-def cached_splits(model: FineTunedNetwork, dataset: Dataset, config: TrainingConfig, compute: Compute) -> Splits:
+def cached_splits(
+    model: FineTunedNetwork, dataset: Dataset, config: TrainingConfig, device: torch.device
+) -> Splits:
     """The features of all splits; from then on the model takes features instead of tiles.
 
     Training tiles have `N_VIEWS` views of their augmentation, test tiles all 8 dihedral views where `tta` needs
@@ -86,8 +83,8 @@ def cached_splits(model: FineTunedNetwork, dataset: Dataset, config: TrainingCon
     """
     n_views = 1 if config.augmentation == "none" else N_VIEWS
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if compute.device.type == "cuda":
-        memory = free_memory(compute.device)
+    if device.type == "cuda":
+        memory = free_memory(device)
     n_features = n_views * len(dataset.train) + len(dataset.val)
     n_features += config.test * (8 if config.tta else 1) * len(dataset.test)
     size = 4 * n_features * math.prod(model.feature_shape)  # float32
@@ -95,7 +92,7 @@ def cached_splits(model: FineTunedNetwork, dataset: Dataset, config: TrainingCon
         problem = f"the features of all tiles take {size / 1e9:.1f} GB of {memory / 1e9:.1f} GB of memory"
         remedy = "with another --run_id, lower --train_tiles, or use --tta=False or --train_part=all"
         raise UsageError(f"{problem}; {remedy}")
-    model.to(compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     turned: list[View] = [partial(dihedral_view, view=number) for number in range(8)]
     plain, views = turned[:1], turned
     if config.augmentation != "dihedral":
@@ -104,7 +101,7 @@ def cached_splits(model: FineTunedNetwork, dataset: Dataset, config: TrainingCon
         views = [*plain, *(lambda images, rng=rng: augment(images, rng) for rng in rngs)]
 
     def cached(split: Split, views: Sequence[View] = plain) -> CachedFeatures:
-        return cache_features(model, DeviceTiles(split, compute.device, config.input_size), views, compute)
+        return cache_features(model, DeviceTiles(split, device, config.input_size), views)
 
     print("computing the features of training and validation tiles, once for all epochs", flush=True)
     train, val = cached(dataset.train, views), cached(dataset.val)

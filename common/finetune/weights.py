@@ -149,7 +149,8 @@ def _read(path: Path, begins: str) -> tuple[str, dict[str, torch.Tensor]]:
         with open(path, "rb") as file:
             safe = path.suffix.lower() == ".safetensors"
             content: Any = safetensors.torch.load(file.read()) if safe else checkpoint.read_plain(file)
-        if isinstance(content, Mapping) and content.keys() == {"state_dict", "config"}:
+        wrapped = isinstance(content, Mapping) and content.keys() == {"state_dict", "config"}
+        if wrapped and "run_id" in content["config"]:
             raise ValueError("a run's best.pt, for inputs of another mean and std; use weights from elsewhere")
         for name in WRAPPERS * 2:  # one may stand in another
             if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):

@@ -54,8 +54,8 @@ class Run:
     ) -> None:
         """Open the run and write config.json; `network` describes the network in titles (default: its name).
 
-        Raises UsageError where the run is finished, was begun but has lost config.json, or is another one than
-        `check_record` allows; Fault where another process trains it, or its config.json is damaged.
+        Raises UsageError where the run is finished, or is another one than `check_record` allows; Fault where
+        another process trains it, or its config.json is damaged or lost.
         """
         self.run_id = config.run_id
         network = network or config.model_name
@@ -74,7 +74,7 @@ class Run:
                     before[name] = f"{before[name]}, then {now}"
             self.facts = {name: before.get(name, value) for name, value in self.facts.items()}
         elif self.last_checkpoint.exists():
-            raise UsageError(f"{record}: missing, but the run has a last.pt: restore it, or use another --run_id")
+            raise Fault(f"{record}: missing, but the run has a last.pt: restore it, or use another --run_id")
         self.folder.mkdir(parents=True, exist_ok=True)
         # A singleton: the same process may open the run again.
         self._lock = FileLock(self.folder / ".lock", is_singleton=True)

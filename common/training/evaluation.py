@@ -116,7 +116,7 @@ def scores_of(
 
 def score_difference(recorded: Any, computed: Any, key: str = "") -> str:
     """Where two JSON values differ, numbers by more than rounding, in words; an empty string without one."""
-    if isinstance(computed, Mapping):
+    if isinstance(computed, Mapping) and isinstance(recorded, Mapping):
         inner = [(f"{key}.{name}".strip("."), recorded.get(name), value) for name, value in computed.items()]
         differing = (score_difference(before, now, name) for name, before, now in inner)
         return next(filter(None, differing), "")

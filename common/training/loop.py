@@ -59,7 +59,7 @@ class Trainer:
     ) -> None:
         """Move the model to the device, build its optimiser, and load the run's last checkpoint if there is one.
 
-        Raises Fault where the checkpoint cannot be read.
+        Raises Fault where the checkpoint cannot be read, or best.pt is missing.
         """
         self.splits, self.config, self.compute, self.run = splits, config, compute, run
         self.model = model.to(compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -100,8 +100,7 @@ class Trainer:
         loss = self.train_epoch(epoch)
         seconds = time.perf_counter() - started
         if self.average or self.config.reestimate_batchnorm:
-            with self.compute.autocast():
-                reestimate_batchnorm(self.evaluated, self.clean_inputs())
+            reestimate_batchnorm(self.evaluated, self.clean_inputs())
         return {
             "epoch": epoch,
             "train/loss": loss,

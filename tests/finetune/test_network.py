@@ -15,7 +15,6 @@ from common.data.dataset import Dataset
 from common.finetune.features import cache_features
 from common.finetune.network import FineTunedNetwork, build_fine_tuned, lr_factors
 from common.finetune.weights import Weights
-from common.training.device import Compute
 from common.training.loop import generator
 
 SIZE, MEAN, STD = 32, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
@@ -92,30 +91,23 @@ def test_features_through_the_head_are_the_whole_network(name: str) -> None:
         torch.testing.assert_close(model(features), whole)
 
 
-def test_tiles_are_augmented_and_resized_in_float32_before_a_bf16_network(
+def test_as_many_tiles_as_fit_in_memory_pass_at_once_and_each_once(
     tiny: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: dict[torch.dtype, list[torch.Tensor]] = {torch.float32: [], torch.bfloat16: []}
-    stain = build_augmentation("stain")
-    for dtype, inputs in seen.items():
-        model, random = network(), generator(0, 1, "views")
-        original = model.features
-        monkeypatch.setattr(model, "features", lambda images, o=original, i=inputs: i.append(images) or o(images))
-        tiles = DeviceTiles(tiny.val, CPU.device, input_size=40)
-        tiles.at_once = 9
-        cached = cache_features(
-            model, tiles, [lambda images, r=random: stain(images, r)], Compute(CPU.device, dtype)
-        )
-        assert cached.features.dtype == torch.float32
-    assert all(map(torch.equal, *seen.values()))
-    assert list(map(len, seen[torch.float32])) == [9] * 5  # each tile once
+    model, seen = network(), []
+    original = model.features
+    monkeypatch.setattr(model, "features", lambda images: seen.append(len(images)) or original(images))
+    tiles = DeviceTiles(tiny.val, CPU.device, input_size=40)
+    tiles.at_once = 9
+    assert cache_features(model, tiles, [lambda images: images]).features.dtype == torch.float32
+    assert seen == [9] * 5
 
 
 def test_each_tile_of_a_batch_gets_a_random_view(tiny: Dataset) -> None:
     model, tiles = network().eval(), DeviceTiles(tiny.val, CPU.device, 28)
     random = generator(0, 1, "views")
     stain = build_augmentation("stain")
-    cached = cache_features(model, tiles, [lambda images: images, lambda images: stain(images, random)], CPU)
+    cached = cache_features(model, tiles, [lambda images: images, lambda images: stain(images, random)])
     indices = torch.arange(len(tiles))
     inputs, labels = cached.inputs(indices, generator(0, 2, "augment"))
     assert torch.equal(labels, tiny.val.labels)

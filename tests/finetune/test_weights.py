@@ -126,7 +126,7 @@ def test_a_transformer_takes_the_inputs_of_its_weights_alone() -> None:
 def test_a_prefix_of_the_names_is_left_out_and_named_but_a_run_s_weights_are_refused(
     small: dict[str, torch.Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    torch.save({"state_dict": small, "config": {}}, tmp_path / "w.pth")
+    torch.save({"state_dict": small, "config": {"run_id": "r"}}, tmp_path / "w.pth")
     with pytest.raises(UsageError, match=r"w\.pth: a run's best\.pt, for inputs of another mean and std"):
         loaded(tmp_path / "w.pth")
     torch.save({f"module.{name}": value for name, value in small.items()}, tmp_path / "w.pth")
