@@ -1,6 +1,6 @@
 """Task 1: ResNet-18 from scratch on PathMNIST.
 
-    python task1.py                                 # a GPU box: downloads the 64-pixel PathMNIST once
+    python task1.py                                 # with a GPU: downloads the 64-pixel PathMNIST once
     python task1.py --size 28                       # a CPU: downloads 206 MB once
     python task1.py --size 28 --train_tiles 9000    # a first look: a tenth of the training tiles
     python task1.py --dataset phantom --size 28     # a CPU without any data: generated tiles, minutes

@@ -50,17 +50,17 @@ def main(config: Task2Config) -> None:
     """A run → network and tiles → maps of the predicted class → checks → figures, table and records."""
     compute = Compute.of(config.device, "fp32").prepare_process()
     run = tiles.find_run(config.output_dir, config.run_id)
-    run_id, trained = run["run_id"], run["config"]
-    loaded = load_trained(best_weights(config.output_dir, run_id), compute.device)
-    model, size = loaded.network, loaded.input_size
+    run_id, keys = run["run_id"], run["config"]
+    trained = load_trained(best_weights(config.output_dir, run_id), compute.device)
+    model, size = trained.network, trained.input_size
     grad_cam_layer(model, torch.zeros(1, 3, size, size, device=compute.device))  # refuses a network without maps
-    dataset = load_dataset(trained["dataset"], trained["size"], config.data_root, trained["train_tiles"])
+    dataset = load_dataset(keys["dataset"], keys["size"], config.data_root, keys["train_tiles"])
     if dataset.fingerprint != run["data_fingerprint"]:
         problem = f"its {dataset.title} is not what run {run_id} was trained on"
         raise Fault(f"{config.data_root}: {problem}; name that data with --data_root")
-    weights = Path(trained.get("weights", SCRATCH)).name  # of a file without its folders
+    weights = Path(keys.get("weights", SCRATCH)).name  # of a file without its folders
     origin = "trained from scratch" if weights == SCRATCH else f"from {weights}, fine-tuned"
-    network = f"{loaded.model_name}, {origin} on {dataset.title_at(size)}, seed {trained['seed']}"
+    network = f"{trained.model_name}, {origin} on {dataset.title_at(size)}, seed {keys['seed']}"
     facts = {"run_id": run_id, "dataset": dataset.title, "synthetic": run["synthetic"]}
     facts |= {"network": network, "device": compute.name}
     facts |= provenance(("captum", "torch", "torchvision", "numpy", "scipy", "matplotlib"))
@@ -86,12 +86,12 @@ def main(config: Task2Config) -> None:
     shown = []
     for place, index in enumerate(chosen):
         tile = dataset.test.images[index].permute(1, 2, 0).numpy()
-        classes = CLASS_NAMES[labels[index]], CLASS_NAMES[predicted[index]], float(probabilities[index].max())
+        label, guess = CLASS_NAMES[labels[index]], CLASS_NAMES[predicted[index]]
         own = {name: values[place] for name, values in maps.items()}
-        shown.append(tiles.Explained(run_id, index, tile, *classes, own))
+        shown.append(tiles.Explained(run_id, index, tile, label, guess, float(probabilities[index].max()), own))
 
     torch.manual_seed(derived_seed(config.seed, 0, "randomised network"))
-    fresh = loaded.untrained().to(compute.device)
+    fresh = trained.untrained().to(compute.device)
     checked = tiles.choose_tiles(len(test), config.checked_tiles, config.seed)
     print(f"checks on {len(checked)} tiles:", flush=True)
     checks, means = check_methods(model, fresh, *inputs_of(checked), config.seed)

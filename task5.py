@@ -1,6 +1,6 @@
 """Task 5: fine-tuning a pre-trained network, compared with the same network from scratch.
 
-    python task5.py                        # a GPU box: MobileNetV3-Large with its ImageNet weights
+    python task5.py                        # with a GPU: MobileNetV3-Large with its ImageNet weights
     python task5.py --size 28 --model_name tf_efficientnet_lite1   # a CPU: smaller inputs
     python task5.py --weights FILE.pth     # or a torchvision entry
 
@@ -41,7 +41,7 @@ from common.finetune.weights import (
     load_weights,
     network_of,
 )
-from common.records.read import Record, is_finished, read_json, run_folder
+from common.records.read import Record, is_finished, run_folder
 from common.records.run import Run, check_record
 from common.training.device import Compute
 from common.training.loop import Trainer
@@ -64,7 +64,7 @@ COURSEWORK: dict[str, Any] = TASK3 | {
 
 # What the EfficientNet-Lite networks change in COURSEWORK. The trials of study/recipes.yaml chose between these
 # values and others of augmentation, lr, n_epochs and input_size; the rest was not varied.
-LITE: dict[str, Any] = {
+LITE_RECIPE: dict[str, Any] = {
     "augmentation": "stain",
     "batch_size": 64,
     "ema_decay": 0.99,
@@ -129,7 +129,7 @@ class Task5Config(TrainingConfig):
         owner = network_of(given.get("weights", ""))
         implied = {**COURSEWORK, **({"model_name": owner} if owner else {})}
         if given.get("model_name", owner) in PACKAGED:
-            implied |= LITE
+            implied |= LITE_RECIPE
         return implied | FROM_SCRATCH if given.get("weights") == SCRATCH else implied
 
     def runs(self) -> list["Task5Config"]:
@@ -146,11 +146,8 @@ def main(config: Task5Config) -> None:
     weights = {run.weights: load_weights(run.weights, run.model_name) for run in runs}
     dataset = load_dataset(config.dataset, config.size, config.data_root, config.train_tiles)
     for single in runs:  # both first: no refusal comes after hours of training
-        path = run_folder(config.output_dir, single.run_id) / "config.json"
-        if path.exists():
-            before = read_json(path, "config", "task", "data_fingerprint")
-            facts = {"data_fingerprint": dataset.fingerprint, "weights": weights[single.weights].record()}
-            check_record(single, before, {"task": "task5", **facts})
+        facts = {"data_fingerprint": dataset.fingerprint, "weights": weights[single.weights].record()}
+        check_record(single, {"task": "task5", **facts})
     for single in runs:
         if len(runs) > 1 and is_finished(config.output_dir, single.run_id):  # `Run` refuses a single one
             print(f"run {single.run_id} is finished already")

@@ -1,6 +1,6 @@
 """Tasks 3 and 4: MobileNetV3-Large from scratch on PathMNIST, with training techniques; what sweep.yaml runs.
 
-    python train.py                                 # a GPU box: the coursework's configuration, 64 pixels
+    python train.py                                 # with a GPU: the coursework's configuration, 64 pixels
     python train.py --size 28                       # a CPU: downloads 206 MB once
     python train.py --dataset phantom --size 28     # a CPU without any data: generated tiles
     python -m study.sweep ablation.yaml            # Task 4: what each technique adds

@@ -34,7 +34,7 @@ class UsageError(Exception):
 
 
 class Fault(Exception):
-    """Something outside the command failed: a file, the network, the numbers."""
+    """Something outside the command failed: a file, the disk, the internet connection."""
 
     exit_status = 1
 

@@ -14,7 +14,13 @@ from common.data import pathmnist
 LAST_SEED = 2**32 - 1
 MIN_TRAIN_TILES = 45  # of training: every class has some, and the phantom's test split has every class
 DEVICES = ("auto", "cpu", "cuda")
-AUGMENTATIONS = ("none", "dihedral", "stain", "ta_wide", "auto")  # their steps: PARTS of common/data/augment.py
+AUGMENTATIONS = {  # the steps of each part; docs/running.md describes the parts
+    "none": (),
+    "dihedral": ("dihedral",),
+    "stain": ("dihedral", "stain", "zoom"),
+    "ta_wide": ("flip", "ta_wide", "erase"),
+    "auto": ("flip", "auto", "erase"),
+}
 
 
 def _checked_run_id(run_id: str) -> str:

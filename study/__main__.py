@@ -1,7 +1,7 @@
 """The whole study in one command: run what is missing of Tasks 1 to 5 and the baselines, then write the report.
 
     python -m study                       # PathMNIST with 28 px tiles: report.md
-    python -m study --size 64             # a GPU box: PathMNIST with 64 px tiles, into pathmnist-64/
+    python -m study --size 64             # with a GPU: PathMNIST with 64 px tiles, into pathmnist-64/
     python -m study --dataset phantom     # a small study on generated tiles, into phantom-28/: some minutes
 
 It needs the packages of `pip install -e '.[demo]'`. Each training is a process with a log in logs/ or sweeps/.

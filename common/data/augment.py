@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy, v2
 from torchvision.transforms.v2 import functional
 
+from common.config import AUGMENTATIONS
+
 Augmentation = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 
 # torchvision's tables: by operation, a function that gives its magnitudes, and whether half of them are negative.
@@ -337,13 +339,6 @@ STEPS: dict[str, Augmentation] = {
     "auto": lambda images, rng: apply_operations(images, *sample_auto_augment(len(images), rng)),
     "erase": lambda images, rng: erase(images, sample_erasing(images.shape[2], len(images), rng)),
 }
-PARTS: dict[str, tuple[str, ...]] = {  # the steps of each part; docs/running.md describes the parts
-    "none": (),
-    "dihedral": ("dihedral",),
-    "stain": ("dihedral", "stain", "zoom"),
-    "ta_wide": ("flip", "ta_wide", "erase"),
-    "auto": ("flip", "auto", "erase"),
-}
 
 
 def build_augmentation(names: str) -> Augmentation:
@@ -352,7 +347,7 @@ def build_augmentation(names: str) -> Augmentation:
     It takes uint8 (N, 3, side, side) images on any device and a CPU `torch.Generator`, the source of all its
     random numbers. "none" returns the input itself.
     """
-    steps = [STEPS[step] for name in names.split(",") for step in PARTS[name]]
+    steps = [STEPS[step] for name in names.split(",") for step in AUGMENTATIONS[name]]
 
     def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         for step in steps:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from filelock import FileLock
 
-from common.cli import Fault, UsageError, first_line
+from common.cli import Fault, UsageError, first_line, is_out_of_memory
 from common.data import pathmnist, phantom
 
 SPLITS = tuple(pathmnist.COUNTS)
@@ -142,6 +142,8 @@ def _arrays(folder: Path, build: Callable[[Path], None]) -> dict[str, Split]:
         return splits
     except (OSError, EOFError, ValueError) as error:
         shutil.rmtree(temporary, ignore_errors=True)  # the disk may be full
+        if is_out_of_memory(error):
+            raise
         raise Fault(
             f"{folder}: cannot be read or built ({first_line(error)}); if this folder exists, delete it and "
             "start again; if not, choose another one with --data_root"

@@ -45,7 +45,7 @@ class CachedFeatures:
     def inputs(self, indices: torch.Tensor, rng: torch.Generator | None = None) -> Batch:
         """Features (B, …) of the first view, or with `rng` of a random view of each tile, and labels (B,)."""
         labels = self.labels.index_select(0, indices)
-        if rng is None or len(self.features) == 1:
+        if rng is None:
             return self.features[0].index_select(0, indices), labels
         # The same numbers as `dihedral` draws, so that training with and without a cache sees the same views.
         view = torch.randint(len(self.features), (len(indices),), generator=rng)
@@ -81,24 +81,27 @@ def cached_splits(
     Training tiles have `N_VIEWS` views of their augmentation, test tiles all 8 dihedral views where `tta` needs
     them, others one view, not augmented. Raises UsageError where all of them need too much memory.
     """
-    n_views = 1 if config.augmentation == "none" else N_VIEWS
+    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    turned: list[View] = [partial(dihedral_view, view=number) for number in range(N_VIEWS)]
+    plain, views = turned[:1], turned
+    if config.augmentation == "none":
+        views = plain
+    elif config.augmentation != "dihedral":
+        augment = build_augmentation(config.augmentation)
+        rngs = [generator(config.seed, number, "views") for number in range(1, N_VIEWS)]
+        views = [*plain, *(lambda images, rng=rng: augment(images, rng) for rng in rngs)]
+    test_views = turned if config.tta else plain
+
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if device.type == "cuda":
         memory = free_memory(device)
-    n_features = n_views * len(dataset.train) + len(dataset.val)
-    n_features += config.test * (8 if config.tta else 1) * len(dataset.test)
+    n_features = len(views) * len(dataset.train) + len(dataset.val)
+    n_features += config.test * len(test_views) * len(dataset.test)
     size = 4 * n_features * math.prod(model.feature_shape)  # float32
     if size > RESIDENT_SHARE * memory:
         problem = f"the features of all tiles take {size / 1e9:.1f} GB of {memory / 1e9:.1f} GB of memory"
         remedy = "with another --run_id, lower --train_tiles, or use --tta=False or --train_part=all"
         raise UsageError(f"{problem}; {remedy}")
-    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    turned: list[View] = [partial(dihedral_view, view=number) for number in range(8)]
-    plain, views = turned[:1], turned
-    if config.augmentation != "dihedral":
-        augment = build_augmentation(config.augmentation)
-        rngs = [generator(config.seed, number, "views") for number in range(1, n_views)]
-        views = [*plain, *(lambda images, rng=rng: augment(images, rng) for rng in rngs)]
 
     def cached(split: Split, views: Sequence[View] = plain) -> CachedFeatures:
         return cache_features(model, DeviceTiles(split, device, config.input_size), views)
@@ -109,6 +112,6 @@ def cached_splits(
     return Splits(
         train,
         val,
-        lambda: cached(dataset.test, turned if config.tta else plain),
+        lambda: cached(dataset.test, test_views),
         lambda: ((name, cached(split)) for name, split in shifted(dataset.val, config.input_size)),
     )

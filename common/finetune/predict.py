@@ -53,8 +53,6 @@ def main(config: PredictConfig) -> None:
     if file.suffix == ".pt" and not file.exists():
         raise UsageError(f"{file}: no such file")
     paths = [path for name in config.pictures for path in picture_files(name)]
-    if config.csv in paths:
-        raise UsageError(f"--csv {config.csv}: one of the pictures; use another name")
     trained = load_trained(file if file.is_file() else best_weights(config.output_dir, config.network), device)
     origin = ["the network was trained on the phantom, not on tissue"] if trained.synthetic else []
 

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torchvision import models
 
-from common.cli import Fault, UsageError, closest, first_line
+from common.cli import Fault, UsageError, closest, first_line, is_out_of_memory
 from common.files import digest
 from common.records import checkpoint
 from common.training.models import TIMM, build_model, model_names
@@ -129,7 +129,7 @@ def _downloaded(name: str) -> tuple[Path, str, str]:
     if not path.exists():
         try:
             entry.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError) as error:  # no network, or a wrong hash
+        except (OSError, RuntimeError) as error:  # no connection, or a wrong hash
             raise Fault(
                 f"--weights {name}: {entry.url} could not be downloaded to {path} ({first_line(error)}); fetch it "
                 "by hand, or use --model_name tf_efficientnet_lite0, whose weights are in a package"
@@ -158,5 +158,7 @@ def _read(path: Path, begins: str) -> tuple[str, dict[str, torch.Tensor]]:
         if not isinstance(content, Mapping) or not all(map(torch.is_tensor, content.values())):
             raise ValueError("it holds no tensors by name; save model.state_dict()")
     except Exception as error:  # a damaged file makes safetensors raise many types
+        if is_out_of_memory(error):
+            raise
         raise UsageError(f"--weights {path}: {first_line(error)}") from error
     return sha256, {str(name): value for name, value in content.items()}

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import nn
 
-from common.cli import Fault
+from common.cli import Fault, is_out_of_memory
 from common.files import atomic_path
 
 
@@ -55,6 +55,8 @@ def read_plain(file: BinaryIO) -> Any:
         with warnings.catch_warnings(action="ignore"):
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes zipfile and the unpickler raise many types
+        if is_out_of_memory(error):
+            raise
         # PyTorch's own message would advise to switch weights_only off.
         raise ValueError("it is damaged, or holds more than tensors, numbers and text") from error
 

@@ -34,7 +34,7 @@ class RunKeys(BaseModel, strict=True):
 
 
 class Facts(BaseModel, strict=True):
-    """What pages show of config.json and summary.json, and nothing computes again."""
+    """What pages show of config.json and summary.json, facts that are not computed again."""
 
     config: RunKeys
     dataset: str

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from common.cli import Fault, UsageError, first_line, program
 from common.config import ScriptConfig, TrainingConfig
@@ -65,10 +65,8 @@ class Run:
         self.last_checkpoint = self.checkpoints / "last.pt"
         self.figures = config.output_dir / "fig" / task
         self.facts = {**facts_of(task, config.run_id, dataset, device_name), **facts}
-        record, before = self.folder / "config.json", {}
-        if record.exists():
-            before = read_json(record, "config", "task", "data_fingerprint", "device", "commit")
-            check_record(config, before, self.facts)
+        record = self.folder / "config.json"
+        if before := check_record(config, self.facts):
             for name, now in (("device", device_name), ("commit", _commit())):
                 if str(now) not in str(before[name]).split(", then "):
                     before[name] = f"{before[name]}, then {now}"
@@ -165,8 +163,15 @@ def facts_of(task: str, run_id: str, dataset: Dataset, device_name: str) -> dict
     }
 
 
-def check_record(config: TrainingConfig, before: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Raise UsageError where `before`, the run's config.json, has another task, keys, data or initial weights."""
+def check_record(config: TrainingConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The run's config.json, empty where it was not begun.
+
+    Raises UsageError where it has another task, keys, data or initial weights, Fault where it is damaged.
+    """
+    path = run_folder(config.output_dir, config.run_id) / "config.json"
+    if not path.exists():
+        return {}
+    before: dict[str, Any] = read_json(path, "config", "task", "data_fingerprint", "device", "commit")
 
     def others(facts: Mapping[str, Any]) -> dict[str, Any]:
         # The source of weights may hold the version of a package, so only their content is compared.
@@ -174,6 +179,7 @@ def check_record(config: TrainingConfig, before: Mapping[str, Any], facts: Mappi
         return {"task": facts["task"], "data_fingerprint": facts["data_fingerprint"], "weights_sha256": weights}
 
     check_same(config, {**before["config"], **others(before)}, **others(facts))
+    return before
 
 
 def check_same(
@@ -253,7 +259,8 @@ def provenance(packages: Sequence[str]) -> dict[str, Any]:
 
 def _commit() -> str | None:
     """The repository's commit, with `-dirty` where tracked files differ from it; None outside a checkout."""
-    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    where = f"--git-dir={REPOSITORY / '.git'}", f"--work-tree={REPOSITORY}"  # not a repository around this one
+    command = ["git", *where, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     with suppress(OSError, subprocess.CalledProcessError):
         return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
     return None

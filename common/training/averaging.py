@@ -30,7 +30,7 @@ class ExponentialMovingAverage:
 
 @torch.no_grad()
 def reestimate_batchnorm(model: nn.Module, inputs: Iterable[torch.Tensor]) -> None:
-    """Replace every BatchNorm layer's running statistics by their mean over `inputs`, (N, 3, H, W) float32.
+    """Replace every BatchNorm layer's running statistics by their mean over batches `inputs`, (N, 3, H, W).
 
     The running statistics of MobileNetV3 (momentum 0.01) lag hundreds of steps behind the weights, and averaged
     weights have no running statistics of their own. All other layers stay in eval mode, so dropout does nothing.
@@ -45,11 +45,8 @@ def reestimate_batchnorm(model: nn.Module, inputs: Iterable[torch.Tensor]) -> No
     for norm in norms:
         norm.reset_running_stats()
         norm.train()
-    seen = 0
+        norm.momentum = None  # with it, PyTorch takes the mean over all batches
     for batch in inputs:
-        seen += len(batch)
-        for norm in norms:
-            norm.momentum = len(batch) / seen  # of the new batch in the mean over all tiles so far
         model(batch)
     for norm, momentum in norms.items():
         norm.momentum = momentum

@@ -53,17 +53,17 @@ class Evaluation:
         logits = torch.from_numpy(self.logits).double()
         return (logits.exp() if self.normalised else logits.softmax(1)).numpy()
 
-    def summary(self, split: str) -> dict[str, float]:
-        """Mean cross-entropy (nats), AUC, ACC and balanced ACC by the coursework's keys (`validate/auc`)."""
+    def epoch_scores(self) -> dict[str, float]:
+        """The validation scores by the coursework's keys: mean cross-entropy (nats), AUC, ACC and balanced ACC."""
         logits, probabilities, targets = torch.from_numpy(self.logits), self.probabilities, self.targets
         return {
-            f"{split}/loss": F.cross_entropy(logits.float(), torch.from_numpy(targets)).item(),
-            f"{split}/auc": metrics.auc(probabilities, targets),
-            f"{split}/acc": metrics.accuracy(self.predicted, targets),
-            f"{split}/balanced_acc": metrics.balanced_accuracy(self.predicted, targets),
+            "validate/loss": F.cross_entropy(logits.float(), torch.from_numpy(targets)).item(),
+            "validate/auc": metrics.auc(probabilities, targets),
+            "validate/acc": metrics.accuracy(self.predicted, targets),
+            "validate/balanced_acc": metrics.balanced_accuracy(self.predicted, targets),
         }
 
-    def described(self) -> dict[str, Any]:
+    def test_scores(self) -> dict[str, Any]:
         """All measures of the test split, AUC and ACC with their intervals, ready for JSON."""
         probabilities, targets = self.probabilities, self.targets
         areas = [None if math.isnan(a) else a for a in metrics.auc_per_class(probabilities, targets).tolist()]
@@ -96,7 +96,7 @@ def scores_of(
     summary: dict[str, Any] = {}
     if "best_logits" in arrays:
         targets = arrays["targets"].astype(np.int64)
-        summary["best"] = Evaluation(arrays["best_logits"], targets, normalised).described()
+        summary["best"] = Evaluation(arrays["best_logits"], targets, normalised).test_scores()
         summary |= {f"test/{name}": summary["best"][name]["value"] for name in ("auc", "acc")}
     if "tta_classes" in arrays:
         summary["tta"] = scores_of_classes(arrays["tta_classes"], arrays["targets"])

@@ -104,7 +104,7 @@ class Trainer:
         return {
             "epoch": epoch,
             "train/loss": loss,
-            **evaluate(self.evaluated, self.splits.val).summary("validate"),
+            **evaluate(self.evaluated, self.splits.val).epoch_scores(),
             "lr": max(group["lr"] for group in self.optimizer.param_groups),
             "tiles_per_second": len(self.splits.train) / seconds,
             "seconds": time.perf_counter() - started,

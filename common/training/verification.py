@@ -16,7 +16,7 @@ def check_scores(record: Record) -> None:
     """Raise Fault, naming file and key, where a score of the record is not what scores.npz gives."""
     try:
         _check(record)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise unreadable(record.folder / "summary.json", error) from error
 
 

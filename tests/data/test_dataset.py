@@ -1,5 +1,6 @@
 """The data sets: found, downloaded, unpacked once, then mapped; and parts of the training tiles."""
 
+import errno
 import hashlib
 import http.server
 import os
@@ -21,6 +22,8 @@ from common.data import dataset as module
 from common.data import pathmnist, phantom
 from common.data.batches import DeviceTiles
 from common.data.dataset import Dataset, load_dataset, stratified_part
+from common.finetune.weights import load_weights
+from common.records import checkpoint
 
 PHANTOM = f"phantom-v{phantom.VERSION}_28_45.arrays"
 COUNTS = {"train": 1200, "val": 30, "test": 60}  # the tiles of a small file in the official layout
@@ -145,6 +148,23 @@ def test_damaged_arrays_are_named(
         Fault, match=r"pathmnist-\w{8}\.arrays: cannot be read .*; if this folder exists, delete it"
     ):
         load_dataset("pathmnist", 28, tmp_path)
+
+
+def test_too_little_memory_is_not_a_damaged_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    load_dataset("phantom", 28, tmp_path, train_tiles=45)
+    torch.save({}, tmp_path / "a.pt")
+    monkeypatch.setattr(np, "load", refuse)
+    monkeypatch.setattr(torch, "load", refuse)
+    for read in (
+        lambda: load_dataset("phantom", 28, tmp_path, train_tiles=45),
+        lambda: checkpoint.load(tmp_path / "a.pt"),
+        lambda: load_weights(str(tmp_path / "a.pt"), "resnet18"),
+    ):
+        with pytest.raises(OSError, match="Cannot allocate memory"):
+            read()
 
 
 def test_a_full_disk_is_named_and_no_folder_remains(tmp_path: Path) -> None:

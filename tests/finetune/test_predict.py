@@ -190,7 +190,6 @@ def test_more_than_8_bits_per_channel_are_refused(kind: str, tmp_path: Path) -> 
         (["{}/other.pt", "{}/a.png"], 1, r"other\.pt: not a best\.pt of this project \('config'"),
         (["{}/config.pt", "{}/a.png"], 1, r"config\.pt: not a best\.pt of this project \(string ind"),
         (["{}/state.pt", "{}/a.png"], 1, r"state\.pt: not a best\.pt of this project"),
-        (["plain", "{}/p.csv", "--csv={}/p.csv"], 2, r"p\.csv: one of the pictures; use another name"),
         (["plain", "{}/a.png", "--csv={}/b.png"], 2, r"--csv .*b\.png: the name must end in \.csv"),
     ],
 )
@@ -205,7 +204,6 @@ def test_a_mistake_is_refused_in_one_line(
     (tmp_path / "empty").mkdir()
     Image.new("RGB", (28, 28), TISSUE).save(tmp_path / "a.png")
     (tmp_path / "page.png").write_text("<html>")
-    (tmp_path / "p.csv").write_bytes((tmp_path / "a.png").read_bytes())
     checkpoint.save(tmp_path / "other.pt", {"weight": torch.zeros(1)})
     network: dict[str, Any] = {"state_dict": [], "config": "lr=1"}
     checkpoint.save(tmp_path / "config.pt", network)

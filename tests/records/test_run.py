@@ -296,3 +296,5 @@ def test_a_record_names_its_commit_and_whether_a_tracked_file_differs_from_it(
     assert len(clean) == 40
     (tmp_path / "a.py").write_text("22")
     assert module.provenance(())["commit"] == f"{clean}-dirty"
+    monkeypatch.setattr(module, "REPOSITORY", tmp_path / "installed")  # in a repository of its user
+    assert module.provenance(())["commit"] is None

@@ -81,7 +81,7 @@ def test_evaluation_is_in_order_in_eval_mode_and_counts_every_tile(tiny: Dataset
 
 def test_summary_of_an_evaluation_is_that_of_its_logits() -> None:
     logits = np.log(np.array([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.3, 0.6, 0.1], [0.1, 0.2, 0.7]], np.float32))
-    summary = Evaluation(logits, np.array([0, 1, 0, 2])).summary("validate")
+    summary = Evaluation(logits, np.array([0, 1, 0, 2])).epoch_scores()
     assert summary["validate/acc"] == 0.75
     assert summary["validate/loss"] == pytest.approx(-np.mean(np.log([0.7, 0.8, 0.3, 0.7])))
     assert summary["validate/auc"] == 1.0
@@ -124,12 +124,12 @@ def test_tied_probabilities_stay_tied_where_no_softmax_is_taken_of_their_logarit
     logarithms = np.log(probabilities.clip(1e-7))
     recorded = Evaluation(logarithms, targets, normalised=True).rounded()
     assert recorded.logits.dtype == np.float16
-    assert recorded.summary("test")["test/auc"] == pytest.approx(expected, abs=1e-12)
-    assert recorded.described()["auc"]["value"] == pytest.approx(expected, abs=1e-12)
-    ranked_at_random = Evaluation(logarithms, targets).rounded().summary("test")["test/auc"]
+    assert recorded.epoch_scores()["validate/auc"] == pytest.approx(expected, abs=1e-12)
+    assert recorded.test_scores()["auc"]["value"] == pytest.approx(expected, abs=1e-12)
+    ranked_at_random = Evaluation(logarithms, targets).rounded().epoch_scores()["validate/auc"]
     assert abs(ranked_at_random - expected) > 1e-5
 
 
 def test_a_class_without_tiles_has_no_auc() -> None:
-    areas = Evaluation(np.zeros((9, 9), np.float32), np.arange(9) % 8).described()["auc_per_class"]
+    areas = Evaluation(np.zeros((9, 9), np.float32), np.arange(9) % 8).test_scores()["auc_per_class"]
     assert (areas["cancer-associated stroma"], areas["colorectal adenocarcinoma epithelium"]) == (0.5, None)

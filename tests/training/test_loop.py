@@ -98,17 +98,17 @@ def test_the_best_weights_are_kept_and_scored_not_the_last(
 ) -> None:
     kept: dict[int, dict[str, torch.Tensor]] = {}
     accuracies = {1: 0.3, 2: 0.9, 3: 0.5}
-    original, original_epoch = Evaluation.summary, Trainer.train_epoch
+    original, original_epoch = Evaluation.epoch_scores, Trainer.train_epoch
 
-    def pretended(self: Evaluation, split: str) -> dict[str, float]:
-        return {**original(self, split), "validate/acc": accuracies[len(kept)]}
+    def pretended(self: Evaluation) -> dict[str, float]:
+        return {**original(self), "validate/acc": accuracies[len(kept)]}
 
     def noted(trainer: Trainer, epoch: int) -> float:
         loss = original_epoch(trainer, epoch)
         kept[epoch] = copy.deepcopy(trainer.model.state_dict())
         return loss
 
-    monkeypatch.setattr(Evaluation, "summary", pretended)
+    monkeypatch.setattr(Evaluation, "epoch_scores", pretended)
     monkeypatch.setattr(Trainer, "train_epoch", noted)
     trainer = fitted(tiny, tmp_path)
     run, model = trainer.run, trainer.model
@@ -129,7 +129,7 @@ def test_the_best_weights_are_kept_and_scored_not_the_last(
         expected = evaluate(model, test).rounded()
         np.testing.assert_array_equal(arrays["best_logits"], expected.logits)
         assert arrays["best_logits"].dtype == np.float16
-        assert summary["best"] == {"epoch": 2, **expected.described()}
+        assert summary["best"] == {"epoch": 2, **expected.test_scores()}
         views = evaluate(model, test, tta=True).logits.argmax(1)
         np.testing.assert_array_equal(arrays["tta_classes"], views)
         assert summary["tta"]["acc"]["value"] == np.mean(views == tiny.test.labels.numpy())
