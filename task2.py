@@ -76,8 +76,7 @@ def main(config: Task2Config) -> None:
 
     def inputs_of(indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         where = torch.tensor(indices)
-        inputs, _ = test.inputs(where.to(test.index_device))
-        return inputs, torch.from_numpy(predicted)[where].to(compute.device)
+        return test.inputs(where)[0], torch.from_numpy(predicted)[where].to(compute.device)
 
     chosen = tiles.choose_tiles(len(test), SHOWN, config.seed)
     print(f"maps of {len(chosen)} tiles to show, by {len(METHODS)} methods", flush=True)

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from common.config import TrainingConfig
-from common.data.augment import build_augmentation, dihedral_view
+from common.data.augment import build_augmentation, dihedral_view, to_device
 from common.data.dataset import Dataset, Split, resize
 from common.data.shift import shifted
 
@@ -21,11 +21,10 @@ Batch = tuple[torch.Tensor, torch.Tensor]  # tiles or inputs, and labels
 class Tiles(Protocol):
     """A split as training and evaluation use it: tiles, or features that were computed from them.
 
-    Indices (B,) int64 on `index_device` choose tiles. Inputs (B, …) float32 and labels (B,) int64 are on the
+    Indices (B,) int64 on the CPU choose tiles. Inputs (B, …) float32 and labels (B,) int64 are on the
     computing device. A network can score `at_once` tiles in one batch.
     """
 
-    index_device: torch.device
     at_once: int
 
     def __len__(self) -> int:
@@ -59,10 +58,8 @@ class DeviceTiles:
 
     def __init__(self, split: Split, device: torch.device, input_size: int, augmentation: str = "none") -> None:
         self.device, self.augment, self.input_size = device, build_augmentation(augmentation), input_size
-        images, labels = split.images, split.labels
-        self.index_device, self.at_once = torch.device("cpu"), at_once(input_size)
+        images, labels, self.at_once = split.images, split.labels, at_once(input_size)
         if device.type == "cuda" and images.nbytes <= RESIDENT_SHARE * free_memory(device):
-            self.index_device = device
             images, labels = images.to(device), labels.to(device)
         self.tiles, self.labels = images.permute(0, 2, 3, 1), labels
 
@@ -71,10 +68,11 @@ class DeviceTiles:
 
     def batch(self, indices: torch.Tensor) -> Batch:
         """Tiles (B, 3, input_size, input_size) uint8 in channels_last order, labels (B,) int64, on the device."""
+        indices = to_device(indices, self.labels.device)
         # Copies whole rows of the (N, H, W, 3) file: on a CPU ten times as fast as images[indices].
         images = self.tiles.index_select(0, indices).permute(0, 3, 1, 2)
         labels = self.labels.index_select(0, indices)
-        if self.index_device != self.device:
+        if self.labels.device != self.device:
             images, labels = images.pin_memory(), labels.pin_memory()
         images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
         return resize(images, self.input_size), labels.to(self.device, non_blocking=True)
@@ -118,10 +116,8 @@ def at_once(side: int, tiles: int = EVALUATION_BATCH) -> int:
     return max(1, tiles * 64**2 // max(64, side) ** 2)
 
 
-def batches(
-    n_tiles: int, batch_size: int, device: torch.device, shuffle: torch.Generator | None = None
-) -> list[torch.Tensor]:
-    """Cut 0..n_tiles-1 into batches of int64 indices on `device`, in order or shuffled.
+def batches(n_tiles: int, batch_size: int, shuffle: torch.Generator | None = None) -> list[torch.Tensor]:
+    """Cut 0..n_tiles-1 into batches of int64 indices, in order or shuffled.
 
     There are as few batches as `batch_size` allows, and their sizes differ by at most one tile: a last batch of
     few tiles would make BatchNorm's running statistics worse, and a batch of one tile cannot train BatchNorm.
@@ -132,4 +128,4 @@ def batches(
     n_batches = max(1, min(math.ceil(n_tiles / batch_size), n_tiles // 2))
     if shuffle:
         order = torch.cat([order, order[: -n_tiles % n_batches]])
-    return list(order.to(device).tensor_split(n_batches))
+    return list(order.tensor_split(n_batches))

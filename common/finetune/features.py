@@ -36,23 +36,24 @@ class CachedFeatures:
     """
 
     def __init__(self, features: torch.Tensor, labels: torch.Tensor) -> None:
-        self.features, self.labels, self.index_device = features, labels, features.device
-        self.at_once = EVALUATION_BATCH
+        self.features, self.labels, self.at_once = features, labels, EVALUATION_BATCH
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def inputs(self, indices: torch.Tensor, rng: torch.Generator | None = None) -> Batch:
         """Features (B, …) of the first view, or with `rng` of a random view of each tile, and labels (B,)."""
+        indices = to_device(indices, self.labels.device)
         labels = self.labels.index_select(0, indices)
         if rng is None:
             return self.features[0].index_select(0, indices), labels
         # The same numbers as `dihedral` draws, so that training with and without a cache sees the same views.
         view = torch.randint(len(self.features), (len(indices),), generator=rng)
-        return self.features[to_device(view, self.index_device), indices], labels
+        return self.features[to_device(view, self.labels.device), indices], labels
 
     def views(self, indices: torch.Tensor) -> Batch:
         """Features (views, B, …) of every view, and labels (B,)."""
+        indices = to_device(indices, self.labels.device)
         return self.features.index_select(1, indices), self.labels.index_select(0, indices)
 
 
@@ -65,7 +66,7 @@ def cache_features(model: FineTunedNetwork, tiles: DeviceTiles, views: Sequence[
     labels = torch.empty(len(tiles), dtype=torch.int64, device=device)
     with progress(desc="features", total=len(views) * len(tiles), unit=" tiles", leave=False) as bar:
         for part in torch.split(torch.arange(len(tiles)), CACHING_BATCH):
-            images, labels[part] = tiles.batch(part.to(tiles.index_device))
+            images, labels[part] = tiles.batch(part)
             for number, view in enumerate(views):
                 inputs = torch.split(normalise(view(images)), tiles.at_once)
                 features[number, part] = torch.cat(list(map(model.features, inputs)))

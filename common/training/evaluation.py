@@ -135,8 +135,7 @@ def evaluate(model: nn.Module, tiles: Tiles, tta: bool = False) -> Evaluation:
     """
     model.eval()
     logits, targets = [], []
-    parts = batches(len(tiles), tiles.at_once, tiles.index_device)
-    for batch in progress(parts, desc="evaluate", unit=" batches", leave=False):
+    for batch in progress(batches(len(tiles), tiles.at_once), desc="evaluate", unit=" batches", leave=False):
         if tta:
             inputs, labels = tiles.views(batch)
             views = [model(view).log_softmax(1) for view in inputs]

@@ -64,7 +64,7 @@ class Trainer:
         self.splits, self.config, self.compute, self.run = splits, config, compute, run
         self.model = model.to(compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = build_optimizer(self.model, config, lr_factors)
-        self.steps_per_epoch = len(batches(len(splits.train), config.batch_size, splits.train.index_device))
+        self.steps_per_epoch = len(batches(len(splits.train), config.batch_size))
         n_steps, decay = config.n_epochs * self.steps_per_epoch, config.ema_decay
         self.average = ExponentialMovingAverage(self.model, decay, n_steps) if decay else None
         self.evaluated = self.average.model if self.average else self.model
@@ -120,7 +120,7 @@ class Trainer:
         rng = generator(config.seed, epoch, "augment")
         torch.manual_seed(derived_seed(config.seed, epoch, "dropout"))
         shuffle = generator(config.seed, epoch, "shuffle")
-        order = batches(len(tiles), config.batch_size, tiles.index_device, shuffle)
+        order = batches(len(tiles), config.batch_size, shuffle)
         total, seen, read = torch.zeros((), device=self.compute.device), 0, time.monotonic()
         self.bar.set_description(f"epoch {epoch}/{config.n_epochs}", refresh=False)
         for step, batch in enumerate(order, start=(epoch - 1) * self.steps_per_epoch):
@@ -175,8 +175,8 @@ class Trainer:
         """Tiles to measure BatchNorm's statistics on: random training tiles, the same each time, not augmented."""
         tiles = self.splits.train
         order = torch.randperm(len(tiles), generator=generator(self.config.seed, 0, "batchnorm"))[:BATCHNORM_TILES]
-        for places in batches(len(order), tiles.at_once, order.device):
-            yield tiles.inputs(order[places].to(tiles.index_device))[0]
+        for places in batches(len(order), tiles.at_once):
+            yield tiles.inputs(order[places])[0]
 
     def save_best(self) -> None:
         """Write best.pt: the evaluated weights, and the keys that a reader must know to use them."""

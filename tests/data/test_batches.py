@@ -15,17 +15,17 @@ from common.data.dataset import Dataset, Split
 @settings(deadline=None)  # a slow machine must not fail a test
 @given(n_tiles=st.integers(1, 3000), batch_size=st.integers(3, 600), seed=st.integers(0, 2**31))
 def test_an_epoch_has_every_tile_in_batches_of_one_size(n_tiles: int, batch_size: int, seed: int) -> None:
-    parts = batches(n_tiles, batch_size, torch.device("cpu"), torch.Generator().manual_seed(seed))
+    parts = batches(n_tiles, batch_size, torch.Generator().manual_seed(seed))
     order = torch.cat(parts).tolist()
     assert sorted(order[:n_tiles]) == list(range(n_tiles))
     assert order[n_tiles:] == order[: len(order) - n_tiles]
     assert len(order) - n_tiles < len(parts)
     (size,) = {len(part) for part in parts}
     assert 1 < size <= batch_size or n_tiles == 1
-    in_order = batches(n_tiles, batch_size, torch.device("cpu"))  # to score a split: every tile once
+    in_order = batches(n_tiles, batch_size)  # to score a split: every tile once
     assert torch.cat(in_order).tolist() == list(range(n_tiles))
     assert {len(part) for part in in_order} <= {size - 1, size}
-    again = batches(n_tiles, batch_size, torch.device("cpu"), torch.Generator().manual_seed(seed))
+    again = batches(n_tiles, batch_size, torch.Generator().manual_seed(seed))
     assert all(map(torch.equal, parts, again))
 
 

@@ -307,8 +307,8 @@ def test_tiles_come_to_the_gpu_resident_or_from_the_host(
 ) -> None:
     monkeypatch.setattr("common.data.batches.RESIDENT_SHARE", share)
     tiles = DeviceTiles(tiny.train, torch.device("cuda"), 28)
-    assert tiles.index_device.type == ("cuda" if share else "cpu")
+    assert tiles.labels.device.type == ("cuda" if share else "cpu")
     indices = torch.tensor([5, 0, 5, 100])
-    images, labels = tiles.batch(indices.to(tiles.index_device))
+    images, labels = tiles.batch(indices)
     assert images.device.type == labels.device.type == "cuda"
     assert torch.equal(images.cpu(), tiny.train.images[indices])

@@ -269,7 +269,7 @@ def test_no_training_step_reads_a_value_from_the_device(
     monkeypatch.setattr(loop, "read_loss", lambda total, epoch: 0.0)  # once a second, and at the epoch's end
     tiles = DeviceTiles(tiny.train, CPU.device, 28, augmentation)
     tiles.tiles, tiles.labels = tiles.tiles.to("meta"), tiles.labels.to("meta")
-    tiles.device = tiles.index_device = compute.device
+    tiles.device = compute.device
     monkeypatch.setattr(  # "meta" has no fused optimiser
         loop, "build_optimizer", lambda model, *_: torch.optim.Adam(model.parameters(), foreach=True)
     )
