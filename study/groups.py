@@ -93,7 +93,7 @@ class Group:
         if len(set(self.seeds)) < len(self.records):
             raise Fault(f"of the runs {runs}, two have the same seed: move one of them out of the folder")
         configs = [{**one.config, **one.origin} for one in self.records]
-        for name in set().union(*configs) - APART:
+        for name in sorted(set().union(*configs) - APART):
             if len({str(config.get(name) or None) for config in configs}) > 1:  # an older run may lack a key
                 raise Fault(f"the runs {runs} differ in {name}, not in the seed alone: move one out of the folder")
 
@@ -194,15 +194,17 @@ class Runs:
 
     def ablation(self) -> dict[str, Group]:
         """The rows of the ablation by their names in train.py, the reference first; empty without it."""
-        rows: dict[str, list[Record]] = {name: [] for name in TECHNIQUES}
-        for record in next(filter(None, map(self.matching, ABLATION_RUNS)), []):
-            row = record.config.get("ablation", "")
-            if record.run_id in {f"{one[:-1]}{row}-{record.config['seed']}" for one in ABLATION_RUNS}:
-                rows.setdefault(row, []).append(record)
-        if not (reference := rows["combined"]):
-            return {}
-        titles = {name: TECHNIQUES.get(name, name.replace("_", " ")) + _phantom(reference[0]) for name in rows}
-        return {name: Group(titles[name], records) for name, records in rows.items() if records}
+        for pattern in ABLATION_RUNS:
+            rows: dict[str, list[Record]] = {name: [] for name in TECHNIQUES}
+            for record in self.matching(pattern):
+                row = record.config.get("ablation", "")
+                if record.run_id == f"{pattern[:-1]}{row}-{record.config['seed']}":
+                    rows.setdefault(row, []).append(record)
+            if reference := rows["combined"]:
+                titles = {name: TECHNIQUES.get(name, name.replace("_", " ")) for name in rows}
+                phantom = _phantom(reference[0])
+                return {name: Group(titles[name] + phantom, records) for name, records in rows.items() if records}
+        return {}
 
     def curves(self) -> dict[str, list[Group]]:
         """The recipes that were trained on several numbers of tiles, each with a group per number."""

@@ -259,13 +259,13 @@ def difference_table(one: Group, other: Group) -> list[str]:
 
 def grid_table(rows: Mapping[str, Group]) -> list[str]:
     """The scores of every row and its difference in test ACC, and what these seeds could not see."""
-    first, *others = rows
-    against = {row: AGAINST[row] if AGAINST.get(row) in rows else first for row in others}
+    first = next(iter(rows))
+    against = {row: other for row, other in AGAINST.items() if other in rows}
     comparisons = compare({row: group.by_seed("acc") for row, group in rows.items()}, against)
     lines = []
     for row, group in rows.items():
         change, p, verdict = _change(comparisons[row]) if row in comparisons else ("", "", "")
-        if change and against[row] != first:
+        if change and row in against:
             change += f" against '{text(rows[against[row]].title)}'"
         cells = [_mean(group, score, with_sd=True) for score in COLUMNS]
         lines.append([text(group.title), str(len(group.records)), *cells, change, p, verdict])

@@ -62,7 +62,7 @@ def scored(
         "n": TILES["test"],
         "auc": {"value": auc, "low": auc, "high": auc},
         "acc": {"value": acc, "low": acc, "high": acc},
-        "balanced_acc": {"value": acc, "low": acc, "high": acc},
+        "balanced_acc": {"value": acc},
         "auc_per_class": dict.fromkeys(CLASS_NAMES, auc),
         "confusion_matrix": np.diag([2] * len(CLASS_NAMES)).tolist(),
     }

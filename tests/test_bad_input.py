@@ -51,6 +51,7 @@ OPTIONS: list[tuple[str, int, str]] = [
     ("task1.py --run_id=../mine", 2, r"--run_id \.\./mine: a run id names files"),
     (f"{RUN} --model_name=resnet17", 2, NO_NETWORK),
     (f"{RUN} --augmentation=stain,flipp", 2, "--augmentation stain,flipp: unknown part flipp; choose from none, "),
+    (f"{RUN} --augmentation=stain,", 2, "--augmentation stain,: unknown part ; choose from none, dihedral"),
     (f"{RUN} --input_size=1000000", 3, MEMORY),
     ("train.py --ablation=with_emma", 2, "--ablation with_emma: choose from .*did you mean with_ema"),
     ("train.py --ablation=with_ema --ema_decay=0", 2, "--ema_decay 0.0: --ablation with_ema sets this key itself"),

@@ -66,14 +66,6 @@ def test_rows_with_equal_differences_are_no_tests_and_do_not_count_in_holms_corr
     assert (compared["d"].verdict, math.isnan(compared["d"].p_holm)) == ("not decided", True)
 
 
-def test_two_seeds_give_no_verdict_and_do_not_count_for_the_correction() -> None:
-    values = {"a": [0.5, 0.5, 0.5], "b": [0.61, 0.62, 0.63], "two": [0.7, 0.7]}
-    compared = compare({row: dict(enumerate(scores)) for row, scores in values.items()})
-    assert (compared["two"].verdict, math.isnan(compared["two"].p_holm)) == ("too few seeds", True)
-    assert compared["b"].verdict == "better"
-    assert compared["b"].p_holm == paired_p([0.61 - 0.5, 0.62 - 0.5, 0.63 - 0.5])
-
-
 def test_a_row_may_be_compared_with_another_than_the_first_one() -> None:
     rows = {"a": [0.5, 0.5, 0.5], "b": [0.7, 0.7, 0.8], "c": [0.71, 0.72, 0.84]}
     values = {row: dict(enumerate(numbers)) for row, numbers in rows.items()}

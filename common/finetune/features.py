@@ -61,9 +61,8 @@ class CachedFeatures:
 def cache_features(model: FineTunedNetwork, tiles: DeviceTiles, views: Sequence[View]) -> CachedFeatures:
     """Run each view of each tile through the frozen part once, in float32."""
     model.eval()
-    device = tiles.device
-    features = torch.empty(len(views), len(tiles), *model.feature_shape, device=device)
-    labels = torch.empty(len(tiles), dtype=torch.int64, device=device)
+    features = torch.empty(len(views), len(tiles), *model.feature_shape, device=tiles.device)
+    labels = torch.empty(len(tiles), dtype=torch.int64, device=tiles.device)
     with progress(desc="features", total=len(views) * len(tiles), unit=" tiles", leave=False) as bar:
         for part in torch.split(torch.arange(len(tiles)), CACHING_BATCH):
             images, labels[part] = tiles.batch(part)
@@ -92,7 +91,6 @@ def cached_splits(
         rngs = [generator(config.seed, number, "views") for number in range(1, N_VIEWS)]
         views = [*plain, *(lambda images, rng=rng: augment(images, rng) for rng in rngs)]
     test_views = turned if config.tta else plain
-
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if device.type == "cuda":
         memory = free_memory(device)

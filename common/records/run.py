@@ -259,7 +259,7 @@ def provenance(packages: Sequence[str]) -> dict[str, Any]:
 
 def _commit() -> str | None:
     """The repository's commit, with `-dirty` where tracked files differ from it; None outside a checkout."""
-    where = f"--git-dir={REPOSITORY / '.git'}", f"--work-tree={REPOSITORY}"  # not a repository around this one
+    where = f"--git-dir={REPOSITORY / '.git'}", f"--work-tree={REPOSITORY}"  # not of a repository around it
     command = ["git", *where, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     with suppress(OSError, subprocess.CalledProcessError):
         return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()

@@ -81,6 +81,10 @@ def test_a_run_that_is_a_copy_of_another_one_is_refused(tmp_path: Path) -> None:
     renamed = dataclasses.replace(row, summary={**row.summary, "config": {**row.config, "ablation": "with_ema"}})
     with pytest.raises(Fault, match="it has the very outputs of ablation-combined-0"):
         check_runs([row, renamed])
+    config = {**row.config, "seed": 1, "run_id": "ablation-combined-1"}
+    copy = dataclasses.replace(row, summary={**row.summary, "config": config, "run_id": "ablation-combined-1"})
+    with pytest.raises(Fault, match="it has the very outputs of ablation-combined-0"):
+        check_runs([row, copy])
 
 
 def test_early_stopping_may_change_nothing() -> None:

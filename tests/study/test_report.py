@@ -292,11 +292,12 @@ def test_runs_are_in_the_order_of_their_seeds_and_own_recipes_of_their_scores(tm
 
 
 def test_a_page_of_own_runs_has_the_table_of_the_ablation(tmp_path: Path) -> None:
-    made(tmp_path, "ablation_64-mine")  # of task1.py
+    made(tmp_path, "ablation-mine", lr=0.2)  # of task1.py
+    made(tmp_path, "ablation_64-mine")
     made(tmp_path, "ablation_64-with_ema-0", 0.6, ablation="with_ema")
     made(tmp_path, "ablation_64-0.1-combined-0", ablation="combined", lr=0.1)  # of a grid with another key
     assert Runs(tmp_path).ablation() == {}  # without the reference
-    others = ["ablation_64-mine", "ablation_64-0.1-combined-0"]
+    others = ["ablation-mine", "ablation_64-mine", "ablation_64-0.1-combined-0"]
     assert set(Runs(tmp_path).recipes()) == {"ablation_64-with_ema-0", *others}
     made(tmp_path, "ablation_64-combined-0", 0.5, ablation="combined")
     runs = Runs(tmp_path)
