@@ -157,6 +157,7 @@ from example_records import row, scored
 from wandb_server import WandbServer
 from common.records import run as module
 from common.config import TrainingConfig
+from common.explain.tiles import write_records
 from common.data.dataset import Dataset
 
 module.WANDB_PATIENCE = 3.0
@@ -192,6 +193,10 @@ for last in (1, 2, 3):
 run.checkpoints.mkdir(parents=True)
 (run.checkpoints / "best.pt").write_bytes(b"weights")
 run.finish(rows, scored(rows, best=2, auc=0.8, acc=0.7))
+network = "tf_efficientnet_lite1 from efficientnet_lite1_imagenet, training classifier"
+facts = {"run_id": "r", "dataset": "phantom", "network": f"{network} on phantom"}
+config, picture = TrainingConfig(output_dir=run.folder.parent.parent), next(run.figures.iterdir())
+write_records(run.folder, config, facts, [], {}, {"map": picture})
 """
     done = track(folder, body)
     assert (done.returncode, done.stderr) == (0, "")
@@ -225,6 +230,13 @@ def test_a_wandb_run_has_a_readable_name_and_every_key(logged: Path) -> None:
     assert run["tags"] == ["task1", "resnet18", "phantom (9 training tiles, 28 px)"]
     assert config["commit"] == module.provenance(())["commit"]
     assert config["facts"]["dataset"] == "phantom (9 training tiles, 28 px)"
+
+
+def test_wandb_gets_task_2_with_its_figures_and_tags_that_are_not_too_long(logged: Path) -> None:
+    (record,) = offline_records(logged, "r-task2", "run")
+    tag = "tf_efficientnet_lite1 from efficientnet_lite1_imagenet, training"
+    assert record["run"]["tags"] == ["task2", tag, "phantom"]
+    assert "figures/map" in json.dumps(offline_records(logged, "r-task2", "history"))
 
 
 def test_a_continued_run_sends_wandb_the_epochs_that_a_kill_has_lost(tmp_path: Path) -> None:
