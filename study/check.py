@@ -16,7 +16,7 @@ def check_runs(records: Iterable[Record]) -> None:
     seen: dict[str, Record] = {}
     for record in records:
         config, problem = record.config, ""
-        number = re.search(r"-(\d+)$", record.run_id)
+        number = re.search(r"(?:-|seed)(\d+)$", record.run_id)
         if number and int(number[1]) != config["seed"]:
             problem = f"its seed is {config['seed']}, its name says {number[1]}"
         twin = seen.setdefault(hashlib.sha256(record.arrays()["best_logits"].tobytes()).hexdigest(), record)

@@ -66,6 +66,7 @@ def test_a_signal_ends_the_run_at_once_and_loses_at_most_its_epoch(
     tmp_path: Path,
     phantom_root: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     original, calls = loop.learning_rate_factor, 0
 
@@ -82,6 +83,8 @@ def test_a_signal_ends_the_run_at_once_and_loses_at_most_its_epoch(
         run(tmp_path, phantom_root)
     assert ended.value.code == 143
     assert calls == 3  # an epoch is two steps: nothing came after the signal
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert line.endswith(": ended by SIGTERM; start the same command with --run_id=r again")
     assert len(checkpoint.load(tmp_path / "checkpoints/r/last.pt")["history"]) == 1
     assert signal.getsignal(signal.SIGTERM) == handler
     run(tmp_path, phantom_root)

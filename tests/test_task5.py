@@ -208,9 +208,7 @@ def test_the_command_again_skips_what_is_finished_and_compares_again(
 def test_the_cache_changes_how_long_a_run_takes_and_not_what_it_finds(
     finished: Path, phantom_root: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        task5, "cached_splits", lambda _, *dataset_config_device: device_splits(*dataset_config_device)
-    )
+    monkeypatch.setattr(task5, "cached_splits", lambda _, *others: device_splits(*others))
     clock = iter([0.0, 1000.0])  # before and after the tiles are made ready
     monkeypatch.setattr(task5, "time", SimpleNamespace(perf_counter=clock.__next__))
     task5.main(read(*keys(phantom_root, tmp_path, weights, "--scratch=False")))

@@ -1,8 +1,8 @@
 """Shifted validation tiles: their colours change as in another laboratory or with another scanner.
 
 So a network can be scored on foreign-looking tiles without the test split. Stain augmentation has effects like the
-first two; no augmentation adds noise. Each tile gets a different change, the same in every run with inputs of
-this side. The strengths were fixed before any network was scored on shifted tiles.
+first two; no augmentation adds noise. Each tile gets a different change, the same in all runs whose inputs have
+the same side. The strengths were fixed before any network was scored on shifted tiles.
 """
 
 import warnings

@@ -212,7 +212,7 @@ def check_methods(
         for stage, network in networks.items():
             of_random = method.maps(network, inputs[:few], targets[:few], seed)
             correlations[stage] = mean_estimate(rank_correlation(maps[name][:few], of_random))
-        # `of_random` is here from the last stage, a network whose weights are all random.
+        # `of_random` is now that of the last stage: a network whose weights are all random.
         means[name] = [some.abs().mean(0).cpu().numpy() for some in (maps[name][:few], of_random)]
         methods[name] = {"title": method.title, "randomisation": correlations}
     controls: dict[str, dict[str, Any]] = {name: {"title": title} for name, title in CONTROLS.items()}

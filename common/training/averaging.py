@@ -30,7 +30,7 @@ class ExponentialMovingAverage:
 
 @torch.no_grad()
 def reestimate_batchnorm(model: nn.Module, inputs: Iterable[torch.Tensor]) -> None:
-    """Replace every BatchNorm layer's running statistics by their mean over batches `inputs`, (N, 3, H, W).
+    """Replace every BatchNorm layer's running statistics by their mean over batches of inputs (N, 3, H, W).
 
     The running statistics of MobileNetV3 (momentum 0.01) lag hundreds of steps behind the weights, and averaged
     weights have no running statistics of their own. All other layers stay in eval mode, so dropout does nothing.
